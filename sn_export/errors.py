@@ -1,0 +1,48 @@
+"""The errors and warnings that sn_export raises."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .parity import ParityReport
+
+
+class SnExportError(Exception):
+    """Base of every error that sn_export raises on purpose."""
+
+
+class FreezeError(SnExportError):
+    """A tensor cannot be frozen; the model was left as it was.
+
+    Attributes:
+        tensor: qualified name of the tensor in the model, such as ``"body.0.weight"``.
+        reason: why it cannot be frozen.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, tensor: str, reason: str, remedy: str) -> None:
+        super().__init__(f"cannot freeze '{tensor}': {reason}. {remedy}")
+        self.tensor = tensor
+        self.reason = reason
+        self.remedy = remedy
+
+
+class FrozenWeightChangedWarning(UserWarning):
+    """A frozen weight was edited or moved inside the block; the change was discarded."""
+
+
+class ExportError(SnExportError):
+    """The model could not be exported, or the file not be run; nothing was published."""
+
+
+class ParityError(SnExportError):
+    """The outputs of the exported file differ from the model's; nothing was published.
+
+    Attributes:
+        report: the `sn_export.ParityReport` with every output's errors.
+    """
+
+    def __init__(self, message: str, report: ParityReport) -> None:
+        super().__init__(message)
+        self.report = report

@@ -1,0 +1,265 @@
+"""The one job: freeze, export, prove, publish; and leave the model as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from .dynamic import dynamic_dims, resized_sets
+from .errors import SnExportError
+from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm, require_module
+from .onnx_file import Exporter, ExportOptions, ExternalData, publish, workspace, write_onnx
+from .parity import (
+    ParityReport,
+    Reference,
+    compare,
+    open_session,
+    require_providers,
+    require_tolerances,
+    run_reference,
+)
+from .preserving import Preserved, preserved
+from .samples import InputSet, as_input_sets, random_sets
+
+_logger = logging.getLogger("sn_export")
+_RESIZED = 2  # how many other sizes are proved where shapes are dynamic
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What `export_onnx` made, and the proof.
+
+    Attributes:
+        path: the ONNX file.
+        exporter: ``"dynamo"`` or ``"torchscript"``.
+        opset: version of the default opset in the file.
+        parity: the comparison of the file with the unfrozen model.
+        frozen: the tensors under spectral norm, as they were found.
+        versions: versions of sn_export and of the packages that made and ran the file.
+    """
+
+    path: Path
+    exporter: Exporter
+    opset: int
+    parity: ParityReport
+    frozen: tuple[SpectralNormInfo, ...]
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+    def to_json(self, indent: int | None = 2) -> str:
+        """Return the report as JSON text; NaN and infinities become null and strings."""
+        content = dataclasses.asdict(self)
+        content["path"] = str(self.path)
+        content["parity"]["passed"] = self.parity.passed
+        return json.dumps(_plain(content), indent=indent, allow_nan=False)
+
+
+def export_onnx(
+    model: nn.Module,
+    args: tuple[Any, ...] | Tensor,
+    path: str | os.PathLike[str],
+    *,
+    kwargs: Mapping[str, Any] | None = None,
+    exporter: Exporter = "dynamo",
+    opset_version: int | None = None,
+    input_names: Sequence[str] | None = None,
+    output_names: Sequence[str] | None = None,
+    dynamic_shapes: Any = None,
+    external_data: ExternalData = "auto",
+    rtol: float | None = None,
+    atol: float | None = None,
+    samples: int = 3,
+    inputs: Any = None,
+    providers: Sequence[str] = ("CPUExecutionProvider",),
+    verbose: bool = False,
+) -> ExportReport:
+    """Export ``model`` without its spectral norm, and publish the file once it is proved.
+
+    ::
+
+        report = export_onnx(critic, (images,), "critic.onnx")
+        report.parity.passed  # True, or ParityError was raised and no file written
+
+    The unfrozen model is run in eval mode on the example, on random inputs of the same
+    shapes, on ``inputs``, and with dynamic shapes on other sizes. Then `torch.onnx.export`
+    runs inside `frozen_spectral_norm`, into a folder beside ``path``, and onnxruntime must
+    give the same outputs. The model, its modes, the inputs and the global random states are
+    as before afterwards, whatever happens.
+
+    Args:
+        model: the model, in train or eval mode, with or without spectral norm.
+        args: positional arguments of an example call, as for `torch.onnx.export`.
+        path: the ONNX file to write; its folder must exist. External data goes to
+            ``<path>.data``.
+        kwargs: keyword arguments of the example call.
+        exporter: ``"dynamo"`` (torch.export) or ``"torchscript"`` (tracing).
+        opset_version: version of the ONNX opset; torch's default where None.
+        input_names: names of the inputs in the file, by default those of the forward's
+            parameters.
+        output_names: names of the outputs in the file, by default the exporter's.
+        dynamic_shapes: as for `torch.export.export`.
+        external_data: whether weights go to a side file; ``"auto"`` does it past 2 GB.
+        rtol: relative tolerance; by default by dtype, see `sn_export.parity`.
+        atol: absolute tolerance in units of the output; by default by dtype and relative
+            to the largest reference value of each output.
+        samples: number of random inputs, drawn from a private generator: floats and
+            integers within the range that the example shows.
+        inputs: inputs of your own for the proof: a tensor, a tuple of arguments, a dict of
+            keyword arguments, or a list of these.
+        providers: onnxruntime execution providers for the proof.
+        verbose: let the exporters print, log and warn.
+
+    Returns:
+        The report.
+
+    Raises:
+        TypeError: for a model that is no module, or arguments of a wrong type.
+        ValueError: for an option outside its range.
+        FileNotFoundError: if the folder of ``path`` does not exist.
+        FreezeError: if a tensor cannot be frozen.
+        SnExportError: if the model rejects an input.
+        ExportError: if torch cannot export the model, or onnxruntime not run the file.
+        ParityError: if outputs differ, or are NaN. No file is written then.
+    """
+    require_module(model)
+    target = _require_target(path)
+    _require_options(exporter, samples, external_data, opset_version)
+    require_tolerances(rtol, atol)
+    require_providers(providers)
+    example = InputSet(_as_args(args), dict(kwargs or {}), "the example input")
+    own = as_input_sets(inputs, len(example.args), "inputs")
+    dims = dynamic_dims(model, example, dynamic_shapes)
+    options = ExportOptions(
+        exporter,
+        opset_version,
+        list(input_names) if input_names is not None else None,
+        list(output_names) if output_names is not None else None,
+        dynamic_shapes,
+        dims,
+        external_data,
+        verbose,
+    )
+    frozen = tuple(find_spectral_norm(model))
+    with preserved(model) as state, workspace(target) as draft:
+        references = [run_reference(model, state, example)]
+        state.settle()
+        _logger.info("running the reference")
+        for one in (*random_sets(example, samples), *own):
+            references.append(_run_further(model, state, one))
+        references += _run_resized(model, state, resized_sets(model, example, dims))
+        _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
+        with frozen_spectral_norm(model):
+            opset = write_onnx(model, example, options, draft)
+        state.reset()
+        _logger.info("comparing %d input sets with onnxruntime", len(references))
+        session = open_session(draft, providers)
+        parity = compare(model, session, _runnable(session, model, references), rtol, atol)
+        del session
+        parity.require_passed(f"the file made by the {exporter} exporter")
+        publish(draft, target)
+    _logger.info("wrote %s", target)
+    return ExportReport(target, exporter, opset, parity, frozen, versions())
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of sn_export and of the packages behind it."""
+    found = {}
+    for package in ("sn-export", *_PACKAGES):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
+    try:
+        return run_reference(model, state, inputs)
+    except SnExportError as error:
+        if not inputs.label.startswith("random"):
+            raise
+        raise SnExportError(
+            f"{error}. If it takes only certain values, pass samples=0 and real inputs=[...]"
+        ) from error.__cause__
+
+
+def _run_resized(model: nn.Module, state: Preserved, candidates: Any) -> list[Reference]:
+    references: list[Reference] = []
+    for candidate in candidates:
+        if len(references) == _RESIZED:
+            break
+        try:
+            references.append(run_reference(model, state, candidate))
+        except SnExportError as error:  # the model's own limit, not the exporter's
+            _logger.info("not proved at %s: %s", candidate.label, error)
+    return references
+
+
+def _runnable(session: Any, model: nn.Module, references: list[Reference]) -> list[Reference]:
+    """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
+    shapes = [entry.shape for entry in session.get_inputs()]
+    kept = []
+    for reference in references:
+        tensors = [tensor for _, tensor in reference.inputs.named_tensors(model)]
+        fixed = reference.inputs.label.startswith("size ") and any(
+            isinstance(wanted, int) and wanted != size
+            for shape, tensor in zip(shapes, tensors, strict=False)
+            for wanted, size in zip(shape, tensor.shape, strict=False)
+        )
+        if fixed:
+            _logger.info("the file has fixed shapes %s; not run at %s", shapes, reference.inputs)
+        else:
+            kept.append(reference)
+    return kept
+
+
+def _as_args(args: Any) -> tuple[Any, ...]:
+    if isinstance(args, Tensor):
+        return (args,)
+    if isinstance(args, (tuple, list)):
+        return tuple(args)
+    raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
+
+
+def _require_target(path: str | os.PathLike[str]) -> Path:
+    target = Path(path)
+    if not target.name:
+        raise ValueError(f"path must name a file, got '{path}'")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+    if not os.access(target.parent, os.W_OK):
+        raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
+    return target
+
+
+def _require_options(exporter: str, samples: int, external_data: Any, opset: int | None) -> None:
+    if exporter not in ("dynamo", "torchscript"):
+        raise ValueError(f"exporter must be 'dynamo' or 'torchscript', got {exporter!r}")
+    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
+        raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
+    if external_data not in ("auto", True, False):
+        raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
+    if opset is not None and not isinstance(opset, int):
+        raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

@@ -1,0 +1,196 @@
+"""The with-block: plan, apply, and undo whatever happens."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import warnings
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from types import TracebackType
+from typing import Generic, TypeVar
+
+from torch import nn
+
+from ..errors import FreezeError, FrozenWeightChangedWarning
+from .kinds import SPECTRAL_NORM
+from .plan import Plan, walk
+from .site import Kind, SpectralNormInfo
+
+M = TypeVar("M", bound=nn.Module)
+
+_logger = logging.getLogger("sn_export")
+_lock = threading.RLock()
+_holders: dict[int, int] = {}  # id of a module that is frozen -> ident of the thread that holds it
+
+
+def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
+    """Freeze every spectral norm of ``model`` for the length of a with-block.
+
+    ::
+
+        with frozen_spectral_norm(model) as plain:  # the same object
+            torch.onnx.export(plain, args, "model.onnx")
+
+    Inside, each tensor under `torch.nn.utils.spectral_norm` (hooks and subclasses) or
+    `torch.nn.utils.parametrizations.spectral_norm` (anywhere in a chain) is a plain
+    `torch.nn.Parameter` without grad that holds, bit for bit, the weight an eval-mode
+    forward would use now; the classes and the state dict are those of the network without
+    spectral norm. No power iteration is run, no random number drawn, no mode changed, and
+    nothing but the weights under spectral norm is copied.
+
+    Afterwards, also after an exception, the model is what it was: the same parameters,
+    buffers, hooks, classes and containers, in the same order. What else was changed inside
+    stays: hooks, attributes, train/eval mode. Blocks nest; the inner one finds nothing to do.
+
+    Args:
+        model: any module; it may itself carry spectral norm.
+
+    Returns:
+        A context manager that yields ``model``.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: on entering, if a tensor cannot be frozen (on the meta device, not
+            initialised, in a ScriptModule, held by another thread's block); nothing has
+            changed then.
+
+    Warns:
+        FrozenWeightChangedWarning: on leaving, if a frozen weight was edited, or the model
+            was moved to another dtype or device. Such changes are discarded.
+    """
+    return _Block(require_module(model), SPECTRAL_NORM)
+
+
+def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
+    """List the tensors that `frozen_spectral_norm` would freeze, in the order of the modules.
+
+    Args:
+        model: any module. It is not changed; no power iteration is run.
+
+    Returns:
+        One `SpectralNormInfo` for each tensor.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule.
+    """
+    return [
+        site.describe() for _, sites in walk(require_module(model), SPECTRAL_NORM) for site in sites
+    ]
+
+
+def require_module(model: M) -> M:
+    """Return ``model`` if it is a module, and raise a TypeError that says what it is if not."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model
+
+
+class _Block(AbstractContextManager[M], Generic[M]):
+    def __init__(self, model: M, kinds: Iterable[Kind]) -> None:
+        self._model = model
+        self._kinds = tuple(kinds)
+        self._plan: Plan | None = None
+
+    def __enter__(self) -> M:
+        with _lock:
+            if self._plan is not None:
+                raise RuntimeError("this block is already entered; call the function again instead")
+            _refuse_held(self._model)
+            plan = Plan(self._model, self._kinds)
+            held = [id(weight.site.module) for weight in plan.weights]
+            try:
+                plan.edits.apply()
+                _holders.update(dict.fromkeys(held, threading.get_ident()))
+                _logger.debug("froze %d tensors", len(plan.weights))
+                self._plan = plan
+                return self._model
+            except BaseException:
+                self._plan = None
+                _uninterrupted(plan.edits.roll_back)
+                _uninterrupted(lambda: _release(held))
+                raise
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        complaints: list[str] = []
+        with _lock:
+            _uninterrupted(lambda: self._restore(complaints))
+        for message in complaints:
+            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=2)
+
+    def _restore(self, complaints: list[str]) -> None:
+        plan = self._plan
+        if plan is None:
+            return
+        if not plan.finished:
+            complaints[:] = _complaints(plan)
+            plan.finished = True
+        plan.edits.restore()
+        if plan.moved:
+            plan.residence.restore()
+        for site, training in plan.modes:
+            if site.module.training != training:
+                site.follow_mode(site.module.training)
+        _release([id(weight.site.module) for weight in plan.weights])
+        self._plan = None
+
+
+def _complaints(plan: Plan) -> list[str]:
+    moved = [w.site.name for w in plan.weights if w.was_moved]
+    edited = [w.site.name for w in plan.weights if w.was_edited and w.site.name not in moved]
+    plan.moved = bool(moved)
+    messages = []
+    if moved:
+        messages.append(
+            f"the model was moved to another dtype or device while {_list(moved)} was frozen; "
+            "it is back as it was. Move it before entering the block, or move a copy made "
+            "inside it"
+        )
+    if edited:
+        messages.append(
+            f"the frozen {_list(edited)} was changed inside the block; the change is "
+            "discarded. Change the model outside the block instead"
+        )
+    return messages
+
+
+def _list(names: list[str]) -> str:
+    shown = ", ".join(f"'{name}'" for name in names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
+
+
+def _refuse_held(model: nn.Module) -> None:
+    if not _holders:
+        return
+    here = threading.get_ident()
+    for path, module in model.named_modules():
+        if _holders.get(id(module), here) != here:
+            raise FreezeError(
+                path or type(module).__name__,
+                "a block in another thread holds it frozen",
+                "Leave that block first, or give each thread its own copy of the model",
+            )
+
+
+def _release(held: list[int]) -> None:
+    for module_id in held:
+        _holders.pop(module_id, None)
+
+
+def _uninterrupted(step: Callable[[], None]) -> None:
+    """Finish ``step``, which can be repeated from anywhere, before an interrupt goes on."""
+    interrupt: KeyboardInterrupt | None = None
+    while True:
+        try:
+            step()
+            break
+        except KeyboardInterrupt as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt

@@ -1,0 +1,76 @@
+"""A frozen weight, and how to tell afterwards whether somebody edited it."""
+
+from __future__ import annotations
+
+import ctypes
+
+from torch import Tensor, nn
+
+from .site import Site
+
+_SAMPLED_WHOLE = 4096  # bytes; larger weights are sampled
+_CHUNKS, _CHUNK = 64, 64  # number and bytes of the samples
+
+
+class FrozenWeight:
+    """The value of one site while the block lasts.
+
+    Attributes:
+        site: where the value belongs.
+        tensor: the plain `torch.nn.Parameter` (or buffer) that stands there.
+    """
+
+    __slots__ = ("_bytes", "_device", "_dtype", "_memory", "_version", "site", "tensor")
+
+    def __init__(self, site: Site, value: Tensor) -> None:
+        self.site = site
+        if value.requires_grad:
+            value = value.detach()
+        self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
+        self._dtype = value.dtype
+        self._device = value.device
+        self._version = value._version
+        self._memory = _address(value)
+        self._bytes = _sample(value)
+
+    @property
+    def was_moved(self) -> bool:
+        """Whether the tensor that stands there now has another dtype or device."""
+        now = self._now()
+        return now is not None and (now.dtype != self._dtype or now.device != self._device)
+
+    @property
+    def was_edited(self) -> bool:
+        """Whether the tensor was replaced or written to.
+
+        Writes through ``.data`` leave no version behind. They are seen by comparing
+        bytes: all of a small weight, 64 samples of a large one; on the CPU only.
+        """
+        return (
+            self._now() is not self.tensor
+            or self.tensor._version != self._version
+            or _address(self.tensor) != self._memory
+            or _sample(self.tensor) != self._bytes
+        )
+
+    def _now(self) -> Tensor | None:
+        module, name = self.site.module, self.site.tensor
+        return module._parameters.get(name, module._buffers.get(name))
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # tensor subclasses without memory of their own
+        return 0
+
+
+def _sample(tensor: Tensor) -> bytes:
+    # A frozen weight is always dense, so its bytes are contiguous in some order.
+    if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+        return b""
+    start, size = tensor.data_ptr(), tensor.nbytes
+    if size <= _SAMPLED_WHOLE:
+        return ctypes.string_at(start, size)
+    stride = (size - _CHUNK) // (_CHUNKS - 1)
+    return b"".join(ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))

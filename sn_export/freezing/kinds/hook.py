@@ -1,0 +1,107 @@
+"""`torch.nn.utils.spectral_norm`: a forward pre-hook, its subclasses included."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ...errors import FreezeError
+from ...preserving import without_trace
+from ...sigma import stored_sigma
+from ..site import Site, SpectralNormInfo, plan_registration
+from ..undo import Edits
+
+
+class HookSite(Site):
+    """A weight that a pre-hook computes from ``<name>_orig``, ``<name>_u``, ``<name>_v``."""
+
+    __slots__ = ("hook",)
+    kind = "hook"
+
+    def __init__(self, path: str, module: nn.Module, hook: SpectralNorm) -> None:
+        super().__init__(path, module, hook.name)
+        self.hook = hook
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """The raw weight and the singular vectors."""
+        module, name = self.module, self.tensor
+        try:
+            return (
+                module._parameters[name + "_orig"],
+                module._buffers[name + "_u"],
+                module._buffers[name + "_v"],
+            )  # type: ignore[return-value]
+        except KeyError as error:
+            raise FreezeError(
+                self.name,
+                f"its spectral norm hook finds no parameter or buffer {error}",
+                "Remove whatever renamed it (pruning, another reparametrization) first",
+            ) from error
+
+    def value(self) -> Tensor:
+        """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
+        if type(self.hook) is SpectralNorm:
+            return self._compute()
+        return without_trace(self._compute, [self.module]).clone()
+
+    def _compute(self) -> Tensor:
+        return self.hook.compute_weight(self.module, do_power_iteration=False)
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Take away the hook with all it registered, and store ``frozen`` under its name."""
+        module, name = self.module, self.tensor
+        for hooks in (
+            module._forward_pre_hooks,
+            module._state_dict_hooks,
+            module._load_state_dict_pre_hooks,
+        ):
+            edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
+        edits.remove(module._buffers, self._buffer_names())
+        edits.remove(module._parameters, (name + "_orig",))
+        edits.remove(module.__dict__, (name,))
+        plan_registration(edits, module, name, frozen)
+
+    def _buffer_names(self) -> list[str]:
+        name = self.tensor
+        names = [name + "_u", name + "_v"]
+        if type(self.hook) is not SpectralNorm:
+            names.append(name + "_sigma")  # what subclasses with soft normalisation add
+        return names
+
+    def _owns(self, entry: Any) -> bool:
+        if entry is self.hook:
+            return True
+        owner = getattr(getattr(entry, "hook", entry), "fn", None)
+        return owner is self.hook or (isinstance(owner, SpectralNorm) and owner.name == self.tensor)
+
+    def describe(self) -> SpectralNormInfo:
+        """Return what `find_spectral_norm` lists."""
+        weight, u, v = self.sources
+        hook = self.hook
+        return SpectralNormInfo(
+            module=self.path,
+            tensor=self.tensor,
+            kind=self.kind,
+            shape=tuple(weight.shape),
+            dtype=str(weight.dtype).removeprefix("torch."),
+            dim=hook.dim,
+            eps=hook.eps,
+            n_power_iterations=hook.n_power_iterations,
+            sigma=stored_sigma(hook.reshape_weight_to_matrix(weight.detach()), u, v),
+        )
+
+
+def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:
+    """Return the sites of `torch.nn.utils.spectral_norm` in ``module``."""
+    hooks = module._forward_pre_hooks
+    return _sites(path, module) if hooks else ()
+
+
+def _sites(path: str, module: nn.Module) -> Iterator[HookSite]:
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, SpectralNorm):
+            yield HookSite(path, module, hook)

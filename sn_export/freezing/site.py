@@ -1,0 +1,117 @@
+"""A site: one tensor of one module that is computed rather than stored."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from .undo import Edits
+
+
+@dataclass(frozen=True)
+class SpectralNormInfo:
+    """What `find_spectral_norm` tells about one tensor.
+
+    Attributes:
+        module: qualified name of the module, ``""`` for the root.
+        tensor: name of the tensor in that module, such as ``"weight"``.
+        kind: the implementation of spectral norm: ``"hook"`` or ``"parametrization"``.
+        shape: shape of the tensor.
+        dtype: its dtype, such as ``"float32"``.
+        dim: the dimension that becomes the rows of the weight matrix.
+        eps: added to norms for stability; None where the implementation has none.
+        n_power_iterations: power iterations per forward in train mode; None for a
+            vector, whose norm needs no iteration.
+        sigma: ``u^H W v`` from the stored singular vectors; NaN on the meta device.
+    """
+
+    module: str
+    tensor: str
+    kind: str
+    shape: tuple[int, ...]
+    dtype: str
+    dim: int
+    eps: float | None
+    n_power_iterations: int | None
+    sigma: float = field(default=math.nan)
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the tensor."""
+        return qualified(self.module, self.tensor)
+
+
+class Site(ABC):
+    """One tensor under spectral norm; every method but `plan` leaves the model as it is."""
+
+    __slots__ = ("module", "path", "tensor")
+    kind: ClassVar[str]
+
+    def __init__(self, path: str, module: nn.Module, tensor: str) -> None:
+        self.path = path
+        self.module = module
+        self.tensor = tensor
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the tensor."""
+        return qualified(self.path, self.tensor)
+
+    @property
+    @abstractmethod
+    def sources(self) -> Iterable[Tensor]:
+        """The tensors that the value is computed from."""
+
+    @property
+    def hidden(self) -> Iterable[nn.Module]:
+        """Submodules that disappear with the site, so that the walk need not enter them."""
+        return ()
+
+    @property
+    def is_buffer(self) -> bool:
+        """Whether the plain network holds this tensor as a buffer."""
+        return False
+
+    @abstractmethod
+    def value(self) -> Tensor:
+        """Return the weight that an eval-mode forward would use now, without side effect."""
+
+    @abstractmethod
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Add the edits that put ``frozen`` in the place of the computed tensor."""
+
+    @abstractmethod
+    def describe(self) -> SpectralNormInfo:
+        """Return what `find_spectral_norm` lists."""
+
+    def follow_mode(self, training: bool) -> None:  # noqa: B027
+        """Take over a train/eval mode that the module was given while frozen."""
+
+
+class Kind(Protocol):
+    """An implementation of spectral norm: finds its sites in one module."""
+
+    def __call__(self, path: str, module: nn.Module) -> Iterable[Site]:
+        """Return the sites of ``module`` itself, not of its children."""
+        ...
+
+
+def qualified(path: str, name: str) -> str:
+    """Join a module path and a name as `torch.nn.Module.state_dict` does."""
+    return f"{path}.{name}" if path else name
+
+
+def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
+    """Register ``value`` where the plain network has it: a weight stands before its bias."""
+    edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
+    edit.added[name] = value
+    successor = name.replace("weight", "bias")
+    if successor != name and successor in edit.before:
+        edit.order = edit.remaining()
+        edit.order.remove(name)
+        edit.order.insert(edit.order.index(successor), name)

@@ -1,0 +1,147 @@
+"""Edits of a module's containers, and their exact inverse.
+
+A module is nothing but dictionaries and a class, so every change that freezing makes is
+some keys taken out of a dictionary and some put in. The dictionary object itself stays:
+hook handles and optimizers hold on to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+Container = dict[Any, Any]
+
+
+class Edit:
+    """The planned change of one dictionary: keys to take out, items to put in."""
+
+    __slots__ = ("added", "before", "order", "removed", "restored", "target")
+
+    def __init__(self, target: Container) -> None:
+        self.target = target
+        self.before = target.copy()
+        self.removed: list[Any] = []
+        self.added: Container = {}
+        self.order: list[Any] | None = None  # of the keys while applied, where that matters
+        self.restored: Container | None = None
+
+    def remove(self, key: Any) -> None:
+        """Plan to take ``key`` out, if it is there."""
+        if key in self.before and key not in self.removed:
+            self.removed.append(key)
+
+    def remaining(self) -> list[Any]:
+        """Return the keys that will be there once the edit is applied."""
+        if len(self.removed) == len(self.before):
+            return list(self.added)
+        keys = [key for key in self.before if key not in self.removed and key not in self.added]
+        return keys + list(self.added)
+
+    def apply(self) -> None:
+        """Change the dictionary."""
+        target = self.target
+        for key in self.removed:
+            target.pop(key, None)
+        target.update(self.added)
+        if self.order is not None:
+            _assign(target, {key: target[key] for key in self.order})
+
+    def restore(self) -> None:
+        """Undo `apply`, and keep what others have put in, taken out or replaced since.
+
+        Can be repeated from any point where an interrupt stopped it.
+        """
+        if self.restored is None and self._ends_with_removed():
+            target, before = self.target, self.before
+            for key in self.added:
+                target.pop(key, None)
+            for key in self.removed:
+                target[key] = before[key]
+        else:
+            if self.restored is None:
+                self.restored = self._merge()
+            _assign(self.target, self.restored)
+
+    def roll_back(self) -> None:
+        """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
+        _assign(self.target, self.before)
+
+    def _ends_with_removed(self) -> bool:
+        # Then putting the keys back at the end is all it takes to have the old order.
+        count = len(self.removed)
+        if self.added.keys() & self.before.keys():
+            return False
+        return count == len(self.before) or list(self.before)[-count:] == self.removed
+
+    def _merge(self) -> Container:
+        merged = {}
+        for key, value in self.before.items():
+            if key in self.removed or key in self.added:
+                merged[key] = value  # ours to put back, whatever happened to it
+            elif key in self.target:
+                merged[key] = self.target[key]
+        for key, value in self.target.items():
+            if key not in self.before and key not in self.added:
+                merged[key] = value
+        return merged
+
+
+class Edits:
+    """All changes of one block: planned first, applied together, undone together."""
+
+    def __init__(self) -> None:
+        self._edits: dict[int, Edit] = {}
+        self._classes: dict[int, tuple[nn.Module, type, type]] = {}
+
+    def of(self, target: Container) -> Edit:
+        """Return the one edit of ``target``; several tensors may share a dictionary."""
+        key = id(target)
+        if key not in self._edits:
+            self._edits[key] = Edit(target)
+        return self._edits[key]
+
+    def remove(self, target: Container, keys: Iterable[Any]) -> None:
+        """Plan to take ``keys`` out of ``target``, where they are there."""
+        edit = self.of(target)
+        for key in keys:
+            edit.remove(key)
+
+    def set_class(self, module: nn.Module, new: type) -> None:
+        """Plan another class for this instance; the class itself may be shared by copies."""
+        self._classes[id(module)] = (module, type(module), new)
+
+    def planned_class(self, module: nn.Module) -> type:
+        """Return the class that ``module`` will have once the edits are applied."""
+        entry = self._classes.get(id(module))
+        return type(module) if entry is None else entry[2]
+
+    def apply(self) -> None:
+        """Make the changes."""
+        for edit in self._edits.values():
+            edit.apply()
+        for module, _, new in self._classes.values():
+            object.__setattr__(module, "__class__", new)
+
+    def roll_back(self) -> None:
+        """Undo an `apply` that may have stopped halfway."""
+        for edit in self._edits.values():
+            edit.roll_back()
+        self._restore_classes()
+
+    def restore(self) -> None:
+        """Undo `apply`; safe to call again when interrupted."""
+        for edit in self._edits.values():
+            edit.restore()
+        self._restore_classes()
+
+    def _restore_classes(self) -> None:
+        for module, old, _ in self._classes.values():
+            object.__setattr__(module, "__class__", old)
+
+
+def _assign(target: Container, content: Container) -> None:
+    target.clear()
+    target.update(content)

@@ -1,0 +1,207 @@
+"""ONNX files: made quietly by torch, cleaned of the machine, published together or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from .dynamic import DynamicDim, dynamic_axes
+from .errors import ExportError
+from .samples import InputSet
+
+ExternalData = Literal["auto"] | bool
+Exporter = Literal["dynamo", "torchscript"]
+
+# A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
+_INLINE_LIMIT = 2**31 - 2**26
+# What the exporters write about the machine and the caller's source files.
+_TRACES = ("pkg.torch.onnx.stack_trace",)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `torch.onnx.export` is asked for."""
+
+    exporter: Exporter
+    opset_version: int | None
+    input_names: Sequence[str] | None
+    output_names: Sequence[str] | None
+    dynamic_shapes: Any
+    dims: Sequence[DynamicDim]
+    external_data: ExternalData
+    verbose: bool
+
+
+def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path: Path) -> int:
+    """Export ``model`` to ``path``, with its external data beside it, and return the opset.
+
+    Raises:
+        ExportError: if torch cannot export it, with torch's error as its cause.
+    """
+    inputs = example.clone()
+    try:
+        with quiet(options.verbose):
+            if options.exporter == "dynamo":
+                graph = _dynamo(model, inputs, options)
+            else:
+                graph = _torchscript(model, inputs, options, path.with_suffix(".raw.onnx"))
+    except Exception as error:
+        raise ExportError(
+            f"the {options.exporter} exporter cannot export {type(model).__name__}: "
+            f"{type(error).__name__}: {_first_paragraph(error)}"
+        ) from error
+    _strip(graph)
+    _save(graph, path, options.external_data)
+    return int(graph.opset_imports.get("", 0))
+
+
+@contextlib.contextmanager
+def workspace(target: Path) -> Iterator[Path]:
+    """Yield a path in a new folder beside ``target``; the folder is gone afterwards."""
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    try:
+        yield folder / target.name
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def publish(made: Path, target: Path) -> None:
+    """Move ``made`` and its external data to ``target``, both or none.
+
+    Raises:
+        ExportError: if a file cannot be moved; what was at ``target`` is there again.
+    """
+    pairs = [
+        (source, target.with_name(source.name))
+        for source in (made.with_name(made.name + ".data"), made)
+        if source.exists()
+    ]
+    kept: list[tuple[Path, Path | None]] = []
+    try:
+        for number, (source, destination) in enumerate(pairs):
+            backup = made.with_name(f"replaced-{number}")
+            had = destination.exists()
+            kept.append((destination, backup if had else None))
+            if had:
+                os.link(destination, backup)
+            os.replace(source, destination)
+    except BaseException as error:
+        for destination, earlier in kept:
+            if earlier is None:
+                destination.unlink(missing_ok=True)
+            elif earlier.exists():
+                os.replace(earlier, destination)
+        if not isinstance(error, OSError):
+            raise
+        raise ExportError(f"cannot write '{target}': {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keep the exporters' prints, logs and warnings inside, unless ``verbose``."""
+    if verbose:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
+        warnings.simplefilter("ignore")
+        try:
+            for logger in loggers:
+                logger.setLevel(logging.CRITICAL)
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+
+
+def _dynamo(model: nn.Module, example: InputSet, options: ExportOptions) -> ir.Model:
+    program = torch.onnx.export(
+        model,
+        example.args,
+        kwargs=dict(example.kwargs) or None,
+        dynamo=True,
+        verbose=options.verbose,
+        opset_version=options.opset_version,
+        input_names=options.input_names,
+        output_names=options.output_names,
+        dynamic_shapes=options.dynamic_shapes,
+    )
+    assert program is not None  # torch returns None only for dynamo=False
+    return program.model
+
+
+def _torchscript(
+    model: nn.Module, example: InputSet, options: ExportOptions, raw: Path
+) -> ir.Model:
+    names = [name for name, _ in example.named_tensors(model)]
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            example.args,
+            raw,
+            kwargs=dict(example.kwargs) or None,
+            dynamo=False,
+            verbose=options.verbose,
+            opset_version=options.opset_version,
+            input_names=options.input_names or names,
+            output_names=options.output_names,
+            dynamic_axes=_renamed(dynamic_axes(options.dims), names, options.input_names),
+        )
+    return ir.load(raw)
+
+
+def _renamed(
+    axes: dict[str, dict[int, str]], names: Sequence[str], wanted: Sequence[str] | None
+) -> dict[str, dict[int, str]] | None:
+    renaming = dict(zip(names, wanted or names, strict=False))
+    return {renaming[name]: entry for name, entry in axes.items()} or None
+
+
+def _strip(model: ir.Model) -> None:
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            node.doc_string = None
+            for key in _TRACES:
+                node.metadata_props.pop(key, None)
+
+
+def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
+    size = sum(
+        value.const_value.nbytes
+        for value in model.graph.initializers.values()
+        if value.const_value is not None
+    )
+    outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
+    if not outside and size > _INLINE_LIMIT:
+        raise ExportError(
+            f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
+            "pass external_data='auto' or True"
+        )
+    ir.save(model, path, external_data=path.name + ".data" if outside else None)
+
+
+def _first_paragraph(error: Exception) -> str:
+    root: BaseException = error
+    while root.__cause__ is not None:
+        root = root.__cause__
+    text = str(root).strip().split("\n\n")[0]
+    return text if len(text) < 1000 else text[:1000] + " ..."
