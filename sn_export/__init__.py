@@ -6,6 +6,7 @@ from .errors import (
     FrozenWeightChangedWarning,
     ParityError,
     SnExportError,
+    SpectralNormNotAppliedWarning,
 )
 from .exporting import ExportReport, export_onnx
 from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
@@ -28,5 +29,7 @@ __all__ = [
     "FreezeError",
     "ExportError",
     "ParityError",
+    # Warnings
     "FrozenWeightChangedWarning",
+    "SpectralNormNotAppliedWarning",
 ]

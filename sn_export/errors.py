@@ -32,6 +32,10 @@ class FrozenWeightChangedWarning(UserWarning):
     """A frozen weight was edited or moved inside the block; the change was discarded."""
 
 
+class SpectralNormNotAppliedWarning(UserWarning):
+    """The network carries spectral norm where it never uses the normalised weight."""
+
+
 class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import io
-import logging
 import os
 import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +17,7 @@ from torch import nn
 
 from .dynamic import DynamicDim, dynamic_axes
 from .errors import ExportError
+from .quiet import no_fused_attention, quiet
 from .samples import InputSet
 
 ExternalData = Literal["auto"] | bool
@@ -45,7 +43,9 @@ class ExportOptions:
     verbose: bool
 
 
-def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path: Path) -> int:
+def write_onnx(
+    model: nn.Module, example: InputSet, options: ExportOptions, path: Path
+) -> int:
     """Export ``model`` to ``path``, with its external data beside it, and return the opset.
 
     Raises:
@@ -53,11 +53,13 @@ def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path
     """
     inputs = example.clone()
     try:
-        with quiet(options.verbose):
+        with quiet(options.verbose), no_fused_attention():
             if options.exporter == "dynamo":
                 graph = _dynamo(model, inputs, options)
             else:
-                graph = _torchscript(model, inputs, options, path.with_suffix(".raw.onnx"))
+                graph = _torchscript(
+                    model, inputs, options, path.with_suffix(".raw.onnx")
+                )
     except Exception as error:
         raise ExportError(
             f"the {options.exporter} exporter cannot export {type(model).__name__}: "
@@ -109,29 +111,6 @@ def publish(made: Path, target: Path) -> None:
         raise ExportError(f"cannot write '{target}': {error.strerror}") from error
 
 
-@contextlib.contextmanager
-def quiet(verbose: bool) -> Iterator[None]:
-    """Keep the exporters' prints, logs and warnings inside, unless ``verbose``."""
-    if verbose:
-        yield
-        return
-    loggers = [logging.getLogger(name) for name in ("torch", "torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-
-
 def _dynamo(model: nn.Module, example: InputSet, options: ExportOptions) -> ir.Model:
     program = torch.onnx.export(
         model,
@@ -163,7 +142,9 @@ def _torchscript(
             opset_version=options.opset_version,
             input_names=options.input_names or names,
             output_names=options.output_names,
-            dynamic_axes=_renamed(dynamic_axes(options.dims), names, options.input_names),
+            dynamic_axes=_renamed(
+                dynamic_axes(options.dims), names, options.input_names
+            ),
         )
     return ir.load(raw)
 

@@ -41,7 +41,18 @@ class Preserved:
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
-        self._modules = list(modules)
+        modules = list(modules)
+        self._modules = [
+            m for m in modules if not isinstance(m, torch.jit.ScriptModule)
+        ]
+        self._scripted = [
+            (m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)
+        ]
+        for (
+            scripted,
+            _,
+        ) in self._scripted:  # compiled code keeps its attributes elsewhere
+            scripted.training = False
         self._containers: list[tuple[Any, Any]] = []
         self._originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._parameters: list[tuple[Tensor, Tensor]] = []
@@ -67,13 +78,20 @@ class Preserved:
 
     def guard_parameters(self) -> None:
         """Keep a copy of every parameter from here on."""
-        unique = {id(p): p for m in self._modules for p in m._parameters.values() if p is not None}
+        unique = {
+            id(p): p
+            for m in self._modules
+            for p in m._parameters.values()
+            if p is not None
+        }
         self._parameters = [(p, p.detach().clone()) for p in unique.values()]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""
         self._parameters = [
-            (p, content) for p, content in self._parameters if not _same(p.detach(), content)
+            (p, content)
+            for p, content in self._parameters
+            if not _same(p.detach(), content)
         ]
 
     def reset(self) -> None:
@@ -92,6 +110,8 @@ class Preserved:
         """Put everything back: attributes, modes, buffers, parameters."""
         for container, content in (*self._containers, *self._originals):
             _restore_container(container, content)
+        for scripted, training in self._scripted:
+            scripted.training = training
         self._restore_parameters()
 
     def _restore_parameters(self) -> None:

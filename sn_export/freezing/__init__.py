@@ -3,4 +3,9 @@
 from .context import find_spectral_norm, frozen_spectral_norm, require_module
 from .site import SpectralNormInfo
 
-__all__ = ["SpectralNormInfo", "find_spectral_norm", "frozen_spectral_norm", "require_module"]
+__all__ = [
+    "SpectralNormInfo",
+    "find_spectral_norm",
+    "frozen_spectral_norm",
+    "require_module",
+]

@@ -26,7 +26,9 @@ class FrozenWeight:
         self.site = site
         if value.requires_grad:
             value = value.detach()
-        self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
+        self.tensor: Tensor = (
+            value if site.is_buffer else nn.Parameter(value, requires_grad=False)
+        )
         self._dtype = value.dtype
         self._device = value.device
         self._version = value._version
@@ -37,7 +39,9 @@ class FrozenWeight:
     def was_moved(self) -> bool:
         """Whether the tensor that stands there now has another dtype or device."""
         now = self._now()
-        return now is not None and (now.dtype != self._dtype or now.device != self._device)
+        return now is not None and (
+            now.dtype != self._dtype or now.device != self._device
+        )
 
     @property
     def was_edited(self) -> bool:
@@ -73,4 +77,6 @@ def _sample(tensor: Tensor) -> bytes:
     if size <= _SAMPLED_WHOLE:
         return ctypes.string_at(start, size)
     stride = (size - _CHUNK) // (_CHUNKS - 1)
-    return b"".join(ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))
+    return b"".join(
+        ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS)
+    )

@@ -6,36 +6,43 @@ the memory, without copying it, is enough to bring every bit back.
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from typing import cast
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 class Residence:
     """Where the parameters and buffers of the whole model lived at the start of a block."""
 
-    def __init__(self) -> None:
-        self._tensors: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        self._grads: list[tuple[Tensor, Tensor, Tensor]] = []
-
-    def note(self, module: nn.Module) -> None:
-        """Remember the tensors of ``module`` itself, not of its children."""
-        for container in (module._parameters, module._buffers):
-            for name, tensor in container.items():
-                if tensor is not None:
-                    self._tensors.append((container, name, tensor, tensor.detach()))
-                    if tensor.grad is not None:
-                        self._grads.append((tensor, tensor.grad, tensor.grad.detach()))
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        places = [
+            (container, name, tensor)
+            for module in modules
+            for container in (module._parameters, module._buffers)
+            for name, tensor in container.items()
+            if tensor is not None
+        ]
+        self._places = places
+        self._memory = [t if is_lazy(t) else t.detach() for _, _, t in places]
+        self._grads = [
+            (tensor, tensor.grad, tensor.grad.detach())
+            for _, _, tensor in places
+            if tensor.grad is not None
+        ]
 
     def restore(self) -> None:
         """Bring every tensor back whose dtype or device is another one now."""
-        for container, name, tensor, memory in self._tensors:
+        for (container, name, tensor), memory in zip(
+            self._places, self._memory, strict=True
+        ):
             now = container.get(name)
             if now is None or not _differs(now, memory):
                 continue
             if _differs(tensor, memory):
                 tensor.data = memory
-            container[name] = tensor
+            cast("dict[str, Tensor]", container)[name] = tensor
         for tensor, grad, memory in self._grads:
             if tensor.grad is not None and _differs(tensor.grad, memory):
                 if _differs(grad, memory):

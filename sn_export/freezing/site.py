@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class SpectralNormInfo:
         n_power_iterations: power iterations per forward in train mode; None for a
             vector, whose norm needs no iteration.
         sigma: ``u^H W v`` from the stored singular vectors; NaN on the meta device.
+        is_applied: False where the network never uses the normalised weight: a hook on the
+            ``out_proj`` of `torch.nn.MultiheadAttention`, which is never called.
     """
 
     module: str
@@ -38,7 +40,8 @@ class SpectralNormInfo:
     dim: int
     eps: float | None
     n_power_iterations: int | None
-    sigma: float = field(default=math.nan)
+    sigma: float = math.nan
+    is_applied: bool = True
 
     @property
     def name(self) -> str:
@@ -77,6 +80,11 @@ class Site(ABC):
         """Whether the plain network holds this tensor as a buffer."""
         return False
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether a forward pass of the model uses the normalised value at all."""
+        return True
+
     @abstractmethod
     def value(self) -> Tensor:
         """Return the weight that an eval-mode forward would use now, without side effect."""
@@ -106,12 +114,16 @@ def qualified(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
+def plan_registration(
+    edits: Edits, module: nn.Module, name: str, value: Tensor
+) -> None:
     """Register ``value`` where the plain network has it: a weight stands before its bias."""
-    edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
+    edit = edits.of(
+        module._parameters if isinstance(value, nn.Parameter) else module._buffers
+    )
     edit.added[name] = value
     successor = name.replace("weight", "bias")
-    if successor != name and successor in edit.before:
-        edit.order = edit.remaining()
-        edit.order.remove(name)
-        edit.order.insert(edit.order.index(successor), name)
+    if successor in edit.before and successor != name:
+        order = edit.order = edit.remaining()
+        order.remove(name)
+        order.insert(order.index(successor), name)

@@ -25,20 +25,17 @@ class Edit:
         self.before = target.copy()
         self.removed: list[Any] = []
         self.added: Container = {}
-        self.order: list[Any] | None = None  # of the keys while applied, where that matters
+        self.order: list[Any] | None = (
+            None  # of the keys while applied, where that matters
+        )
         self.restored: Container | None = None
-
-    def remove(self, key: Any) -> None:
-        """Plan to take ``key`` out, if it is there."""
-        if key in self.before and key not in self.removed:
-            self.removed.append(key)
 
     def remaining(self) -> list[Any]:
         """Return the keys that will be there once the edit is applied."""
-        if len(self.removed) == len(self.before):
-            return list(self.added)
-        keys = [key for key in self.before if key not in self.removed and key not in self.added]
-        return keys + list(self.added)
+        removed, added = self.removed, self.added
+        return [
+            key for key in self.before if key not in removed and key not in added
+        ] + [*added]
 
     def apply(self) -> None:
         """Change the dictionary."""
@@ -98,16 +95,17 @@ class Edits:
 
     def of(self, target: Container) -> Edit:
         """Return the one edit of ``target``; several tensors may share a dictionary."""
-        key = id(target)
-        if key not in self._edits:
-            self._edits[key] = Edit(target)
-        return self._edits[key]
+        edit = self._edits.get(id(target))
+        if edit is None:
+            edit = self._edits[id(target)] = Edit(target)
+        return edit
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
         edit = self.of(target)
-        for key in keys:
-            edit.remove(key)
+        edit.removed += [
+            key for key in keys if key in edit.before and key not in edit.removed
+        ]
 
     def set_class(self, module: nn.Module, new: type) -> None:
         """Plan another class for this instance; the class itself may be shared by copies."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
@@ -42,8 +43,20 @@ class HookSite(Site):
                 "Remove whatever renamed it (pruning, another reparametrization) first",
             ) from error
 
+    @property
+    def is_applied(self) -> bool:
+        """Whether the hook ever runs.
+
+        `torch.nn.MultiheadAttention` reads the weight of its ``out_proj`` and does not call
+        it, so there the attribute that the hook once left behind is the weight in use.
+        """
+        return not isinstance(self.module, NonDynamicallyQuantizableLinear)
+
     def value(self) -> Tensor:
         """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
+        if not self.is_applied:
+            in_use: Tensor = getattr(self.module, self.tensor)
+            return in_use.detach().clone()
         if type(self.hook) is SpectralNorm:
             return self._compute()
         return without_trace(self._compute, [self.module]).clone()
@@ -59,7 +72,9 @@ class HookSite(Site):
             module._state_dict_hooks,
             module._load_state_dict_pre_hooks,
         ):
-            edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
+            edits.remove(
+                hooks, [key for key, entry in hooks.items() if self._owns(entry)]
+            )
         edits.remove(module._buffers, self._buffer_names())
         edits.remove(module._parameters, (name + "_orig",))
         edits.remove(module.__dict__, (name,))
@@ -76,7 +91,9 @@ class HookSite(Site):
         if entry is self.hook:
             return True
         owner = getattr(getattr(entry, "hook", entry), "fn", None)
-        return owner is self.hook or (isinstance(owner, SpectralNorm) and owner.name == self.tensor)
+        return owner is self.hook or (
+            isinstance(owner, SpectralNorm) and owner.name == self.tensor
+        )
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
@@ -91,6 +108,7 @@ class HookSite(Site):
             dim=hook.dim,
             eps=hook.eps,
             n_power_iterations=hook.n_power_iterations,
+            is_applied=self.is_applied,
             sigma=stored_sigma(hook.reshape_weight_to_matrix(weight.detach()), u, v),
         )
 
