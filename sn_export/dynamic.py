@@ -49,14 +49,10 @@ class DynamicDim:
         """Return the root's size in the example."""
         if not callable(getattr(self.spec, "fn", None)):
             return self.size
-        return next(
-            (n for n in range(self.size * 4 + 8) if self.size_for(n) == self.size), 0
-        )
+        return next((n for n in range(self.size * 4 + 8) if self.size_for(n) == self.size), 0)
 
 
-def dynamic_dims(
-    model: nn.Module, example: InputSet, dynamic_shapes: Any
-) -> list[DynamicDim]:
+def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
     """Return the dynamic dimensions that ``dynamic_shapes`` declares for ``example``.
 
     Args:
@@ -97,9 +93,7 @@ def resized_sets(
         return
     roots: dict[str, list[DynamicDim]] = {
         root: list(group)
-        for root, group in itertools.groupby(
-            sorted(dims, key=lambda d: d.root), lambda d: d.root
-        )
+        for root, group in itertools.groupby(sorted(dims, key=lambda d: d.root), lambda d: d.root)
     }
     generator = torch.Generator().manual_seed(_SEED)
     names = {id(tensor): name for name, tensor in example.named_tensors(model)}
@@ -118,9 +112,7 @@ def resized_sets(
         seen.add(tuple(sizes.values()))
         wanted = {(d.tensor, d.position): d.size_for(sizes[d.root]) for d in dims}
 
-        def resize(
-            tensor: Tensor, wanted: dict[tuple[str, int], int] = wanted
-        ) -> Tensor:
+        def resize(tensor: Tensor, wanted: dict[tuple[str, int], int] = wanted) -> Tensor:
             name = names[id(tensor)]
             shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
             return random_like(_stretched(tensor, shape), generator)
@@ -190,9 +182,7 @@ def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     for position, size in enumerate(shape):
         old = index.shape[position]
         if old != size and old > 0:
-            index = index.index_select(
-                position, torch.arange(size, device=index.device) % old
-            )
+            index = index.index_select(position, torch.arange(size, device=index.device) % old)
     return index
 
 

@@ -175,9 +175,7 @@ def export_onnx(
         state.reset()
         _logger.info("comparing %d input sets with onnxruntime", len(references))
         session = open_session(draft, providers)
-        parity = compare(
-            model, session, _runnable(session, model, references), rtol, atol
-        )
+        parity = compare(model, session, _runnable(session, model, references), rtol, atol)
         del session
         parity.require_passed(f"the file made by the {exporter} exporter")
         publish(draft, target)
@@ -207,9 +205,7 @@ def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Refere
         ) from error.__cause__
 
 
-def _run_resized(
-    model: nn.Module, state: Preserved, candidates: Any
-) -> list[Reference]:
+def _run_resized(model: nn.Module, state: Preserved, candidates: Any) -> list[Reference]:
     references: list[Reference] = []
     for candidate in candidates:
         if len(references) == _RESIZED:
@@ -221,9 +217,7 @@ def _run_resized(
     return references
 
 
-def _runnable(
-    session: Any, model: nn.Module, references: list[Reference]
-) -> list[Reference]:
+def _runnable(session: Any, model: nn.Module, references: list[Reference]) -> list[Reference]:
     """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
     shapes = [entry.shape for entry in session.get_inputs()]
     kept = []
@@ -235,9 +229,7 @@ def _runnable(
             for wanted, size in zip(shape, tensor.shape, strict=False)
         )
         if fixed:
-            _logger.info(
-                "the file has fixed shapes %s; not run at %s", shapes, reference.inputs
-            )
+            _logger.info("the file has fixed shapes %s; not run at %s", shapes, reference.inputs)
         else:
             kept.append(reference)
     return kept
@@ -248,9 +240,7 @@ def _as_args(args: Any) -> tuple[Any, ...]:
         return (args,)
     if isinstance(args, (tuple, list)):
         return tuple(args)
-    raise TypeError(
-        f"args must be a tuple of arguments or a tensor, got {type(args).__name__}"
-    )
+    raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
 
 
 def _require_target(path: str | os.PathLike[str]) -> Path:
@@ -262,25 +252,17 @@ def _require_target(path: str | os.PathLike[str]) -> Path:
     if target.is_dir():
         raise IsADirectoryError(f"cannot write '{target}': it is a folder")
     if not os.access(target.parent, os.W_OK):
-        raise PermissionError(
-            f"cannot write '{target}': folder '{target.parent}' is read-only"
-        )
+        raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
     return target
 
 
-def _require_options(
-    exporter: str, samples: int, external_data: Any, opset: int | None
-) -> None:
+def _require_options(exporter: str, samples: int, external_data: Any, opset: int | None) -> None:
     if exporter not in ("dynamo", "torchscript"):
-        raise ValueError(
-            f"exporter must be 'dynamo' or 'torchscript', got {exporter!r}"
-        )
+        raise ValueError(f"exporter must be 'dynamo' or 'torchscript', got {exporter!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
     if external_data not in ("auto", True, False):
-        raise ValueError(
-            f"external_data must be 'auto', True or False, got {external_data!r}"
-        )
+        raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
     if opset is not None and not isinstance(opset, int):
         raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
 

@@ -43,9 +43,7 @@ class ExportOptions:
     verbose: bool
 
 
-def write_onnx(
-    model: nn.Module, example: InputSet, options: ExportOptions, path: Path
-) -> int:
+def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path: Path) -> int:
     """Export ``model`` to ``path``, with its external data beside it, and return the opset.
 
     Raises:
@@ -57,9 +55,7 @@ def write_onnx(
             if options.exporter == "dynamo":
                 graph = _dynamo(model, inputs, options)
             else:
-                graph = _torchscript(
-                    model, inputs, options, path.with_suffix(".raw.onnx")
-                )
+                graph = _torchscript(model, inputs, options, path.with_suffix(".raw.onnx"))
     except Exception as error:
         raise ExportError(
             f"the {options.exporter} exporter cannot export {type(model).__name__}: "
@@ -142,9 +138,7 @@ def _torchscript(
             opset_version=options.opset_version,
             input_names=options.input_names or names,
             output_names=options.output_names,
-            dynamic_axes=_renamed(
-                dynamic_axes(options.dims), names, options.input_names
-            ),
+            dynamic_axes=_renamed(dynamic_axes(options.dims), names, options.input_names),
         )
     return ir.load(raw)
 

@@ -217,9 +217,7 @@ def compare(
             raise ExportError(
                 f"the file has {len(results)} outputs, the model {len(reference.outputs)}"
             )
-        for state, expected, got in zip(
-            running, reference.outputs, results, strict=True
-        ):
+        for state, expected, got in zip(running, reference.outputs, results, strict=True):
             state.add(reference.inputs.label, expected, got)
         count += 1
     providers = tuple(session.get_providers())
@@ -251,9 +249,7 @@ class _Running:
         self.rtol, self.atol = rtol, atol
         self.shape: tuple[int, ...] = ()
         self.dtype = ""
-        self.max_abs = self.max_rel = self.total = self.applied_rtol = (
-            self.applied_atol
-        ) = 0.0
+        self.max_abs = self.max_rel = self.total = self.applied_rtol = self.applied_atol = 0.0
         self.elements = self.samples = 0
         self.worst_index: tuple[int, ...] = ()
         self.worst_sample = ""
@@ -296,9 +292,7 @@ class _Running:
         self.elements += expected.numel()
         outside = ~(difference <= atol + rtol * magnitude)
         if bool(nan.any()):
-            self.reason = (
-                f"{int(nan.sum())} of {expected.numel()} elements are NaN on {label}"
-            )
+            self.reason = f"{int(nan.sum())} of {expected.numel()} elements are NaN on {label}"
         elif bool(outside.any()):
             at = list(_index(worst, expected.shape))
             self.reason = (

@@ -42,12 +42,8 @@ class Preserved:
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
-        self._modules = [
-            m for m in modules if not isinstance(m, torch.jit.ScriptModule)
-        ]
-        self._scripted = [
-            (m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)
-        ]
+        self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        self._scripted = [(m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)]
         for (
             scripted,
             _,
@@ -78,20 +74,13 @@ class Preserved:
 
     def guard_parameters(self) -> None:
         """Keep a copy of every parameter from here on."""
-        unique = {
-            id(p): p
-            for m in self._modules
-            for p in m._parameters.values()
-            if p is not None
-        }
+        unique = {id(p): p for m in self._modules for p in m._parameters.values() if p is not None}
         self._parameters = [(p, p.detach().clone()) for p in unique.values()]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""
         self._parameters = [
-            (p, content)
-            for p, content in self._parameters
-            if not _same(p.detach(), content)
+            (p, content) for p, content in self._parameters if not _same(p.detach(), content)
         ]
 
     def reset(self) -> None:

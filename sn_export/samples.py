@@ -28,13 +28,9 @@ class InputSet:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str = "the input"
 
-    def map(
-        self, change: Callable[[Tensor], Tensor], label: str | None = None
-    ) -> InputSet:
+    def map(self, change: Callable[[Tensor], Tensor], label: str | None = None) -> InputSet:
         """Return a set with every tensor replaced by ``change(tensor)``."""
-        args, kwargs = pytree.tree_map_only(
-            Tensor, change, (self.args, dict(self.kwargs))
-        )
+        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
         return InputSet(args, kwargs, label or self.label)
 
     def clone(self) -> InputSet:
@@ -56,9 +52,7 @@ class InputSet:
         return named
 
 
-def as_input_sets(
-    inputs: Any, arity: int | None = None, label: str = "input"
-) -> list[InputSet]:
+def as_input_sets(inputs: Any, arity: int | None = None, label: str = "input") -> list[InputSet]:
     """Return what a user passes as ``inputs`` as a list of input sets.
 
     A tensor is one call; a dict one call by keywords; a tuple one call with these
@@ -112,13 +106,9 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(0, 2, shape, generator=generator).to(tensor)
     if dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex64).to(tensor)
-    low, high = (
-        bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double())
-    )
+    low, high = (bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double()))
     if not dtype.is_floating_point:
-        return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(
-            tensor
-        )
+        return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(tensor)
     if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
@@ -141,15 +131,13 @@ def _bind(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
     try:
         bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except (TypeError, ValueError):
-        return {f"input_{i}": arg for i, arg in enumerate(inputs.args)} | dict(
-            inputs.kwargs
-        )
+        return {f"input_{i}": arg for i, arg in enumerate(inputs.args)} | dict(inputs.kwargs)
     arguments: dict[str, Any] = {}
     for name, value in bound.arguments.items():
         kind = bound.signature.parameters[name].kind
-        arguments.update(
-            value
-        ) if kind is inspect.Parameter.VAR_KEYWORD else arguments.update({name: value})
+        arguments.update(value) if kind is inspect.Parameter.VAR_KEYWORD else arguments.update(
+            {name: value}
+        )
     return arguments
 
 

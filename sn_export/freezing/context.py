@@ -26,9 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 _logger = logging.getLogger("sn_export")
 _lock = threading.RLock()
-_holders: dict[
-    int, int
-] = {}  # id of a module that is frozen -> ident of the thread that holds it
+_holders: dict[int, int] = {}  # id of a module that is frozen -> ident of the thread that holds it
 
 
 def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
@@ -85,9 +83,7 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
         FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule.
     """
     return [
-        site.describe()
-        for _, sites in walk(require_module(model), SPECTRAL_NORM)
-        for site in sites
+        site.describe() for _, sites in walk(require_module(model), SPECTRAL_NORM) for site in sites
     ]
 
 
@@ -106,9 +102,7 @@ class _Block(AbstractContextManager[M], Generic[M]):
 
     def __enter__(self) -> M:
         if self._plan is not None:
-            raise RuntimeError(
-                "this block is already entered; call the function again instead"
-            )
+            raise RuntimeError("this block is already entered; call the function again instead")
         try:
             with _lock, _paused_gc():
                 self._freeze()
@@ -174,10 +168,9 @@ def _unused(names: list[str]) -> str:
 
 
 def _complaints(plan: Plan) -> list[str]:
-    moved = [w.site.name for w in plan.weights if w.was_moved]
-    edited = [
-        w.site.name for w in plan.weights if w.was_edited and w.site.name not in moved
-    ]
+    changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
+    moved = [weight.site.name for weight, change in changed if change == "moved"]
+    edited = [weight.site.name for weight, change in changed if change == "edited"]
     plan.moved = bool(moved)
     messages = []
     if moved:

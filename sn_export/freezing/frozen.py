@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -26,40 +27,35 @@ class FrozenWeight:
         self.site = site
         if value.requires_grad:
             value = value.detach()
-        self.tensor: Tensor = (
-            value if site.is_buffer else nn.Parameter(value, requires_grad=False)
-        )
+        self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
         self._dtype = value.dtype
         self._device = value.device
         self._version = value._version
         self._memory = _address(value)
         self._bytes = _sample(value)
 
-    @property
-    def was_moved(self) -> bool:
-        """Whether the tensor that stands there now has another dtype or device."""
-        now = self._now()
-        return now is not None and (
-            now.dtype != self._dtype or now.device != self._device
-        )
+    def change(self) -> Literal["moved", "edited"] | None:
+        """Return what was done to the weight since, if anything.
 
-    @property
-    def was_edited(self) -> bool:
-        """Whether the tensor was replaced or written to.
-
-        Writes through ``.data`` leave no version behind. They are seen by comparing
-        bytes: all of a small weight, 64 samples of a large one; on the CPU only.
+        Moved to another dtype or device; or edited, that is replaced or written to. Writes
+        through ``.data`` leave no version behind. They are seen by comparing bytes: all of
+        a small weight, 64 samples of a large one; on the CPU only.
         """
-        return (
-            self._now() is not self.tensor
-            or self.tensor._version != self._version
-            or _address(self.tensor) != self._memory
-            or _sample(self.tensor) != self._bytes
-        )
-
-    def _now(self) -> Tensor | None:
         module, name = self.site.module, self.site.tensor
-        return module._parameters.get(name, module._buffers.get(name))
+        now: Tensor | None = module._parameters.get(name)
+        if now is None:
+            now = module._buffers.get(name)
+        if now is None:
+            return "edited"
+        if now.dtype != self._dtype or now.device != self._device:
+            return "moved"
+        unchanged = (
+            now is self.tensor
+            and now._version == self._version
+            and _address(now) == self._memory
+            and _sample(now) == self._bytes
+        )
+        return None if unchanged else "edited"
 
 
 def _address(tensor: Tensor) -> int:
@@ -77,6 +73,4 @@ def _sample(tensor: Tensor) -> bytes:
     if size <= _SAMPLED_WHOLE:
         return ctypes.string_at(start, size)
     stride = (size - _CHUNK) // (_CHUNKS - 1)
-    return b"".join(
-        ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS)
-    )
+    return b"".join(ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))

@@ -34,9 +34,7 @@ class Residence:
 
     def restore(self) -> None:
         """Bring every tensor back whose dtype or device is another one now."""
-        for (container, name, tensor), memory in zip(
-            self._places, self._memory, strict=True
-        ):
+        for (container, name, tensor), memory in zip(self._places, self._memory, strict=True):
             now = container.get(name)
             if now is None or not _differs(now, memory):
                 continue

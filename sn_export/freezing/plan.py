@@ -31,8 +31,7 @@ class Plan:
         with torch.inference_mode(False), torch.no_grad():
             values = [_value(site) for site in sites]
             self.weights = [
-                FrozenWeight(site, value)
-                for site, value in zip(sites, values, strict=True)
+                FrozenWeight(site, value) for site, value in zip(sites, values, strict=True)
             ]
             self.residence = Residence(module for module, _ in found)
         for weight in self.weights:
@@ -47,9 +46,7 @@ class Plan:
         return [id(weight.site.module) for weight in self.weights]
 
 
-def walk(
-    model: nn.Module, kinds: Iterable[Kind]
-) -> Iterator[tuple[nn.Module, list[Site]]]:
+def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[tuple[nn.Module, list[Site]]]:
     """Yield every module once, parents first, with its sites.
 
     Raises:

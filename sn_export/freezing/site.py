@@ -114,13 +114,9 @@ def qualified(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def plan_registration(
-    edits: Edits, module: nn.Module, name: str, value: Tensor
-) -> None:
+def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
     """Register ``value`` where the plain network has it: a weight stands before its bias."""
-    edit = edits.of(
-        module._parameters if isinstance(value, nn.Parameter) else module._buffers
-    )
+    edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
     edit.added[name] = value
     successor = name.replace("weight", "bias")
     if successor in edit.before and successor != name:

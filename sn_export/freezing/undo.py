@@ -25,38 +25,40 @@ class Edit:
         self.before = target.copy()
         self.removed: list[Any] = []
         self.added: Container = {}
-        self.order: list[Any] | None = (
-            None  # of the keys while applied, where that matters
-        )
+        self.order: list[Any] | None = None  # of the keys while applied, where that matters
         self.restored: Container | None = None
 
     def remaining(self) -> list[Any]:
         """Return the keys that will be there once the edit is applied."""
         removed, added = self.removed, self.added
-        return [
-            key for key in self.before if key not in removed and key not in added
-        ] + [*added]
+        return [key for key in self.before if key not in removed and key not in added] + [*added]
 
     def apply(self) -> None:
         """Change the dictionary."""
         target = self.target
         for key in self.removed:
             target.pop(key, None)
-        target.update(self.added)
-        if self.order is not None:
-            _assign(target, {key: target[key] for key in self.order})
+        if self.added:
+            target.update(self.added)
+            if self.order is not None:
+                _assign(target, {key: target[key] for key in self.order})
 
     def restore(self) -> None:
         """Undo `apply`, and keep what others have put in, taken out or replaced since.
 
         Can be repeated from any point where an interrupt stopped it.
         """
-        if self.restored is None and self._ends_with_removed():
-            target, before = self.target, self.before
-            for key in self.added:
-                target.pop(key, None)
-            for key in self.removed:
-                target[key] = before[key]
+        before, removed, added = self.before, self.removed, self.added
+        count = len(removed)
+        if self.restored is None and (
+            (count == len(before) or list(before)[-count:] == removed)
+            and not (added and any(key in before for key in added))
+        ):
+            # The keys stood at the end: putting them back there is the old order.
+            for key in added:
+                self.target.pop(key, None)
+            for key in removed:
+                self.target[key] = before[key]
         else:
             if self.restored is None:
                 self.restored = self._merge()
@@ -65,13 +67,6 @@ class Edit:
     def roll_back(self) -> None:
         """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
         _assign(self.target, self.before)
-
-    def _ends_with_removed(self) -> bool:
-        # Then putting the keys back at the end is all it takes to have the old order.
-        count = len(self.removed)
-        if self.added.keys() & self.before.keys():
-            return False
-        return count == len(self.before) or list(self.before)[-count:] == self.removed
 
     def _merge(self) -> Container:
         merged = {}
@@ -103,9 +98,7 @@ class Edits:
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
         edit = self.of(target)
-        edit.removed += [
-            key for key in keys if key in edit.before and key not in edit.removed
-        ]
+        edit.removed += [key for key in keys if key in edit.before and key not in edit.removed]
 
     def set_class(self, module: nn.Module, new: type) -> None:
         """Plan another class for this instance; the class itself may be shared by copies."""

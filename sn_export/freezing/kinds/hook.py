@@ -1,9 +1,11 @@
-"""`torch.nn.utils.spectral_norm`: a forward pre-hook, its subclasses included."""
+"""`torch.nn.utils.spectral_norm`: a forward pre-hook, its subclasses and copies included."""
 
 from __future__ import annotations
 
+import inspect
+import math
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -59,7 +61,11 @@ class HookSite(Site):
             return in_use.detach().clone()
         if type(self.hook) is SpectralNorm:
             return self._compute()
-        return without_trace(self._compute, [self.module]).clone()
+        attributes = vars(self.hook).copy()
+        try:
+            return without_trace(self._compute, [self.module]).clone()
+        finally:
+            vars(self.hook).update(attributes)
 
     def _compute(self) -> Tensor:
         return self.hook.compute_weight(self.module, do_power_iteration=False)
@@ -72,9 +78,8 @@ class HookSite(Site):
             module._state_dict_hooks,
             module._load_state_dict_pre_hooks,
         ):
-            edits.remove(
-                hooks, [key for key, entry in hooks.items() if self._owns(entry)]
-            )
+            if hooks:
+                edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
         edits.remove(module._buffers, self._buffer_names())
         edits.remove(module._parameters, (name + "_orig",))
         edits.remove(module.__dict__, (name,))
@@ -91,13 +96,11 @@ class HookSite(Site):
         if entry is self.hook:
             return True
         owner = getattr(getattr(entry, "hook", entry), "fn", None)
-        return owner is self.hook or (
-            isinstance(owner, SpectralNorm) and owner.name == self.tensor
-        )
+        return owner is self.hook or (type(owner) is type(self.hook) and owner.name == self.tensor)
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
-        weight, u, v = self.sources
+        weight = self.sources[0]
         hook = self.hook
         return SpectralNormInfo(
             module=self.path,
@@ -105,12 +108,21 @@ class HookSite(Site):
             kind=self.kind,
             shape=tuple(weight.shape),
             dtype=str(weight.dtype).removeprefix("torch."),
-            dim=hook.dim,
-            eps=hook.eps,
-            n_power_iterations=hook.n_power_iterations,
+            dim=getattr(hook, "dim", 0),
+            eps=getattr(hook, "eps", None),
+            n_power_iterations=getattr(hook, "n_power_iterations", None),
+            sigma=self._sigma(),
             is_applied=self.is_applied,
-            sigma=stored_sigma(hook.reshape_weight_to_matrix(weight.detach()), u, v),
         )
+
+    def _sigma(self) -> float:
+        weight, u, v = self.sources
+        matrix = self.hook.reshape_weight_to_matrix(weight.detach())
+        if (u.numel(), v.numel()) == tuple(matrix.shape):
+            return stored_sigma(matrix, u.flatten(), v.flatten())
+        # Norms of the convolution operator keep vectors of another size, and sigma itself.
+        recorded = self.module._buffers.get(self.tensor + "_sigma")
+        return float(recorded) if recorded is not None and recorded.numel() == 1 else math.nan
 
 
 def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:
@@ -121,5 +133,19 @@ def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:
 
 def _sites(path: str, module: nn.Module) -> Iterator[HookSite]:
     for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm):
-            yield HookSite(path, module, hook)
+        if isinstance(hook, SpectralNorm) or _is_copy(hook, module):
+            yield HookSite(path, module, cast(SpectralNorm, hook))
+
+
+def _is_copy(hook: Any, module: nn.Module) -> bool:
+    """Whether ``hook`` is a copy of torch's class: the same method on the same buffers."""
+    compute = getattr(hook, "compute_weight", None)
+    name = getattr(hook, "name", None)
+    if compute is None or not isinstance(name, str):
+        return False
+    return (
+        name + "_orig" in module._parameters
+        and {name + "_u", name + "_v"} <= module._buffers.keys()
+        and hasattr(hook, "reshape_weight_to_matrix")
+        and "do_power_iteration" in inspect.signature(compute).parameters
+    )

@@ -36,9 +36,7 @@ class ParametrizationSite(Site):
         first, *others = chain._modules.values()
         if not others and type(first) is _SpectralNorm:
             tensors = (*chain._parameters.values(), *chain._buffers.values())
-            return tuple(
-                t for t in (*tensors, *first._buffers.values()) if t is not None
-            )
+            return tuple(t for t in (*tensors, *first._buffers.values()) if t is not None)
         return (*chain.parameters(), *chain.buffers())
 
     @property
@@ -138,17 +136,13 @@ class ParametrizationSite(Site):
             return without_trace(run, self.chain.modules())
 
 
-def find_parametrizations(
-    path: str, module: nn.Module
-) -> Iterable[ParametrizationSite]:
+def find_parametrizations(path: str, module: nn.Module) -> Iterable[ParametrizationSite]:
     """Return the sites of `torch.nn.utils.parametrizations.spectral_norm` in ``module``."""
     lists = module._modules.get("parametrizations")
     return _sites(path, module, lists) if isinstance(lists, nn.ModuleDict) else ()
 
 
-def _sites(
-    path: str, module: nn.Module, lists: nn.ModuleDict
-) -> Iterator[ParametrizationSite]:
+def _sites(path: str, module: nn.Module, lists: nn.ModuleDict) -> Iterator[ParametrizationSite]:
     for tensor, chain in lists._modules.items():
         if isinstance(chain, ParametrizationList) and any(
             isinstance(link, _SpectralNorm) for link in chain._modules.values()
@@ -173,8 +167,6 @@ def _without_property(cls: type, name: str) -> type:
 
 def _sigma(norm: _SpectralNorm, weight: Tensor) -> float:
     if weight.ndim == 1:
-        return (
-            float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
-        )
+        return float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
     matrix = norm._reshape_weight_to_matrix(weight)
     return stored_sigma(matrix, norm._u, norm._v)

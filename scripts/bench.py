@@ -1,0 +1,130 @@
+"""Measure what this package costs, as ratios to torch doing the same without it.
+
+    python scripts/bench.py [--quick] [--only NAME] [--json FILE] [--markdown] [--threads N]
+
+Both sides of a ratio run turn by turn in one process; the figure is the median of the ratios
+of neighbours. A missed aim is shown as missed; the exit code is 1 only where a measurement
+itself failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import platform
+import sys
+import traceback
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from bench_common import Row
+from rich.console import Console
+from rich.table import Table
+
+BENCHMARKS = {
+    "freeze": ("bench_freeze", "against_torch"),
+    "copy": ("bench_freeze", "against_copying"),
+    "growth": ("bench_freeze", "growth"),
+    "memory": ("bench_freeze", "memory"),
+    "export": ("bench_export", "exporting"),
+    "file": ("bench_export", "files"),
+}
+VERDICTS = {True: "met", False: "MISSED", None: ""}
+HEADER = ("name", "measured", "min to max", "aim", "", "seconds")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the benchmarks asked for and report them."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--only", choices=BENCHMARKS, action="append", help="may be repeated")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print a markdown table")
+    parser.add_argument("--threads", type=int, default=1, help="of torch, default: %(default)s")
+    options = parser.parse_args(argv)
+
+    torch.set_num_threads(options.threads)
+    rows: list[Row] = []
+    failed = []
+    for name in options.only or BENCHMARKS:
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
+        module, function = BENCHMARKS[name]
+        try:
+            rows += getattr(importlib.import_module(module), function)(options.quick)
+        except Exception:
+            traceback.print_exc()
+            failed.append(name)
+
+    environment = _environment(options.quick)
+    (_markdown if options.markdown else _rich)(rows, environment)
+    if options.json is not None:
+        report = {
+            "environment": environment,
+            "rows": [row.as_json() for row in rows],
+            "failed": failed,
+        }
+        options.json.write_text(json.dumps(report, indent=2) + "\n")
+    if failed:
+        print(f"failed to measure: {', '.join(failed)}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _environment(quick: bool) -> dict[str, Any]:
+    names = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+    return {
+        "python": platform.python_version(),
+        **{name: _version(name) for name in names},
+        "machine": platform.machine(),
+        "cores": os.cpu_count(),
+        "torch_threads": torch.get_num_threads(),
+        "quick": quick,
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cells(row: Row) -> tuple[str, ...]:
+    detail = row.detail
+    name, spread, times = row.name, "", ""
+    if row.measured is None:
+        spread = "; ".join(f"{key}: {value}" for key, value in detail.items())
+    if "min" in detail:
+        spread = f"{detail['min']:.3f} to {detail['max']:.3f}"
+        times = f"{detail['seconds']:.4f} / {detail['reference_seconds']:.4f}"
+    elif "nodes" in detail:
+        spread = f"{detail['nodes']} / {detail['reference_nodes']}"
+    measured = "" if row.measured is None else f"{row.measured:.3f}"
+    aim = "" if row.aim is None else f"{row.aim:.2f}"
+    return (name, measured, spread, aim, VERDICTS[row.passed], times)
+
+
+def _summary(environment: dict[str, Any]) -> str:
+    return ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
+
+
+def _rich(rows: Sequence[Row], environment: dict[str, Any]) -> None:
+    table = Table(*HEADER, caption=_summary(environment))
+    for row in rows:
+        style = "bold red" if row.passed is False else None
+        table.add_row(*_cells(row), style=style)
+    Console().print(table)
+
+
+def _markdown(rows: Sequence[Row], environment: dict[str, Any]) -> None:
+    lines = [HEADER, ("---",) * len(HEADER), *map(_cells, rows)]
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
+    print(f"\n{_summary(environment)}")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

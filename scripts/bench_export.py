@@ -1,0 +1,168 @@
+"""Benchmarks of the export: its own cost, and its file against an export with spectral norm."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import onnx
+import onnxruntime
+import torch
+from bench_common import KINDS, Row, Step, critic, ratio
+from torch import nn
+
+from sn_export import export_onnx, frozen_spectral_norm
+
+EXPORTERS = ("dynamo", "torchscript")
+SAMPLES = 3
+IMAGES = (1, 3, 64, 64)
+
+
+def exporting(quick: bool) -> list[Row]:
+    """Time export_onnx against torch.onnx.export of a plain twin and as many runs."""
+    image = torch.randn(IMAGES)
+    rows = []
+    for exporter in EXPORTERS:
+        for kind in KINDS:
+            model = critic(kind)
+            name = f"export_onnx, critic, {kind}, {exporter}, to the plain export + as many runs"
+            with _folder() as folder:
+                row = ratio(
+                    name,
+                    _exporting(model, image, folder / "ours.onnx", exporter),
+                    _exporting_twin(_twin(model), image, folder / "twin.onnx", exporter),
+                    repeats=_repeats(quick, exporter),
+                    aim=1.10,
+                )
+            rows.append(row)
+    return rows
+
+
+def files(quick: bool) -> list[Row]:
+    """Compare the exported file with that of torch.onnx.export on the model as it is."""
+    image = torch.randn(IMAGES)
+    rows = []
+    for exporter in EXPORTERS:
+        for kind in KINDS:
+            model = critic(kind)
+            title = f"critic, {kind}, {exporter}, frozen file to raw file"
+            with _folder() as folder:
+                raw, frozen = folder / "raw.onnx", folder / "frozen.onnx"
+                try:
+                    _torch_export(model, image, raw, exporter)
+                except Exception as error:  # whatever the exporter raises is the finding
+                    reason = f"{type(error).__name__}: {error}".splitlines()[-1]
+                    detail = {"raw export failed": reason}
+                    rows.append(Row(f"nodes, {title}", None, None, "ratio", detail))
+                    continue
+                _exporting(model, image, frozen, exporter)()
+                rows += _compare_files(title, frozen, raw, image, quick)
+    return rows
+
+
+def _compare_files(
+    title: str, frozen: Path, raw: Path, image: torch.Tensor, quick: bool
+) -> list[Row]:
+    ours, theirs = (len(onnx.load(path).graph.node) for path in (frozen, raw))
+    detail = {"nodes": ours, "reference_nodes": theirs}
+    rows = [Row(f"nodes, {title}", ours / theirs, None, "ratio", detail)]
+    feed = {onnxruntime.InferenceSession(frozen).get_inputs()[0].name: image.numpy()}
+    for level, optimise in (("off", False), ("on", True)):
+        repeats = 7 if quick else 31
+
+        def load(path: Path, optimise: bool = optimise) -> Step:
+            return lambda: _session(path, optimise)
+
+        def infer(path: Path, optimise: bool = optimise) -> Step:
+            session = _session(path, optimise)
+            return lambda: [session.run(None, feed) for _ in range(5)]
+
+        what = f"{title}, optimisations {level}"
+        rows.append(ratio(f"load time, {what}", load(frozen), load(raw), repeats=repeats))
+        rows.append(ratio(f"latency, {what}", infer(frozen), infer(raw), repeats=repeats))
+    return rows
+
+
+def _session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
+    level = onnxruntime.GraphOptimizationLevel
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+    return onnxruntime.InferenceSession(path, options)
+
+
+def _exporting(model: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> Step:
+    def run() -> None:
+        with _quiet():
+            export_onnx(model, (image,), path, exporter=exporter, samples=SAMPLES)
+
+    return run
+
+
+def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> Step:
+    inputs = [image, *(torch.randn(IMAGES) for _ in range(SAMPLES))]
+
+    def run() -> None:
+        _torch_export(twin, image, path, exporter)
+        session = onnxruntime.InferenceSession(path)
+        name = session.get_inputs()[0].name
+        for tensor in inputs:
+            session.run(None, {name: tensor.numpy()})
+
+    return run
+
+
+def _torch_export(model: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> None:
+    with _quiet():
+        torch.onnx.export(model, (image,), path, dynamo=exporter == "dynamo", verbose=False)
+
+
+def _twin(model: nn.Sequential) -> nn.Sequential:
+    """Return a model without spectral norm, with the weights that ``model`` uses."""
+    twin = critic("plain")
+    with frozen_spectral_norm(model):
+        twin.load_state_dict(model.state_dict())
+    return twin
+
+
+def _repeats(quick: bool, exporter: str) -> int:
+    if exporter == "torchscript":
+        return 5 if quick else 15
+    return 2 if quick else 7
+
+
+@contextlib.contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory() as name:
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress, warnings and graph dumps off the report."""
+    level = logging.root.manager.disable
+    sys.stdout.flush()
+    sys.stderr.flush()
+    terminal = [os.dup(1), os.dup(2)]
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.disable(logging.WARNING)
+        os.dup2(nowhere, 1)  # the graph of a failed export is printed from C++
+        os.dup2(nowhere, 2)
+        try:
+            yield
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, saved in enumerate(terminal, start=1):
+                os.dup2(saved, number)
+                os.close(saved)
+            os.close(nowhere)
+            logging.disable(level)

@@ -1,0 +1,201 @@
+"""Benchmarks of the block: against torch's own evaluation, copying, growth, memory."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import ctypes
+import gc
+import json
+import math
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from bench_common import KINDS, Row, Step, linear_stack, ratio, seconds
+from torch import Tensor, nn
+from torch.nn.utils import remove_spectral_norm
+from torch.nn.utils.parametrize import remove_parametrizations
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from sn_export import frozen_spectral_norm
+
+SHAPES = ((24, 2048), (2000, 16))
+
+
+def against_torch(quick: bool) -> list[Row]:
+    """Time freeze and restore against torch computing the same weights and nothing else."""
+    aims = {2048: 1.05, 16: 2.0}
+    return [
+        ratio(
+            f"freeze + restore, {layers} x Linear {width}, {kind}, to torch's own evaluation",
+            _freezing(model),
+            _evaluating(kind, model),
+            repeats=5 if quick else 31,
+            aim=aims[width],
+        )
+        for layers, width in SHAPES
+        for kind in KINDS
+        for model in [linear_stack(kind, layers, width)]
+    ]
+
+
+def against_copying(quick: bool) -> list[Row]:
+    """Time freeze and restore against deepcopy and removal in the copy."""
+    aims = {2048: 0.5, 16: 0.15}
+    rows = []
+    for layers, width in SHAPES:
+        for kind in KINDS:
+            model = linear_stack(kind, layers, width)
+            name = f"freeze + restore, {layers} x Linear {width}, {kind}, to deepcopy + removal"
+            row = ratio(
+                name,
+                _freezing(model),
+                _copying(kind, model),
+                repeats=3 if quick else 9,
+                aim=aims[width],
+                after=_class_repair(model),
+            )
+            rows.append(row)
+    return rows
+
+
+def growth(quick: bool) -> list[Row]:
+    """Fit how the time of freeze and restore grows with the number of layers."""
+    sizes = (500, 1000, 2000, 4000)
+    rows = []
+    for kind in KINDS:
+        steps = {size: _freezing(linear_stack(kind, size, 16)) for size in sizes}
+        best = dict.fromkeys(sizes, math.inf)
+        for _ in range(4 if quick else 15):
+            for size, step in steps.items():
+                best[size] = min(best[size], seconds(step))
+        exponent = _slope([math.log(n) for n in sizes], [math.log(best[n]) for n in sizes])
+        name = f"growth of freeze + restore, 500 to 4000 x Linear 16, {kind}"
+        rows.append(Row(name, exponent, 1.05, "exponent", {"seconds": best}))
+    return rows
+
+
+def memory(quick: bool) -> list[Row]:
+    """Compare the extra peak memory of the block with the size of the weights."""
+    layers, width = (6, 2048) if quick else (24, 2048)
+    rows = []
+    for kind in KINDS:
+        command = [sys.executable, str(Path(__file__)), kind, str(layers), str(width)]
+        finished = subprocess.run(command, capture_output=True, text=True)
+        if finished.returncode:
+            raise RuntimeError(f"the memory of {kind} was not measured:\n{finished.stderr}")
+        found = json.loads(finished.stdout)
+        name = f"extra peak memory in the block, {layers} x Linear {width}, {kind}, to the weights"
+        rows.append(Row(name, found["extra"] / found["weights"], 1.0, "ratio", found))
+    return rows
+
+
+def _freezing(model: nn.Module) -> Step:
+    def freeze_and_restore() -> None:
+        with frozen_spectral_norm(model):
+            pass
+
+    return freeze_and_restore
+
+
+def _evaluating(kind: str, model: nn.Sequential) -> Step:
+    layers = list(model)
+
+    def evaluate_hooks() -> None:
+        kept: list[Tensor] = []  # all at once, as in the block
+        with torch.no_grad():
+            kept.extend(
+                hook.compute_weight(layer, do_power_iteration=False) for layer, hook in hooks
+            )
+
+    def evaluate_parametrizations() -> None:
+        kept: list[object] = []
+        with torch.no_grad():
+            kept.extend(layer.weight for layer in layers)
+
+    if kind == "parametrization":
+        return evaluate_parametrizations
+    hooks = [
+        (layer, hook)
+        for layer in layers
+        for hook in layer._forward_pre_hooks.values()
+        if isinstance(hook, SpectralNorm)
+    ]
+    return evaluate_hooks
+
+
+def _copying(kind: str, model: nn.Sequential) -> Step:
+    def copy_and_remove() -> None:
+        plain = copy.deepcopy(model)
+        for layer in plain:
+            if kind == "hook":
+                remove_spectral_norm(layer)
+            else:
+                remove_parametrizations(layer, "weight")
+
+    return copy_and_remove
+
+
+def _class_repair(model: nn.Sequential) -> Step:
+    """Undo what removal in a copy does to the original: the two share their classes."""
+    properties = [
+        (type(layer), type(layer).__dict__["weight"])
+        for layer in model
+        if "weight" in type(layer).__dict__
+    ]
+
+    def repair() -> None:
+        for cls, weight in properties:
+            type.__setattr__(cls, "weight", weight)
+
+    return repair
+
+
+def _slope(xs: list[float], ys: list[float]) -> float:
+    x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
+    covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
+    return covariance / sum((x - x_mean) ** 2 for x in xs)
+
+
+def _measure_memory(kind: str, layers: int, width: int) -> dict[str, object]:
+    torch.set_num_threads(1)
+    model = linear_stack(kind, layers, width)
+    _freezing(model)()  # what is loaded on first use is not of interest
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)  # free memory would be taken again unseen
+    before, method = _start_watching()
+    with frozen_spectral_norm(model):
+        extra = _peak(method) - before
+        weights = sum(p.nbytes for p in model.parameters())
+    return {"extra": extra, "weights": weights, "method": method}
+
+
+def _start_watching() -> tuple[int, str]:
+    """Return the resident bytes now, after resetting the peak where the system allows it."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return _peak("ru_maxrss"), "ru_maxrss"
+    return _status("VmRSS"), "VmHWM"
+
+
+def _peak(method: str) -> int:
+    if method == "VmHWM":
+        return _status("VmHWM")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+if __name__ == "__main__":
+    print(json.dumps(_measure_memory(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))))
