@@ -96,7 +96,9 @@ class HookSite(Site):
         if entry is self.hook:
             return True
         owner = getattr(getattr(entry, "hook", entry), "fn", None)
-        return owner is self.hook or (type(owner) is type(self.hook) and owner.name == self.tensor)
+        return owner is self.hook or (
+            isinstance(owner, (SpectralNorm, type(self.hook))) and owner.name == self.tensor
+        )
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""

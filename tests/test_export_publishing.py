@@ -1,0 +1,272 @@
+"""A file appears only when it is proved, whole, and always the same."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from export_models import (
+    EXPORTERS,
+    KINDS,
+    Head,
+    Liar,
+    NotANumber,
+    Raising,
+    Unsupported,
+    contents_of,
+    images,
+    rows,
+    run_file,
+    small_net,
+)
+from torch import nn
+
+from sn_export import ExportError, ParityError, SnExportError, export_onnx, onnx_file
+
+
+@pytest.mark.parametrize("network", [Liar, NotANumber, Unsupported, Raising])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_failure_leaves_the_folder(tmp_path: Path, exporter: str, network: type[Head]) -> None:
+    """On failure what was at the target is there, byte for byte, and nothing else."""
+    (tmp_path / "net.onnx").write_bytes(b"an earlier file")
+    (tmp_path / "net.onnx.data").write_bytes(b"its weights")
+    before = contents_of(tmp_path)
+    with pytest.raises(SnExportError):
+        export_onnx(network(), rows(), tmp_path / "net.onnx", exporter=exporter, external_data=True)
+    assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("network", [Liar, NotANumber])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_parity_error_carries_the_report(
+    tmp_path: Path, exporter: str, network: type[Head]
+) -> None:
+    """A ParityError says what differs and carries the measured report; no file is written."""
+    with pytest.raises(ParityError, match="does not reproduce the model") as caught:
+        export_onnx(network(), rows(), tmp_path / "net.onnx", exporter=exporter)
+    (output,) = caught.value.report.outputs
+    assert not caught.value.report.passed
+    assert caught.value.report.samples == 4
+    assert output.reason
+    if network is Liar:
+        assert output.max_abs == pytest.approx(0.5, abs=1e-5)
+    else:
+        assert "NaN" in output.reason
+    assert contents_of(tmp_path) == {}
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_one_changed_bit_of_a_weight_is_found(
+    tmp_path: Path, exporter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file whose weight differs in one high bit of one element is not published."""
+    real = torch.onnx.export
+
+    def export(model: nn.Module, *args: object, **kwargs: object) -> object:
+        with torch.no_grad():
+            model.get_parameter("layer.bias")[1] += 0.25
+        try:
+            return real(model, *args, **kwargs)  # type: ignore[arg-type]
+        finally:
+            if exporter == "torchscript":  # dynamo's program still holds the parameter
+                model.get_parameter("layer.bias").data[1] -= 0.25
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    with pytest.raises(ParityError) as caught:
+        export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter=exporter)
+    assert caught.value.report.outputs[0].worst_index[-1] == 1
+    assert contents_of(tmp_path) == {}
+
+
+def test_tolerance_decides(tmp_path: Path) -> None:
+    """``rtol`` and ``atol`` reach the comparison: a difference of 0.5 passes with atol 1."""
+    report = export_onnx(Liar(), rows(), tmp_path / "net.onnx", exporter="torchscript", atol=1.0)
+    assert report.parity.outputs[0].atol == 1.0
+    with pytest.raises(ParityError):
+        export_onnx(
+            Liar(), rows(), tmp_path / "no.onnx", exporter="torchscript", atol=0.1, rtol=0.0
+        )
+    assert list(contents_of(tmp_path)) == ["net.onnx"]
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("external", [True, False, "auto"])
+def test_external_data(tmp_path: Path, exporter: str, external: bool) -> None:
+    """Weights go to one side file where asked for, else the file stands alone; both run."""
+    model = small_net("hook")
+    path = tmp_path / "net.onnx"
+    export_onnx(model, images(), path, exporter=exporter, external_data=external)
+    names = ["net.onnx", "net.onnx.data"] if external is True else ["net.onnx"]
+    assert sorted(contents_of(tmp_path)) == names
+    graph = onnx.load(path, load_external_data=False).graph
+    weight = next(i for i in graph.initializer if i.name == "4.weight")
+    assert (weight.data_location == onnx.TensorProto.EXTERNAL) is (external is True)
+    expected = model.eval()(images()).detach()
+    torch.testing.assert_close(torch.from_numpy(run_file(path, images())[0]), expected)
+
+
+def test_past_the_limit_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that pass a single file's limit go to a side file, or are refused if forbidden."""
+    monkeypatch.setattr(onnx_file, "_INLINE_LIMIT", 100)
+    path = tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match="pass external_data='auto' or True"):
+        export_onnx(small_net("hook"), images(), path, exporter="torchscript", external_data=False)
+    assert contents_of(tmp_path) == {}
+    export_onnx(small_net("hook"), images(), path, exporter="torchscript")
+    assert sorted(contents_of(tmp_path)) == ["net.onnx", "net.onnx.data"]
+
+
+@pytest.mark.parametrize("earlier", [True, False])
+@pytest.mark.parametrize("fails_at", [1, 2])
+def test_failing_rename_rolls_both_files_back(
+    tmp_path: Path, fails_at: int, earlier: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If one of two files cannot be moved into place, both places are as before."""
+    if earlier:
+        (tmp_path / "net.onnx").write_bytes(b"an earlier file")
+        (tmp_path / "net.onnx.data").write_bytes(b"its weights")
+    before = contents_of(tmp_path)
+    real, calls = os.replace, []
+
+    def replace(source: str, destination: str) -> None:
+        calls.append(destination)
+        if len(calls) == fails_at:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(source, destination)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(ExportError) as caught:
+        export_onnx(
+            Head(), rows(), tmp_path / "net.onnx", exporter="torchscript", external_data=True
+        )
+    assert str(caught.value) == f"cannot write '{tmp_path / 'net.onnx'}': No space left on device"
+    assert len(calls) >= fails_at
+    assert contents_of(tmp_path) == before
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_earlier_file_is_replaced(tmp_path: Path, exporter: str) -> None:
+    """A proved file takes the place of an earlier one, and nothing else is in the folder."""
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"an earlier file")
+    export_onnx(Head(), rows(), path, exporter=exporter)
+    assert list(contents_of(tmp_path)) == ["net.onnx"]
+    onnx.checker.check_model(str(path), full_check=True)
+
+
+def test_earlier_side_file_does_not_outlive_its_owner(tmp_path: Path) -> None:
+    """A self-contained file that replaces one with external data leaves no orphaned weights."""
+    path = tmp_path / "net.onnx"
+    export_onnx(Head(), rows(), path, exporter="torchscript", external_data=True)
+    export_onnx(Head(), rows(), path, exporter="torchscript", external_data=False)
+    assert list(contents_of(tmp_path)) == ["net.onnx"]
+
+
+def test_target_may_be_a_string(tmp_path: Path) -> None:
+    """The path may be a string; the report gives it as a Path."""
+    path = str(tmp_path / "net.onnx")
+    assert export_onnx(Head(), rows(), path, exporter="torchscript").path == Path(path)
+
+
+def test_relative_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A bare file name is written to the current folder."""
+    monkeypatch.chdir(tmp_path)
+    export_onnx(Head(), rows(), "net.onnx", exporter="torchscript", external_data=True)
+    assert sorted(contents_of(tmp_path)) == ["net.onnx", "net.onnx.data"]
+
+
+def test_absent_folder(tmp_path: Path) -> None:
+    """A folder that does not exist is named before anything runs."""
+    path = tmp_path / "absent" / "net.onnx"
+    with pytest.raises(FileNotFoundError) as caught:
+        export_onnx(Raising(), rows(), path)
+    assert str(caught.value) == f"cannot write '{path}': no folder '{tmp_path / 'absent'}'"
+
+
+def test_target_that_is_a_folder(tmp_path: Path) -> None:
+    """A target that is a folder is refused before anything runs."""
+    with pytest.raises(IsADirectoryError) as caught:
+        export_onnx(Raising(), rows(), tmp_path)
+    assert str(caught.value) == f"cannot write '{tmp_path}': it is a folder"
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_same_bytes_every_time(tmp_path: Path, kind: str, exporter: str, external: bool) -> None:
+    """Twice, from two folders, for two instances with equal weights: the same bytes."""
+    torch.manual_seed(4)
+    model, other = small_net(kind), small_net(kind)
+    other.load_state_dict(model.state_dict())
+    written = []
+    for number, one in enumerate((model, model, other)):
+        folder = tmp_path / f"folder {number}"
+        folder.mkdir()
+        export_onnx(
+            one, images(number), folder / "net.onnx", exporter=exporter, external_data=external
+        )
+        written.append(contents_of(folder))
+    assert written[0] == written[1] == written[2]
+
+
+_SCRIPT = """
+import sys
+sys.path[:0] = sys.argv[2:]
+import torch
+from export_models import images, small_net
+from sn_export import export_onnx
+torch.manual_seed(4)
+model = small_net("parametrization")
+for exporter in ("dynamo", "torchscript"):
+    export_onnx(model, images(), sys.argv[1] + "/" + exporter + ".onnx", exporter=exporter)
+"""
+
+
+def test_same_bytes_in_another_process(tmp_path: Path) -> None:
+    """Another process, with other hashes and another current folder, writes the same bytes."""
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    tests = Path(__file__).parent
+    subprocess.run(
+        [sys.executable, "-c", _SCRIPT, str(there), str(tests), str(tests.parent)],
+        cwd=there,
+        env={**os.environ, "PYTHONHASHSEED": "12345"},
+        check=True,
+    )
+    torch.manual_seed(4)
+    model = small_net("parametrization")
+    for exporter in EXPORTERS:
+        export_onnx(model, images(), here / f"{exporter}.onnx", exporter=exporter)
+    assert contents_of(here) == contents_of(there)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_nothing_of_the_machine_in_the_file(tmp_path: Path, exporter: str) -> None:
+    """No path, stack trace or home folder is in the bytes, nor in any documentation string."""
+    path = tmp_path / "net.onnx"
+    export_onnx(nn.Sequential(Head("hook"), Head()), rows(), path, exporter=exporter)
+    content = path.read_bytes()
+    for text in (
+        str(tmp_path),
+        str(Path.cwd()),
+        str(Path.home()) + os.sep,
+        sys.prefix,
+        __file__,
+        "site-packages",
+        "dist-packages",
+        ".py",
+        "File ",
+        ", line ",
+        "stack_trace",
+        "Traceback",
+    ):
+        assert text.encode() not in content, text
+    graph = onnx.load(path).graph
+    assert {graph.doc_string, *(node.doc_string for node in graph.node)} == {""}
