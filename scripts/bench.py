@@ -117,7 +117,7 @@ def _rich(rows: Sequence[Row], environment: dict[str, Any]) -> None:
     for row in rows:
         style = "bold red" if row.passed is False else None
         table.add_row(*_cells(row), style=style)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
 def _markdown(rows: Sequence[Row], environment: dict[str, Any]) -> None:

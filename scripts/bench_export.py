@@ -10,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import onnx
 import onnxruntime
@@ -19,7 +20,8 @@ from torch import nn
 
 from sn_export import export_onnx, frozen_spectral_norm
 
-EXPORTERS = ("dynamo", "torchscript")
+Exporter = Literal["dynamo", "torchscript"]
+EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
 SAMPLES = 3
 IMAGES = (1, 3, 64, 64)
 
@@ -72,7 +74,6 @@ def _compare_files(
     ours, theirs = (len(onnx.load(path).graph.node) for path in (frozen, raw))
     detail = {"nodes": ours, "reference_nodes": theirs}
     rows = [Row(f"nodes, {title}", ours / theirs, None, "ratio", detail)]
-    feed = {onnxruntime.InferenceSession(frozen).get_inputs()[0].name: image.numpy()}
     for level, optimise in (("off", False), ("on", True)):
         repeats = 7 if quick else 31
 
@@ -81,6 +82,7 @@ def _compare_files(
 
         def infer(path: Path, optimise: bool = optimise) -> Step:
             session = _session(path, optimise)
+            feed = {session.get_inputs()[0].name: image.numpy()}
             return lambda: [session.run(None, feed) for _ in range(5)]
 
         what = f"{title}, optimisations {level}"
@@ -97,7 +99,7 @@ def _session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options)
 
 
-def _exporting(model: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> Step:
+def _exporting(model: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> Step:
     def run() -> None:
         with _quiet():
             export_onnx(model, (image,), path, exporter=exporter, samples=SAMPLES)
@@ -105,7 +107,7 @@ def _exporting(model: nn.Module, image: torch.Tensor, path: Path, exporter: str)
     return run
 
 
-def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> Step:
+def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> Step:
     inputs = [image, *(torch.randn(IMAGES) for _ in range(SAMPLES))]
 
     def run() -> None:
@@ -118,9 +120,16 @@ def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: 
     return run
 
 
-def _torch_export(model: nn.Module, image: torch.Tensor, path: Path, exporter: str) -> None:
+def _torch_export(model: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> None:
     with _quiet():
-        torch.onnx.export(model, (image,), path, dynamo=exporter == "dynamo", verbose=False)
+        torch.onnx.export(
+            model,
+            (image,),
+            path,
+            dynamo=exporter == "dynamo",
+            external_data=False,  # one file, as export_onnx writes it at this size
+            verbose=False,
+        )
 
 
 def _twin(model: nn.Sequential) -> nn.Sequential:
@@ -131,7 +140,7 @@ def _twin(model: nn.Sequential) -> nn.Sequential:
     return twin
 
 
-def _repeats(quick: bool, exporter: str) -> int:
+def _repeats(quick: bool, exporter: Exporter) -> int:
     if exporter == "torchscript":
         return 5 if quick else 15
     return 2 if quick else 7

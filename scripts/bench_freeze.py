@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import ctypes
 import gc
 import json
 import math
+import os
 import resource
 import subprocess
 import sys
@@ -78,13 +77,15 @@ def growth(quick: bool) -> list[Row]:
     return rows
 
 
-def memory(quick: bool) -> list[Row]:
+def memory(_quick: bool) -> list[Row]:
     """Compare the extra peak memory of the block with the size of the weights."""
-    layers, width = (6, 2048) if quick else (24, 2048)
+    layers, width = SHAPES[0]  # large enough for pages and Python objects not to count
+    # glibc gives every large tensor pages of its own: a freed one is not taken again unseen.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": str(2**20)}
     rows = []
     for kind in KINDS:
         command = [sys.executable, str(Path(__file__)), kind, str(layers), str(width)]
-        finished = subprocess.run(command, capture_output=True, text=True)
+        finished = subprocess.run(command, capture_output=True, text=True, env=environment)
         if finished.returncode:
             raise RuntimeError(f"the memory of {kind} was not measured:\n{finished.stderr}")
         found = json.loads(finished.stdout)
@@ -165,8 +166,6 @@ def _measure_memory(kind: str, layers: int, width: int) -> dict[str, object]:
     model = linear_stack(kind, layers, width)
     _freezing(model)()  # what is loaded on first use is not of interest
     gc.collect()
-    with contextlib.suppress(AttributeError, OSError):
-        ctypes.CDLL(None).malloc_trim(0)  # free memory would be taken again unseen
     before, method = _start_watching()
     with frozen_spectral_norm(model):
         extra = _peak(method) - before

@@ -7,7 +7,7 @@ Koyama, 2018), the generator by an embedding beside its noise.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, spectral_norm
 
 DIGITS = 10
 NOISE = 32
-BATCH = 64
+BATCH = 32
 
 
 class Critic(nn.Module):
@@ -90,22 +90,35 @@ class Training:
         self.critic = Critic()
         self.generator = Generator()
         self.critic_optimizer = torch.optim.Adam(
-            self.critic.parameters(), lr=4e-4, betas=(0.0, 0.9), fused=True
+            self.critic.parameters(), lr=1e-3, betas=(0.0, 0.9), fused=True
         )
         self.generator_optimizer = torch.optim.Adam(
-            self.generator.parameters(), lr=2e-4, betas=(0.0, 0.9), fused=True
+            self.generator.parameters(), lr=5e-4, betas=(0.0, 0.9), fused=True
         )
         self._batches = self._endless_batches()
 
-    def advance(self, steps: int, after_step: Callable[[], None]) -> None:
-        """Train for ``steps`` further steps."""
-        for _ in range(steps):
-            self._step(*next(self._batches))
-            after_step()
+    def step(self) -> None:
+        """Train critic and generator on the next batch."""
+        real, labels = next(self._batches)
+        fake = self.generator(torch.randn(BATCH, NOISE), labels)
+        # Hinge loss: the critic is satisfied with real scores above 1 and fake ones below -1.
+        critic_loss = (
+            functional.relu(1 - self.critic(real, labels)).mean()
+            + functional.relu(1 + self.critic(fake.detach(), labels)).mean()
+        )
+        self.critic_optimizer.zero_grad()
+        critic_loss.backward()
+        self.critic_optimizer.step()
 
-    def save(self, path: Path) -> None:
-        """Write a checkpoint with the state dicts of both nets and both optimizers."""
-        torch.save(self._state_dicts(), path)
+        generator_loss = -self.critic(fake, labels).mean()
+        self.generator_optimizer.zero_grad()
+        generator_loss.backward()
+        self.generator_optimizer.step()
+
+    def save(self, folder: Path) -> None:
+        """Write checkpoints: one state dict for each net and each optimizer."""
+        for name, state_dict in self._state_dicts().items():
+            torch.save(state_dict, folder / f"{name}.pt")
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that decides how the run goes on, by name."""
@@ -128,25 +141,8 @@ class Training:
     def _endless_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             shuffled = torch.randperm(len(self.images), generator=self.order)
-            for rows in shuffled.split(BATCH):
-                if len(rows) == BATCH:
-                    yield self.images[rows], self.labels[rows]
-
-    def _step(self, real: Tensor, labels: Tensor) -> None:
-        fake = self.generator(torch.randn(BATCH, NOISE), labels)
-        # Hinge loss: the critic is satisfied with real scores above 1 and fake ones below -1.
-        critic_loss = (
-            functional.relu(1 - self.critic(real, labels)).mean()
-            + functional.relu(1 + self.critic(fake.detach(), labels)).mean()
-        )
-        self.critic_optimizer.zero_grad()
-        critic_loss.backward()
-        self.critic_optimizer.step()
-
-        generator_loss = -self.critic(fake, labels).mean()
-        self.generator_optimizer.zero_grad()
-        generator_loss.backward()
-        self.generator_optimizer.step()
+            for rows in shuffled[: len(shuffled) // BATCH * BATCH].view(-1, BATCH):
+                yield self.images[rows], self.labels[rows]
 
 
 def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:

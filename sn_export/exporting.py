@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import math
@@ -180,9 +181,10 @@ def export_onnx(
         parity.require_passed(f"the file made by the {exporter} exporter")
         publish(draft, target)
     _logger.info("wrote %s", target)
-    return ExportReport(target, exporter, opset, parity, frozen, versions())
+    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()))
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of sn_export and of the packages behind it."""
     found = {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from operator import is_
 from typing import Any, TypeVar
 
 import numpy as np
@@ -18,95 +20,142 @@ T = TypeVar("T")
 def preserved_rng() -> Iterator[None]:
     """Put back the global random states of torch (all devices), numpy and python."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+
+    def restore() -> None:
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)
+
     devices = list(range(torch.cuda.device_count())) if _cuda_is_used() else []
     with torch.random.fork_rng(devices=devices):
-        try:
-            yield
+        try:  # twice: an interrupt may stop the first
+            try:
+                yield
+            finally:
+                restore()
         finally:
-            random.setstate(python_state)
-            np.random.set_state(numpy_state)
+            restore()
 
 
 class Preserved:
     """Modules in eval mode whose every trace of use can be taken back.
 
     Forward passes and exporters replace attributes by equal copies, write buffers, append
-    to lists. Modules keep all that in dictionaries, which are remembered entry by entry.
-    Buffers are swapped for copies, so nothing ever writes to the originals. Parameters are
-    written by very few forwards: `guard_parameters` and `settle` find out whether this is one.
+    to lists. All that lives in containers that the modules reach, which are remembered entry
+    by entry. Buffers are swapped for copies, so nothing ever writes to the originals.
+    Parameters and tensors in attributes are written by very few forwards: `guard_tensors`
+    and `settle` find out whether this is one.
 
     Args:
-        modules: they are in eval mode until `restore`. ``train()`` and ``eval()`` are not
-            called, since overrides of them may fuse or fold weights.
+        modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
+            are not called, since overrides of them may fuse or fold weights.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         modules = list(modules)
         self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        # Compiled code keeps its attributes elsewhere.
         self._scripted = [(m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)]
-        for (
-            scripted,
-            _,
-        ) in self._scripted:  # compiled code keeps its attributes elsewhere
-            scripted.training = False
         self._containers: list[tuple[Any, Any]] = []
-        self._originals: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._parameters: list[tuple[Tensor, Tensor]] = []
-        self._working: list[tuple[Tensor, Tensor]] = []  # a copy and its original
+        self._attributes: list[Tensor] = []
+        seen = {id(m._buffers) for m in self._modules}
+        for module in self._modules:
+            self._remember(module.__dict__, seen)
+        self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
+        self._working: list[tuple[Tensor, Tensor]] = []  # a copy of a buffer, and the buffer
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        copies: dict[int, Tensor] = {}
-        for module in self._modules:
-            self._containers.append((module.__dict__, module.__dict__.copy()))
-            for name, value in vars(module).items():
-                if name == "_buffers":
-                    self._originals.append((value, value.copy()))
-                elif isinstance(value, (dict, list, set)):
-                    self._containers.append((value, value.copy()))
-        for module in self._modules:
-            module.__dict__["training"] = False
-            for name, buffer in module._buffers.items():
-                if buffer is not None:
-                    if id(buffer) not in copies:
-                        copies[id(buffer)] = buffer.detach().clone()
-                        self._working.append((copies[id(buffer)], buffer))
-                    module._buffers[name] = copies[id(buffer)]
-            self._swapped.append((module._buffers, module._buffers.copy()))
+        self._guarded: list[_Guarded] = []
 
-    def guard_parameters(self) -> None:
-        """Keep a copy of every parameter from here on."""
-        unique = {id(p): p for m in self._modules for p in m._parameters.values() if p is not None}
-        self._parameters = [(p, p.detach().clone()) for p in unique.values()]
+    def _remember(self, container: Any, seen: set[int]) -> None:
+        if id(container) in seen:
+            return
+        seen.add(id(container))
+        self._containers.append((container, container.copy()))
+        for value in container.values() if isinstance(container, dict) else container:
+            if isinstance(value, (dict, list, set, deque)):
+                self._remember(value, seen)
+            elif isinstance(value, Tensor):
+                self._attributes.append(value)
+
+    def begin(self) -> None:
+        """Switch to eval mode and to copies of the buffers."""
+        copies: dict[int, Tensor] = {}
+        for _, content in self._originals:
+            for buffer in content.values():
+                if buffer is not None and id(buffer) not in copies:
+                    copies[id(buffer)] = buffer.detach().clone()
+                    self._working.append((copies[id(buffer)], buffer))
+        self._swapped = [
+            (container, {name: copies.get(id(b), b) for name, b in content.items()})
+            for container, content in self._originals
+        ]
+        self._start_over()
+
+    def guard_tensors(self) -> None:
+        """Keep a copy of every parameter and of every tensor in an attribute from here on."""
+        parameters = (p for m in self._modules for p in m._parameters.values())
+        tensors = {id(t): t for t in (*parameters, *self._attributes) if t is not None}
+        self._guarded = [_Guarded(t) for t in tensors.values() if not t.is_meta]
 
     def settle(self) -> None:
-        """Forget the copies of parameters that the forward passes so far did not write."""
-        self._parameters = [
-            (p, content) for p, content in self._parameters if not _same(p.detach(), content)
-        ]
+        """Forget the copies of tensors that the forward passes so far did not write."""
+        self._guarded = [guarded for guarded in self._guarded if guarded.was_written]
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
-        for container, content in (*self._containers, *self._swapped):
+        for container, content in self._containers:
             _restore_container(container, content)
-        for module in self._modules:
-            module.__dict__["training"] = False
         with torch.no_grad():
             for copy, original in self._working:
                 if not _same(copy, original):
                     copy.copy_(original)
-        self._restore_parameters()
+        self._restore_tensors()
+        self._start_over()
 
     def restore(self) -> None:
-        """Put everything back: attributes, modes, buffers, parameters."""
+        """Put everything back; can be repeated from any point where it was interrupted."""
         for container, content in (*self._containers, *self._originals):
             _restore_container(container, content)
         for scripted, training in self._scripted:
             scripted.training = training
-        self._restore_parameters()
+        self._restore_tensors()
 
-    def _restore_parameters(self) -> None:
-        for parameter, content in self._parameters:
-            if not _same(parameter.detach(), content):
-                parameter.data.copy_(content)
+    def _start_over(self) -> None:
+        for container, content in self._swapped:
+            _restore_container(container, content)
+        for module in self._modules:
+            module.__dict__["training"] = False
+        for scripted, _ in self._scripted:
+            scripted.training = False
+
+    def _restore_tensors(self) -> None:
+        for guarded in self._guarded:
+            guarded.restore()
+
+
+class _Guarded:
+    """A tensor, the memory under it and a copy of its content."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.memory = tensor.detach()
+        self.content = self.memory.clone()
+        self.was_written = False
+
+    def restore(self) -> None:
+        if not self._is_in_place():
+            self.was_written = True
+            self.tensor.data = self.memory
+        if not _same(self.memory, self.content):
+            self.was_written = True
+            self.memory.data.copy_(self.content)
+
+    def _is_in_place(self) -> bool:
+        now = self.tensor
+        return (now.dtype, now.shape, now.data_ptr()) == (
+            self.memory.dtype,
+            self.memory.shape,
+            self.memory.data_ptr(),
+        )
 
 
 @contextmanager
@@ -114,9 +163,13 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
     with preserved_rng():
         state = Preserved(model.modules())
-        try:
-            state.guard_parameters()
-            yield state
+        try:  # twice: an interrupt may stop the first
+            try:
+                state.begin()
+                state.guard_tensors()
+                yield state
+            finally:
+                state.restore()
         finally:
             state.restore()
 
@@ -125,8 +178,12 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     """Return ``run()``, with ``modules`` in eval mode, and put back everything but parameters."""
     with preserved_rng():
         state = Preserved(modules)
-        try:
-            return run()
+        try:  # twice: an interrupt may stop the first
+            try:
+                state.begin()
+                return run()
+            finally:
+                state.restore()
         finally:
             state.restore()
 
@@ -151,16 +208,13 @@ def _bits(tensor: Tensor) -> Tensor:
 
 def _restore_container(container: Any, content: Any) -> None:
     if isinstance(container, dict):
-        if list(container) != list(content) or any(
-            container[key] is not content[key] for key in content
-        ):
-            container.clear()
-            container.update(content)
-    elif isinstance(container, list):
-        if len(container) != len(content) or any(
-            now is not then for now, then in zip(container, content, strict=True)
-        ):
-            container[:] = content
-    elif container != content:
+        same = list(container) == list(content) and all(
+            map(is_, container.values(), content.values())
+        )
+    elif isinstance(container, set):
+        same = container == content
+    else:
+        same = len(container) == len(content) and all(map(is_, container, content))
+    if not same:
         container.clear()
-        container.update(content)
+        (container.extend if isinstance(container, (list, deque)) else container.update)(content)

@@ -60,13 +60,16 @@ def fingerprint(*models: nn.Module) -> Fingerprint:
 
 def assert_unchanged(before: Fingerprint, *models: nn.Module) -> None:
     """Assert that the models have the same fingerprint again."""
-    assert before.differences(fingerprint(*models)) == []
+    differences = before.differences(fingerprint(*models))
+    assert not differences, "\n".join(differences)
 
 
 def contents(tensor: Tensor) -> bytes:
-    """Return the elements of a tensor of any dtype, bit for bit."""
+    """Return the elements of a tensor of any dtype, bit for bit; none on the meta device."""
+    if tensor.is_meta or not tensor.numel():
+        return b""
     tensor = tensor.detach().contiguous()
-    return tensor.view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
+    return tensor.view(-1).view(torch.uint8).numpy().tobytes()
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
@@ -132,8 +135,7 @@ def _tensor(path: str, tensor: Tensor, result: Fingerprint) -> None:
         tensor.is_leaf,
         id(tensor.grad_fn),
     )
-    if not tensor.is_meta:
-        result.facts[f"{path} bytes"] = contents(tensor)
+    result.facts[f"{path} bytes"] = contents(tensor)
     if tensor.is_leaf:
         result.facts[f"{path} grad"] = id(tensor.grad)
         if tensor.grad is not None:

@@ -6,10 +6,9 @@ import gc
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from types import TracebackType
-from typing import Generic, TypeVar
+from typing import TypeVar
 
 from torch import nn
 
@@ -19,14 +18,13 @@ from ..errors import (
     SpectralNormNotAppliedWarning,
 )
 from .kinds import SPECTRAL_NORM
-from .plan import Plan, walk
+from .plan import Found, Plan, walk
 from .site import Kind, SpectralNormInfo
 
 M = TypeVar("M", bound=nn.Module)
 
 _logger = logging.getLogger("sn_export")
-_lock = threading.RLock()
-_holders: dict[int, int] = {}  # id of a module that is frozen -> ident of the thread that holds it
+_holders: dict[int, _Freezing] = {}  # id of a module -> the block that holds it frozen
 
 
 def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
@@ -66,7 +64,7 @@ def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
         FrozenWeightChangedWarning: on leaving, if a frozen weight was edited, or the model
             was moved to another dtype or device. Such changes are discarded.
     """
-    return _Block(require_module(model), SPECTRAL_NORM)
+    return _block(require_module(model), SPECTRAL_NORM)
 
 
 def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
@@ -94,68 +92,111 @@ def require_module(model: M) -> M:
     return model
 
 
-class _Block(AbstractContextManager[M], Generic[M]):
-    def __init__(self, model: M, kinds: Iterable[Kind]) -> None:
+@contextmanager
+def _block(model: M, kinds: Iterable[Kind]) -> Iterator[M]:
+    freezing = _Freezing(model, kinds)
+    # Leaving can be repeated from any point, and does nothing once it is done. So an
+    # interrupt that stops it, even at its first instruction, only moves it one level out.
+    try:
+        try:
+            try:
+                freezing.enter()
+                yield model
+            finally:
+                freezing.leave()
+        finally:
+            freezing.leave()
+    finally:
+        freezing.leave()
+        freezing.complain()
+
+
+class _Freezing:
+    """The state of one block."""
+
+    def __init__(self, model: nn.Module, kinds: Iterable[Kind]) -> None:
+        self.thread = threading.get_ident()
         self._model = model
         self._kinds = tuple(kinds)
         self._plan: Plan | None = None
+        self._is_frozen = False
+        self._claimed: list[int] = []
+        self._complaints: list[str] = []
+        self._gc_was_enabled: bool | None = None
 
-    def __enter__(self) -> M:
-        if self._plan is not None:
-            raise RuntimeError("this block is already entered; call the function again instead")
-        try:
-            with _lock, _paused_gc():
-                self._freeze()
-            return self._model
-        except BaseException:
-            _uninterrupted(self._abandon)
-            raise
-
-    def __exit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        complaints: list[str] = []
-        _uninterrupted(lambda: self._restore(complaints))
-        for message in complaints:
-            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=2)
-
-    def _freeze(self) -> None:
+    def enter(self) -> None:
+        """Plan, then apply."""
+        self._pause_gc()
         _refuse_held(self._model)
-        plan = Plan(self._model, self._kinds)
+        found = list(walk(self._model, self._kinds))
+        self._claim(found)
+        plan = Plan(found)
         unused = [w.site.name for w in plan.weights if not w.site.is_applied]
         if unused:
             warnings.warn(_unused(unused), SpectralNormNotAppliedWarning, stacklevel=4)
         self._plan = plan
-        _holders.update(dict.fromkeys(plan.module_ids(), threading.get_ident()))
         plan.edits.apply()
+        self._is_frozen = True
         _logger.debug("froze %d tensors", len(plan.weights))
+        self._resume_gc()
 
-    def _abandon(self) -> None:
-        with _lock:
-            if self._plan is not None:
-                self._plan.edits.roll_back()
-                _release(self._plan)
-                self._plan = None
-
-    def _restore(self, complaints: list[str]) -> None:
+    def leave(self) -> None:
+        """Undo what `enter` did, as far as it came."""
         plan = self._plan
-        if plan is None:
-            return
-        with _lock, _paused_gc():
-            if not plan.finished:
-                complaints[:] = _complaints(plan)
-                plan.finished = True
-            plan.edits.restore()
-            if plan.moved:
-                plan.residence.restore()
-            for weight, training in zip(plan.weights, plan.modes, strict=True):
-                if weight.site.module.training != training:
-                    weight.site.follow_mode(weight.site.module.training)
-            _release(plan)
+        if plan is not None:
+            self._pause_gc()
+            if not self._is_frozen:
+                plan.edits.roll_back()
+            else:
+                if not plan.finished:
+                    self._complaints = _complaints(plan)
+                    plan.finished = True
+                _undo(plan)
             self._plan = None
+        self._release()
+        self._resume_gc()
+
+    def complain(self) -> None:
+        """Warn about changes that were discarded."""
+        for message in self._complaints:
+            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=4)
+
+    # No lock: claiming is one atomic operation for each module, and an interrupt between
+    # acquiring and releasing cannot leave anything locked.
+
+    def _claim(self, found: Iterable[Found]) -> None:
+        self._claimed = [id(module) for module, sites in found if sites]
+        for module_id in self._claimed:
+            holder = _holders.setdefault(module_id, self)
+            if holder.thread != self.thread:
+                _refuse_held(self._model)
+
+    def _release(self) -> None:
+        for module_id in self._claimed:
+            if _holders.get(module_id) is self:
+                del _holders[module_id]
+
+    # A plan is thousands of small objects that all live until the block ends; collections
+    # in between find nothing and cost a third of the time.
+
+    def _pause_gc(self) -> None:
+        if self._gc_was_enabled is None:
+            self._gc_was_enabled = gc.isenabled()
+        gc.disable()
+
+    def _resume_gc(self) -> None:
+        if self._gc_was_enabled:
+            gc.enable()
+        self._gc_was_enabled = None
+
+
+def _undo(plan: Plan) -> None:
+    plan.edits.restore()
+    if plan.moved:
+        plan.residence.restore()
+    for weight, training in zip(plan.weights, plan.modes, strict=True):
+        if weight.site.module.training != training:
+            weight.site.follow_mode(weight.site.module.training)
 
 
 def _unused(names: list[str]) -> str:
@@ -187,19 +228,6 @@ def _complaints(plan: Plan) -> list[str]:
     return messages
 
 
-@contextmanager
-def _paused_gc() -> Iterator[None]:
-    # A plan is thousands of small objects that all live until the block ends; collections
-    # in between find nothing and cost a third of the time.
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def _list(names: list[str]) -> str:
     shown = ", ".join(f"'{name}'" for name in names[:5])
     return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
@@ -210,27 +238,10 @@ def _refuse_held(model: nn.Module) -> None:
         return
     here = threading.get_ident()
     for path, module in model.named_modules():
-        if _holders.get(id(module), here) != here:
+        holder = _holders.get(id(module))
+        if holder is not None and holder.thread != here:
             raise FreezeError(
                 path or type(module).__name__,
                 "a block in another thread holds it frozen",
                 "Leave that block first, or give each thread its own copy of the model",
             )
-
-
-def _release(plan: Plan) -> None:
-    for module_id in plan.module_ids():
-        _holders.pop(module_id, None)
-
-
-def _uninterrupted(step: Callable[[], None]) -> None:
-    """Finish ``step``, which can be repeated from anywhere, before an interrupt goes on."""
-    interrupt: KeyboardInterrupt | None = None
-    while True:
-        try:
-            step()
-            break
-        except KeyboardInterrupt as error:
-            interrupt = error
-    if interrupt is not None:
-        raise interrupt

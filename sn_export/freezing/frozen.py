@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .site import Site
 
 _SAMPLED_WHOLE = 4096  # bytes; larger weights are sampled
-_CHUNKS, _CHUNK = 64, 64  # number and bytes of the samples
+_CHUNKS, _CHUNK = 16, 256  # number and bytes of the samples
 
 
 class FrozenWeight:
@@ -39,7 +39,7 @@ class FrozenWeight:
 
         Moved to another dtype or device; or edited, that is replaced or written to. Writes
         through ``.data`` leave no version behind. They are seen by comparing bytes: all of
-        a small weight, 64 samples of a large one; on the CPU only.
+        a small weight, 16 samples of a large one; on the CPU only.
         """
         module, name = self.site.module, self.site.tensor
         now: Tensor | None = module._parameters.get(name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,14 +19,16 @@ from .undo import Edits
 _SCRIPTED_SN = re.compile(r"(?P<name>.*)(_orig|\.original)$")
 
 
+Found = tuple[nn.Module, list[Site]]
+
+
 class Plan:
     """The frozen weights of a model and the edits that put them in place."""
 
-    def __init__(self, model: nn.Module, kinds: Iterable[Kind]) -> None:
+    def __init__(self, found: Sequence[Found]) -> None:
         self.edits = Edits()
         # Phase by phase over all modules: with thousands of small layers this takes two
         # thirds of the time that going module by module takes.
-        found = list(walk(model, kinds))
         sites = [site for _, module_sites in found for site in module_sites]
         with torch.inference_mode(False), torch.no_grad():
             values = [_value(site) for site in sites]
@@ -41,12 +43,8 @@ class Plan:
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
 
-    def module_ids(self) -> list[int]:
-        """Return the ids of the modules that hold a frozen tensor."""
-        return [id(weight.site.module) for weight in self.weights]
 
-
-def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[tuple[nn.Module, list[Site]]]:
+def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
     """Yield every module once, parents first, with its sites.
 
     Raises:

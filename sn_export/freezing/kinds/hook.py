@@ -62,8 +62,11 @@ class HookSite(Site):
         if type(self.hook) is SpectralNorm:
             return self._compute()
         attributes = vars(self.hook).copy()
-        try:
-            return without_trace(self._compute, [self.module]).clone()
+        try:  # twice: an interrupt may stop the first
+            try:
+                return without_trace(self._compute, [self.module]).clone()
+            finally:
+                vars(self.hook).update(attributes)
         finally:
             vars(self.hook).update(attributes)
 

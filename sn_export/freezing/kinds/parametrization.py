@@ -49,8 +49,9 @@ class ParametrizationSite(Site):
 
     @property
     def hidden(self) -> tuple[nn.Module, ...]:
-        """The chain."""
-        return (self.chain,)
+        """The chain, and the dictionary around it if there is no other in it."""
+        lists = cast(nn.ModuleDict, self.module._modules["parametrizations"])
+        return (self.chain, lists) if len(lists._modules) == 1 else (self.chain,)
 
     @property
     def is_buffer(self) -> bool:
@@ -78,13 +79,20 @@ class ParametrizationSite(Site):
 
     def _value_of_known_chain(self, modules: list[nn.Module]) -> Tensor:
         modes = [m.training for m in modules]
-        try:
-            for m in modules:
-                m.__dict__["training"] = False
-            return self._run()
-        finally:
+
+        def restore_modes() -> None:
             for m, mode in zip(modules, modes, strict=True):
                 m.__dict__["training"] = mode
+
+        try:  # twice: an interrupt may stop the first
+            try:
+                for m in modules:
+                    m.__dict__["training"] = False
+                return self._run()
+            finally:
+                restore_modes()
+        finally:
+            restore_modes()
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take the tensor out of ``parametrizations`` and its property off this instance."""

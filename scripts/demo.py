@@ -1,0 +1,161 @@
+"""Train an SN-GAN on real digits, export both nets in the middle, and train on as if nothing was.
+
+    python scripts/demo.py
+
+The same training runs a second time without the export, and both end states must be equal to
+the last bit; the exit code is 1 if they are not. Files go to build/demo/.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from demo_gan import DIGITS, NOISE, Training, differing, real_digits
+from demo_picture import save_rows
+from onnxruntime import InferenceSession
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from sn_export import ExportReport, export_onnx
+
+ROOT = Path(__file__).resolve().parent.parent
+FOLDER = ROOT / "build" / "demo"
+SEED = 0
+STEPS = 400  # of each run; the first one exports in the middle
+COLUMNS = 2 * DIGITS  # of the picture
+
+console = Console()
+
+
+def main() -> int:
+    """Run the demo; return 0 if the export left no trace in the training."""
+    torch.set_num_threads(1)  # fastest for nets this small, however busy the machine is
+    torch.use_deterministic_algorithms(True)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    noise, digits = _picture_inputs()
+
+    training = Training(SEED)
+    _train(training, STEPS // 2, "training, first half")
+    training.save(FOLDER)
+    halfway = training.state()
+    reports = {
+        "critic": _export(training.critic, training.images[:2], digits[:2], "critic"),
+        "generator": _export(training.generator, noise[:2], digits[:2], "generator-halfway"),
+    }
+    _print_frozen(reports)
+    _print_parity(reports)
+    _train(training, STEPS - STEPS // 2, "training, second half")
+
+    uninterrupted = Training(SEED)
+    _train(uninterrupted, STEPS, "training again, no export")
+    equal = _print_comparison(training.state(), uninterrupted.state(), halfway)
+
+    final = _export(training.generator, noise[:2], digits[:2], "generator")
+    _draw(training.generator, reports["generator"].path, final.path, noise, digits)
+    return 0 if equal else 1
+
+
+def _train(training: Training, steps: int, label: str) -> None:
+    for _ in track(range(steps), f"{label:26}", console=console):
+        training.step()
+
+
+def _export(net: nn.Module, first: Tensor, digits: Tensor, name: str) -> ExportReport:
+    """Export ``net`` as it is, in train mode, for batches of any size."""
+    started = time.perf_counter()
+    batch = torch.export.Dim("batch")
+    report = export_onnx(
+        net, (first, digits), FOLDER / f"{name}.onnx", dynamic_shapes=({0: batch}, {0: batch})
+    )
+    seconds = time.perf_counter() - started
+    mode = "train" if net.training else "eval"
+    console.print(f"exported {_shown(report.path)} in {seconds:.1f} s, left in {mode} mode")
+    return report
+
+
+def _print_frozen(reports: Mapping[str, ExportReport]) -> None:
+    table = Table("net", "tensor", "spectral norm", "shape", "dim", "sigma", title="Frozen")
+    for net, report in reports.items():
+        for site in report.frozen:
+            shape = "x".join(map(str, site.shape))
+            name = f"{site.module}.{site.tensor}"
+            table.add_row(net, name, site.kind, shape, str(site.dim), f"{site.sigma:.4f}")
+    console.print(table)
+
+
+def _print_parity(reports: Mapping[str, ExportReport]) -> None:
+    table = Table("net", "inputs", "max abs", "max rel", "mean abs", "within", "")
+    table.title = "onnxruntime against the unfrozen net"
+    for net, report in reports.items():
+        for output in report.parity.outputs:
+            errors = (output.max_abs, output.max_rel, output.mean_abs, output.atol)
+            verdict = "passed" if output.passed else "FAILED"
+            table.add_row(net, str(output.samples), *(f"{e:.1e}" for e in errors), verdict)
+    console.print(table)
+
+
+def _print_comparison(
+    exported: Mapping[str, Any], uninterrupted: Mapping[str, Any], halfway: Mapping[str, Any]
+) -> bool:
+    """Compare the end states, and show how much has moved since the export."""
+    differs = differing(exported, uninterrupted)
+    moved = differing(exported, halfway)
+    table = Table("state", "entries", "moved since export", "differ", title="The two end states")
+    counts = [Counter(name.split(".")[0] for name in names) for names in (exported, moved, differs)]
+    for part in counts[0]:
+        table.add_row(part, *(str(count[part]) for count in counts))
+    console.print(table)
+    if differs:
+        console.print(f"[red]DIFFERENT[/] in {', '.join(differs)}")
+    else:
+        console.print(f"[green]equal to the last bit[/]: {STEPS} steps with and without the export")
+    return not differs
+
+
+def _picture_inputs() -> tuple[Tensor, Tensor]:
+    """Return noise from a generator of its own, and every digit twice."""
+    noise = torch.randn(COLUMNS, NOISE, generator=torch.Generator().manual_seed(SEED))
+    return noise, torch.arange(COLUMNS) % DIGITS
+
+
+def _draw(net: nn.Module, halfway: Path, final: Path, noise: Tensor, digits: Tensor) -> None:
+    images, labels = real_digits()
+    nth = torch.arange(COLUMNS) // DIGITS
+    real = [images[labels == digit][n] for digit, n in zip(digits, nth, strict=True)]
+    net.eval()
+    with torch.no_grad():
+        drawn = net(noise, digits)
+    ran = _run(final, noise, digits)
+    rows = {
+        "real digits": torch.stack(real),
+        "onnxruntime, halfway": _run(halfway, noise, digits),
+        "torch, trained": drawn,
+        "onnxruntime, trained": ran,
+    }
+    path = FOLDER / "digits.png"
+    save_rows(rows, path)
+    difference = (drawn - ran).abs().max().item()
+    console.print(f"picture: {_shown(path)}")
+    console.print(f"its rows of torch and onnxruntime differ by {difference:.1e} at most")
+
+
+def _run(path: Path, noise: Tensor, digits: Tensor) -> Tensor:
+    session = InferenceSession(path, providers=["CPUExecutionProvider"])
+    (images,) = session.run(None, {"noise": noise.numpy(), "digit": digits.numpy()})
+    return torch.from_numpy(images)
+
+
+def _shown(path: Path) -> Path:
+    return path.relative_to(ROOT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
