@@ -41,9 +41,9 @@ class Preserved:
 
     Forward passes and exporters replace attributes by equal copies, write buffers, append
     to lists. All that lives in containers that the modules reach, which are remembered entry
-    by entry. Buffers are swapped for copies, so nothing ever writes to the originals.
-    Parameters and tensors in attributes are written by very few forwards: `guard_tensors`
-    and `settle` find out whether this is one.
+    by entry. Buffers and tensors in attributes are swapped for copies, so nothing ever writes
+    to the originals. Parameters are written by very few forwards: `guard_parameters` and
+    `settle` find out whether this is one.
 
     Args:
         modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
@@ -73,37 +73,35 @@ class Preserved:
         for value in container.values() if isinstance(container, dict) else container:
             if isinstance(value, (dict, list, set, deque)):
                 self._remember(value, seen)
-            elif isinstance(value, Tensor):
+            elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self._attributes.append(value)
 
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
         copies: dict[int, Tensor] = {}
-        for _, content in self._originals:
-            for buffer in content.values():
-                if buffer is not None and id(buffer) not in copies:
-                    copies[id(buffer)] = buffer.detach().clone()
-                    self._working.append((copies[id(buffer)], buffer))
+        for tensor in (*self._attributes, *(b for _, c in self._originals for b in c.values())):
+            if tensor is not None and id(tensor) not in copies:
+                copies[id(tensor)] = tensor.detach().clone()
+                self._working.append((copies[id(tensor)], tensor))
         self._swapped = [
-            (container, {name: copies.get(id(b), b) for name, b in content.items()})
-            for container, content in self._originals
+            (container, _replaced(content, copies))
+            for container, content in (*self._containers, *self._originals)
         ]
         self._start_over()
 
-    def guard_tensors(self) -> None:
-        """Keep a copy of every parameter and of every tensor in an attribute from here on."""
-        parameters = (p for m in self._modules for p in m._parameters.values())
-        tensors = {id(t): t for t in (*parameters, *self._attributes) if t is not None}
-        self._guarded = [_Guarded(t) for t in tensors.values() if not t.is_meta]
+    def guard_parameters(self) -> None:
+        """Keep a copy of every parameter from here on."""
+        parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
+        self._guarded = [
+            _Guarded(p) for p in parameters.values() if p is not None and not p.is_meta
+        ]
 
     def settle(self) -> None:
-        """Forget the copies of tensors that the forward passes so far did not write."""
+        """Forget the copies of parameters that the forward passes so far did not write."""
         self._guarded = [guarded for guarded in self._guarded if guarded.was_written]
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
-        for container, content in self._containers:
-            _restore_container(container, content)
         with torch.no_grad():
             for copy, original in self._working:
                 if not _same(copy, original):
@@ -133,7 +131,7 @@ class Preserved:
 
 
 class _Guarded:
-    """A tensor, the memory under it and a copy of its content."""
+    """A parameter, the memory under it and a copy of its content."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor
@@ -166,7 +164,7 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
         try:  # twice: an interrupt may stop the first
             try:
                 state.begin()
-                state.guard_tensors()
+                state.guard_parameters()
                 yield state
             finally:
                 state.restore()
@@ -204,6 +202,12 @@ def _bits(tensor: Tensor) -> Tensor:
     # NaN equals itself bit for bit.
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return real.flatten().view(torch.uint8)
+
+
+def _replaced(content: Any, copies: dict[int, Tensor]) -> Any:
+    if isinstance(content, dict):
+        return {key: copies.get(id(value), value) for key, value in content.items()}
+    return type(content)(copies.get(id(value), value) for value in content)
 
 
 def _restore_container(container: Any, content: Any) -> None:

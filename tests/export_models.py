@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -12,15 +14,22 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
+from fingerprint import Fingerprint, fingerprint
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm, spectral_norm
+from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 KINDS = ("hook", "parametrization")
 EXPORTERS = ("dynamo", "torchscript")
 MODES = ("train", "eval", "mixed")
+
+# Each dynamo export builds torch's table of operators anew, which takes most of its time.
+ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign,assignment]
+    functools.cache(ONNXRegistry.from_torchlib)
+)
 
 Apply = Callable[..., Any]
 APPLY: dict[str, Apply] = {
@@ -144,6 +153,20 @@ class NotANumber(Head):
     def prepare(self) -> None:
         with torch.no_grad():
             self.layer.bias.fill_(torch.nan)
+
+
+def bare_export(model: nn.Module, args: tuple[Tensor, ...], path: Path, exporter: str) -> None:
+    """Export a network as torch does it on its own."""
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")
+        torch.onnx.export(model, args, path, dynamo=exporter == "dynamo", verbose=False)
+
+
+def assert_as_before(before: Fingerprint, *models: nn.Module) -> None:
+    """Assert that the models have the same fingerprint, but for the number of hooks ever made."""
+    differences = before.differences(fingerprint(*models))
+    found = [line for line in differences if not line.startswith("next hook id")]
+    assert not found, "\n".join(found)
 
 
 def file_of(

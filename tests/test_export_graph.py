@@ -14,6 +14,7 @@ from export_models import (
     EXPORTERS,
     KINDS,
     all_names,
+    bare_export,
     images,
     large_net,
     plain_twin,
@@ -49,10 +50,7 @@ def _export(
     model = set_mode(trained(build(kind), x), mode)
     report = export_onnx(model, (x,), folder / "net.onnx", exporter=exporter)
     twin = plain_twin(model, build)
-    with torch.no_grad():
-        torch.onnx.export(
-            twin, (x,), folder / "bare.onnx", dynamo=exporter == "dynamo", verbose=False
-        )
+    bare_export(twin, (x,), folder / "bare.onnx", exporter)
     file = onnx.load(folder / "net.onnx")
     bare = onnx.load(folder / "bare.onnx")
     return Exported(model, report, file, bare, (folder / "net.onnx").read_bytes())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
@@ -18,15 +19,15 @@ from export_models import (
     NotANumber,
     Raising,
     Unsupported,
+    assert_as_before,
     images,
     rows,
     set_mode,
     small_net,
     trained,
 )
-from fingerprint import assert_unchanged, contents, fingerprint
+from fingerprint import contents, fingerprint
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sn_export import ExportError, ParityError, SnExportError, check_parity, export_onnx
 
@@ -54,7 +55,7 @@ def test_model_is_the_same_objects(tmp_path: Path, kind: str, exporter: str, mod
     model(images()).sum().backward()
     before = fingerprint(model)
     export_onnx(model, (images(),), tmp_path / "net.onnx", exporter=exporter)
-    assert_unchanged(before, model)
+    assert_as_before(before, model)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
@@ -64,7 +65,7 @@ def test_attributes_are_the_same_objects(tmp_path: Path, kind: str, exporter: st
     model = Furnished(kind)
     before = fingerprint(model)
     export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
-    assert_unchanged(before, model)
+    assert_as_before(before, model)
 
 
 @pytest.mark.parametrize(
@@ -86,7 +87,7 @@ def test_model_is_as_before_after_a_failure(
     before = fingerprint(model)
     with pytest.raises(error):
         export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
-    assert_unchanged(before, model)
+    assert_as_before(before, model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -104,7 +105,7 @@ def test_model_is_as_before_after_an_interrupt(
     monkeypatch.setattr(torch.onnx, "export", interrupt)
     with pytest.raises(KeyboardInterrupt):
         export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
-    assert_unchanged(before, model)
+    assert_as_before(before, model)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -128,17 +129,6 @@ class Averaging(Head):
     def forward(self, x: Tensor) -> Tensor:
         self.mean.mul_(0.9).add_(x.mean(0), alpha=0.1)
         return self.layer(x) - self.mean
-
-
-class AlwaysTraining(Head):
-    """A batch norm that updates its statistics in eval mode too."""
-
-    def prepare(self) -> None:
-        self.norm = nn.BatchNorm1d(3)
-
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm
-        return F.batch_norm(self.layer(x), n.running_mean, n.running_var, training=True)
 
 
 class Reassigning(Head):
@@ -252,10 +242,18 @@ class ReplacingData(Head):
         return y
 
 
+def _objects(model: nn.Module) -> list[tuple[str, int, int]]:
+    """Name every object that the modules hold, and where tensors keep their elements."""
+    return [
+        (f"{path} {name}", id(value), value.data_ptr() if isinstance(value, Tensor) else 0)
+        for path, module in model.named_modules()
+        for container in (vars(module), module._parameters, module._buffers)
+        for name, value in container.items()
+    ]
+
+
 _WRITERS = (
     Counting,
-    Averaging,
-    AlwaysTraining,
     Reassigning,
     Logging,
     LoggingDeeper,
@@ -263,6 +261,11 @@ _WRITERS = (
     Replacing,
     TurningToTrain,
 )
+
+
+# What torch's exporters get wrong, and the proof finds out: the dynamo exporter leaves batch
+# statistics out of the normalisation, and tracing bakes in the buffers that it has itself written.
+_WRONGLY_EXPORTED = {("dynamo", AlwaysTraining), ("torchscript", Averaging)}
 
 
 def _state(model: nn.Module) -> tuple[Any, ...]:
@@ -277,27 +280,33 @@ def test_forward_that_writes(tmp_path: Path, exporter: str, network: type[Head])
     """A forward that changes its module in eval mode is exported, and has changed nothing."""
     model = network()
     before, state = fingerprint(model), _state(model)
-    report = export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
-    assert report.parity.passed
-    assert_unchanged(before, model)
+    if (exporter, network) in _WRONGLY_EXPORTED:
+        with pytest.raises(ParityError):
+            export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
+        assert list(tmp_path.iterdir()) == []
+    else:
+        assert export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter).parity.passed
+    assert_as_before(before, model)
     assert _state(model) == state
 
 
-# torch.export refuses the first two itself and ends the process on the others.
-@pytest.mark.parametrize("network", [HoldingATensor, Sharing, WritingAParameter, ReplacingData])
+# torch.export refuses the first two itself and ends the process on the others; the tracer
+# writes a buffer before it stores it, so that the file is one call ahead of the model.
+@pytest.mark.parametrize(
+    "network", [HoldingATensor, Sharing, WritingAParameter, ReplacingData, Averaging]
+)
 def test_forward_that_writes_past_the_buffers(tmp_path: Path, network: type[Head]) -> None:
     """Tensors that are no buffers, and parameters, are as before, whether it is proved or not."""
     model = network()
-    before, state = fingerprint(model), _state(model)
+    before = _objects(model), _state(model)
     try:
         export_onnx(model, rows(), tmp_path / "net.onnx", exporter="torchscript")
     except ParityError:
-        assert network in (WritingAParameter, ReplacingData)
-    assert _state(model) == state
-    assert_unchanged(before, model)
+        assert network in (WritingAParameter, ReplacingData, Averaging)
+    assert (_objects(model), _state(model)) == before
 
 
-@pytest.mark.parametrize("network", [*_WRITERS, HoldingATensor, Sharing, WritingAParameter])
+@pytest.mark.parametrize("network", [*_WRITERS, Averaging, HoldingATensor, Sharing, ReplacingData])
 def test_check_parity_leaves_the_model(tmp_path: Path, network: type[Head]) -> None:
     """check_parity alone leaves models that write to themselves as they were."""
     path = tmp_path / "net.onnx"
@@ -305,10 +314,9 @@ def test_check_parity_leaves_the_model(tmp_path: Path, network: type[Head]) -> N
     export_onnx(Head(), rows(), path, exporter="torchscript", samples=0)
     torch.manual_seed(3)
     model = network()
-    before, state = fingerprint(model), _state(model)
+    before = _objects(model), _state(model)
     check_parity(model, path, [rows(), rows(seed=9)])
-    assert _state(model) == state
-    assert_unchanged(before, model)
+    assert (_objects(model), _state(model)) == before
 
 
 def test_every_run_starts_from_the_same_state(tmp_path: Path) -> None:
@@ -338,7 +346,7 @@ def test_arguments_are_not_modified(tmp_path: Path, exporter: str) -> None:
     before = [(contents(t), t._version, id(t)) for t in tensors]
     args, kwargs = (x, more), {"last": last}
     inputs = [{"x": own, "more": {"a": own}, "last": own}]
-    try:
+    with contextlib.suppress(SnExportError):  # an exporter may refuse such a forward
         export_onnx(
             WritingItsInputs(),
             args,
@@ -347,8 +355,6 @@ def test_arguments_are_not_modified(tmp_path: Path, exporter: str) -> None:
             kwargs=kwargs,
             inputs=inputs,
         )
-    except SnExportError:  # an exporter may refuse such a forward; the promise holds
-        pass
     assert [(contents(t), t._version, id(t)) for t in (x, more["a"], last, own)] == before
     assert (list(more), list(kwargs), len(args), list(inputs[0])) == (
         ["a"],
@@ -396,11 +402,12 @@ def test_training_goes_on_bit_for_bit(tmp_path: Path, kind: str, exporter: str) 
 
 
 def test_eval_is_not_called(tmp_path: Path) -> None:
-    """The model's own train() and eval(), which may fuse or fold, are not called."""
+    """The model's own train() and eval(), which may fuse or fold weights, are not called."""
 
     class Folding(Head):
         def train(self, mode: bool = True) -> Folding:
             raise AssertionError("train() was called")
 
     model = Folding()
-    assert export_onnx(model, rows(), tmp_path / "net.onnx", exporter="torchscript").parity.passed
+    assert export_onnx(model, rows(), tmp_path / "net.onnx").parity.passed
+    assert check_parity(model, tmp_path / "net.onnx", rows()).passed

@@ -129,7 +129,7 @@ def other_thread_can_freeze(model: nn.Module) -> bool:
     [
         *((kind, KeyboardInterrupt) for kind in FAULTY_KINDS),
         ("hook", Injected),
-        ("chain-middle", Injected),
+        ("parametrization", Injected),
     ],
 )
 def test_fault_at_any_step_of_entering_changes_nothing(
@@ -156,7 +156,7 @@ def test_fault_at_any_step_of_entering_changes_nothing(
 @pytest.mark.parametrize("again", [0, 1, 7], ids=["once", "twice", "twice-later"])
 @pytest.mark.parametrize("kind", FAULTY_KINDS)
 def test_interrupt_at_any_step_of_leaving_restores_first(kind: str, again: int) -> None:
-    """Whichever line of leaving is interrupted, the model is restored, then the interrupt goes on."""
+    """Whichever line of leaving is interrupted, the model is restored before that is raised."""
     model = small_model(kind)
     before = fingerprint(model)
     dry = Fault()

@@ -8,7 +8,7 @@ from typing import cast
 import pytest
 import torch
 from fingerprint import all_same_bits, assert_unchanged, fingerprint, same_bits
-from networks import CASES, KINDS, PAIRS, MOMENTS, Case, bring_to
+from networks import CASES, KINDS, MOMENTS, PAIRS, Case, bring_to
 from torch import Tensor, nn
 
 from sn_export import frozen_spectral_norm
@@ -63,7 +63,9 @@ def test_block_is_exact_inside_and_leaves_no_trace(
         assert not model._forward_pre_hooks
         flat = getattr(model, "_flat_weights", [])
         assert len(flat) == len(getattr(plain, "_flat_weights", []))
-        assert all(getattr(model, n) is w for n, w in zip(model_flat_names(model), flat, strict=True))
+        assert all(
+            getattr(model, n) is w for n, w in zip(model_flat_names(model), flat, strict=True)
+        )
         model.eval()
         with torch.no_grad():
             assert all_same_bits(case.run(model), expected)
