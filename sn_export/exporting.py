@@ -17,7 +17,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .dynamic import dynamic_dims, resized_sets
-from .errors import SnExportError
+from .errors import ExportError, SnExportError
 from .freezing import (
     SpectralNormInfo,
     find_spectral_norm,
@@ -171,8 +171,11 @@ def export_onnx(
             references.append(_run_further(model, state, one))
         references += _run_resized(model, state, resized_sets(model, example, dims))
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
-        with frozen_spectral_norm(model):
-            opset = write_onnx(model, example, options, draft)
+        try:
+            with frozen_spectral_norm(model):
+                opset = write_onnx(model, example, options, draft)
+        except OSError as error:
+            raise ExportError(f"cannot write '{target}': {error.strerror}") from error
         state.reset()
         _logger.info("comparing %d input sets with onnxruntime", len(references))
         session = open_session(draft, providers)

@@ -160,14 +160,6 @@ def test_earlier_file_is_replaced(tmp_path: Path, exporter: str) -> None:
     onnx.checker.check_model(str(path), full_check=True)
 
 
-def test_earlier_side_file_does_not_outlive_its_owner(tmp_path: Path) -> None:
-    """A self-contained file that replaces one with external data leaves no orphaned weights."""
-    path = tmp_path / "net.onnx"
-    export_onnx(Head(), rows(), path, exporter="torchscript", external_data=True)
-    export_onnx(Head(), rows(), path, exporter="torchscript", external_data=False)
-    assert list(contents_of(tmp_path)) == ["net.onnx"]
-
-
 def test_target_may_be_a_string(tmp_path: Path) -> None:
     """The path may be a string; the report gives it as a Path."""
     path = str(tmp_path / "net.onnx")

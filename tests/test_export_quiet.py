@@ -92,6 +92,7 @@ def test_verbose_speaks(tmp_path: Path, exporter: str, capfd: pytest.CaptureFixt
     assert captured.out + captured.err
 
 
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning")
 def test_verbose_warns(tmp_path: Path) -> None:
     """``verbose=True`` lets warnings through."""
     with pytest.warns(torch.jit.TracerWarning):

@@ -144,19 +144,6 @@ def test_block_does_not_keep_the_model_alive() -> None:
     assert weight() is None
 
 
-def test_one_block_can_be_used_again_but_not_entered_twice() -> None:
-    """A block may be entered again after it was left, and not while it is held."""
-    model = net("hook")
-    before = fingerprint(model)
-    block = frozen_spectral_norm(model)
-    with block, pytest.raises(RuntimeError, match="already entered"):
-        block.__enter__()
-    assert_unchanged(before, model)
-    with block:
-        assert "weight" in model.head._parameters
-    assert_unchanged(before, model)
-
-
 @each_kind
 def test_another_thread_is_refused_while_the_model_is_held(kind: str) -> None:
     """A second thread is refused the model and its parts, but neither copies nor other models."""

@@ -192,6 +192,10 @@ class _Freezing:
 
 def _undo(plan: Plan) -> None:
     plan.edits.restore()
+    for weight in plan.edited:  # it may have been put somewhere else under its name
+        module = weight.site.module
+        for container in (module._parameters, module._buffers, module.__dict__):
+            plan.edits.forget(container, weight.site.tensor)
     if plan.moved:
         plan.residence.restore()
     for weight, training in zip(plan.weights, plan.modes, strict=True):
@@ -210,6 +214,7 @@ def _unused(names: list[str]) -> str:
 
 def _complaints(plan: Plan) -> list[str]:
     changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
+    plan.edited = [weight for weight, _ in changed]
     moved = [weight.site.name for weight, change in changed if change == "moved"]
     edited = [weight.site.name for weight, change in changed if change == "edited"]
     plan.moved = bool(moved)

@@ -42,6 +42,7 @@ class Plan:
         self.modes = [site.module.training for site in sites]
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
+        self.edited: list[FrozenWeight] = []
 
 
 def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:

@@ -50,11 +50,14 @@ class Edit:
         """
         before, removed, added = self.before, self.removed, self.added
         count = len(removed)
-        if self.restored is None and (
-            (count == len(before) or list(before)[-count:] == removed)
+        if (
+            self.restored is None
+            and len(self.target) == len(before) - count + len(added)
+            and (count == len(before) or list(before)[-count:] == removed)
             and not (added and any(key in before for key in added))
         ):
-            # The keys stood at the end: putting them back there is the old order.
+            # Nothing came or went, and the keys stood at the end: putting them back there is
+            # the old order.
             for key in added:
                 self.target.pop(key, None)
             for key in removed:
@@ -94,6 +97,12 @@ class Edits:
         if edit is None:
             edit = self._edits[id(target)] = Edit(target)
         return edit
+
+    def forget(self, target: Container, key: Any) -> None:
+        """Take ``key`` out of ``target`` now, unless it was there before the edits."""
+        edit = self._edits.get(id(target))
+        if edit is None or key not in edit.before:
+            target.pop(key, None)
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""

@@ -109,6 +109,7 @@ class ParametrizationSite(Site):
 
     def follow_mode(self, training: bool) -> None:
         """Give the chain the mode that ``module.train()`` would have given it."""
+        self.module._modules["parametrizations"].__dict__["training"] = training
         for module in self.chain.modules():
             module.__dict__["training"] = training
 
