@@ -9,6 +9,7 @@ import torch
 from fingerprint import Fingerprint, assert_unchanged, contents, fingerprint, same_bits
 from networks import KINDS, SoftSpectralNorm, images, net
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sn_export import FrozenWeightChangedWarning, frozen_spectral_norm
@@ -317,3 +318,15 @@ def test_soft_normalisation_logs_nothing_while_freezing() -> None:
         assert not any(name.startswith("weight_") for name in model.state_dict())
     assert float(model.weight_sigma) == 1.0
     assert_unchanged(before, model)
+
+
+def test_hook_exchanged_inside_runs_after_spectral_norm() -> None:
+    """A hook registered in the place of one removed inside still runs after spectral norm's."""
+    linear = nn.Linear(3, 3)
+    earlier = linear.register_forward_pre_hook(lambda module, inputs: None)
+    spectral_norm(linear)
+    own = next(reversed(linear._forward_pre_hooks))
+    with frozen_spectral_norm(linear):
+        earlier.remove()
+        later = linear.register_forward_pre_hook(lambda module, inputs: None)
+    assert list(linear._forward_pre_hooks) == [own, later.id]

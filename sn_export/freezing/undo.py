@@ -52,7 +52,7 @@ class Edit:
         count = len(removed)
         if (
             self.restored is None
-            and len(self.target) == len(before) - count + len(added)
+            and self._keys_are_ours()
             and (count == len(before) or list(before)[-count:] == removed)
             and not (added and any(key in before for key in added))
         ):
@@ -66,6 +66,14 @@ class Edit:
             if self.restored is None:
                 self.restored = self._merge()
             _assign(self.target, self.restored)
+
+    def _keys_are_ours(self) -> bool:
+        now, removed, added = self.target, self.removed, self.added
+        return (
+            len(now) == len(self.before) - len(removed) + len(added)
+            and all(key in now or key in removed for key in self.before)
+            and all(key in now for key in added)
+        )
 
     def roll_back(self) -> None:
         """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
