@@ -48,7 +48,8 @@ class OutputParity:
         rtol: relative tolerance applied.
         atol: largest absolute tolerance applied, in units of the output.
         passed: whether every element of every set is within ``atol + rtol * |reference|``.
-        reason: why not, in words; empty if passed.
+        is_comparable: False where shapes or dtypes differ.
+        reason: why it did not pass, in words, for the worst input set; empty if passed.
     """
 
     name: str
@@ -63,6 +64,7 @@ class OutputParity:
     rtol: float
     atol: float
     passed: bool
+    is_comparable: bool = True
     reason: str = ""
 
 
@@ -259,7 +261,8 @@ class _Running:
         self.elements = self.samples = 0
         self.worst_index: tuple[int, ...] = ()
         self.worst_sample = ""
-        self.reason = ""
+        self.is_comparable = True
+        self.blamed, self.reason = -1.0, ""
 
     def add(self, label: str, expected: Tensor, got: Tensor) -> None:
         if self.samples == 0:
@@ -281,8 +284,11 @@ class _Running:
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
         rtol, atol = self._tolerances(expected)
         left, right = _wide(expected), _wide(got)
+        equal = expected == got  # before widening: float64 does not hold every integer
         # Equal infinities differ by nothing; inf - inf would say NaN.
-        difference = torch.where(left == right, 0.0, (left - right).abs()).double()
+        difference = torch.where(equal, 0.0, (left - right).abs()).double()
+        if not (expected.is_floating_point() or expected.is_complex()):
+            difference = torch.where(equal, 0.0, difference.clamp(min=1))
         nan = torch.isnan(difference)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
@@ -292,19 +298,26 @@ class _Running:
             self._note_worst(label, largest, _index(worst, expected.shape))
         nonzero = magnitude > 0
         if bool(nonzero.any()):
-            relative = torch.where(nan, math.nan, difference / magnitude)[nonzero]
+            relative = difference / torch.where(torch.isinf(difference), 1.0, magnitude)
+            relative = torch.where(nan, math.nan, relative)[nonzero]
             self.max_rel = _larger(self.max_rel, float(relative.max()))
         self.total += float(difference.sum())
         self.elements += expected.numel()
-        outside = ~(difference <= atol + rtol * magnitude)
+        # An infinite reference allows itself alone: inf <= atol + rtol * inf would allow all.
+        finite = torch.isfinite(difference) & torch.isfinite(magnitude)
+        outside = ~(equal | (finite & (difference <= atol + rtol * magnitude)))
         if bool(nan.any()):
-            self.reason = f"{int(nan.sum())} of {expected.numel()} elements are NaN on {label}"
+            self._blame(
+                math.inf, f"{int(nan.sum())} of {expected.numel()} elements are NaN on {label}"
+            )
         elif bool(outside.any()):
-            at = list(_index(worst, expected.shape))
-            self.reason = (
+            at = int(torch.where(outside, difference, -1.0).argmax())
+            self._blame(
+                float(difference.flatten()[at]),
                 f"{int(outside.sum())} of {expected.numel()} elements are outside "
-                f"atol {atol:.3g} + rtol {rtol:.3g} on {label}; worst at {at}: the model says "
-                f"{left.flatten()[worst].item():.7g}, the file {right.flatten()[worst].item():.7g}"
+                f"atol {atol:.3g} + rtol {rtol:.3g} on {label}; worst at "
+                f"{list(_index(at, expected.shape))}: the model says "
+                f"{expected.flatten()[at].item():.7g}, the file {got.flatten()[at].item():.7g}",
             )
 
     def _tolerances(self, expected: Tensor) -> tuple[float, float]:
@@ -326,7 +339,12 @@ class _Running:
         self.max_rel = _larger(self.max_rel, error)
         self.total += error
         self.elements += 1
-        self.reason = f"{reason} on {label}"
+        self.is_comparable = False
+        self._blame(math.inf, f"{reason} on {label}")
+
+    def _blame(self, error: float, reason: str) -> None:
+        if error > self.blamed:
+            self.blamed, self.reason = error, reason
 
     def result(self) -> OutputParity:
         return OutputParity(
@@ -342,6 +360,7 @@ class _Running:
             rtol=self.applied_rtol,
             atol=self.applied_atol,
             passed=not self.reason and self.samples > 0,
+            is_comparable=self.is_comparable,
             reason=self.reason,
         )
 

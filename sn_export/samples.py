@@ -106,13 +106,16 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randint(0, 2, shape, generator=generator).to(tensor)
     if dtype.is_complex:
         return torch.randn(shape, generator=generator, dtype=torch.complex64).to(tensor)
-    low, high = (bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double()))
     if not dtype.is_floating_point:
-        return torch.randint(int(low), int(high) + 1, shape, generator=generator).to(tensor)
+        smallest, largest = (int(bound) for bound in torch.aminmax(tensor.detach().cpu()))
+        end = None if largest == 2**63 - 1 else largest + 1
+        drawn = torch.empty(shape, dtype=torch.int64)
+        return drawn.random_(smallest, end, generator=generator).to(tensor)
+    low, high = (bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double()))
     if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
-    return (low + (high - low) * uniform).to(tensor)
+    return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
 
 
 def tensor_leaves(value: Any) -> list[Tensor]:

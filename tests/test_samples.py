@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from export_models import Head
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -35,14 +35,16 @@ def test_shape_and_dtype(dtype: torch.dtype) -> None:
     st.lists(st.integers(-(2**63), 2**63 - 1), min_size=1, max_size=5),
     st.integers(0, 100),
 )
+@example(torch.int64, [-(2**63), 2**63 - 1], 0)
+@example(torch.int64, [2**53 + 1], 0)
 @settings(deadline=None, max_examples=200)
 def test_integers_within_the_range_seen(dtype: torch.dtype, values: list[int], seed: int) -> None:
     """Integers of every width, the full range of int64 included, stay within those seen."""
     info = torch.iinfo(dtype)
-    example = torch.tensor([min(max(v, info.min), info.max) for v in values], dtype=dtype)
-    drawn = random_like(example, torch.Generator().manual_seed(seed))
-    assert example.min() <= drawn.min()
-    assert drawn.max() <= example.max()
+    shown = torch.tensor([min(max(v, info.min), info.max) for v in values], dtype=dtype)
+    drawn = random_like(shown, torch.Generator().manual_seed(seed))
+    assert shown.min() <= drawn.min()
+    assert drawn.max() <= shown.max()
 
 
 def test_both_ends_are_drawn() -> None:
@@ -56,15 +58,16 @@ def test_both_ends_are_drawn() -> None:
     st.sampled_from(_FLOATS),
     st.lists(st.floats(allow_nan=False, allow_infinity=False), min_size=2, max_size=6),
 )
+@example(torch.float64, [1e308, -1e308])
 @settings(deadline=None, max_examples=200)
 def test_floats_within_the_range_seen(dtype: torch.dtype, values: list[float]) -> None:
     """Finite floats give finite floats, within the range seen where it is one."""
-    example = torch.tensor(values, dtype=torch.float64).to(dtype)
-    drawn = _drawn(example)
+    shown = torch.tensor(values, dtype=torch.float64).to(dtype)
+    drawn = _drawn(shown)
     assert torch.isfinite(drawn).all()
-    if bool(torch.isfinite(example).all()) and example.min() < example.max():
-        assert example.min() <= drawn.min()
-        assert drawn.max() <= example.max()
+    if bool(torch.isfinite(shown).all()) and shown.min() < shown.max():
+        assert shown.min() <= drawn.min()
+        assert drawn.max() <= shown.max()
 
 
 def test_constant_floats_become_normal_ones() -> None:
