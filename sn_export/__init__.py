@@ -1,16 +1,22 @@
 """Exact export of PyTorch models with spectral normalisation to ONNX."""
 
-from .errors import (
-    ExportError,
-    FreezeError,
-    FrozenWeightChangedWarning,
-    ParityError,
-    SnExportError,
-    SpectralNormNotAppliedWarning,
-)
-from .exporting import ExportReport, export_onnx
-from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
-from .parity import OutputParity, ParityReport, check_parity
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        ExportError,
+        FreezeError,
+        FrozenWeightChangedWarning,
+        ParityError,
+        SnExportError,
+        SpectralNormNotAppliedWarning,
+    )
+    from .exporting import ExportReport, export_onnx
+    from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
+    from .parity import OutputParity, ParityReport, check_parity
 
 __all__ = [
     # Freezing
@@ -33,3 +39,29 @@ __all__ = [
     "FrozenWeightChangedWarning",
     "SpectralNormNotAppliedWarning",
 ]
+
+_HOMES = {
+    "errors": (
+        "ExportError",
+        "FreezeError",
+        "FrozenWeightChangedWarning",
+        "ParityError",
+        "SnExportError",
+        "SpectralNormNotAppliedWarning",
+    ),
+    "exporting": ("ExportReport", "export_onnx"),
+    "freezing": ("SpectralNormInfo", "find_spectral_norm", "frozen_spectral_norm"),
+    "parity": ("OutputParity", "ParityReport", "check_parity"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for: ``sn-export --help`` needs no torch."""
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f".{module}", __name__), name)
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

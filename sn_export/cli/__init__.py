@@ -1,0 +1,5 @@
+"""The command line: it translates, nothing else."""
+
+from .app import main
+
+__all__ = ["main"]

@@ -1,0 +1,220 @@
+"""The four subcommands. Torch is imported inside them, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+from enum import Enum
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .console import answering
+
+app = typer.Typer(
+    name="sn-export",
+    help="From a checkpoint with spectral normalisation to a proved ONNX file.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+
+class Exporter(str, Enum):
+    """The two exporters of torch."""
+
+    dynamo = "dynamo"
+    torchscript = "torchscript"
+
+
+class ExternalData(str, Enum):
+    """Where the weights of an ONNX file go."""
+
+    auto = "auto"
+    always = "always"
+    never = "never"
+
+
+class Spelling(str, Enum):
+    """How a state dict says spectral norm."""
+
+    plain = "plain"
+    hook = "hook"
+    parametrization = "parametrization"
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A file, or a folder of shards.")
+]
+Model = Annotated[
+    str, typer.Option("--model", help="MODULE:FACTORY; the current folder is importable.")
+]
+ModelKwargs = Annotated[
+    str | None, typer.Option("--model-kwargs", help="Arguments of the factory as JSON.")
+]
+Input = Annotated[
+    list[str], typer.Option("--input", help="[NAME=]SHAPE[:DTYPE], e.g. 2x3x8x8, x=1x77:int64.")
+]
+InputFile = Annotated[
+    list[Path], typer.Option("--input-file", help="An .npz of real inputs; part of the proof.")
+]
+Rtol = Annotated[float | None, typer.Option(help="Relative tolerance; by default by dtype.")]
+Atol = Annotated[float | None, typer.Option(help="Absolute tolerance; by default by dtype.")]
+Samples = Annotated[int, typer.Option(min=0, help="Random inputs beside the example.")]
+Key = Annotated[str | None, typer.Option(help="Where in the checkpoint the state dict is.")]
+Prefix = Annotated[str | None, typer.Option(help="Start of the names that are the network's.")]
+Dim = Annotated[
+    list[str], typer.Option("--dim", help="NAME=D, where a square weight's dim cannot be told.")
+]
+TrustPickle = Annotated[
+    bool,
+    typer.Option("--trust-pickle", help="Let the checkpoint run any code as you while it loads."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+
+def main() -> None:
+    """Run the command line."""
+    app(prog_name="sn-export")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        try:
+            print(f"sn-export {metadata.version('sn-export')}")
+        except metadata.PackageNotFoundError:
+            print("sn-export, not installed")
+        raise typer.Exit
+
+
+@app.callback()
+def _common(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def onnx(
+    checkpoint: CheckpointArgument,
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")],
+    inputs: Input = [],  # noqa: B006 - typer copies it
+    input_files: InputFile = [],  # noqa: B006
+    model_kwargs: ModelKwargs = None,
+    dynamic: Annotated[
+        list[str], typer.Option(help="INPUT:DIM=NAME, a dimension that varies, e.g. x:0=batch.")
+    ] = [],  # noqa: B006
+    exporter: Annotated[Exporter, typer.Option(help="Torch's exporter.")] = Exporter.dynamo,
+    opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's by default.")] = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    samples: Samples = 3,
+    external_data: Annotated[
+        ExternalData, typer.Option(help="Weights in a file of their own; auto: past 2 GB.")
+    ] = ExternalData.auto,
+    report: Annotated[
+        Path | None, typer.Option(help="Write what --json prints to this file too.")
+    ] = None,
+    key: Key = None,
+    prefix: Prefix = None,
+    dim: Dim = [],  # noqa: B006
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Export a checkpoint to ONNX and prove the file; it is written only if it is equal.
+
+    Exit codes: 0 proved and written, 1 not equal and nothing written, 2 bad input.
+    """
+    with answering(debug):
+        from .proving import Request, run_onnx
+
+        request = Request(
+            checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
+        ).choosing(key, prefix, dim, trust_pickle)
+        side_file = {"auto": "auto", "always": True, "never": False}[external_data.value]
+        run_onnx(request, output, dynamic, exporter.value, opset, side_file, report, as_json)
+
+
+@app.command()
+def inspect(
+    checkpoint: CheckpointArgument,
+    key: Key = None,
+    dim: Dim = [],  # noqa: B006
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """List the spectral norms in a checkpoint; no model code is needed."""
+    with answering(debug):
+        from .looking import run_inspect
+
+        run_inspect(checkpoint, key, dim, trust_pickle, as_json)
+
+
+@app.command()
+def convert(
+    checkpoint: CheckpointArgument,
+    to: Annotated[Spelling, typer.Option(help="How to spell spectral norm.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .pt or .safetensors file.")],
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Keep the state dict alone.")
+    ] = False,
+    max_shard_size: Annotated[
+        str | None, typer.Option(help="Shards of at most this size, e.g. 2GB, with an index.")
+    ] = None,
+    key: Key = None,
+    dim: Dim = [],  # noqa: B006
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Write a checkpoint with its spectral norm spelled differently, bit for bit the same."""
+    with answering(debug):
+        from .looking import run_convert
+
+        run_convert(
+            checkpoint,
+            to.value,
+            output,
+            weights_only,
+            max_shard_size,
+            key,
+            dim,
+            trust_pickle,
+            as_json,
+        )
+
+
+@app.command()
+def check(
+    file: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")],
+    checkpoint: CheckpointArgument,
+    model: Model,
+    inputs: Input = [],  # noqa: B006
+    input_files: InputFile = [],  # noqa: B006
+    model_kwargs: ModelKwargs = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    samples: Samples = 3,
+    key: Key = None,
+    prefix: Prefix = None,
+    dim: Dim = [],  # noqa: B006
+    trust_pickle: TrustPickle = False,
+    as_json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Compare an ONNX file with a checkpoint.
+
+    Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
+    """
+    with answering(debug):
+        from .proving import Request, run_check
+
+        request = Request(
+            checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
+        ).choosing(key, prefix, dim, trust_pickle)
+        run_check(request, file, as_json)

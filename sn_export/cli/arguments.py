@@ -1,0 +1,131 @@
+"""What a person writes on the command line, as values."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from ..samples import InputSet
+
+_INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
+_SHAPE = re.compile(r"\d+(?:x\d+)*")
+_DYNAMIC = re.compile(r"(?P<name>\w+):(?P<position>\d+)=(?P<dim>[A-Za-z_]\w*)")
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "complex64",
+    "complex128",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
+
+
+def parse_size(text: str) -> int:
+    """Return the bytes that ``"500MB"`` or ``"2GiB"`` says."""
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match["number"]):
+        raise UsageError(f"--max-shard-size must be a size such as 500MB or 2GiB, got '{text}'")
+    unit = (match["unit"] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match["number"]) * base ** " KMGT".find(unit[0] if unit != "B" else " "))
+
+
+def parse_dims(texts: list[str]) -> dict[str, int]:
+    """Return the dims that ``--dim NAME=D`` gives."""
+    dims = {}
+    for text in texts:
+        name, _, number = text.rpartition("=")
+        if not name or not re.fullmatch(r"-?\d+", number):
+            raise UsageError(f"--dim must be NAME=D such as body.0.weight=1, got '{text}'")
+        dims[name] = int(number)
+    return dims
+
+
+def parse_kwargs(text: str | None) -> dict[str, Any]:
+    """Return the keyword arguments in ``--model-kwargs``."""
+    if text is None:
+        return {}
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UsageError(f"--model-kwargs must be a JSON object, got '{text}': {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"--model-kwargs must be a JSON object, got '{text}'")
+    return value
+
+
+def parse_dynamic(texts: list[str], names: list[str]) -> dict[str, dict[int, str] | None] | None:
+    """Return ``--dynamic x:0=batch`` as `torch.export` takes it, for inputs ``names``."""
+    if not texts:
+        return None
+    shapes: dict[str, dict[int, str] | None] = dict.fromkeys(names)
+    for text in texts:
+        match = _DYNAMIC.fullmatch(text)
+        if match is None:
+            raise UsageError(f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'")
+        if match["name"] not in shapes:
+            raise UsageError(
+                f"--dynamic names the input '{match['name']}'; the inputs are {', '.join(names)}"
+            )
+        entry = shapes[match["name"]] or {}
+        entry[int(match["position"])] = match["dim"]
+        shapes[match["name"]] = entry
+    return shapes
+
+
+def example_of(texts: list[str]) -> InputSet:
+    """Return random inputs of the shapes that ``--input`` gives, the same ones every time."""
+    import torch
+
+    from ..samples import InputSet
+
+    generator = torch.Generator().manual_seed(0)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for text in texts:
+        name, shape, dtype = _parse_input(text)
+        value = _random(shape, getattr(torch, dtype), generator)
+        if name is not None:
+            kwargs[name] = value
+        elif kwargs:
+            raise UsageError(f"--input {text} has no name and follows one that has")
+        else:
+            args.append(value)
+    return InputSet(tuple(args), kwargs, "the example input")
+
+
+def _parse_input(text: str) -> tuple[str | None, list[int], str]:
+    match = _INPUT.fullmatch(text)
+    if match is None or not (match["shape"] == "scalar" or _SHAPE.fullmatch(match["shape"])):
+        raise UsageError(
+            f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise UsageError(f"--input {text}: dtype must be one of {', '.join(_DTYPES)}")
+    shape = match["shape"]
+    return match["name"], [] if shape == "scalar" else list(map(int, shape.split("x"))), dtype
+
+
+def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    import torch
+
+    if dtype.is_floating_point or dtype.is_complex:
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(shape, dtype=wide, generator=generator).to(dtype)
+    # 0 and 1 are an index into anything; other values have to come from --input-file.
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)

@@ -1,0 +1,135 @@
+"""Messages, progress and tables; what is asked for on stdout, everything else on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import typer
+
+from .errors import UsageError
+
+FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
+_WIDE = 160  # columns where there is no terminal to ask
+
+
+@contextlib.contextmanager
+def answering(debug: bool) -> Iterator[None]:
+    """Turn every error into one message on stderr and exit code 2."""
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise typer.Exit(PIPE_CLOSED) from None
+    except KeyboardInterrupt:
+        say("interrupted")
+        raise typer.Exit(INTERRUPTED) from None
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        else:
+            say(_message(error))
+        raise typer.Exit(BAD_INPUT) from error
+
+
+def say(message: str) -> None:
+    """Print one message on stderr."""
+    print(f"sn-export: {message}", file=sys.stderr)
+
+
+def answer(content: Mapping[str, Any]) -> None:
+    """Print JSON on stdout."""
+    print(as_text(content))
+
+
+def as_text(content: Mapping[str, Any]) -> str:
+    """Return JSON; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
+    return json.dumps(_plain(content), indent=2, allow_nan=False)
+
+
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yield a function that shows what is being done; it is silent without a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    from rich.console import Console
+
+    # The real stderr: exporters run with a replaced one.
+    with Console(file=sys.stderr).status("") as status, _followed(status.update):
+        yield status.update
+
+
+def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table on stdout."""
+    from rich.box import SIMPLE_HEAD
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    for column in columns:
+        shown.add_column(column, overflow="fold", justify="left")
+    for row in rows:
+        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+    if sys.stdout.isatty():
+        Console().print(shown)
+        return
+    console = Console(width=_WIDE)
+    with console.capture() as text:
+        console.print(shown)
+    lines = [line.rstrip() for line in text.get().splitlines()]
+    print("\n".join(line for line in lines if line) + "\n")
+
+
+def number(value: float) -> str:
+    """Return a number as tables show it."""
+    return "-" if math.isnan(value) else f"{value:.6g}"
+
+
+@contextlib.contextmanager
+def _followed(show: Callable[[str], None]) -> Iterator[None]:
+    class Handler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            show(record.getMessage())
+
+    logger = logging.getLogger("sn_export")
+    handler, level, propagates = Handler(), logger.level, logger.propagate
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(level)
+        logger.propagate = propagates
+
+
+def _message(error: Exception) -> str:
+    from ..errors import SnExportError
+
+    if isinstance(error, (SnExportError, UsageError, ValueError, TypeError)):
+        return str(error)
+    if isinstance(error, OSError):
+        named = f"'{error.filename}': " if error.filename else ""
+        return f"{named}{error.strerror or error}"
+    return f"unexpected {type(error).__name__}: {error}; --debug shows where"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if isinstance(value, Mapping):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    return value

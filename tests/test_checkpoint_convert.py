@@ -1,0 +1,271 @@
+"""Converting files: everything else is kept, memory is bounded, and files appear together."""
+
+from __future__ import annotations
+
+import errno
+import json
+import resource
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_networks import Critic, Kind, prefixed, trained_critic
+from safetensors.torch import load_file, save_file
+
+from sn_export.checkpoints import CheckpointError, convert_checkpoint, read_checkpoint
+from sn_export.checkpoints.safetensors_file import write_safetensors
+from sn_export.checkpoints.spelling import Entry, spec_of
+
+SPELLINGS: list[Kind] = ["plain", "hook", "parametrization"]
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _message(folder: Path, *args: Any, **options: Any) -> str:
+    before = _files(folder)
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(*args, **options)
+    assert _files(folder) == before
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("source", [".pt", ".safetensors"])
+def test_file_to_file(source: str, suffix: str, to: Kind, tmp_path: Path) -> None:
+    """From either format to either, the other network loads the file strictly and is equal."""
+    model = trained_critic("hook")
+    path, target = tmp_path / f"a{source}", tmp_path / f"b{suffix}"
+    (torch.save if source == ".pt" else save_file)(model.state_dict(), path)
+    made = convert_checkpoint(path, target, to)
+    assert made.files == (target,)
+    other = Critic(to).eval()
+    other.load_state_dict(load_file(target) if suffix != ".pt" else torch.load(target))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x), model(x))
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([path.name, target.name])
+
+
+def _training(model: Critic) -> dict[str, Any]:
+    state = prefixed(model.state_dict(), "module.")
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    optimizer.step()
+    return {"epoch": 3, "nets": {"d": state, "note": "x"}, "optimizer": optimizer.state_dict()}
+
+
+def test_everything_else_is_kept(tmp_path: Path) -> None:
+    """Epoch, optimizer, order of the keys: all but the state dict is as it was."""
+    torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
+    made = convert_checkpoint(tmp_path / "a.ckpt", tmp_path / "b.ckpt", "parametrization")
+    before, after = torch.load(tmp_path / "a.ckpt"), torch.load(tmp_path / "b.ckpt")
+    assert made.key == "nets.d"
+    assert list(after) == list(before)
+    assert after["epoch"] == 3
+    assert after["nets"]["note"] == "x"
+    assert str(after["optimizer"]) == str(before["optimizer"])
+    wanted = prefixed(Critic("parametrization").state_dict(), "module.")
+    assert list(after["nets"]["d"]) == list(wanted)
+    assert after["nets"]["d"]._metadata == wanted._metadata  # type: ignore[attr-defined]
+
+
+def test_weights_only_keeps_the_state_dict_alone(tmp_path: Path) -> None:
+    """The file is the state dict itself then."""
+    torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
+    convert_checkpoint(tmp_path / "a.ckpt", tmp_path / "b.pt", "plain", weights_only=True)
+    assert list(torch.load(tmp_path / "b.pt")) == [
+        f"module.{name}" for name in Critic("plain").state_dict()
+    ]
+
+
+def test_a_file_may_replace_its_own_source(tmp_path: Path) -> None:
+    """The checkpoint is read through to its end before it is replaced."""
+    model = trained_critic()
+    for name in ("a.pt", "a.safetensors"):
+        path = tmp_path / name
+        (torch.save if name == "a.pt" else save_file)(model.state_dict(), path)
+        convert_checkpoint(path, path, "plain")
+        (found,) = read_checkpoint(path).state_dicts()
+        assert set(found.tensors) == set(Critic("plain").state_dict())
+
+
+def test_shards_and_their_index(tmp_path: Path) -> None:
+    """No shard is larger than asked, the index lists them all, and they read back equal."""
+    state = trained_critic().state_dict()
+    save_file(state, tmp_path / "a.safetensors")
+    target = tmp_path / "b.safetensors"
+    made = convert_checkpoint(
+        tmp_path / "a.safetensors", target, "parametrization", max_shard_size=700
+    )
+    *shards, index = made.files
+    assert index.name == "b.safetensors.index.json"
+    assert shards[0].name == f"b-00001-of-{len(shards):05d}.safetensors"
+    assert len(shards) > 1
+    for shard in shards:
+        assert sum(value.nbytes for value in load_file(shard).values()) <= 700
+    content = json.loads(index.read_text())
+    assert content["metadata"]["total_size"] == sum(value.nbytes for value in state.values())
+    (found,) = read_checkpoint(index).state_dicts()
+    other, model = Critic("parametrization").eval(), trained_critic()
+    other.load_state_dict(dict(found.tensors))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x), model(x))
+
+
+def test_the_writer_makes_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
+    """Written one tensor at a time, a file equals that of `safetensors.torch.save_file`."""
+    state: dict[str, Any] = {
+        "b": torch.randn(3, 5),
+        "a": torch.randn(2).to(torch.bfloat16),
+        "n": torch.tensor(3),
+        "flags": torch.tensor([True, False, True]),
+        "none": torch.empty(0, 4),
+        "z": torch.randn(2, dtype=torch.complex64),
+        "e": torch.randn(3).to(torch.float8_e5m2),
+        "d": torch.randn(3, dtype=torch.float64),
+        "ü": torch.randn(7).half(),
+    }
+    save_file(state, tmp_path / "a", {"format": "pt"})
+    entries = {name: Entry(spec_of(state, name), lambda v=v: v) for name, v in state.items()}
+    write_safetensors(tmp_path, "b", entries, {}, None, lambda name: None)
+    assert (tmp_path / "b").read_bytes() == (tmp_path / "a").read_bytes()
+
+
+def test_one_tensor_at_a_time_is_read(tmp_path: Path) -> None:
+    """Peak memory of converting 160 MB of safetensors stays far below their size."""
+    layers = 20
+    big = {}
+    for i in range(layers):
+        big[f"{i}.weight_orig"] = torch.randn(1024, 2048)
+        big[f"{i}.weight_u"], big[f"{i}.weight_v"] = torch.randn(1024), torch.randn(2048)
+    save_file(big, tmp_path / "a.safetensors")
+    code = (
+        "import resource, sys\n"
+        "from sn_export.checkpoints import convert_checkpoint\n"
+        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        "before = peak()\n"
+        "convert_checkpoint(sys.argv[1], sys.argv[2], 'plain', max_shard_size=80_000_000)\n"
+        "print(peak() - before)\n"
+    )
+    arguments = [str(tmp_path / "a.safetensors"), str(tmp_path / "b.safetensors")]
+    run = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert int(run.stdout) < 100, "MB"
+
+
+def test_what_is_there_is_untouched_when_a_value_is_bad(tmp_path: Path) -> None:
+    """An error in the last tensor leaves the old output and no temporary file."""
+    state = dict(trained_critic().state_dict())
+    state["head.weight_orig"] = state["head.weight_orig"] * torch.nan
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / "b.safetensors").write_text("old")
+    (tmp_path / "b.pt").write_text("old")
+    for target in ("b.safetensors", "b.pt"):
+        assert _message(tmp_path, tmp_path / "a.safetensors", tmp_path / target, "plain") == (
+            "'head.weight_orig' holds 10 of 10 values that are NaN or infinite"
+        )
+
+
+def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
+    """An absent folder, a folder in the file's place, an unknown ending."""
+    path = tmp_path / "a.pt"
+    torch.save(trained_critic().state_dict(), path)
+    assert _message(tmp_path, path, tmp_path / "no" / "b.pt", "plain") == (
+        "cannot write 'no/b.pt': there is no folder 'no'"
+    )
+    assert _message(tmp_path, path, tmp_path / "b.onnx", "plain") == (
+        "cannot write 'b.onnx': it must end in .pt, .pth, .ckpt, .bin or .safetensors"
+    )
+    assert _message(tmp_path, path, tmp_path / "b.pt", "plain", max_shard_size=9) == (
+        "only safetensors can be sharded, and 'b.pt' is not"
+    )
+    (tmp_path / "f.pt").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(path, tmp_path / "f.pt", "plain")
+    assert str(caught.value) == f"cannot write '{tmp_path}/f.pt': it is a folder"
+    assert list((tmp_path / "f.pt").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the system says is said; root may write anywhere, so the refusal is made here."""
+    torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
+
+    def refuse(*args: object, **kwargs: object) -> str:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain") == (
+        "cannot write 'b.pt': Permission denied"
+    )
+
+
+@pytest.mark.parametrize("target", ["b.pt", "b.safetensors"])
+def test_a_full_disk(target: str, tmp_path: Path) -> None:
+    """Where the file cannot grow, the old output stays and nothing else is left."""
+    state = {"w_orig": torch.ones(99, 999), "w_u": torch.ones(99), "w_v": torch.ones(999)}
+    save_file(state, tmp_path / "a.safetensors")
+    (tmp_path / target).write_text("old")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        message = _message(tmp_path, tmp_path / "a.safetensors", tmp_path / target, "plain")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert message == f"cannot write '{target}': File too large"
+
+
+def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
+    """An optimizer, an extra state or a dtype unknown to safetensors is named, not dropped."""
+    torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
+    assert _message(tmp_path, tmp_path / "a.ckpt", tmp_path / "b.safetensors", "plain") == (
+        "'b.safetensors' can hold tensors only, and 'a.ckpt' also holds 'epoch', 'optimizer', "
+        "'nets.note'; leave them out with --weights-only, or write a .pt"
+    )
+    state: dict[str, Any] = dict(trained_critic().state_dict())
+    torch.save({**state, "head._extra_state": {"a": 1}}, tmp_path / "c.pt")
+    assert _message(tmp_path, tmp_path / "c.pt", tmp_path / "b.safetensors", "plain") == (
+        "safetensors holds tensors only, and 'head._extra_state' is dict; write a .pt"
+    )
+    torch.save({**state, "c": torch.ones(1, dtype=torch.complex128)}, tmp_path / "d.pt")
+    assert _message(tmp_path, tmp_path / "d.pt", tmp_path / "b.safetensors", "plain") == (
+        "safetensors has no dtype for 'c', which is torch.complex128; write a .pt"
+    )
+
+
+def test_old_shards_or_files_that_would_contradict_the_new(tmp_path: Path) -> None:
+    """A reader finds either the file or the index, so only one of them may be there."""
+    save_file(trained_critic().state_dict(), tmp_path / "a.safetensors")
+    target = tmp_path / "b.safetensors"
+    convert_checkpoint(tmp_path / "a.safetensors", target, "hook")
+    assert _message(tmp_path, tmp_path / "a.safetensors", target, "plain", max_shard_size=700) == (
+        "'b.safetensors' is there and would contradict the new shards; remove it or choose "
+        "another name"
+    )
+
+
+def test_no_spectral_norm_in_it(tmp_path: Path) -> None:
+    """A plain checkpoint says what would have been spectral norm."""
+    torch.save(Critic("plain").state_dict(), tmp_path / "a.pt")
+    assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "hook") == (
+        "'a.pt' holds no spectral norm to convert: no 'weight_orig' with 'weight_u', no "
+        "'parametrizations.weight.original' with '0._u'"
+    )
+
+
+def test_a_dim_for_a_tensor_that_is_not_there(tmp_path: Path) -> None:
+    """A misspelled name is not silently ignored."""
+    torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
+    options = {"dims": {"haed.weight": 0}}
+    assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain", **options) == (
+        "--dim haed.weight=0 names no tensor under spectral norm; there are 'body.0.weight', "
+        "'body.3.weight', 'body.4.weight', 'head.weight'"
+    )

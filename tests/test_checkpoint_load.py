@@ -1,0 +1,202 @@
+"""Loading into a model: prefixes, spellings, and messages that name the keys."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_networks import APPLY, Critic, Kind, before_v, prefixed, trained_critic
+from torch import nn
+
+from sn_export.checkpoints import CheckpointError, Loaded, load_checkpoint, read_checkpoint
+
+KINDS: list[Kind] = ["hook", "parametrization"]
+SPELLINGS: list[Kind] = ["plain", "hook", "parametrization"]
+
+
+def _load(model: nn.Module, content: Any, folder: Path, **options: Any) -> Loaded:
+    torch.save(content, folder / "a.pt")
+    return load_checkpoint(model, read_checkpoint(folder / "a.pt"), **options)
+
+
+def _equal(left: nn.Module, right: nn.Module) -> bool:
+    x = torch.randn(2, 3, 8, 8)
+    return torch.equal(left.eval()(x), right.eval()(x))
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_spelling_is_that_of_the_model(kind: Kind, to: Kind, tmp_path: Path) -> None:
+    """Whatever the checkpoint's spelling, the model computes the same, and the notes say so."""
+    trained, model = trained_critic(kind), Critic(to)
+    loaded = _load(model, trained.state_dict(), tmp_path)
+    assert _equal(model, trained)
+    names = "'body.0.weight', 'body.3.weight', 'body.4.weight', 'head.weight'"
+    note = f"respelled 4 spectral norms from {kind} to {to}: {names}"
+    assert loaded.notes == (() if kind == to else (note,))
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+def test_checkpoints_from_before_v(to: Kind, tmp_path: Path) -> None:
+    """They load into any spelling as torch's hook loads them."""
+    trained = trained_critic()
+    old = before_v(trained.state_dict(), trained)
+    wanted, model = Critic(), Critic(to)
+    wanted.load_state_dict(dict(old))
+    loaded = _load(model, dict(old), tmp_path)
+    assert _equal(model, wanted)
+    assert loaded.notes
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
+@pytest.mark.parametrize("kind", KINDS)
+def test_prefixes_of_wrappers_go(kind: Kind, wrapper: str, tmp_path: Path) -> None:
+    """What DistributedDataParallel and torch.compile put before names is taken off."""
+    trained, model = trained_critic("hook"), Critic(kind)
+    loaded = _load(model, {"state_dict": prefixed(trained.state_dict(), wrapper)}, tmp_path)
+    assert _equal(model, trained)
+    shown = ", ".join(f"'{part}.'" for part in sorted(wrapper.rstrip(".").split(".")))
+    assert loaded.notes[:2] == (
+        "took the state dict under 'state_dict'",
+        f"took the wrappers' {shown} out of the names",
+    )
+
+
+def test_wrappers_within_names_go(tmp_path: Path) -> None:
+    """A part of the network that was compiled on its own loads too."""
+    trained, model = trained_critic(), Critic()
+    state = {k.replace("body.", "body._orig_mod."): v for k, v in trained.state_dict().items()}
+    _load(model, state, tmp_path)
+    assert _equal(model, trained)
+
+
+def test_a_model_that_itself_says_module_is_left_alone(tmp_path: Path) -> None:
+    """A prefix goes only where that makes the names fit."""
+    trained, model = nn.DataParallel(trained_critic()), nn.DataParallel(Critic())
+    assert _load(model, trained.state_dict(), tmp_path).notes == ()
+    assert _equal(model, trained)
+
+
+def test_a_wrapped_model_that_itself_says_module(tmp_path: Path) -> None:
+    """Only the wrapper's prefix goes, not the network's own attribute of that name."""
+    trained, model = nn.DataParallel(trained_critic()), nn.DataParallel(Critic())
+    loaded = _load(model, prefixed(trained.state_dict(), "module."), tmp_path)
+    assert _equal(model, trained)
+    assert loaded.notes == ("took the 20 entries under 'module.'",)
+
+
+def _lightning() -> tuple[Critic, Critic, dict[str, Any]]:
+    generator, critic = trained_critic(seed=1), trained_critic(seed=2)
+    state = OrderedDict({"loss.weight": torch.ones(3)})
+    state.update(prefixed(generator.state_dict(), "generator."))
+    state.update(prefixed(critic.state_dict(), "critic."))
+    return generator, critic, {"state_dict": state, "epoch": 1, "hyper_parameters": {}}
+
+
+def test_an_attribute_of_lightning_goes(tmp_path: Path) -> None:
+    """The attribute that holds the network is found, and what is beside it left out."""
+    _, critic, content = _lightning()
+    state = content["state_dict"]
+    for name in [name for name in state if name.startswith("generator.")]:
+        del state[name]
+    model = Critic("parametrization")
+    loaded = _load(model, content, tmp_path)
+    assert _equal(model, critic)
+    assert loaded.notes[1] == "took the 20 entries under 'critic.', and left 1 others out"
+
+
+def test_several_attributes_that_fit_are_chosen_by_prefix(tmp_path: Path) -> None:
+    """Two networks of one class: the message names both prefixes."""
+    generator, _, content = _lightning()
+    model = Critic()
+    with pytest.raises(CheckpointError) as caught:
+        _load(model, content, tmp_path)
+    assert str(caught.value) == (
+        "the names fit Critic under several prefixes; choose with --prefix one of 'critic.', "
+        "'generator.'"
+    )
+    _load(model, content, tmp_path, prefix="generator.")
+    assert _equal(model, generator)
+    with pytest.raises(CheckpointError) as caught:
+        _load(model, content, tmp_path, prefix="gen.")
+    assert str(caught.value) == (
+        "no name in the checkpoint starts with 'gen.'; it has 'loss.', 'generator.', 'critic.'"
+    )
+
+
+def test_the_state_dict_that_fits_is_taken(tmp_path: Path) -> None:
+    """Of several state dicts, the one with the model's names."""
+    trained, model = trained_critic(), Critic()
+    other = nn.Linear(3, 3).state_dict()
+    loaded = _load(model, {"model": other, "critic": trained.state_dict()}, tmp_path)
+    assert loaded.key == "critic"
+    assert _equal(model, trained)
+
+
+def _message(model: nn.Module, state: dict[str, Any], folder: Path, **options: Any) -> str:
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(CheckpointError) as caught:
+        _load(model, state, folder, **options)
+    after = model.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+def test_missing_and_unexpected_keys(tmp_path: Path) -> None:
+    """Both are named, with a suggestion for what is nearly right."""
+    state = dict(Critic().state_dict())
+    state["body.0.biass"] = state.pop("body.0.bias")
+    assert _message(Critic(), state, tmp_path) == (
+        "'a.pt' does not fit Critic: it lacks 'body.0.bias'; it has the unknown "
+        "'body.0.biass'. Should 'body.0.biass' be 'body.0.bias'?"
+    )
+
+
+def test_wrong_shapes(tmp_path: Path) -> None:
+    """Each tensor of another shape is named with both shapes."""
+    state = dict(Critic().state_dict())
+    state["body.1.bias"] = torch.ones(7)
+    assert _message(Critic(), state, tmp_path) == (
+        "'a.pt' does not fit Critic: 'body.1.bias' is [7] and should be [4]"
+    )
+
+
+def test_a_plain_checkpoint_for_a_model_under_spectral_norm(tmp_path: Path) -> None:
+    """The vectors are not there and cannot be made up; the message says what to do."""
+    state = APPLY["plain"](nn.Linear(3, 4)).state_dict()
+    assert _message(APPLY["hook"](nn.Linear(3, 4)), state, tmp_path) == (
+        "'a.pt' does not fit Linear: it lacks 'weight_orig', 'weight_u', 'weight_v'; it has "
+        "the unknown 'weight'. The model has spectral norm on 'weight' and the checkpoint has "
+        "plain weights there: build the model without spectral norm"
+    )
+
+
+def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
+    """Where the model's names have a prefix that the checkpoint's lack, it is named."""
+    model = nn.Sequential(OrderedDict(net=nn.Linear(2, 2)))
+    assert _message(model, nn.Linear(2, 2).state_dict(), tmp_path) == (
+        "'a.pt' does not fit Sequential: it lacks 'net.weight', 'net.bias'; it has the unknown "
+        "'weight', 'bias'. The model's names start with 'net.', the checkpoint's do not"
+    )
+
+
+def test_not_a_number(tmp_path: Path) -> None:
+    """NaN anywhere in the checkpoint is named."""
+    state = dict(Critic().state_dict())
+    state["body.1.running_var"] = torch.full((4,), torch.nan)
+    assert _message(Critic(), state, tmp_path) == (
+        "'body.1.running_var' holds 4 of 4 values that are NaN or infinite"
+    )
+
+
+def test_sigma_zero(tmp_path: Path) -> None:
+    """A weight of zeros has no normalised weight."""
+    state = dict(Critic().state_dict())
+    state["head.weight_orig"] = torch.zeros(5, 2)
+    assert _message(Critic(), state, tmp_path) == (
+        "sigma of 'head.weight' is 0 or too small to divide by, so its normalised weight would "
+        "not be finite"
+    )

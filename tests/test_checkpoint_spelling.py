@@ -1,0 +1,253 @@
+"""Hook, parametrization, plain: the same network bit for bit, whatever the spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from cli_networks import APPLY, Critic, Kind, Lstm, Tokens, before_v, prefixed, trained
+from torch import Tensor, nn
+
+from sn_export.checkpoints import CheckpointError, StateDict
+from sn_export.checkpoints.sites import find_sites
+from sn_export.checkpoints.spelling import Respelled, respell
+
+KINDS: list[Kind] = ["hook", "parametrization"]
+SPELLINGS: list[Kind] = ["plain", "hook", "parametrization"]
+NETWORKS: dict[str, tuple[Callable[[Kind], nn.Module], Callable[[], Tensor]]] = {
+    "critic": (Critic, lambda: torch.randn(4, 3, 8, 8)),
+    "lstm": (Lstm, lambda: torch.randn(3, 2, 4)),
+    "tokens": (Tokens, lambda: torch.randint(0, 7, (4, 5))),
+}
+
+
+def _state(state: dict[str, Any]) -> StateDict:
+    return StateDict((), state, getattr(state, "_metadata", None))
+
+
+def _values(result: Respelled) -> dict[str, Any]:
+    return {name: entry.read() for name, entry in result.entries.items()}
+
+
+def _respelled(state: dict[str, Any], to: Kind, **dims: int) -> dict[str, Any]:
+    return _values(respell(_state(state), to, dims))
+
+
+def _linear(kind: Kind, rows: int = 4, columns: int = 4, **options: Any) -> nn.Module:
+    layer: nn.Module = APPLY[kind](nn.Linear(columns, rows), **options)
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_outputs_are_equal_bit_for_bit(kind: Kind, to: Kind, name: str, dtype: torch.dtype) -> None:
+    """A network of the other spelling loads the result strictly and gives the same outputs."""
+    build, example = NETWORKS[name]
+    model = trained(build(kind), example()).to(dtype).eval()
+    x = example()
+    x = x.to(dtype) if x.is_floating_point() else x
+    other = build(to).to(dtype).eval()
+    other.load_state_dict(_respelled(model.state_dict(), to))
+    assert torch.equal(other(x), model(x))
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind) -> None:
+    """Keys, their order and the versions torch notes are what the other network would save."""
+    model = trained(Critic(kind), torch.randn(4, 3, 8, 8))
+    result = respell(_state(model.state_dict()), to)
+    wanted = Critic(to).state_dict()
+    assert list(result.entries) == list(wanted)
+    assert result.versions == wanted._metadata
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_is_the_same_state_dict(kind: Kind) -> None:
+    """Hook to parametrization to hook, or the other way round, changes no bit and no key."""
+    state = trained(Critic(kind), torch.randn(4, 3, 8, 8)).state_dict()
+    there = respell(_state(state), KINDS[1 - KINDS.index(kind)])
+    back = respell(StateDict((), _values(there), there.versions), kind)
+    assert list(back.entries) == list(state)
+    assert back.versions == state._metadata
+    assert all(torch.equal(value, state[name]) for name, value in _values(back).items())
+
+
+def test_nothing_else_is_touched_and_no_random_number_drawn() -> None:
+    """Other values are the same objects, and the global generator has not moved."""
+    model = trained(Critic("parametrization"), torch.randn(4, 3, 8, 8))
+    state, before = model.state_dict(), torch.get_rng_state()
+    result = _respelled(state, "plain")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert result["body.1.running_mean"] is state["body.1.running_mean"]
+    assert list(state) == list(model.state_dict())
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+def test_checkpoints_from_before_v_are_as_torch_loads_them(to: Kind) -> None:
+    """Without weight_v the result equals what torch's own hook makes of it on loading."""
+    model = trained(Critic(), torch.randn(4, 3, 8, 8)).eval()
+    old = before_v(model.state_dict(), model)
+    loaded = Critic().eval()
+    loaded.load_state_dict(dict(old))
+    other = Critic(to).eval()
+    other.load_state_dict(_respelled(old, to))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(other(x), loaded(x))
+
+
+@pytest.mark.parametrize("to", SPELLINGS)
+def test_prefixes_of_wrappers_do_not_matter(to: Kind) -> None:
+    """Keys and versions with a wrapper's prefix are respelled behind it."""
+    model = trained(Critic(), torch.randn(4, 3, 8, 8))
+    state = prefixed(model.state_dict(), "module.")
+    wanted = prefixed(Critic(to).state_dict(), "module.")
+    result = respell(_state(state), to)
+    assert list(result.entries) == list(wanted)
+    assert result.versions == wanted._metadata  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dim", [0, 1])
+def test_the_dim_of_a_square_weight_is_what_its_vectors_satisfy(kind: Kind, dim: int) -> None:
+    """After training the vectors tell along which of two possible dims they were made."""
+    model = trained(_linear(kind, dim=dim), torch.randn(5, 4)).eval()
+    plain = nn.Linear(4, 4)
+    plain.load_state_dict(_respelled(model.state_dict(), "plain"))
+    x = torch.randn(2, 4)
+    assert torch.equal(plain(x), model(x))
+
+
+def test_a_dim_that_cannot_be_told_is_asked_for() -> None:
+    """Random vectors fit a square weight either way: the message names the option."""
+    state = _linear("hook").state_dict()
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(state, "plain")
+    assert str(caught.value) == (
+        "cannot tell the dim of 'weight' [4, 4]: its shape and vectors fit 0 or 1; say which "
+        "with --dim weight=0"
+    )
+    value = _respelled(state, "plain", weight=1)["weight"]
+    u, v = state["weight_u"], state["weight_v"]
+    sigma = torch.dot(u, torch.mv(state["weight_orig"].t(), v))
+    assert torch.equal(value, state["weight_orig"] / sigma)
+    assert len(_respelled(state, "parametrization")) == 4  # where the dim does not matter
+
+
+def test_a_dim_that_does_not_fit_is_refused() -> None:
+    """A dim from the caller has to fit the shapes."""
+    state = _linear("hook", 4, 3).state_dict()
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(state, "plain", weight=1)
+    assert str(caught.value) == (
+        "'weight' [4, 3] with u of 4 elements has dim 0, got --dim weight=1"
+    )
+
+
+def _broken(change: Callable[[dict[str, Any]], Any], kind: Kind = "hook") -> str:
+    state = dict(_linear(kind, 4, 3).state_dict())
+    change(state)
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(state, "plain")
+    return str(caught.value)
+
+
+def test_incomplete_spectral_norm() -> None:
+    """A missing vector is named, in either spelling."""
+    assert _broken(lambda s: s.pop("weight_u")) == (
+        "the spectral norm of 'weight' is incomplete: there is 'weight_orig' without 'weight_u'"
+    )
+    assert _broken(lambda s: s.pop("weight_v")) == (
+        "the spectral norm of 'weight' is incomplete: there is 'weight_orig' without 'weight_v'"
+    )
+    assert _broken(lambda s: s.pop("parametrizations.weight.0._v"), "parametrization") == (
+        "the spectral norm of 'weight' is incomplete: there is 'parametrizations.weight.0._u' "
+        "without 'parametrizations.weight.0._v'"
+    )
+
+
+def test_vectors_that_fit_no_dim() -> None:
+    """Vectors of other lengths, as norms of the convolution operator keep them."""
+    assert _broken(lambda s: s.update(weight_u=torch.ones(7))) == (
+        "the vectors of 'weight' fit no dim of its shape [4, 3]: u has shape [7] and v has "
+        "shape [3]"
+    )
+
+
+def test_not_a_number() -> None:
+    """NaN in a weight or a vector is named, with how many there are."""
+    assert _broken(lambda s: s["weight_orig"][0].fill_(torch.nan)) == (
+        "'weight_orig' holds 3 of 12 values that are NaN or infinite"
+    )
+    assert _broken(lambda s: s["weight_v"].fill_(torch.inf)) == (
+        "'weight_v' holds 3 of 3 values that are NaN or infinite"
+    )
+
+
+def test_sigma_zero() -> None:
+    """A weight of zeros cannot be divided by its sigma."""
+    assert _broken(lambda s: s["weight_orig"].zero_()) == (
+        "sigma of 'weight' is 0 or too small to divide by, so its normalised weight would not "
+        "be finite"
+    )
+
+
+@pytest.mark.parametrize(
+    ("extra", "reason"),
+    [
+        (
+            "weight_sigma",
+            "'weight_sigma' beside it belongs to a class of its own, not to torch's hook",
+        ),
+        ("weight_mask", "'weight_mask' beside it says that it is also pruned"),
+    ],
+)
+def test_what_only_model_code_can_compute_is_refused(extra: str, reason: str) -> None:
+    """A value that torch's hook alone does not determine is not guessed."""
+    assert _broken(lambda s: s.update({extra: torch.ones(())})) == (
+        f"cannot spell 'weight' as plain: {reason}"
+    )
+
+
+def test_chains_of_parametrizations_are_refused() -> None:
+    """Other parametrizations in the chain are code that is not in the checkpoint."""
+    state = {
+        "parametrizations.weight.original": torch.ones(4, 3),
+        "parametrizations.weight.0.factor": torch.ones(()),
+        "parametrizations.weight.1._u": torch.ones(4),
+        "parametrizations.weight.1._v": torch.ones(3),
+    }
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(state, "plain")
+    assert str(caught.value) == (
+        "cannot spell 'weight' as plain: it is one of several parametrizations in a chain"
+    )
+
+
+def test_vectors_and_complex_weights_have_no_other_spelling() -> None:
+    """Where torch's two implementations differ, a conversion would change the outputs."""
+    vector = {"g_orig": torch.ones(3), "g_u": torch.ones(3), "g_v": torch.ones(1)}
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(vector, "parametrization")
+    assert str(caught.value) == (
+        "cannot spell 'g' as parametrization: torch's parametrization treats a vector in "
+        "another way than its hook does"
+    )
+    cfloat = torch.complex64
+    state = nn.utils.spectral_norm(nn.Linear(3, 4, dtype=cfloat)).state_dict()
+    with pytest.raises(CheckpointError) as caught:
+        _respelled(state, "parametrization")
+    assert str(caught.value) == (
+        "cannot spell 'weight' as parametrization: torch's parametrization conjugates u and "
+        "its hook does not"
+    )
+
+
+def test_pruned_and_weight_normed_layers_are_no_spectral_norm() -> None:
+    """Keys that only look alike are left alone."""
+    state = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).state_dict()
+    assert find_sites({**state, "a.weight_orig": 1, "a.weight_mask": 2}) == []

@@ -1,0 +1,156 @@
+"""What is written on the command line, and the messages for what cannot be understood."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from cli_networks import Critic, critic
+
+from sn_export.cli.arguments import (
+    example_of,
+    parse_dims,
+    parse_dynamic,
+    parse_kwargs,
+    parse_size,
+)
+from sn_export.cli.errors import UsageError
+from sn_export.cli.factories import build_model
+from sn_export.cli.inputs import gather
+
+
+def _message(function: Callable[..., Any], *args: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        function(*args)
+    return str(caught.value)
+
+
+def test_shapes_become_inputs() -> None:
+    """Positional and named shapes, of the dtype asked for, the same values every time."""
+    inputs = example_of(["2x3x8x8", "1x4:int64", "x=5:bfloat16", "t=scalar"])
+    first, second = inputs.args
+    assert (first.shape, first.dtype) == ((2, 3, 8, 8), torch.float32)
+    assert (second.shape, second.dtype) == ((1, 4), torch.int64)
+    assert set(second.flatten().tolist()) <= {0, 1}
+    assert inputs.kwargs["x"].dtype == torch.bfloat16
+    assert inputs.kwargs["t"].shape == ()
+    assert torch.equal(example_of(["2x3x8x8"]).args[0], first)
+
+
+def test_bad_shapes() -> None:
+    """What is no shape, no dtype, or out of order."""
+    for text in ("2x3x", "2,3", "x=", "-1x3", "a b=3", "2x3:float32:x"):
+        assert _message(example_of, [text]) == (
+            f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
+        )
+    assert _message(example_of, ["2:float99"]) == (
+        "--input 2:float99: dtype must be one of float64, float32, float16, bfloat16, "
+        "complex64, complex128, int64, int32, int16, int8, uint8, bool"
+    )
+    assert _message(example_of, ["x=2", "3"]) == ("--input 3 has no name and follows one that has")
+
+
+def test_sizes() -> None:
+    """Decimal and binary units."""
+    texts = ["700", "500MB", "2GiB", "1.5 kb", "1TB"]
+    sizes = [700, 500_000_000, 2 * 2**30, 1500, 10**12]
+    assert [parse_size(text) for text in texts] == sizes
+    for text in ("0", "many", "5XB", "-1"):
+        assert _message(parse_size, text) == (
+            f"--max-shard-size must be a size such as 500MB or 2GiB, got '{text}'"
+        )
+
+
+def test_dims() -> None:
+    """A name, which may itself hold dots, and a number."""
+    assert parse_dims(["body.0.weight=1", "w=-1"]) == {"body.0.weight": 1, "w": -1}
+    for text in ("w", "w=", "=1", "w=x"):
+        assert _message(parse_dims, [text]) == (
+            f"--dim must be NAME=D such as body.0.weight=1, got '{text}'"
+        )
+
+
+def test_dynamic_dimensions() -> None:
+    """Several of one input, none of another, and an input that does not exist."""
+    assert parse_dynamic([], ["x"]) is None
+    assert parse_dynamic(["x:0=batch", "x:2=width"], ["x", "y"]) == {
+        "x": {0: "batch", 2: "width"},
+        "y": None,
+    }
+    assert _message(parse_dynamic, ["x=0"], ["x"]) == (
+        "--dynamic must be INPUT:DIM=NAME such as x:0=batch, got 'x=0'"
+    )
+    assert _message(parse_dynamic, ["z:0=b"], ["x", "y"]) == (
+        "--dynamic names the input 'z'; the inputs are x, y"
+    )
+
+
+def test_model_kwargs() -> None:
+    """A JSON object, and nothing else."""
+    assert parse_kwargs('{"ch": 64}') == {"ch": 64}
+    assert _message(parse_kwargs, "[1]") == "--model-kwargs must be a JSON object, got '[1]'"
+    assert _message(parse_kwargs, "{ch: 1}").startswith(
+        "--model-kwargs must be a JSON object, got '{ch: 1}': "
+    )
+
+
+def test_inputs_from_files(tmp_path: Path) -> None:
+    """Unnamed arrays are positional arguments, others keyword arguments."""
+    np.savez(tmp_path / "a.npz", np.ones((2, 3), np.float32))
+    np.savez(tmp_path / "b.npz", x=np.zeros(3))
+    inputs = gather([], [tmp_path / "a.npz", tmp_path / "b.npz"])
+    assert torch.equal(inputs.example.args[0], torch.ones(2, 3))
+    assert torch.equal(inputs.own[0].kwargs["x"], torch.zeros(3, dtype=torch.float64))
+    inputs = gather(["2x3"], [tmp_path / "a.npz"])
+    assert [one.label for one in inputs.own] == ["'a.npz'"]
+
+
+def test_bad_input_files(tmp_path: Path) -> None:
+    """None at all, an absent one, one that is none, one that would run code."""
+    assert _message(gather, [], []) == (
+        "give the shape of each input with --input, or values with --input-file"
+    )
+    path = tmp_path / "a.npz"
+    assert _message(gather, [], [path]) == f"there is no input file '{path}'"
+    path.write_text("garbage")
+    assert _message(gather, [], [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
+    np.savez(path, x=np.array([{}], dtype=object))
+    assert _message(gather, [], [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
+
+
+def test_factories() -> None:
+    """A function or a class, with arguments."""
+    assert isinstance(build_model("cli_networks:Critic", {}), Critic)
+    assert build_model("cli_networks:critic", {"ch": 6}).body[0].out_channels == 6
+    assert type(critic()) is type(build_model("cli_networks:critic", {"kind": "hook"}))
+
+
+def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to be wrong says what exists, or what was raised."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nets_of_a_test.py").write_text("import no_such_package\n")
+    (tmp_path / "exits_of_a_test.py").write_text("raise SystemExit(3)\n")
+    cases = {
+        "nets": "--model must be MODULE:FACTORY such as pkg.nets:critic, got 'nets'",
+        "nots:critic": (
+            "there is no module 'nots'; modules in the current folder: exits_of_a_test, "
+            "nets_of_a_test"
+        ),
+        "nets_of_a_test:f": ("importing 'nets_of_a_test' raised No module named 'no_such_package'"),
+        "exits_of_a_test:f": "importing 'exits_of_a_test' raised SystemExit: 3",
+        "cli_networks:critc": (
+            "module 'cli_networks' has no 'critc'; it has Critic, Lstm, Tokens, a_number, "
+            "before_v, broken, critic, parametrized_critic, plain_critic, prefixed, tokens, "
+            "trained, trained_critic, wide_critic"
+        ),
+        "cli_networks:broken": ("cli_networks:broken() raised ValueError: no configuration given"),
+        "cli_networks:a_number": "cli_networks:a_number() returned int, not a torch.nn.Module",
+    }
+    for text, message in cases.items():
+        assert _message(build_model, text, {}) == message
+    start = "cli_networks:critic(width=3) raised TypeError: "
+    assert _message(build_model, "cli_networks:critic", {"width": 3}).startswith(start)

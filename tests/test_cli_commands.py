@@ -1,0 +1,320 @@
+"""The four subcommands from end to end: exit codes, stdout, stderr and what is on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cli_networks import Critic, Tokens, prefixed, trained, trained_critic
+
+from sn_export.cli import main
+
+CRITIC = ["--model", "cli_networks:critic", "--input", "2x3x8x8"]
+
+
+@dataclass
+class Ran:
+    """What a command left behind."""
+
+    code: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Ran]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in an otherwise empty folder with the checkpoint ``a.pt``."""
+    monkeypatch.chdir(tmp_path)
+    torch.save(trained_critic().state_dict(), "a.pt")
+
+    def call(*arguments: str | Path) -> Ran:
+        monkeypatch.setattr(sys, "argv", ["sn-export", *map(str, arguments)])
+        with pytest.raises(SystemExit) as caught:
+            main()
+        shown = capsys.readouterr()
+        return Ran(int(caught.value.code or 0), shown.out, shown.err)
+
+    return call
+
+
+def _names() -> list[str]:
+    return sorted(path.name for path in Path.cwd().iterdir())
+
+
+def _onnx(**names: str) -> list[str]:
+    return ["onnx", "a.pt", *CRITIC, "-o", "o.onnx"]
+
+
+def test_onnx_proves_and_writes(run: Run) -> None:
+    """Exit code 0, both tables, a plain graph, and nothing else in the folder."""
+    ran = run(*_onnx())
+    assert (ran.code, ran.err) == (0, "")
+    assert "body.3.weight   hook   4x4x3x3   float32   0" in ran.out
+    assert "parity with onnxruntime over 4 input sets" in ran.out
+    assert ran.out.splitlines()[-1].startswith("proved and written: o.onnx (opset ")
+    names = {one.name for one in onnx.load("o.onnx").graph.initializer}
+    assert "head.weight" in names
+    assert not [name for name in names if name.endswith(("_orig", "_u", "_v"))]
+    assert _names() == ["a.pt", "o.onnx"]
+
+
+def test_onnx_json(run: Run) -> None:
+    """JSON alone on stdout, the same in the report file, with what had to be done."""
+    torch.save({"state_dict": prefixed(trained_critic().state_dict(), "module.")}, "a.pt")
+    ran = run(*_onnx(), "--json", "--report", "r.json", "--samples", "1", "--dynamic", "x:0=n")
+    content = json.loads(ran.out)
+    assert ran.code == 0
+    assert content["path"] == "o.onnx"
+    assert content["parity"]["passed"] is True
+    assert content["parity"]["outputs"][0]["shape"] == [2, 5]
+    assert [one["tensor"] for one in content["frozen"]] == ["weight"] * 4
+    assert content["notes"][1] == "took the wrappers' 'module.' out of the names"
+    assert json.loads(Path("r.json").read_text()) == content
+    assert onnx.load("o.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
+
+
+def test_onnx_options(run: Run) -> None:
+    """Exporter, opset, external data and arguments of the factory reach the export."""
+    ran = run(
+        *_onnx(),
+        *("--exporter", "torchscript", "--opset", "17", "--external-data", "always"),
+        *("--model-kwargs", '{"kind": "parametrization"}'),
+    )
+    assert ran.code == 0
+    assert "respelled 4 spectral norms from hook to parametrization" in ran.out
+    assert onnx.load("o.onnx").opset_import[0].version == 17
+    assert _names() == ["a.pt", "o.onnx", "o.onnx.data"]
+
+
+def test_onnx_with_real_inputs(run: Run) -> None:
+    """Token indices come from a file, are the example, and are named like the arguments."""
+    model = trained(Tokens(), torch.randint(0, 7, (4, 5))).eval()
+    torch.save(model.state_dict(), "t.pt")
+    np.savez("in.npz", ids=np.arange(6).reshape(2, 3), scale=np.ones((2, 1), np.float32))
+    ran = run("onnx", "t.pt", "--model", "cli_networks:tokens", "--input-file", "in.npz",
+              "-o", "t.onnx", "--json")  # fmt: skip
+    assert ran.code == 0, ran.err
+    assert [one.name for one in onnx.load("t.onnx").graph.input] == ["ids", "scale"]
+    assert json.loads(ran.out)["parity"]["samples"] == 4
+
+
+def test_onnx_parity_failure(run: Run) -> None:
+    """Exit code 1, the table and one message, and the old file is untouched."""
+    Path("o.onnx").write_text("old")
+    ran = run(*_onnx(), "--rtol", "0", "--atol", "0")
+    assert ran.code == 1
+    assert "NOT EQUAL" in ran.out
+    assert "elements are outside" in ran.out
+    assert ran.err == (
+        "sn-export: the file does not reproduce the model, and 'o.onnx' was not written\n"
+    )
+    assert Path("o.onnx").read_text() == "old"
+    ran = run(*_onnx(), "--rtol", "0", "--atol", "0", "--json")
+    assert ran.code == 1
+    assert json.loads(ran.out)["parity"]["passed"] is False
+    assert _names() == ["a.pt", "o.onnx"]
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "absent": (["onnx", "no.pt", *CRITIC], "there is no checkpoint at 'no.pt'"),
+    "shape": (
+        ["onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2y3"],
+        "--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '2y3'",
+    ),
+    "factory": (
+        ["onnx", "a.pt", "--model", "cli_networks:broken", "--input", "2"],
+        "cli_networks:broken() raised ValueError: no configuration given",
+    ),
+    "other model": (
+        ["onnx", "a.pt", "--model", "cli_networks:tokens", "--input", "2"],
+        "'a.pt' does not fit Tokens: it lacks 'embed.weight_orig', 'embed.weight_u', "
+        "'embed.weight_v', 'head.bias'; it has the unknown 'body.0.bias', "
+        "'body.0.weight_orig', 'body.0.weight_u', 'body.0.weight_v', 'body.1.weight' and 12 "
+        "more; 'head.weight_orig' is [5, 2] and should be [2, 4]; 'head.weight_u' is [5] and "
+        "should be [2]; 'head.weight_v' is [2] and should be [4]",
+    ),
+    "no folder": (
+        ["onnx", "a.pt", *CRITIC, "-o", "no/o.onnx"],
+        "cannot write 'no/o.onnx': no folder 'no'",
+    ),
+    "report": (
+        ["onnx", "a.pt", *CRITIC, "--report", "no/r.json"],
+        "cannot write 'no/r.json': there is no folder 'no'",
+    ),
+    "tolerance": (["onnx", "a.pt", *CRITIC, "--rtol", "-1"], "rtol must be 0 or more, got -1.0"),
+    "inspect": (["inspect", "no.pt"], "there is no checkpoint at 'no.pt'"),
+    "convert": (
+        ["convert", "a.pt", "--to", "plain", "-o", "o.txt"],
+        "cannot write 'o.txt': it must end in .pt, .pth, .ckpt, .bin or .safetensors",
+    ),
+    "check": (["check", "no.onnx", "a.pt", *CRITIC], "no ONNX file at 'no.onnx'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name: str, run: Run) -> None:
+    """Exit code 2, exactly one message on stderr, no traceback, nothing on disk."""
+    arguments, message = BAD[name]
+    if arguments[0] == "onnx" and "-o" not in arguments:
+        arguments = [*arguments, "-o", "o.onnx"]
+    ran = run(*arguments)
+    assert (ran.code, ran.out, ran.err) == (2, "", f"sn-export: {message}\n")
+    assert _names() == ["a.pt"]
+
+
+def test_inputs_that_the_model_rejects(run: Run) -> None:
+    """The model's own error is shown."""
+    ran = run("onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2x4", "-o", "o.onnx")
+    assert ran.code == 2
+    start = "sn-export: the model fails on the example input: RuntimeError: "
+    assert ran.err.startswith(start)
+    assert "Traceback" not in ran.err
+    assert _names() == ["a.pt"]
+
+
+def test_debug_shows_the_traceback(run: Run) -> None:
+    """The same exit code, with where it happened."""
+    ran = run("inspect", "no.pt", "--debug")
+    assert ran.code == 2
+    assert ran.err.startswith("Traceback (most recent call last):")
+    assert "CheckpointError: there is no checkpoint at 'no.pt'" in ran.err
+
+
+def test_inspect(run: Run) -> None:
+    """A table for people, JSON with the promised names for machines."""
+    ran = run("inspect", "a.pt")
+    assert ran.code == 0
+    assert ran.out.startswith("a.pt (torch): 20 entries, 4 tensors under spectral norm\n")
+    ran = run("inspect", "a.pt", "--json")
+    layers = json.loads(ran.out)["layers"]
+    assert {"module", "tensor", "kind", "shape", "dim", "sigma", "sigma_exact"} <= set(layers[0])
+    assert [layer["module"] for layer in layers] == ["body.0", "body.3", "body.4", "head"]
+    assert layers[2]["dim"] == 1
+
+
+def test_inspect_without_numbers(run: Run) -> None:
+    """What is not a number is null in JSON, which stays valid."""
+    state = dict(trained_critic().state_dict())
+    state["head.weight_u"] = state["head.weight_u"] * torch.nan
+    torch.save(state, "n.pt")
+    layer = json.loads(run("inspect", "n.pt", "--json").out)["layers"][3]
+    assert layer["sigma"] is None
+    assert layer["note"] == "'head.weight_u' holds NaN or infinite values"
+
+
+def test_convert(run: Run) -> None:
+    """It says what it did, and a plain network loads the file."""
+    ran = run("convert", "a.pt", "--to", "plain", "-o", "b.pt")
+    assert (ran.code, ran.err) == (0, "")
+    assert ran.out == "respelled 4 spectral norms as plain\nwrote b.pt\n"
+    Critic("plain").load_state_dict(torch.load("b.pt"))
+    ran = run("convert", "a.pt", "--to", "hook", "-o", "c.safetensors", "--max-shard-size", "1kb",
+              "--json")  # fmt: skip
+    content = json.loads(ran.out)
+    assert content["changed"] == []
+    assert content["files"][-1] == "c.safetensors.index.json"
+
+
+def _check(run: Run, *more: str) -> Ran:
+    return run("check", "o.onnx", "a.pt", *CRITIC, *more)
+
+
+def test_check(run: Run) -> None:
+    """0 for the checkpoint it was made from, 1 for another."""
+    assert run(*_onnx()).code == 0
+    ran = _check(run)
+    assert (ran.code, ran.err) == (0, "")
+    torch.save(trained_critic(seed=9).state_dict(), "a.pt")
+    ran = _check(run)
+    assert (ran.code, ran.err) == (1, "sn-export: 'o.onnx' does not reproduce the model\n")
+    ran = _check(run, "--json")
+    assert (ran.code, json.loads(ran.out)["parity"]["passed"]) == (1, False)
+
+
+def _edited(change: Callable[[Any], Any]) -> None:
+    model = onnx.load("o.onnx")
+    change(model)
+    onnx.save(model, "o.onnx")
+
+
+def test_check_what_cannot_be_compared(run: Run) -> None:
+    """2 where the file is broken, of an unknown opset, or has other inputs or shapes."""
+    assert run(*_onnx()).code == 0
+    ran = run("check", "o.onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2x3x9x9")
+    assert ran.code == 2
+    assert ran.err.startswith("sn-export: onnxruntime fails on ")
+    whole = Path("o.onnx").read_bytes()
+    _edited(lambda model: setattr(model.opset_import[0], "version", 999))
+    assert "opset" in _check(run).err
+    Path("o.onnx").write_text("garbage")
+    ran = _check(run)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("sn-export: onnxruntime cannot load 'o.onnx': ")
+    Path("o.onnx").write_bytes(whole)
+    torch.save(Tokens().state_dict(), "t.pt")
+    ran = run("check", "o.onnx", "t.pt", "--model", "cli_networks:tokens", "--input", "2x3:int64",
+              "--input", "2x1")  # fmt: skip
+    assert ran.code == 2
+    assert ran.err.startswith("sn-export: the file takes the inputs ['x']")
+
+
+def test_check_an_output_of_another_shape(run: Run) -> None:
+    """An output of another shape has no elements to compare."""
+    torch.save(torch.nn.Linear(3, 4).state_dict(), "l.pt")
+    torch.save(torch.nn.Linear(3, 5).state_dict(), "m.pt")
+    four = ["--model", "torch.nn:Linear", "--input", "2x3", "--model-kwargs"]
+    assert (
+        run("onnx", "l.pt", *four, '{"in_features":3,"out_features":4}', "-o", "o.onnx").code == 0
+    )
+    ran = run("check", "o.onnx", "m.pt", *four, '{"in_features":3,"out_features":5}')
+    assert ran.code == 2
+    assert "cannot be compared: the file gives float32[2, 4], the model float32[2, 5]" in ran.err
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["onnx", "--help"]])
+def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
+    """They answer at once: neither torch nor onnx nor numpy is imported."""
+    code = (
+        "import sys\n"
+        "from sn_export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True
+    )
+    assert ran.stderr == "set()\n"
+    assert "sn-export" in ran.stdout
+
+
+def test_progress_is_for_terminals_alone(tmp_path: Path) -> None:
+    """On a terminal the steps are shown on stderr; stdout holds JSON alone all the same."""
+    torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
+    reader, terminal = pty.openpty()
+    ran = subprocess.run(
+        [sys.executable, "-m", "sn_export", "inspect", tmp_path / "a.pt", "--json"],
+        stdout=subprocess.PIPE,
+        stderr=terminal,
+        env={**os.environ, "TERM": "xterm"},
+        check=True,
+    )
+    os.close(terminal)
+    shown = os.read(reader, 10_000).decode()
+    os.close(reader)
+    assert json.loads(ran.stdout)["format"] == "torch"
+    assert "looked at" in shown or "\x1b[" in shown
