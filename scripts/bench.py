@@ -33,6 +33,8 @@ BENCHMARKS = {
     "memory": ("bench_freeze", "memory"),
     "export": ("bench_export", "exporting"),
     "file": ("bench_export", "files"),
+    "convert": ("bench_checkpoint", "converting"),
+    "help": ("bench_checkpoint", "helping"),
 }
 VERDICTS = {True: "met", False: "MISSED", None: ""}
 HEADER = ("name", "measured", "min to max", "aim", "", "seconds")
