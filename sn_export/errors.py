@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .divergence import Divergence
     from .parity import ParityReport
 
 
@@ -50,3 +51,8 @@ class ParityError(SnExportError):
     def __init__(self, message: str, report: ParityReport) -> None:
         super().__init__(message)
         self.report = report
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """The comparison module by module: ``report.divergence``."""
+        return self.report.divergence

@@ -36,6 +36,7 @@ from .parity import (
     ParityReport,
     Reference,
     compare,
+    explained,
     open_session,
     require_providers,
     require_tolerances,
@@ -43,6 +44,7 @@ from .parity import (
 )
 from .preserving import Preserved, preserved
 from .samples import InputSet, as_input_sets, random_sets
+from .tolerances import Tolerance
 
 _logger = logging.getLogger("sn_export")
 _RESIZED = 2  # how many other sizes are proved where shapes are dynamic
@@ -89,11 +91,12 @@ def export_onnx(
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
     external_data: ExternalData = "auto",
-    rtol: float | None = None,
-    atol: float | None = None,
+    rtol: Tolerance = None,
+    atol: Tolerance = None,
     samples: int = 3,
     inputs: Any = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
+    per_module: bool = False,
     verbose: bool = False,
 ) -> ExportReport:
     """Export ``model`` without its spectral norm, and publish the file once it is proved.
@@ -122,14 +125,16 @@ def export_onnx(
         output_names: names of the outputs in the file, by default the exporter's.
         dynamic_shapes: as for `torch.export.export`.
         external_data: whether weights go to a side file; ``"auto"`` does it past 2 GB.
-        rtol: relative tolerance; by default by dtype, see `sn_export.parity`.
+        rtol: relative tolerance; by default by dtype, see `sn_export.tolerances`. A mapping
+            gives it by name or position of outputs; the others have the default.
         atol: absolute tolerance in units of the output; by default by dtype and relative
-            to the largest reference value of each output.
+            to the largest reference value of each output. A mapping as for ``rtol``.
         samples: number of random inputs, drawn from a private generator: floats and
             integers within the range that the example shows.
         inputs: inputs of your own for the proof: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these.
         providers: onnxruntime execution providers for the proof.
+        per_module: compare the output of every module too, not only where the proof fails.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -137,7 +142,8 @@ def export_onnx(
 
     Raises:
         TypeError: for a model that is no module, or arguments of a wrong type.
-        ValueError: for an option outside its range.
+        ValueError: for an option outside its range, or a tolerance for an output that the file
+            does not have.
         FileNotFoundError: if the folder of ``path`` does not exist.
         FreezeError: if a tensor cannot be frozen.
         SnExportError: if the model rejects an input.
@@ -147,7 +153,7 @@ def export_onnx(
     require_module(model)
     target = _require_target(path)
     _require_options(exporter, samples, external_data, opset_version)
-    require_tolerances(rtol, atol)
+    require_tolerances(rtol, atol, output_names)
     require_providers(providers)
     example = InputSet(_as_args(args), dict(kwargs or {}), "the example input")
     own = as_input_sets(inputs, len(example.args), "inputs")
@@ -180,8 +186,12 @@ def export_onnx(
         _logger.info("comparing %d input sets with onnxruntime", len(references))
         session = open_session(draft, providers)
         runnable = _runnable(session, model, references)
-        parity = compare(model, session, runnable, rtol, atol, input_names is not None)
+        named = input_names is not None
+        parity = compare(model, session, runnable, rtol, atol, named)
         del session
+        if per_module or not parity.passed:
+            _logger.info("comparing module by module")
+            parity = explained(parity, model, state, draft, runnable, rtol, atol, named)
         parity.require_passed(f"the file made by the {exporter} exporter")
         publish(draft, target)
     _logger.info("wrote %s", target)

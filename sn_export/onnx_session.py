@@ -1,0 +1,121 @@
+"""Run a file in onnxruntime on tensors of any dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from .errors import ExportError
+from .samples import InputSet
+
+DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
+_BFLOAT16 = 16  # TensorProto.BFLOAT16
+
+
+def require_providers(providers: Sequence[str]) -> None:
+    """Raise a ValueError for an onnxruntime execution provider that is not installed."""
+    available = ort.get_available_providers()
+    if isinstance(providers, str):
+        raise ValueError(f"providers must be a sequence of names, got the text {providers!r}")
+    for provider in providers:
+        if provider not in available:
+            raise ValueError(
+                f"unknown onnxruntime provider '{provider}', installed are {', '.join(available)}"
+            )
+
+
+def open_session(path: Path, providers: Sequence[str], content: bytes | None = None) -> Any:
+    """Return an onnxruntime session.
+
+    Args:
+        path: the file.
+        providers: execution providers, in order of preference.
+        content: a model to run in the place of the file, without graph optimisations; its
+            external data is looked for beside ``path``.
+
+    Raises:
+        ValueError: for a provider that is not installed.
+        ExportError: if onnxruntime cannot load the file.
+    """
+    require_providers(providers)
+    options = ort.SessionOptions()
+    options.log_severity_level = 4  # the exception says it
+    if content is not None:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+        folder = str(path.resolve().parent)
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", folder
+        )
+    try:
+        return ort.InferenceSession(content or str(path), options, providers=list(providers))
+    except Exception as error:
+        raise ExportError(f"onnxruntime cannot load '{path.name}': {error}") from error
+
+
+def named_inputs(
+    model: nn.Module, session: Any, inputs: InputSet, by_position: bool
+) -> dict[str, Tensor]:
+    """Return the tensors of ``inputs`` by the names of the file's inputs.
+
+    They go by name where all names are parameters of the forward, unless ``by_position`` says
+    that a user chose the names.
+
+    Raises:
+        ExportError: if the number of inputs differs.
+    """
+    wanted = [entry.name for entry in session.get_inputs()]
+    named = inputs.named_tensors(model)
+    by_name = dict(named)
+    if by_position or not all(name in by_name for name in wanted):
+        if len(named) != len(wanted):
+            raise ExportError(
+                f"the file takes the inputs {wanted}, {inputs.label} has "
+                f"{[name for name, _ in named]}"
+            )
+        by_name = dict(zip(wanted, (tensor for _, tensor in named), strict=True))
+    return {name: by_name[name] for name in wanted}
+
+
+def run_session(
+    session: Any,
+    feed: Mapping[str, Tensor],
+    label: str,
+    outputs: Sequence[str] | None = None,
+) -> list[Tensor | None]:
+    """Return the file's outputs, all or those named; None for what is no tensor of numbers.
+
+    Raises:
+        ExportError: if onnxruntime cannot run the inputs, which ``label`` describes.
+    """
+    values = {name: _to_ort(tensor) for name, tensor in feed.items()}
+    try:
+        results = session.run_with_ort_values(outputs, values)
+    except Exception as error:
+        raise ExportError(f"onnxruntime fails on {label}: {error}") from error
+    return [_from_ort(value) if _is_numeric(value) else None for value in results]
+
+
+def _is_numeric(value: Any) -> bool:
+    return bool(value.is_tensor()) and value.data_type() != "tensor(string)"
+
+
+def _to_ort(tensor: Tensor) -> Any:
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:  # numpy has no bfloat16
+        bits = tensor.view(torch.uint16).numpy()
+        return ort.OrtValue.ortvalue_from_numpy_with_onnx_type(bits, _BFLOAT16)
+    return ort.OrtValue.ortvalue_from_numpy(tensor.numpy())
+
+
+def _from_ort(value: Any) -> Tensor:
+    if value.element_type() == _BFLOAT16:
+        return torch.utils.dlpack.from_dlpack(value.to_dlpack()).clone()
+    array: NDArray[Any] = np.array(value.numpy())  # a copy; the value may be reused
+    return torch.from_numpy(array)

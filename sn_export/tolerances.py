@@ -1,0 +1,88 @@
+"""Tolerances: by dtype, or the user's own for all outputs or for each."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# rtol, and atol in units of the largest reference value of the output.
+DEFAULT_TOLERANCES: dict[str, tuple[float, float]] = {
+    "float64": (1e-9, 1e-9),
+    "float32": (1e-4, 1e-4),
+    "float16": (1e-2, 1e-2),
+    "bfloat16": (5e-2, 5e-2),
+}
+
+# One number for every output, or numbers by the name (str) or position (int) of an output.
+Tolerance = float | Mapping[Any, float] | None
+
+
+def require_tolerances(
+    rtol: Tolerance, atol: Tolerance, outputs: Sequence[str] | None = None
+) -> None:
+    """Raise for a tolerance that no comparison could use.
+
+    Args:
+        rtol: relative tolerance.
+        atol: absolute tolerance, in units of the output.
+        outputs: the names of the file's outputs, where they are known already.
+
+    Raises:
+        TypeError: for a key that is neither a name nor a position.
+        ValueError: for a tolerance that is negative or not a number, or a key that is no output.
+    """
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if not isinstance(value, Mapping):
+            _require_number(name, value)
+            continue
+        for key, entry in value.items():
+            if isinstance(key, bool) or not isinstance(key, (str, int)):
+                raise TypeError(
+                    f"{name} must be by name or position of an output, got the key {key!r}"
+                )
+            _require_number(f"{name}[{key!r}]", entry)
+        if outputs is not None:
+            _require_known(name, value, outputs)
+
+
+def tolerance_of(tolerance: Tolerance, position: int, name: str) -> float | None:
+    """Return the tolerance for one output, None where the default for its dtype applies."""
+    if not isinstance(tolerance, Mapping):
+        return tolerance
+    return tolerance.get(name, tolerance.get(position))
+
+
+def applied(expected: Tensor, rtol: float | None, atol: float | None) -> tuple[float, float]:
+    """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None."""
+    default, scaled = DEFAULT_TOLERANCES.get(dtype_name(expected), (0.0, 0.0))
+    if rtol is None:
+        rtol = default
+    if atol is not None:
+        return rtol, atol
+    wide = expected.detach().cpu().to(torch.float64)
+    finite = wide[torch.isfinite(wide)]
+    scale = float(finite.abs().max()) if finite.numel() else 0.0
+    return rtol, scaled * scale
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Return the name of the dtype, such as ``"float32"``."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def _require_number(name: str, value: object) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+
+
+def _require_known(name: str, tolerance: Mapping[Any, float], outputs: Sequence[str]) -> None:
+    for key in tolerance:
+        if key not in outputs if isinstance(key, str) else not 0 <= key < len(outputs):
+            raise ValueError(f"{name} names the output {key!r}, the file has {list(outputs)}")
+        if isinstance(key, int) and outputs[key] in tolerance:
+            raise ValueError(f"{name} names the output '{outputs[key]}' twice, also as {key}")
