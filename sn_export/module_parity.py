@@ -1,0 +1,184 @@
+"""Compare what each module returned with the values of a file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .boundaries import ModuleValues
+from .output_parity import OutputParity, RunningErrors
+
+
+@dataclass(frozen=True)
+class ModuleParity:
+    """How the output of one call of a module compares, on one input set.
+
+    Attributes:
+        module: path of the module in the model, ``""`` for the model itself.
+        type: its class, such as ``"Conv2d"``.
+        max_abs: largest absolute difference, in units of the output; NaN for NaN.
+        max_rel: largest difference relative to the reference value, over non-zero ones.
+        passed: whether every element is within tolerance.
+        call: how many calls of the module came before.
+        shape: shape of its (first) output in the model.
+        dtype: its dtype, such as ``"float32"``.
+        value: name of the compared value in the file.
+    """
+
+    module: str
+    type: str
+    max_abs: float
+    max_rel: float
+    passed: bool
+    call: int = 0
+    shape: tuple[int, ...] = ()
+    dtype: str = ""
+    value: str = ""
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """Tolerances that fit outputs of any size.
+
+    Attributes:
+        rtol: relative tolerance; None for the dtype's default.
+        scaled_atol: absolute tolerance in units of the largest reference value; None likewise.
+    """
+
+    rtol: float | None = None
+    scaled_atol: float | None = None
+
+    @classmethod
+    def of(cls, output: Tensor, rtol: float | None, atol: float | None) -> Strictness:
+        """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
+        scale = _largest(output)
+        return cls(rtol, None if atol is None or not scale else atol / scale)
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module, and the tensors that it returned."""
+
+    module: str
+    type: str
+    number: int
+    outputs: list[Tensor]
+
+
+def compare_calls(
+    calls: Sequence[ModuleCall],
+    named: Mapping[str, ModuleValues],
+    values: Mapping[str, Tensor],
+    strictness: Strictness,
+) -> tuple[list[ModuleParity], list[str]]:
+    """Return how each call compares, and the paths of the calls without a value of their own."""
+    count = Counter(call.module for call in calls)
+    order = {name: position for position, name in enumerate(values)}
+    results: dict[int, ModuleParity] = {}
+    alone = [call for call in calls if call.module not in named]
+    for index, call in enumerate(calls):
+        if call.module not in named:
+            continue
+        own = named[call.module]
+        # Calls cannot be told apart in the file, and one may feed the next.
+        names = own.inside if count[call.module] > 1 else own.leaving
+        found = _best(call, names, values, strictness)
+        if found is None:
+            continue
+        if not found.passed:
+            later = [name for name in values if order[name] > order[found.value]]
+            elsewhere = _best(call, [n for n in later if n not in own.inside], values, strictness)
+            if elsewhere is not None and elsewhere.passed:
+                continue  # computed, but by nodes that count for another module
+            heirs = (_best(other, [found.value], values, strictness) for other in alone)
+            heir = next((heir for heir in heirs if heir is not None and heir.passed), None)
+            if heir is not None:  # fused with a module that comes later, whose output this is
+                results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
+                continue
+        results[index] = found
+    unmatched = [call.module for index, call in enumerate(calls) if index not in results]
+    return [results[index] for index in sorted(results)], unmatched
+
+
+def compare_whole(
+    call: ModuleCall, names: Sequence[str], values: Sequence[Tensor | None], strictness: Strictness
+) -> ModuleParity:
+    """Compare the outputs of the model itself, each with its own."""
+    compared = [
+        (errors_of(name, output, value, strictness), name)
+        for name, output, value in zip(names, call.outputs, values, strict=False)
+        if value is not None
+    ]
+    return _entry(call, *max(compared, key=_badness))
+
+
+def _best(
+    call: ModuleCall, names: Iterable[str], values: Mapping[str, Tensor], strictness: Strictness
+) -> ModuleParity | None:
+    """Compare each output of a call with the value among ``names`` that is nearest to it.
+
+    Returns:
+        The worst of its outputs; None where no value has the shape and dtype of any of them.
+    """
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[str]]] = {}
+    for output in call.outputs:
+        groups.setdefault((output.shape, output.dtype), ([], []))[0].append(output)
+    for name in names:
+        if name in values and (values[name].shape, values[name].dtype) in groups:
+            groups[values[name].shape, values[name].dtype][1].append(name)
+    worst: tuple[OutputParity, str] | None = None
+    for outputs, found_names in groups.values():
+        errors = [
+            [(errors_of(name, output, values[name], strictness), name) for output in outputs]
+            for name in found_names
+        ]
+        # Outputs that nothing reads are not in the file: then each value has its output.
+        pairs = errors if len(found_names) < len(outputs) else list(zip(*errors, strict=True))
+        nearest = [min(entries, key=_badness) for entries in pairs]
+        worst = max([*nearest, *([worst] if worst else [])], key=_badness, default=None)
+    return _entry(call, *worst) if worst is not None else None
+
+
+def _entry(call: ModuleCall, found: OutputParity, name: str) -> ModuleParity:
+    return ModuleParity(
+        call.module,
+        call.type,
+        found.max_abs,
+        found.max_rel,
+        found.passed,
+        call.number,
+        found.shape,
+        found.dtype,
+        name,
+    )
+
+
+def _badness(entry: tuple[OutputParity, str]) -> tuple[bool, float]:
+    error = entry[0].max_abs
+    return not entry[0].passed, math.inf if math.isnan(error) else error
+
+
+def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) -> OutputParity:
+    """Return the errors of one tensor beside its reference."""
+    scaled = strictness.scaled_atol
+    errors = RunningErrors(
+        name, strictness.rtol, None if scaled is None else scaled * _largest(expected)
+    )
+    errors.add("", expected, got)
+    return errors.result()
+
+
+def _is(call: ModuleCall, found: ModuleParity) -> bool:
+    return (call.module, call.number) == (found.module, found.call)
+
+
+def _largest(tensor: Tensor) -> float:
+    wide = tensor.detach().cpu().to(torch.float64)
+    finite = wide[torch.isfinite(wide)]
+    return float(finite.abs().max()) if finite.numel() else 0.0

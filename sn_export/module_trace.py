@@ -1,0 +1,78 @@
+"""What every module returns while the model runs, recorded by hooks that are gone afterwards."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from .module_parity import ModuleCall, Strictness, errors_of
+from .preserving import Preserved
+from .reference import run_reference
+from .samples import InputSet, tensor_leaves
+
+
+def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCall]:
+    """Run the model and return the outputs of every module, in the order in which they finish.
+
+    The model itself is last. The modules of a parametrization, which make weights and are not in
+    the file, are left out.
+
+    Raises:
+        SnExportError: if the model rejects the inputs.
+    """
+    calls: list[ModuleCall] = []
+    with _recording(model, calls):
+        reference = run_reference(model, state, inputs)
+    kind = parametrize.type_before_parametrizations(model).__name__
+    return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
+
+
+@contextmanager
+def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
+    count: Counter[str] = Counter()
+    handles = []
+
+    def watch(path: str, kind: str) -> Any:
+        def note(module: nn.Module, args: Any, result: Any) -> None:
+            # Copies, since what comes after may write to it.
+            outputs = [leaf.detach().cpu().clone() for leaf in tensor_leaves(result)]
+            calls.append(ModuleCall(path, kind, count[path], outputs))
+            count[path] += 1
+
+        return note
+
+    try:
+        for path, module in model.named_modules():
+            inside = "parametrizations" in path.split(".")
+            if path and not inside and not isinstance(module, torch.jit.ScriptModule):
+                kind = parametrize.type_before_parametrizations(module).__name__
+                handles.append(module.register_forward_hook(watch(path, kind)))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def first_random(
+    calls: Sequence[ModuleCall], again: Sequence[ModuleCall], strictness: Strictness
+) -> ModuleCall | None:
+    """Return the first call that differs between two runs of the model."""
+    for one, other in zip(calls, again, strict=False):
+        if one.module != other.module or len(one.outputs) != len(other.outputs):
+            return one
+        for left, right in zip(one.outputs, other.outputs, strict=True):
+            if not errors_of("", left, right, strictness).passed and not _same_nan(left, right):
+                return one
+    return None
+
+
+def _same_nan(left: Tensor, right: Tensor) -> bool:
+    if left.dtype != right.dtype:
+        return False
+    return torch.equal(torch.nan_to_num(left, 0.0), torch.nan_to_num(right, 0.0))

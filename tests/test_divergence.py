@@ -1,0 +1,388 @@
+"""When a file and its model differ, the first module to differ is named, and nobody is blamed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from export_models import EXPORTERS, Head, NotANumber, assert_as_before, contents_of, file_of, rows
+from fingerprint import fingerprint
+from onnx import helper, numpy_helper
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
+
+from sn_export import ParityError, check_parity, export_onnx, exporting
+from sn_export.parity import explained
+from sn_export.preserving import preserved
+from sn_export.reference import run_reference
+from sn_export.samples import as_input_sets
+
+
+class Block(nn.Module):
+    """A residual block with a parameter of its own after the last module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.act = nn.LeakyReLU(0.2, inplace=True)
+        self.conv = spectral_norm(nn.Conv2d(4, 4, 3, padding=1))
+        self.shift = nn.Parameter(torch.zeros(4, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape of ``x``."""
+        y: Tensor = self.conv(self.act(self.norm(x)))
+        return x + y + self.shift
+
+
+class Net(nn.Module):
+    """Nested containers, a module used twice, a fused batch norm, one that does nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(
+            hooked_spectral_norm(nn.Conv2d(1, 4, 3, bias=False)), nn.BatchNorm2d(4), nn.ReLU()
+        )
+        self.blocks = nn.ModuleList([Block(), Block()])
+        self.act = nn.ReLU()
+        self.head = nn.Sequential(nn.Dropout(), nn.Flatten(), nn.Linear(64, 3))
+        assert isinstance(self.stem[1], nn.BatchNorm2d)
+        self.stem[1].running_mean = torch.randn(4)
+        with torch.no_grad():  # exporters keep equal initializers once
+            for name, parameter in self.named_parameters():
+                if "norm" in name or name == "blocks.1.shift":
+                    parameter.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features and scores."""
+        y: Tensor = self.act(self.stem(x) - 0.5)
+        for block in self.blocks:
+            y = block(y)
+        y = self.act(y)
+        return y, self.head(y)
+
+
+def _image(seed: int = 3) -> Tensor:
+    return torch.randn(2, 1, 6, 6, generator=torch.Generator().manual_seed(seed))
+
+
+def _alter(path: Path, name: str, by: float = 0.25) -> None:
+    """Add to one initializer of a file."""
+    file = onnx.load(path)
+    entry = next(i for i in file.graph.initializer if i.name == name)
+    array = numpy_helper.to_array(entry).copy()
+    array += by
+    entry.CopyFrom(numpy_helper.from_array(array, name))
+    onnx.save(file, path)
+
+
+@pytest.fixture(scope="module", params=EXPORTERS)
+def exported(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[nn.Module, bytes]:
+    """A network and the bytes of its file."""
+    torch.manual_seed(2)
+    model = Net()
+    path = tmp_path_factory.mktemp("net") / "net.onnx"
+    export_onnx(model, _image(), path, exporter=request.param)
+    return model, path.read_bytes()
+
+
+Exported = tuple[nn.Module, bytes]
+
+
+@pytest.mark.parametrize(
+    ("altered", "module", "kind"),
+    [
+        ("blocks.0.conv.weight", "blocks.0.conv", "Conv2d"),
+        ("blocks.1.conv.bias", "blocks.1.conv", "Conv2d"),
+        ("blocks.0.norm.weight", "blocks.0.norm", "LayerNorm"),
+        ("blocks.0.shift", "blocks.0", "Block"),
+        ("blocks.1.shift", "blocks.1", "Block"),
+        ("head.2.bias", "head.2", "Linear"),
+    ],
+)
+def test_altered_initializer(
+    tmp_path: Path, exported: Exported, altered: str, module: str, kind: str
+) -> None:
+    """The module of an initializer altered deep inside is the first one marked."""
+    model, content = exported
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    _alter(path, altered)
+    report = check_parity(model, path, [_image(), _image(8)])
+    assert not report.passed
+    assert report.first_divergent == module
+    divergence = report.divergence
+    assert divergence is not None
+    bad = next(entry for entry in report.modules if not entry.passed)
+    assert (bad.module, bad.type) == (module, kind)
+    assert f"the first module to differ is '{module}' ({kind}), max_abs" in divergence.reason
+    assert str(report).endswith(divergence.reason)
+    assert divergence.is_deterministic
+    assert divergence.sample == next(o for o in report.outputs if not o.passed).worst_sample
+
+
+def test_altered_weight_of_a_fused_module(tmp_path: Path, exported: Exported) -> None:
+    """Where a batch norm was fused into its convolution, one of the two is marked."""
+    model, content = exported
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    first = next(n for n in onnx.load(path).graph.node if n.op_type == "Conv")
+    _alter(path, first.input[1])
+    assert check_parity(model, path, _image()).first_divergent in ("stem.0", "stem.1")
+
+
+def test_modules_of_a_file_that_passes(tmp_path: Path, exported: Exported) -> None:
+    """On demand every module is compared, in the order in which they finish, and passes."""
+    model, content = exported
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    assert check_parity(model, path, _image()).modules == ()
+    report = check_parity(model, path, _image(), per_module=True)
+    assert report.passed
+    assert all(entry.passed for entry in report.modules)
+    assert report.first_divergent is None
+    assert report.divergence is not None
+    assert report.divergence.reason.startswith("every module agrees on input")
+    paths = [entry.module for entry in report.modules]
+    wanted = [
+        "stem.2",
+        "stem",
+        *[f"blocks.{i}{name}" for i in (0, 1) for name in (".norm", ".act", ".conv", "")],
+        "head.1",
+        "head.2",
+        "head",
+        "",
+    ]
+    assert [path for path in paths if path in wanted] == wanted
+    assert [entry.call for entry in report.modules if entry.module == "act"] == [0, 1]
+    assert "head.0" in report.divergence.unmatched  # dropout does nothing
+    types = {entry.module: entry.type for entry in report.modules}
+    assert (types["blocks.0.conv"], types["blocks.0"], types[""]) == ("Conv2d", "Block", "Net")
+    shapes = {entry.module: (entry.shape, entry.dtype) for entry in report.modules}
+    assert shapes["head.2"] == ((2, 3), "float32")
+
+
+def test_no_trace_is_left(tmp_path: Path, exported: Exported) -> None:
+    """A comparison module by module leaves the model as it was, hooks and modes included."""
+    model, content = exported
+    path = tmp_path / "net.onnx"
+    path.write_bytes(content)
+    _alter(path, "head.2.bias")
+    model.train()
+    before = fingerprint(model)
+    random = torch.get_rng_state()
+    check_parity(model, path, _image())
+    assert_as_before(before, model)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert not any(module._forward_hooks for module in model.modules())
+    assert contents_of(tmp_path).keys() == {"net.onnx"}
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_export_that_does_not_prove(
+    tmp_path: Path, exporter: str, external: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A ParityError names the module whose initializer went wrong on the way to the file."""
+    real = exporting.write_onnx
+
+    def altering(model: nn.Module, example: Any, options: Any, path: Path, *more: Any) -> Any:
+        made = real(model, example, options, path, *more)
+        file = ir.load(path)
+        value = file.graph.initializers["blocks.1.conv.weight"]
+        assert value.const_value is not None
+        value.const_value = ir.tensor(value.const_value.numpy() * 1.5, name=value.name)
+        ir.save(file, path, external_data=path.name + ".data" if external else None)
+        return made
+
+    monkeypatch.setattr(exporting, "write_onnx", altering)
+    model = Net()
+    before = fingerprint(model)
+    with pytest.raises(ParityError) as caught:
+        export_onnx(
+            model, _image(), tmp_path / "net.onnx", exporter=exporter, external_data=external
+        )
+    assert caught.value.divergence is caught.value.report.divergence
+    assert caught.value.divergence is not None
+    assert caught.value.divergence.first == "blocks.1.conv"
+    assert "the first module to differ is 'blocks.1.conv' (Conv2d)" in str(caught.value)
+    assert contents_of(tmp_path) == {}
+    assert_as_before(before, model)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_per_module_option_of_an_export(tmp_path: Path, exporter: str) -> None:
+    """``per_module=True`` fills the modules of an export that passes."""
+    report = export_onnx(Net(), _image(), tmp_path / "net.onnx", exporter=exporter, per_module=True)
+    assert {"stem.2", "blocks.1.conv", "head.2"} <= {e.module for e in report.parity.modules}
+    assert all(entry.passed for entry in report.parity.modules)
+
+
+class Noise(nn.Module):
+    """Draws random numbers, also in eval mode."""
+
+    def __init__(self, draw: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.draw = draw
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return ``x`` with noise."""
+        return self.draw(x)
+
+
+_DRAWS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rand": lambda x: x + torch.rand(2, 3),
+    "randn_like": lambda x: x + torch.randn_like(x),
+    "dropout": lambda x: F.dropout(x, 0.5, training=True),
+    "bernoulli": lambda x: x * torch.bernoulli(torch.full_like(x, 0.5)),
+}
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("draw", _DRAWS.values(), ids=_DRAWS)
+def test_nondeterministic_model(
+    tmp_path: Path, exporter: str, draw: Callable[[Tensor], Tensor]
+) -> None:
+    """A model that draws random numbers is told so, with the module; the export is not blamed."""
+    model = nn.Sequential(Head(), Noise(draw), Head())
+    before = fingerprint(model)
+    random = torch.get_rng_state()
+    with pytest.raises(ParityError, match="the model is not deterministic") as caught:
+        export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
+    divergence = caught.value.divergence
+    assert divergence is not None
+    assert not divergence.is_deterministic
+    assert divergence.first == "1"
+    assert divergence.reason == (
+        "the model is not deterministic: it gives different outputs for the same input, first in "
+        "'1' (Noise). No export can reproduce that"
+    )
+    assert "the first module to differ" not in str(caught.value)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert_as_before(before, model)
+    assert contents_of(tmp_path) == {}
+
+
+def test_nan_is_not_taken_for_chance(tmp_path: Path) -> None:
+    """A model that answers NaN every time is deterministic, and the layer is named."""
+    with pytest.raises(ParityError) as caught:
+        export_onnx(nn.Sequential(Head(), NotANumber()), rows(), tmp_path / "net.onnx")
+    divergence = caught.value.divergence
+    assert divergence is not None
+    assert divergence.is_deterministic
+    assert divergence.first == "1.layer"
+
+
+def test_file_from_elsewhere(tmp_path: Path) -> None:
+    """Where no value of the file names a module, it is said that nothing can be told."""
+    node = helper.make_node("Identity", ["x"], ["y"])
+    report = check_parity(Head(), file_of(tmp_path / "one.onnx", [node]), rows())
+    assert not report.passed
+    assert report.first_divergent is None
+    assert report.divergence is not None
+    assert report.divergence.reason == (
+        "cannot tell where: no value of the file could be matched with a module"
+    )
+    assert report.divergence.unmatched == ("layer",)
+    assert [entry.module for entry in report.modules] == [""]
+
+
+@pytest.mark.parametrize("text", ["[", "3", "['', 5, 'x']", "__import__('os')", "['a.b.c', 'x']"])
+def test_hostile_metadata(tmp_path: Path, text: str) -> None:
+    """Scopes that are no list of modules of the model are passed over, and never run."""
+    node = helper.make_node("Identity", ["x"], ["y"], name="/layer.layer/../x")
+    node.metadata_props.add(key="pkg.torch.onnx.name_scopes", value=text)
+    report = check_parity(Head(), file_of(tmp_path / "one.onnx", [node]), rows())
+    assert report.divergence is not None
+    assert report.divergence.reason.startswith("cannot tell where")
+
+
+def test_model_that_runs_only_once(tmp_path: Path) -> None:
+    """A model that fails when it is run again keeps its report, without modules."""
+
+    class Once(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.answers: Iterator[Tensor] = iter([torch.zeros(2, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return next(self.answers)
+
+    node = helper.make_node("Identity", ["x"], ["y"])
+    report = check_parity(Once(), file_of(tmp_path / "one.onnx", [node]), rows())
+    assert not report.passed
+    assert report.modules == ()
+    assert report.divergence is not None
+    assert report.divergence.reason.startswith("cannot tell where: run again, the model fails")
+
+
+def test_difference_that_optimisations_make(tmp_path: Path) -> None:
+    """Where the file agrees once it runs without optimisations, these are named, no module."""
+    model, path = Head(), tmp_path / "net.onnx"
+    report = export_onnx(model, rows(), path, exporter="torchscript").parity
+    failed = dataclasses.replace(report.outputs[0], passed=False, worst_sample="input")
+    report = dataclasses.replace(report, outputs=(failed,))
+    with preserved(model) as state:
+        references = [run_reference(model, state, one) for one in as_input_sets(rows())]
+        found = explained(report, model, state, path, references, None, None)
+    assert found.first_divergent is None
+    assert found.divergence is not None
+    assert found.divergence.reason.startswith(
+        "without onnxruntime's graph optimisations the outputs agree on input"
+    )
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_output_that_nothing_reads(tmp_path: Path, exporter: str) -> None:
+    """A module whose other outputs the network drops is compared by those it keeps."""
+
+    class Last(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.lstm = nn.LSTM(3, 4)
+            self.head = spectral_norm(nn.Linear(4, 2))
+
+        def forward(self, x: Tensor) -> Any:
+            _, (hidden, _) = self.lstm(x)
+            return self.head(hidden)
+
+    model, path = Last(), tmp_path / "net.onnx"
+    x = torch.randn(5, 2, 3)
+    report = export_onnx(model, x, path, exporter=exporter, per_module=True)
+    assert [entry.module for entry in report.parity.modules] == ["lstm", "head", ""]
+    assert all(entry.passed for entry in report.parity.modules)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_outputs_in_the_wrong_order(tmp_path: Path, exporter: str) -> None:
+    """Two outputs of one shape that changed places are no module's fault, and do not pass."""
+
+    class Two(Head):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y: Tensor = self.layer(x)
+            return y, y.abs() + 1.0
+
+    model, path = Two(), tmp_path / "net.onnx"
+    export_onnx(model, rows(), path, exporter=exporter)
+    file = onnx.load(path)
+    first, second = (
+        onnx.ValueInfoProto.FromString(o.SerializeToString()) for o in file.graph.output
+    )
+    file.graph.output[0].CopyFrom(second)
+    file.graph.output[1].CopyFrom(first)
+    onnx.save(file, path)
+    report = check_parity(model, path, rows())
+    assert report.first_divergent == ""
+    assert report.divergence is not None
+    assert "the difference arises in the forward of the model itself (Two)" in (
+        report.divergence.reason
+    )
