@@ -6,6 +6,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .cases import check_case
+    from .divergence import Divergence, ModuleParity
     from .errors import (
         ExportError,
         FreezeError,
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     )
     from .exporting import ExportReport, export_onnx
     from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
-    from .parity import OutputParity, ParityReport, check_parity
+    from .parity import Histogram, OutputParity, ParityReport, check_parity
 
 __all__ = [
     # Freezing
@@ -28,8 +30,12 @@ __all__ = [
     "ExportReport",
     # Proving
     "check_parity",
+    "check_case",
     "ParityReport",
     "OutputParity",
+    "Histogram",
+    "Divergence",
+    "ModuleParity",
     # Errors
     "SnExportError",
     "FreezeError",
@@ -41,6 +47,8 @@ __all__ = [
 ]
 
 _HOMES = {
+    "cases": ("check_case",),
+    "divergence": ("Divergence", "ModuleParity"),
     "errors": (
         "ExportError",
         "FreezeError",
@@ -51,7 +59,7 @@ _HOMES = {
     ),
     "exporting": ("ExportReport", "export_onnx"),
     "freezing": ("SpectralNormInfo", "find_spectral_norm", "frozen_spectral_norm"),
-    "parity": ("OutputParity", "ParityReport", "check_parity"),
+    "parity": ("Histogram", "OutputParity", "ParityReport", "check_parity"),
 }
 
 

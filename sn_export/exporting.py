@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -10,12 +11,14 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from .case_file import write_case
+from .cases import case_of
 from .dynamic import dynamic_dims, resized_sets
 from .errors import ExportError, SnExportError
 from .freezing import (
@@ -24,6 +27,7 @@ from .freezing import (
     frozen_spectral_norm,
     require_module,
 )
+from .metadata import file_metadata, require_metadata, require_source
 from .onnx_file import (
     Exporter,
     ExportOptions,
@@ -48,6 +52,7 @@ from .tolerances import Tolerance
 
 _logger = logging.getLogger("sn_export")
 _RESIZED = 2  # how many other sizes are proved where shapes are dynamic
+REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
@@ -62,6 +67,7 @@ class ExportReport:
         parity: the comparison of the file with the unfrozen model.
         frozen: the tensors under spectral norm, as they were found.
         versions: versions of sn_export and of the packages that made and ran the file.
+        metadata: what was written to the file's ``metadata_props``.
     """
 
     path: Path
@@ -70,12 +76,16 @@ class ExportReport:
     parity: ParityReport
     frozen: tuple[SpectralNormInfo, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
     def to_json(self, indent: int | None = 2) -> str:
-        """Return the report as JSON text; NaN and infinities become null and strings."""
-        content = dataclasses.asdict(self)
+        """Return the report as JSON text; NaN and infinities become null and strings.
+
+        ``sn_export/report.schema.json`` describes it; ``"schema"`` is the version of that.
+        """
+        content = {"schema": REPORT_SCHEMA, **dataclasses.asdict(self)}
         content["path"] = str(self.path)
-        content["parity"]["passed"] = self.parity.passed
+        content["parity"] = self.parity.content()
         return json.dumps(_plain(content), indent=indent, allow_nan=False)
 
 
@@ -97,6 +107,9 @@ def export_onnx(
     inputs: Any = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     per_module: bool = False,
+    save_case: str | os.PathLike[str] | None = None,
+    metadata: Mapping[str, str] | None = None,
+    source: str | os.PathLike[str] | None = None,
     verbose: bool = False,
 ) -> ExportReport:
     """Export ``model`` without its spectral norm, and publish the file once it is proved.
@@ -135,6 +148,11 @@ def export_onnx(
             keyword arguments, or a list of these.
         providers: onnxruntime execution providers for the proof.
         per_module: compare the output of every module too, not only where the proof fails.
+        save_case: a file to write too, with the inputs and the model's outputs of the proof,
+            which `check_case` replays without the model; its folder must exist.
+        metadata: keys and values of your own for the file's ``metadata_props``, beside what
+            sn_export writes: see `sn_export.metadata`.
+        source: the checkpoint that the weights came from; its SHA-256 is written to the file.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -144,7 +162,8 @@ def export_onnx(
         TypeError: for a model that is no module, or arguments of a wrong type.
         ValueError: for an option outside its range, or a tolerance for an output that the file
             does not have.
-        FileNotFoundError: if the folder of ``path`` does not exist.
+        FileNotFoundError: if the folder of ``path`` or ``save_case``, or the file ``source``,
+            does not exist.
         FreezeError: if a tensor cannot be frozen.
         SnExportError: if the model rejects an input.
         ExportError: if torch cannot export the model, or onnxruntime not run the file.
@@ -155,9 +174,14 @@ def export_onnx(
     _require_options(exporter, samples, external_data, opset_version)
     require_tolerances(rtol, atol, output_names)
     require_providers(providers)
+    require_metadata(metadata)
+    case = _require_case(save_case, target) if save_case is not None else None
+    checkpoint = require_source(source)
     example = InputSet(_as_args(args), dict(kwargs or {}), "the example input")
     own = as_input_sets(inputs, len(example.args), "inputs")
     dims = dynamic_dims(model, example, dynamic_shapes)
+    frozen = tuple(find_spectral_norm(model))
+    made = file_metadata(exporter, versions(), frozen, checkpoint, metadata)
     options = ExportOptions(
         exporter,
         opset_version,
@@ -167,8 +191,8 @@ def export_onnx(
         dims,
         external_data,
         verbose,
+        made,
     )
-    frozen = tuple(find_spectral_norm(model))
     with preserved(model) as state, workspace(target) as draft:
         references = [run_reference(model, state, example)]
         state.settle()
@@ -188,14 +212,20 @@ def export_onnx(
         runnable = _runnable(session, model, references)
         named = input_names is not None
         parity = compare(model, session, runnable, rtol, atol, named)
+        saved = case_of(model, session, runnable, rtol, atol, named) if case else None
         del session
         if per_module or not parity.passed:
             _logger.info("comparing module by module")
             parity = explained(parity, model, state, draft, runnable, rtol, atol, named)
         parity.require_passed(f"the file made by the {exporter} exporter")
-        publish(draft, target)
+        with contextlib.ExitStack() as stack:
+            beside = []
+            if saved is not None and case is not None:
+                beside = [(stack.enter_context(workspace(case)), case)]
+                write_case(beside[0][0], saved)
+            publish(draft, target, beside)
     _logger.info("wrote %s", target)
-    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()))
+    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()), made)
 
 
 @functools.cache
@@ -204,8 +234,8 @@ def versions() -> dict[str, str]:
     found = {}
     for package in ("sn-export", *_PACKAGES):
         try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
+            found[package] = version(package)
+        except PackageNotFoundError:
             found[package] = "unknown"
     return found
 
@@ -259,10 +289,10 @@ def _as_args(args: Any) -> tuple[Any, ...]:
     raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
 
 
-def _require_target(path: str | os.PathLike[str]) -> Path:
+def _require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
     target = Path(path)
     if not target.name:
-        raise ValueError(f"path must name a file, got '{path}'")
+        raise ValueError(f"{option} must name a file, got '{path}'")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
     if target.is_dir():
@@ -270,6 +300,13 @@ def _require_target(path: str | os.PathLike[str]) -> Path:
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
     return target
+
+
+def _require_case(path: str | os.PathLike[str], target: Path) -> Path:
+    case = _require_target(path, "save_case")
+    if case.resolve() in (target.resolve(), target.with_name(target.name + ".data").resolve()):
+        raise ValueError(f"save_case must be another file than path, got '{path}'")
+    return case
 
 
 def _require_options(exporter: str, samples: int, external_data: Any, opset: int | None) -> None:

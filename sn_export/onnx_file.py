@@ -6,8 +6,8 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +41,7 @@ class ExportOptions:
     dims: Sequence[DynamicDim]
     external_data: ExternalData
     verbose: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path: Path) -> int:
@@ -62,6 +63,7 @@ def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path
             f"{type(error).__name__}: {_first_paragraph(error)}"
         ) from error
     _strip(graph)
+    graph.metadata_props.update(options.metadata)
     _save(graph, path, options.external_data)
     return int(graph.opset_imports.get("", 0))
 
@@ -76,8 +78,13 @@ def workspace(target: Path) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(made: Path, target: Path) -> None:
+def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) -> None:
     """Move ``made`` and its external data to ``target``, both or none.
+
+    Args:
+        made: the file in a workspace.
+        target: its place.
+        beside: further files, each in a workspace of its own, and their places; moved with it.
 
     Raises:
         ExportError: if a file cannot be moved; what was at ``target`` is there again.
@@ -87,10 +94,11 @@ def publish(made: Path, target: Path) -> None:
         for source in (made.with_name(made.name + ".data"), made)
         if source.exists()
     ]
+    pairs += beside
     kept: list[tuple[Path, Path | None]] = []
     try:
         for number, (source, destination) in enumerate(pairs):
-            backup = made.with_name(f"replaced-{number}")
+            backup = source.with_name(f"replaced-{number}")
             had = destination.exists()
             kept.append((destination, backup if had else None))
             if had:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +72,16 @@ class ParityReport:
     def first_divergent(self) -> str | None:
         """Path of the first module that is outside tolerance, as in `Divergence.first`."""
         return self.divergence.first if self.divergence else None
+
+    def content(self) -> dict[str, Any]:
+        """Return the report as dicts and lists, with what the properties say."""
+        content = asdict(self)
+        divergence = content.pop("divergence")
+        content["passed"] = self.passed
+        content["modules"] = divergence.pop("modules") if divergence else []
+        content["first_divergent"] = divergence.pop("first") if divergence else None
+        content["divergence"] = divergence
+        return content
 
     def __str__(self) -> str:
         """Return one line for each output, and where they part if one did not pass."""

@@ -1,0 +1,110 @@
+"""Saved cases: inputs and the model's outputs, replayed without the model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from .case_file import Case, opened_case
+from .errors import ExportError
+from .onnx_session import DEFAULT_PROVIDERS, named_inputs, open_session
+from .parity import ParityReport, Reference, add_results, require_tolerances, running_errors
+from .tolerances import Tolerance, tolerance_of
+
+
+def check_case(
+    onnx_path: str | os.PathLike[str],
+    case_path: str | os.PathLike[str],
+    *,
+    rtol: Tolerance = None,
+    atol: Tolerance = None,
+    providers: Sequence[str] = DEFAULT_PROVIDERS,
+) -> ParityReport:
+    """Compare an ONNX file with the outputs in a saved case; no model is needed.
+
+    ::
+
+        export_onnx(critic, (images,), "critic.onnx", save_case="critic.npz")
+        check_case("critic.onnx", "critic.npz").passed  # True
+
+    Args:
+        onnx_path: the file. Its inputs are matched by name, or by position where it has others.
+        case_path: the case, as `sn_export.export_onnx` writes it with ``save_case``.
+        rtol: relative tolerance in the place of the saved one, as for `sn_export.check_parity`.
+        atol: absolute tolerance in the place of the saved one, likewise.
+        providers: onnxruntime execution providers, in order of preference.
+
+    Returns:
+        The report, passed or not, without modules.
+
+    Raises:
+        ValueError: for a negative tolerance, a tolerance for an output that the file does not
+            have, or an unknown provider.
+        FileNotFoundError: if there is no such file.
+        SnExportError: if the case cannot be read.
+        ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
+            are not those of the case.
+    """
+    require_tolerances(rtol, atol)
+    path, saved = Path(onnx_path), Path(case_path)
+    for kind, file in (("ONNX file", path), ("case", saved)):
+        if not file.is_file():
+            raise FileNotFoundError(f"no {kind} at '{file}'")
+    with opened_case(saved) as (case, sets):
+        session = open_session(path, providers)
+        names = [output.name for output in session.get_outputs()]
+        if len(names) != len(case.outputs):
+            raise ExportError(
+                f"the file has {len(names)} outputs, the case '{saved.name}' {len(case.outputs)}"
+            )
+        running = running_errors(
+            names,
+            _by_position(case.rtol) if rtol is None else rtol,
+            _by_position(case.atol) if atol is None else atol,
+        )
+        wanted = [entry.name for entry in session.get_inputs()]
+        if len(wanted) != len(case.inputs):
+            raise ExportError(
+                f"the file takes the inputs {wanted}, the case has {list(case.inputs)}"
+            )
+        known = case.inputs if set(wanted) == set(case.inputs) else wanted
+        for label, inputs, outputs in sets:
+            feed = dict(zip(known, inputs, strict=True))
+            add_results(running, session, feed, label, outputs)
+    return ParityReport(
+        tuple(state.result() for state in running),
+        len(case.sets),
+        tuple(session.get_providers()),
+    )
+
+
+def case_of(
+    model: nn.Module,
+    session: Any,
+    references: Sequence[Reference],
+    rtol: Tolerance,
+    atol: Tolerance,
+    by_position: bool,
+) -> Case:
+    """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
+    inputs = tuple(entry.name for entry in session.get_inputs())
+    outputs = tuple(entry.name for entry in session.get_outputs())
+    sets = []
+    for reference in references:
+        feed = named_inputs(model, session, reference.inputs, by_position)
+        sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
+    return Case(
+        inputs,
+        outputs,
+        tuple(tolerance_of(rtol, i, name) for i, name in enumerate(outputs)),
+        tuple(tolerance_of(atol, i, name) for i, name in enumerate(outputs)),
+        sets,
+    )
+
+
+def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:
+    return {i: value for i, value in enumerate(tolerances) if value is not None}
