@@ -60,7 +60,7 @@ def file_metadata(
         Text by key: ``sn_export.exporter``; ``sn_export.versions``, a JSON object;
         ``sn_export.frozen``, a JSON object of sigma as stored by name of the tensor, to six
         digits (null where it is not finite); ``sn_export.source_sha256`` where there is a source;
-        and the user's keys in alphabetical order.
+        and the user's keys. The file has them all in alphabetical order.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -73,7 +73,7 @@ def file_metadata(
     }
     if source is not None:
         made[f"{PREFIX}source_sha256"] = file_sha256(source)
-    return made | dict(sorted((metadata or {}).items()))
+    return made | dict(metadata or {})
 
 
 def require_source(source: str | os.PathLike[str] | None) -> Path | None:

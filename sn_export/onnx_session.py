@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,8 @@ def _to_ort(tensor: Tensor) -> Any:
 
 def _from_ort(value: Any) -> Tensor:
     if value.element_type() == _BFLOAT16:
-        return torch.utils.dlpack.from_dlpack(value.to_dlpack()).clone()
+        content = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
+        bits = torch.from_numpy(np.frombuffer(content, np.uint16).copy())
+        return bits.view(torch.bfloat16).reshape(value.shape())
     array: NDArray[Any] = np.array(value.numpy())  # a copy; the value may be reused
     return torch.from_numpy(array)

@@ -27,6 +27,7 @@ _ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,
     torch.float64: TensorProto.DOUBLE,
     torch.float16: TensorProto.FLOAT16,
+    torch.bfloat16: TensorProto.BFLOAT16,
     torch.int64: TensorProto.INT64,
     torch.int32: TensorProto.INT32,
     torch.uint8: TensorProto.UINT8,
@@ -235,6 +236,16 @@ def test_integers_and_booleans_are_exact(identity: Identity, dtype: torch.dtype)
         (0, 2),
         str(dtype).removeprefix("torch."),
     )
+
+
+@pytest.mark.parametrize("shape", [(3, 2), (), (0, 4)])
+def test_bfloat16(identity: Identity, shape: tuple[int, ...]) -> None:
+    """bfloat16, which numpy lacks, goes to onnxruntime and comes back bit for bit."""
+    says = torch.randn(shape).to(torch.bfloat16)
+    output = _compare(identity, [(says, says)], rtol=0, atol=0)
+    assert (output.passed, output.shape, output.dtype) == (True, shape, "bfloat16")
+    if says.numel():
+        assert not _compare(identity, [(says, says * 1.25)]).passed
 
 
 @pytest.mark.parametrize("large", [2**53, 2**62, -(2**63)])

@@ -1,0 +1,117 @@
+"""The JSON of a report is what its schema says, which is part of the package."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+from export_models import EXPORTERS, Head, Liar, images, rows, small_net
+
+from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
+from sn_export.divergence import Divergence, ModuleParity
+from sn_export.exporting import REPORT_SCHEMA
+from sn_export.freezing import SpectralNormInfo
+from sn_export.output_parity import Histogram
+
+
+@pytest.fixture(scope="module")
+def schema() -> Any:
+    """The schema as it is shipped."""
+    return json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+
+
+def test_schema_is_sound(schema: Any) -> None:
+    """The schema follows its own rules, and is of the version that reports give."""
+    jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["schema"]["const"] == REPORT_SCHEMA
+
+
+@pytest.mark.parametrize("per_module", [True, False])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_report_follows_the_schema(
+    tmp_path: Path, schema: Any, exporter: str, per_module: bool
+) -> None:
+    """A report is valid, with and without modules."""
+    report = export_onnx(
+        small_net("hook"),
+        images(),
+        tmp_path / "net.onnx",
+        exporter=exporter,
+        per_module=per_module,
+        metadata={"own": "key"},
+    )
+    content = json.loads(report.to_json())
+    jsonschema.validate(content, schema)
+    assert content["schema"] == REPORT_SCHEMA
+    assert bool(content["parity"]["modules"]) == per_module
+    assert content["metadata"] == dict(report.metadata)
+
+
+def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
+    """The report of a failure, with NaN and infinities, is valid too."""
+    report = export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="torchscript")
+    with pytest.raises(ParityError) as caught:
+        export_onnx(Liar(), rows(), tmp_path / "no.onnx", exporter="torchscript")
+    worst = dataclasses.replace(
+        caught.value.report.outputs[0],
+        max_abs=math.nan,
+        max_rel=math.inf,
+        worst_expected=-math.inf,
+        histogram=None,
+    )
+    failed = dataclasses.replace(caught.value.report, outputs=(worst,))
+    content = json.loads(dataclasses.replace(report, parity=failed).to_json())
+    jsonschema.validate(content, schema)
+    assert content["parity"]["first_divergent"] == ""
+    assert content["parity"]["divergence"]["reason"] == caught.value.report.divergence.reason  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize(
+    ("kind", "place"),
+    [
+        (OutputParity, "output"),
+        (Histogram, "histogram"),
+        (ModuleParity, "module"),
+        (SpectralNormInfo, "frozen"),
+    ],
+)
+def test_every_field_is_described(schema: Any, kind: Any, place: str) -> None:
+    """The schema has exactly the fields of the data, and asks for all of them."""
+    fields = {field.name for field in dataclasses.fields(kind)}
+    described = schema["$defs"][place]
+    assert set(described["properties"]) == set(described["required"]) == fields
+
+
+def test_every_field_of_the_report_is_described(schema: Any) -> None:
+    """So it is with the report itself, and with what parity adds to its fields."""
+    top = {field.name for field in dataclasses.fields(ExportReport)} | {"schema"}
+    assert set(schema["properties"]) == set(schema["required"]) == top
+    parity = {field.name for field in dataclasses.fields(ParityReport)}
+    added = {"passed", "modules", "first_divergent"}
+    assert set(schema["$defs"]["parity"]["properties"]) == parity | added
+    divergence = {field.name for field in dataclasses.fields(Divergence)}
+    assert set(schema["$defs"]["divergence"]["properties"]) == divergence - {"modules", "first"}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema": 2},
+        {"opset": "18"},
+        {"parity": {}},
+        {"exporter": "tensorflow"},
+        {"frozen": [{}]},
+    ],
+)
+def test_the_schema_refuses(tmp_path: Path, schema: Any, change: dict[str, Any]) -> None:
+    """Another version, a wrong type or a missing field is not valid."""
+    report = export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="torchscript")
+    content = json.loads(report.to_json()) | change
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(content, schema)
