@@ -26,10 +26,12 @@ class ModuleValues:
     Attributes:
         leaving: names of the values that are read outside the module, in the file's order.
         inside: names of all values.
+        entering: names of the values made outside that are read inside, initializers included.
     """
 
     leaving: tuple[str, ...]
     inside: tuple[str, ...]
+    entering: tuple[str, ...] = ()
 
 
 def module_values(model: nn.Module, file: onnx.ModelProto) -> dict[str, ModuleValues]:
@@ -50,14 +52,21 @@ def module_values(model: nn.Module, file: onnx.ModelProto) -> dict[str, ModuleVa
         readers[output.name].append(set())
     leaving: dict[str, list[str]] = defaultdict(list)
     inside: dict[str, list[str]] = defaultdict(list)
+    read: dict[str, dict[str, None]] = defaultdict(dict)
     for node, modules in zip(file.graph.node, within, strict=True):
+        for module in modules:
+            read[module].update(dict.fromkeys(_read_by(node)))
         for name in filter(readers.__contains__, node.output):
             for module in modules:
                 inside[module].append(name)
                 if any(module not in reader for reader in readers[name]):
                     leaving[module].append(name)
     return {
-        module: ModuleValues(tuple(leaving[module]), tuple(names))
+        module: ModuleValues(
+            tuple(leaving[module]),
+            tuple(names),
+            tuple(name for name in read[module] if name not in names),
+        )
         for module, names in inside.items()
     }
 

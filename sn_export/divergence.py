@@ -11,12 +11,21 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+from google.protobuf.message import EncodeError
 from torch import nn
+from torch.nn.utils import parametrize
 
 from .boundaries import module_values
 from .errors import ExportError, SnExportError
-from .module_parity import ModuleParity, Strictness, compare_calls, compare_whole
-from .module_trace import first_random, trace
+from .module_parity import (
+    ModuleCall,
+    ModuleParity,
+    Strictness,
+    compare_calls,
+    compare_whole,
+    nearest,
+)
+from .module_trace import first_random, trace, trace_inputs
 from .onnx_session import named_inputs, open_session, run_session
 from .preserving import Preserved
 from .samples import InputSet
@@ -83,7 +92,7 @@ def locate(
         feed = named_inputs(model, session, inputs, by_position)
         names = _made_values(file)
         tensors = run_session(session, feed, inputs.label, [*names, *outputs])
-    except (ExportError, ValueError) as error:
+    except (ExportError, ValueError, EncodeError, MemoryError) as error:
         return Divergence((), None, f"cannot tell where: {error}", sample=inputs.label)
     values = {
         name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None
@@ -100,7 +109,20 @@ def locate(
             f"in {_title(random.module, random.type)}. No export can reproduce that"
         )
         return replace(found, first=random.module, reason=reason, is_deterministic=False)
-    return _judged(found, failed)
+    found = _judged(found, failed)
+    bad = next((entry for entry in found.modules if not entry.passed), None)
+    if bad is not None and bad.module and bad.module == found.first:
+        given = trace_inputs(model, state, inputs, bad.module, bad.call)
+        call = ModuleCall(bad.module, bad.type, bad.call, given)
+        entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
+        if entering is not None and not entering.passed:
+            around = bad.module.rpartition(".")[0]
+            reason = (
+                f"{found.reason}; what it is given differs already, so the cause lies before "
+                f"it, in the forward of {_title(around, _kind(model, around))}"
+            )
+            return replace(found, reason=reason)
+    return found
 
 
 def _judged(found: Divergence, failed: bool) -> Divergence:
@@ -144,19 +166,21 @@ def _made_values(file: onnx.ModelProto) -> list[str]:
 
 
 def _with_all_values(file: onnx.ModelProto) -> bytes:
-    """Return the file with every value as an output."""
-    changed = onnx.ModelProto()
-    changed.CopyFrom(file)
-    known = {output.name for output in changed.graph.output}
+    """Make every value an output of ``file``, and return its bytes."""
+    known = {output.name for output in file.graph.output}
     for name in _made_values(file):
         if name not in known:
-            changed.graph.output.add(name=name)
-    content: bytes = changed.SerializeToString()
+            file.graph.output.add(name=name)
+    content: bytes = file.SerializeToString()
     return content
 
 
 def _title(path: str, kind: str) -> str:
     return f"'{path}' ({kind})" if path else f"the model itself ({kind})"
+
+
+def _kind(model: nn.Module, path: str) -> str:
+    return parametrize.type_before_parametrizations(model.get_submodule(path)).__name__
 
 
 def _listed(paths: Sequence[str], most: int = 4) -> str:

@@ -88,15 +88,15 @@ def compare_calls(
         own = named[call.module]
         # Calls cannot be told apart in the file, and one may feed the next.
         names = own.inside if count[call.module] > 1 else own.leaving
-        found = _best(call, names, values, strictness)
+        found = nearest(call, names, values, strictness)
         if found is None:
             continue
         if not found.passed:
             later = [name for name in values if order[name] > order[found.value]]
-            elsewhere = _best(call, [n for n in later if n not in own.inside], values, strictness)
+            elsewhere = nearest(call, [n for n in later if n not in own.inside], values, strictness)
             if elsewhere is not None and elsewhere.passed:
                 continue  # computed, but by nodes that count for another module
-            heirs = (_best(other, [found.value], values, strictness) for other in alone)
+            heirs = (nearest(other, [found.value], values, strictness) for other in alone)
             heir = next((heir for heir in heirs if heir is not None and heir.passed), None)
             if heir is not None:  # fused with a module that comes later, whose output this is
                 results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
@@ -118,7 +118,7 @@ def compare_whole(
     return _entry(call, *max(compared, key=_badness))
 
 
-def _best(
+def nearest(
     call: ModuleCall, names: Iterable[str], values: Mapping[str, Tensor], strictness: Strictness
 ) -> ModuleParity | None:
     """Compare each output of a call with the value among ``names`` that is nearest to it.
@@ -140,8 +140,8 @@ def _best(
         ]
         # Outputs that nothing reads are not in the file: then each value has its output.
         pairs = errors if len(found_names) < len(outputs) else list(zip(*errors, strict=True))
-        nearest = [min(entries, key=_badness) for entries in pairs]
-        worst = max([*nearest, *([worst] if worst else [])], key=_badness, default=None)
+        pairwise = [min(entries, key=_badness) for entries in pairs]
+        worst = max([*pairwise, *([worst] if worst else [])], key=_badness, default=None)
     return _entry(call, *worst) if worst is not None else None
 
 

@@ -33,6 +33,29 @@ def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCa
     return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
 
 
+def trace_inputs(
+    model: nn.Module, state: Preserved, inputs: InputSet, path: str, number: int
+) -> list[Tensor]:
+    """Run the model and return the tensors that one call of the module at ``path`` is given.
+
+    Raises:
+        SnExportError: if the model rejects the inputs.
+    """
+    calls: list[list[Tensor]] = []
+
+    def note(module: nn.Module, args: Any, kwargs: Any) -> None:
+        kept = tensor_leaves((args, kwargs)) if len(calls) == number else []
+        calls.append([leaf.detach().cpu().clone() for leaf in kept])
+
+    # After the hooks that are there, which may exchange the arguments.
+    handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        run_reference(model, state, inputs)
+    finally:
+        handle.remove()
+    return calls[number] if number < len(calls) else []
+
+
 @contextmanager
 def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
     count: Counter[str] = Counter()

@@ -126,8 +126,36 @@ def test_altered_initializer(
     assert (bad.module, bad.type) == (module, kind)
     assert f"the first module to differ is '{module}' ({kind}), max_abs" in divergence.reason
     assert str(report).endswith(divergence.reason)
+    assert "what it is given" not in divergence.reason
     assert divergence.is_deterministic
     assert divergence.sample == next(o for o in report.outputs if not o.passed).worst_sample
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_cause_between_modules(tmp_path: Path, exporter: str) -> None:
+    """Where a module is given other values already, the forward around it is named as the cause."""
+
+    class Inner(Head):
+        def prepare(self) -> None:
+            self.shift = nn.Parameter(torch.tensor([1.0, -1.0, 0.5]))
+            self.last = nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.last(self.layer(x).tanh() + self.shift)
+
+    model, path = nn.Sequential(nn.ReLU(), Inner()), tmp_path / "net.onnx"
+    export_onnx(model, rows(), path, exporter=exporter)
+    content = path.read_bytes()
+    _alter(path, "1.shift")
+    report = check_parity(model, path, rows())
+    assert report.first_divergent == "1.last"
+    assert str(report).endswith(
+        "; what it is given differs already, so the cause lies before it, in the forward of '1' "
+        "(Inner)"
+    )
+    path.write_bytes(content)
+    _alter(path, "1.last.bias")
+    assert "what it is given" not in str(check_parity(model, path, rows()))
 
 
 def test_altered_weight_of_a_fused_module(tmp_path: Path, exported: Exported) -> None:
