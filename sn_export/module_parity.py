@@ -81,6 +81,7 @@ def compare_calls(
     count = Counter(call.module for call in calls)
     order = {name: position for position, name in enumerate(values)}
     results: dict[int, ModuleParity] = {}
+    is_astray = False
     alone = [call for call in calls if call.module not in named]
     for index, call in enumerate(calls):
         if call.module not in named:
@@ -91,7 +92,7 @@ def compare_calls(
         found = nearest(call, names, values, strictness)
         if found is None:
             continue
-        if not found.passed:
+        if not found.passed and not is_astray:
             later = [name for name in values if order[name] > order[found.value]]
             elsewhere = nearest(call, [n for n in later if n not in own.inside], values, strictness)
             if elsewhere is not None and elsewhere.passed:
@@ -101,6 +102,7 @@ def compare_calls(
             if heir is not None:  # fused with a module that comes later, whose output this is
                 results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
                 continue
+            is_astray = True  # from here on values differ anyway
         results[index] = found
     unmatched = [call.module for index, call in enumerate(calls) if index not in results]
     return [results[index] for index in sorted(results)], unmatched
@@ -132,16 +134,17 @@ def nearest(
     for name in names:
         if name in values and (values[name].shape, values[name].dtype) in groups:
             groups[values[name].shape, values[name].dtype][1].append(name)
-    worst: tuple[OutputParity, str] | None = None
-    for outputs, found_names in groups.values():
-        errors = [
-            [(errors_of(name, output, values[name], strictness), name) for output in outputs]
-            for name in found_names
-        ]
+    compared = []
+    for outputs, found in groups.values():
+        pairs = [(output, name) for output in outputs for name in found]
+        distances = [_distance(output, values[name]) for output, name in pairs]
         # Outputs that nothing reads are not in the file: then each value has its output.
-        pairs = errors if len(found_names) < len(outputs) else list(zip(*errors, strict=True))
-        pairwise = [min(entries, key=_badness) for entries in pairs]
-        worst = max([*pairwise, *([worst] if worst else [])], key=_badness, default=None)
+        place = 1 if len(found) < len(outputs) else 0
+        for one in found if place else outputs:
+            mine = [at for at, pair in enumerate(pairs) if pair[place] is one]
+            output, name = pairs[min(mine, key=distances.__getitem__)]
+            compared.append((errors_of(name, output, values[name], strictness), name))
+    worst = max(compared, key=_badness, default=None)
     return _entry(call, *worst) if worst is not None else None
 
 
@@ -172,6 +175,13 @@ def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) 
     )
     errors.add("", expected, got)
     return errors.result()
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    if not left.numel():
+        return 0.0
+    apart = torch.where(left == right, 0.0, (left.double() - right.double()).abs())
+    return float(apart.nan_to_num(math.inf).max())
 
 
 def _is(call: ModuleCall, found: ModuleParity) -> bool:

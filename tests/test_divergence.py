@@ -179,7 +179,7 @@ def test_modules_of_a_file_that_passes(tmp_path: Path, exported: Exported) -> No
     assert all(entry.passed for entry in report.modules)
     assert report.first_divergent is None
     assert report.divergence is not None
-    assert report.divergence.reason.startswith("every module agrees on input")
+    assert report.divergence.reason.startswith("every module with a value in the file agrees on")
     paths = [entry.module for entry in report.modules]
     wanted = [
         "stem.2",
