@@ -116,7 +116,9 @@ def locate(
         call = ModuleCall(bad.module, bad.type, bad.call, given)
         entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
         if entering is not None and not entering.passed:
-            around = bad.module.rpartition(".")[0]
+            around, called = bad.module, {"", *(call.module for call in calls)}
+            while around == bad.module or around not in called:  # past a ModuleList
+                around = around.rpartition(".")[0]
             reason = (
                 f"{found.reason}; what it is given differs already, so the cause lies before "
                 f"it, in the forward of {_title(around, _kind(model, around))}"

@@ -138,23 +138,23 @@ def test_cause_between_modules(tmp_path: Path, exporter: str) -> None:
     class Inner(Head):
         def prepare(self) -> None:
             self.shift = nn.Parameter(torch.tensor([1.0, -1.0, 0.5]))
-            self.last = nn.Linear(3, 2)
+            self.tail = nn.ModuleList([nn.Linear(3, 2)])
 
         def forward(self, x: Tensor) -> Any:
-            return self.last(self.layer(x).tanh() + self.shift)
+            return self.tail[0](self.layer(x).tanh() + self.shift)
 
     model, path = nn.Sequential(nn.ReLU(), Inner()), tmp_path / "net.onnx"
     export_onnx(model, rows(), path, exporter=exporter)
     content = path.read_bytes()
     _alter(path, "1.shift")
     report = check_parity(model, path, rows())
-    assert report.first_divergent == "1.last"
+    assert report.first_divergent == "1.tail.0"
     assert str(report).endswith(
         "; what it is given differs already, so the cause lies before it, in the forward of '1' "
         "(Inner)"
     )
     path.write_bytes(content)
-    _alter(path, "1.last.bias")
+    _alter(path, "1.tail.0.bias")
     assert "what it is given" not in str(check_parity(model, path, rows()))
 
 
