@@ -139,8 +139,8 @@ def _judged(found: Divergence, failed: bool) -> Divergence:
     if bad is None:
         return replace(
             found,
-            reason=f"every module with a value in the file agrees on {found.sample}, run without onnxruntime's graph "
-            "optimisations",
+            reason=f"every module with a value in the file agrees on {found.sample}, run without "
+            "onnxruntime's graph optimisations",
         )
     if len(found.modules) == 1 and bad is root and found.unmatched:
         reason = "cannot tell where: no value of the file could be matched with a module"
