@@ -17,6 +17,7 @@ import onnx
 import pytest
 import torch
 from cli_networks import Critic, Tokens, prefixed, trained, trained_critic
+from onnx import numpy_helper
 
 from sn_export.cli import main
 
@@ -249,6 +250,26 @@ def _edited(change: Callable[[Any], Any]) -> None:
     model = onnx.load("o.onnx")
     change(model)
     onnx.save(model, "o.onnx")
+
+
+def test_check_names_the_first_module(run: Run) -> None:
+    """A weight altered in the file is told by its module, in the table and in JSON."""
+    assert run(*_onnx()).code == 0
+
+    def alter(model: Any) -> None:
+        (weight,) = (i for i in model.graph.initializer if i.name == "body.3.weight")
+        weight.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(weight) * 1.5, weight.name))
+
+    _edited(alter)
+    ran = _check(run)
+    assert ran.code == 1
+    (line,) = (line for line in ran.out.splitlines() if "NOT EQUAL, first" in line)
+    assert line.split()[:2] == ["body.3", "Conv2d"]
+    assert "the first module to differ is 'body.3' (Conv2d), max_abs" in ran.out
+    parity = json.loads(_check(run, "--json").out)["parity"]
+    assert parity["first_divergent"] == "body.3"
+    bad = [entry["module"] for entry in parity["modules"] if not entry["passed"]]
+    assert bad[0] == "body.3"
 
 
 def test_check_what_cannot_be_compared(run: Run) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, read_checkpoint
 from ..checkpoints.publishing import drafts, publish
+from ..divergence import Divergence
 from ..errors import ExportError, ParityError
 from ..exporting import export_onnx
 from ..freezing import SpectralNormInfo
@@ -23,6 +24,8 @@ from .arguments import parse_dims, parse_dynamic, parse_kwargs
 from .console import FAILED, answer, as_text, number, progress, say, table
 from .factories import build_model
 from .inputs import Inputs, gather
+
+_BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ
 
 
 @dataclass(frozen=True)
@@ -159,7 +162,7 @@ def _deliver(
 
 
 def _parity(parity: ParityReport) -> dict[str, Any]:
-    return {"passed": parity.passed, **dataclasses.asdict(parity)}
+    return parity.content()
 
 
 def _show_notes(notes: tuple[str, ...]) -> None:
@@ -208,3 +211,27 @@ def _show_parity(parity: ParityReport) -> None:
     for output in parity.outputs:
         if output.reason:
             print(f"{output.name}: {output.reason}")
+    if parity.divergence is not None and not parity.passed:
+        _show_modules(parity.divergence)
+
+
+def _show_modules(divergence: Divergence) -> None:
+    """Print the modules around the first one to differ; the report has them all."""
+    modules = divergence.modules
+    bad = next((i for i, entry in enumerate(modules) if not entry.passed), len(modules))
+    if divergence.first:
+        table(
+            "modules in network order",
+            ["module", "type", "max abs", "result"],
+            [
+                [
+                    entry.module or "(the model itself)",
+                    entry.type,
+                    number(entry.max_abs),
+                    "equal" if entry.passed else "NOT EQUAL" + (", first" if i == bad else ""),
+                ]
+                for i, entry in enumerate(modules)
+                if bad - _BEFORE <= i <= bad + _AFTER
+            ],
+        )
+    print(divergence.reason)
