@@ -14,6 +14,9 @@ from torch import Tensor
 from .boundaries import ModuleValues
 from .output_parity import OutputParity, RunningErrors
 
+_SAMPLED = 4096  # elements that tell most values apart
+_CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full
+
 
 @dataclass(frozen=True)
 class ModuleParity:
@@ -136,13 +139,13 @@ def nearest(
             groups[values[name].shape, values[name].dtype][1].append(name)
     compared = []
     for outputs, found in groups.values():
-        pairs = [(output, name) for output in outputs for name in found]
-        distances = [_distance(output, values[name]) for output, name in pairs]
         # Outputs that nothing reads are not in the file: then each value has its output.
-        place = 1 if len(found) < len(outputs) else 0
-        for one in found if place else outputs:
-            mine = [at for at, pair in enumerate(pairs) if pair[place] is one]
-            output, name = pairs[min(mine, key=distances.__getitem__)]
+        if len(found) < len(outputs):
+            pairs = [(outputs[_nearest(values[name], outputs)], name) for name in found]
+        else:
+            there = [values[name] for name in found]
+            pairs = [(output, found[_nearest(output, there)]) for output in outputs]
+        for output, name in pairs:
             compared.append((errors_of(name, output, values[name], strictness), name))
     worst = max(compared, key=_badness, default=None)
     return _entry(call, *worst) if worst is not None else None
@@ -175,6 +178,18 @@ def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) 
     )
     errors.add("", expected, got)
     return errors.result()
+
+
+def _nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:
+    """Return the position of the nearest tensor, found by samples as far as these tell."""
+    step = max(wanted.numel() // _SAMPLED, 1)
+    sample = wanted.flatten()[::step]
+    rough = [_distance(sample, tensor.flatten()[::step]) for tensor in among]
+    close = max(4 * min(rough), _CLOSE * _largest(sample))
+    left = [position for position, distance in enumerate(rough) if distance <= close]
+    if len(left) == 1:
+        return left[0]
+    return min(left, key=lambda position: _distance(wanted, among[position]))
 
 
 def _distance(left: Tensor, right: Tensor) -> float:

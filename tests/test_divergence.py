@@ -20,6 +20,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 
 from sn_export import ParityError, check_parity, export_onnx, exporting
+from sn_export.module_parity import ModuleCall, Strictness, nearest
 from sn_export.parity import explained
 from sn_export.preserving import preserved
 from sn_export.reference import run_reference
@@ -414,3 +415,23 @@ def test_outputs_in_the_wrong_order(tmp_path: Path, exporter: str) -> None:
     assert "the difference arises in the forward of the model itself (Two)" in (
         report.divergence.reason
     )
+
+
+def test_nearest_value_of_large_ones() -> None:
+    """Values that agree in all samples but one element are told apart by that element."""
+    wanted = torch.randn(30_000)
+    other = wanted.clone()
+    other[10_001] += 1.0
+    noisy = wanted + 1e-6
+    call = ModuleCall("m", "M", 0, [wanted])
+    strictness = Strictness()
+    for names in (["other", "noisy"], ["noisy", "other"]):
+        values = {name: {"other": other, "noisy": noisy}[name] for name in names}
+        found = nearest(call, names, values, strictness)
+        assert found is not None
+        assert (found.value, found.passed) == ("noisy", True)
+    found = nearest(call, ["other"], {"other": other}, strictness)
+    assert found is not None
+    assert (found.max_abs, found.passed) == (pytest.approx(1.0, abs=1e-6), False)
+    assert nearest(call, ["none"], {}, strictness) is None
+    assert nearest(call, ["short"], {"short": wanted[:5]}, strictness) is None
