@@ -6,13 +6,14 @@ on the other, for one input set. It holds every activation of that input set, on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
+import torch
 from google.protobuf.message import EncodeError
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from .boundaries import module_values
@@ -111,20 +112,53 @@ def locate(
         return replace(found, first=random.module, reason=reason, is_deterministic=False)
     found = _judged(found, failed)
     bad = next((entry for entry in found.modules if not entry.passed), None)
-    if bad is not None and bad.module and bad.module == found.first:
-        given = trace_inputs(model, state, inputs, bad.module, bad.call)
-        call = ModuleCall(bad.module, bad.type, bad.call, given)
-        entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
-        if entering is not None and not entering.passed:
-            around, called = bad.module, {"", *(call.module for call in calls)}
-            while around == bad.module or around not in called:  # past a ModuleList
-                around = around.rpartition(".")[0]
-            reason = (
-                f"{found.reason}; what it is given differs already, so the cause lies before "
-                f"it, in the forward of {_title(around, _kind(model, around))}"
-            )
-            return replace(found, reason=reason)
-    return found
+    if bad is None or not bad.module or bad.module != found.first:
+        return found
+    hidden = _hidden_before(bad, calls, found.modules, feed.values())
+    if hidden:
+        return replace(
+            found,
+            reason=f"{found.reason}; nothing can be told of {_listed(hidden)} before it, for want "
+            "of a value in the file",
+        )
+    given = trace_inputs(model, state, inputs, bad.module, bad.call)
+    call = ModuleCall(bad.module, bad.type, bad.call, given)
+    entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
+    if entering is None or entering.passed:
+        return found
+    around, called = bad.module, {"", *(call.module for call in calls)}
+    while around == bad.module or around not in called:  # past a ModuleList
+        around = around.rpartition(".")[0]
+    return replace(
+        found,
+        reason=f"{found.reason}; what it is given differs already, so the cause lies before it, in "
+        f"the forward of {_title(around, _kind(model, around))}",
+    )
+
+
+def _hidden_before(
+    bad: ModuleParity,
+    calls: Sequence[ModuleCall],
+    compared: Sequence[ModuleParity],
+    given: Collection[Tensor],
+) -> list[str]:
+    """Return the modules that ran since the last one that agrees and have no value to compare."""
+    known = {(entry.module, entry.call) for entry in compared}
+    end = next(i for i, c in enumerate(calls) if (c.module, c.number) == (bad.module, bad.call))
+    hidden: list[str] = []
+    for index in range(end - 1, -1, -1):
+        call = calls[index]
+        if (call.module, call.number) in known:
+            break
+        # One that does nothing, as dropout, hands on what it was given.
+        before = [*given, *(output for earlier in calls[:index] for output in earlier.outputs)]
+        if not all(any(_same(output, one) for one in before) for output in call.outputs):
+            hidden.insert(0, call.module)
+    return hidden
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right.cpu())
 
 
 def _judged(found: Divergence, failed: bool) -> Divergence:
