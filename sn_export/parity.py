@@ -19,10 +19,11 @@ from .onnx_session import (
     require_providers,
     run_session,
 )
-from .output_parity import Histogram, OutputParity, RunningErrors
+from .output_parity import OutputParity, RunningErrors
 from .preserving import Preserved, preserved
 from .reference import Reference, run_reference
 from .samples import as_input_sets
+from .spread import Histogram
 from .tolerances import DEFAULT_TOLERANCES, Tolerance, require_tolerances, tolerance_of
 
 __all__ = [

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor, nn
 
-from sn_export import OutputParity, ParityError, check_parity, export_onnx, output_parity
+from sn_export import OutputParity, ParityError, check_parity, export_onnx, spread
 from sn_export.output_parity import RunningErrors
 
 
@@ -68,7 +68,7 @@ def test_buckets(error: float, edge: float) -> None:
 
 def test_quantiles_past_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the number of errors that are kept, quantiles are at most 2.4 % too large."""
-    monkeypatch.setattr(output_parity, "_KEPT", 100)
+    monkeypatch.setattr(spread, "_KEPT", 100)
     generator = np.random.default_rng(0)
     sets = [10.0 ** generator.uniform(-12, 2, 400) for _ in range(5)]
     output = _measure([(np.zeros_like(e), e) for e in sets])

@@ -17,7 +17,7 @@ from sn_export import ExportReport, OutputParity, ParityError, ParityReport, exp
 from sn_export.divergence import Divergence, ModuleParity
 from sn_export.exporting import REPORT_SCHEMA
 from sn_export.freezing import SpectralNormInfo
-from sn_export.output_parity import Histogram
+from sn_export.spread import Histogram
 
 
 @pytest.fixture(scope="module")
