@@ -1,0 +1,18 @@
+"""Reports to look at: the JSON of a report as one HTML page or as Markdown. It needs no torch."""
+
+from .content import as_content
+from .html import to_html
+from .markdown import to_markdown
+from .view import ReportView
+from .writing import REPORT_SUFFIXES, file_facts, require_report_path, save_report
+
+__all__ = [
+    "REPORT_SUFFIXES",
+    "ReportView",
+    "as_content",
+    "file_facts",
+    "require_report_path",
+    "save_report",
+    "to_html",
+    "to_markdown",
+]

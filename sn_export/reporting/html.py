@@ -1,0 +1,59 @@
+"""A report as one HTML page: no script, nothing from the network, all text escaped."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jinja2
+
+from . import charts, numbers
+from .view import ReportView
+
+_FOLD = 12  # rows from which on a table beside its chart is closed at first
+
+
+def to_html(report: Any) -> str:
+    """Return a report as one self-contained HTML page.
+
+    Args:
+        report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content of the
+            JSON of one. In the content ``command`` (the command line) and ``files`` (from
+            `file_facts`) are shown too.
+
+    Raises:
+        TypeError: for what is no report.
+        ValueError: for JSON content in which something is missing.
+    """
+    view = ReportView.of(report)
+    return _template().render(
+        view=view,
+        fold=_FOLD,
+        sigma_chart=charts.sigma_chart(view.frozen),
+        module_chart=charts.module_chart(view.modules),
+        histograms=[
+            (output, chart)
+            for output in view.outputs
+            if (chart := charts.histogram_chart(output)) is not None
+        ],
+    )
+
+
+@functools.cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("sn_export.reporting"),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters.update(
+        error=numbers.error,
+        sigma=numbers.sigma,
+        element=numbers.element,
+        share=numbers.share,
+        deviation=numbers.deviation,
+        bytes=numbers.size,
+    )
+    return environment.get_template("report.html")

@@ -1,0 +1,94 @@
+"""Reports as files: the suffix says which kind, and a half-written one is never seen."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from .content import as_content
+from .html import to_html
+from .markdown import to_markdown
+
+REPORT_SUFFIXES = (".json", ".html", ".md")
+
+
+def save_report(report: Any, path: str | os.PathLike[str], *, command: str = "") -> Path:
+    """Write a report to ``path``: JSON, HTML or Markdown by its suffix.
+
+    Size and sha256 of the ONNX file, and of its external data, are added where the report names
+    a file that is there.
+
+    Args:
+        report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content of the
+            JSON of one.
+        path: the file to write; its folder must exist. One that is there is replaced.
+        command: the command line that made the file, if there was one.
+
+    Returns:
+        The path.
+
+    Raises:
+        TypeError: for what is no report.
+        ValueError: for another suffix, or JSON content in which something is missing.
+        FileNotFoundError: if the folder does not exist.
+        IsADirectoryError: if ``path`` is a folder.
+    """
+    target = require_report_path(path)
+    content = as_content(report)
+    if content.get("path") and "files" not in content:
+        content["files"] = file_facts(Path(content["path"]))
+    if command:
+        content["command"] = command
+    if target.suffix == ".json":
+        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+    else:
+        text = (to_html if target.suffix == ".html" else to_markdown)(content)
+    _replace(target, text)
+    return target
+
+
+def require_report_path(path: str | os.PathLike[str]) -> Path:
+    """Return ``path`` if a report can be written there; raises as `save_report` does."""
+    target = Path(path)
+    if target.suffix not in REPORT_SUFFIXES:
+        wanted = ", ".join(REPORT_SUFFIXES)
+        raise ValueError(f"the name of a report must end in one of {wanted}, got '{target}'")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+    return target
+
+
+def file_facts(path: Path) -> dict[str, dict[str, Any]]:
+    """Return ``bytes`` and ``sha256`` of an ONNX file and of the external data beside it."""
+    names: Iterable[Path] = (path, path.with_name(path.name + ".data"))
+    return {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in names
+        if file.is_file()
+    }
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _replace(target: Path, text: str) -> None:
+    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
+    try:
+        # Written as bytes: line ends are the same on every system.
+        with draft.open("xb") as file:
+            file.write(text.encode("utf-8", "replace"))
+        draft.replace(target)
+    finally:
+        draft.unlink(missing_ok=True)
