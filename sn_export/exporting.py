@@ -26,6 +26,7 @@ from .freezing import (
     find_spectral_norm,
     frozen_spectral_norm,
     require_module,
+    with_exact_sigma,
 )
 from .metadata import file_metadata, require_metadata, require_source
 from .onnx_file import (
@@ -88,6 +89,12 @@ class ExportReport:
         content["parity"] = self.parity.content()
         return json.dumps(_plain(content), indent=indent, allow_nan=False)
 
+    def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
+        """Write the report as ``.json``, ``.html`` or ``.md``; see `sn_export.reporting`."""
+        from .reporting import save_report  # its templates take a moment to load
+
+        return save_report(self, path, command=command)
+
 
 def export_onnx(
     model: nn.Module,
@@ -110,6 +117,7 @@ def export_onnx(
     save_case: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
+    sigma_exact: bool = False,
     verbose: bool = False,
 ) -> ExportReport:
     """Export ``model`` without its spectral norm, and publish the file once it is proved.
@@ -153,6 +161,8 @@ def export_onnx(
         metadata: keys and values of your own for the file's ``metadata_props``, beside what
             sn_export writes: see `sn_export.metadata`.
         source: the checkpoint that the weights came from; its SHA-256 is written to the file.
+        sigma_exact: compute the largest singular value of each weight under spectral norm for
+            the report, as far as that takes seconds.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -181,6 +191,8 @@ def export_onnx(
     own = as_input_sets(inputs, len(example.args), "inputs")
     dims = dynamic_dims(model, example, dynamic_shapes)
     frozen = tuple(find_spectral_norm(model))
+    if sigma_exact:
+        frozen = with_exact_sigma(model, frozen)
     made = file_metadata(exporter, versions(), frozen, checkpoint, metadata)
     options = ExportOptions(
         exporter,

@@ -30,6 +30,8 @@ class SpectralNormInfo:
         sigma: ``u^H W v`` from the stored singular vectors; NaN on the meta device.
         is_applied: False where the network never uses the normalised weight: a hook on the
             ``out_proj`` of `torch.nn.MultiheadAttention`, which is never called.
+        sigma_exact: the largest singular value of the weight matrix; None where it was not
+            asked for, would take too long, or sigma is no norm of a matrix.
     """
 
     module: str
@@ -42,6 +44,7 @@ class SpectralNormInfo:
     n_power_iterations: int | None
     sigma: float = math.nan
     is_applied: bool = True
+    sigma_exact: float | None = None
 
     @property
     def name(self) -> str:
@@ -92,6 +95,10 @@ class Site(ABC):
     @abstractmethod
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Add the edits that put ``frozen`` in the place of the computed tensor."""
+
+    def matrix(self) -> Tensor | None:
+        """Return the raw weight as the matrix whose norm sigma estimates; None if it is none."""
+        return None
 
     @abstractmethod
     def describe(self) -> SpectralNormInfo:

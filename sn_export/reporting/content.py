@@ -44,6 +44,8 @@ def as_content(report: Any) -> dict[str, Any]:
 
 def plain(value: Any) -> Any:
     """Return ``value`` as JSON holds it: NaN becomes None, infinities become texts."""
+    if hasattr(value, "outputs") and hasattr(value, "passed"):  # passed is no field of its own
+        return _parity(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -56,4 +58,5 @@ def plain(value: Any) -> Any:
 
 
 def _parity(parity: Any) -> dict[str, Any]:
-    return {**plain(parity), "passed": bool(parity.passed)}
+    fields = {entry.name: getattr(parity, entry.name) for entry in dataclasses.fields(parity)}
+    return {**plain(fields), "passed": bool(parity.passed)}

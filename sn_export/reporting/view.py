@@ -231,7 +231,9 @@ def _verdict(outputs: Sequence[OutputView], passed: bool) -> str:
     samples = max((output.samples for output in outputs), default=0)
     over = f"{samples} input set{'' if samples == 1 else 's'}"
     if passed:
-        what = "the output is" if len(outputs) == 1 else f"all {len(outputs)} outputs are"
+        what = {1: "the output is", 2: "both outputs are"}.get(
+            len(outputs), f"all {len(outputs)} outputs are"
+        )
         return f"Proved: {what} within tolerance on {over}"
     if not outputs:
         return "Not proved: the file has no outputs"

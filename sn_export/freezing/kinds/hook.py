@@ -120,10 +120,16 @@ class HookSite(Site):
             is_applied=self.is_applied,
         )
 
-    def _sigma(self) -> float:
+    def matrix(self) -> Tensor | None:
+        """Return the matrix unless the vectors are of another size, so of another operator."""
         weight, u, v = self.sources
         matrix = self.hook.reshape_weight_to_matrix(weight.detach())
-        if (u.numel(), v.numel()) == tuple(matrix.shape):
+        return matrix if (u.numel(), v.numel()) == tuple(matrix.shape) else None
+
+    def _sigma(self) -> float:
+        matrix = self.matrix()
+        if matrix is not None:
+            _, u, v = self.sources
             return stored_sigma(matrix, u.flatten(), v.flatten())
         # Norms of the convolution operator keep vectors of another size, and sigma itself.
         recorded = self.module._buffers.get(self.tensor + "_sigma")

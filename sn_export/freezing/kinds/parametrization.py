@@ -115,7 +115,7 @@ class ParametrizationSite(Site):
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
-        norm = next(m for m in self.chain.children() if isinstance(m, _SpectralNorm))
+        norm = self._norm()
         weight = self._input_of(norm)
         return SpectralNormInfo(
             module=self.path,
@@ -128,6 +128,15 @@ class ParametrizationSite(Site):
             n_power_iterations=getattr(norm, "n_power_iterations", None),
             sigma=_sigma(norm, weight),
         )
+
+    def matrix(self) -> Tensor | None:
+        """Return what the chain's first SN normalises, a vector as one row."""
+        norm = self._norm()
+        weight = self._input_of(norm)
+        return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
+
+    def _norm(self) -> _SpectralNorm:
+        return next(m for m in self.chain.children() if isinstance(m, _SpectralNorm))
 
     def _input_of(self, norm: nn.Module) -> Tensor:
         links = list(self.chain.children())
