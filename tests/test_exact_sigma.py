@@ -50,8 +50,10 @@ def test_trained_network(kind: str) -> None:
     assert [info.sigma_exact for info in infos] == [None, None]
     found = with_exact_sigma(model, infos)
     assert fingerprint(model) == before
-    names = [f"{i}.weight_orig" if kind == "hook" else f"{i}.parametrizations.weight.original"
-             for i in (0, 4)]
+    names = [
+        f"{i}.weight_orig" if kind == "hook" else f"{i}.parametrizations.weight.original"
+        for i in (0, 4)
+    ]
     for info, name in zip(found, names, strict=True):
         raw = model.state_dict()[name].flatten(1).double()
         wanted = float(torch.linalg.matrix_norm(raw, 2))

@@ -98,9 +98,7 @@ def sigma_chart(frozen: Sequence[FrozenView]) -> BarChart | None:
         if entry.sigma_exact is not None:
             bars.append(bar(entry.sigma_exact, "true", "exact"))
         rows.append(Row(entry.name, tuple(bars)))
-    ticks = [
-        Tick(100 * i * step / end, f"{i * step:.6g}") for i in range(1 + round(end / step))
-    ]
+    ticks = [Tick(100 * i * step / end, f"{i * step:.6g}") for i in range(1 + round(end / step))]
     return BarChart(tuple(rows), tuple(ticks))
 
 

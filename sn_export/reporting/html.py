@@ -26,7 +26,7 @@ def to_html(report: Any) -> str:
         ValueError: for JSON content in which something is missing.
     """
     view = ReportView.of(report)
-    return _template().render(
+    page = _template().render(
         view=view,
         fold=_FOLD,
         sigma_chart=charts.sigma_chart(view.frozen),
@@ -37,6 +37,7 @@ def to_html(report: Any) -> str:
             if (chart := charts.histogram_chart(output)) is not None
         ],
     )
+    return page.strip() + "\n"
 
 
 @functools.cache

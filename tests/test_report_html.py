@@ -1,0 +1,269 @@
+"""The HTML report: its text, and what a browser shows of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from browser import BROWSER, look, printed, screenshot
+from export_models import images, small_net
+from report_contents import LONG, NASTY, content, frozen, module, output
+
+from sn_export import export_onnx
+from sn_export.reporting import as_content, save_report, to_html
+
+needs_browser = pytest.mark.skipif(
+    BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)"
+)
+VOID = {"meta", "br", "img", "link"}
+
+
+class _Page(HTMLParser):
+    """The elements of a page; fails where one is not closed in its place."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.feed(page)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_the_page_stands_alone(passed: bool) -> None:
+    """No script, no link, no address of the network; every element is closed."""
+    page = to_html(content(passed))
+    parsed = _Page(page)
+    assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
+    assert not {"src", "href", "style"} & {name for name, _ in parsed.attributes}
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert "://" not in page and "url(" not in page and "@import" not in page
+    assert page.startswith("<!DOCTYPE html>")
+
+
+def test_ids_are_unique_and_charts_have_names() -> None:
+    """Each drawing says what it is to those who do not see it."""
+    parsed = _Page(to_html(content(False)))
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    labels = [v for n, v in parsed.attributes if n == "aria-labelledby" and v]
+    assert {one for label in labels for one in label.split()} <= set(ids)
+    assert parsed.attributes.count(("role", "img")) == 4  # sigma, two histograms, modules
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_names_are_only_text(passed: bool) -> None:
+    """A name that is markup adds no element, wherever it is shown."""
+    wild, tame = (_Page(to_html(content(passed, name))) for name in (NASTY, LONG))
+    assert wild.tags == tame.tags
+    assert any(NASTY.splitlines()[0] in text for text in wild.texts)
+
+
+def test_verdict_comes_first() -> None:
+    """Before any number the page says whether the file is proved, and why if not."""
+    good, bad = (to_html(content(passed)) for passed in (True, False))
+    assert "Proved: both outputs are within tolerance on 6 input sets" in good
+    assert "Not proved: 1 of 2 outputs is outside tolerance on 6 input sets" in bad
+    assert bad.index("49 of 3136 elements") < bad.index("<h2")
+    assert f"The first module to differ is {LONG}." in bad
+
+
+def test_old_content_is_shown(tmp_path: Path) -> None:
+    """What a report does not hold is left out: no empty part, no made-up number."""
+    old = content()
+    for key in ("files", "metadata", "command"):
+        del old[key]
+    del old["parity"]["modules"], old["parity"]["first_divergent"]
+    for entry in old["parity"]["outputs"]:
+        for key in ("histogram", "median_abs", "p999_abs", "fraction_outside", "worst_got"):
+            del entry[key]
+    for entry in old["frozen"]:
+        del entry["sigma_exact"]
+    page = to_html(old)
+    assert "Modules" not in page and "sha256" not in page and "histogram-" not in page
+    assert "was not computed" in page
+
+
+def test_divergence_as_a_part_of_its_own() -> None:
+    """Modules and the finding are also read from parity's ``divergence``."""
+    given = content(False)
+    parity = given["parity"]
+    parity["divergence"] = {
+        "modules": parity.pop("modules"),
+        "first": parity.pop("first_divergent"),
+        "reason": "the file parts from the model at its convolution",
+    }
+    page = to_html(given)
+    assert "✗ first outside" in page
+    assert "the file parts from the model at its convolution" in page
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"max_abs": None, "max_rel": "inf", "mean_abs": "-inf", "passed": False},
+        {"shape": [], "worst_index": [], "atol": 0.0},
+        {"histogram": None},
+        {"histogram": {"edges": [1e-3, 1e-2], "counts": [0], "zeros": 0, "not_finite": 7}},
+        {"histogram": [[1e-9, 1e-8, 1e-7], [3, 4]]},
+        {"atol": 1e9},
+    ],
+    ids=["not finite", "scalar", "no histogram", "only NaN", "pair", "wide"],
+)
+def test_unusual_outputs(values: dict[str, Any]) -> None:
+    """NaN, infinity, scalars and empty parts do not stop a report of a failure."""
+    given = content()
+    given["parity"]["outputs"] = [output(**values)]
+    _Page(to_html(given))
+
+
+@pytest.mark.parametrize("error", [0.0, None, "inf", 1e-300, 1e300])
+@pytest.mark.parametrize("sigma", [0.0, None, "inf", 1e-30, 1e30])
+def test_unusual_charts(error: Any, sigma: Any) -> None:
+    """Bars stay within the chart for any number."""
+    given = content()
+    given["parity"]["modules"] = [module("a", max_abs=error), module("b")]
+    given["frozen"] = [frozen("a", sigma=sigma), frozen("b", sigma_exact=sigma)]
+    page = to_html(given)
+    widths = [float(w) for w in re.findall(r'<rect[^>]* width="([^"]*)%"', page)]
+    assert widths and all(0 <= width <= 100 for width in widths)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (3, "a report or its JSON content, got int"),
+        ({"a": 1}, r"'parity' or 'outputs', got the keys \['a'\]"),
+    ],
+)
+def test_what_is_no_report(given: Any, message: str) -> None:
+    """The error says what was found."""
+    with pytest.raises(TypeError, match=message):
+        to_html(given)
+
+
+def test_what_is_missing_is_named() -> None:
+    """Broken content is told by the key that it lacks."""
+    given = content()
+    del given["parity"]["outputs"][0]["max_abs"]
+    with pytest.raises(ValueError, match="not the content of a report: no key 'max_abs'"):
+        to_html(given)
+
+
+def test_saving(tmp_path: Path) -> None:
+    """A report of a real export as all three, with the hash of the file; nothing is left over."""
+    report = export_onnx(
+        small_net("hook"), images(), tmp_path / "net.onnx", exporter="torchscript", sigma_exact=True
+    )
+    for suffix in (".json", ".html", ".md"):
+        assert report.save(tmp_path / f"report{suffix}", command="make it").suffix == suffix
+    found = json.loads((tmp_path / "report.json").read_text())
+    digest = found["files"]["net.onnx"]["sha256"]
+    assert found["files"]["net.onnx"]["bytes"] == (tmp_path / "net.onnx").stat().st_size
+    for name in ("report.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert digest in text and "make it" in text and found["versions"]["torch"] in text
+    # The JSON alone gives the same page.
+    assert to_html(found) == (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert as_content(report.parity)["parity"] == as_content(report)["parity"]
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("report.pdf", ValueError, r"must end in one of .json, .html, .md, got '.*report.pdf'"),
+        ("nowhere/report.md", FileNotFoundError, "no folder '.*nowhere'"),
+        ("folder.md", IsADirectoryError, "it is a folder"),
+    ],
+)
+def test_saving_where_it_cannot_be(
+    tmp_path: Path, name: str, error: type[Exception], message: str
+) -> None:
+    """One clear error, and no file."""
+    (tmp_path / "folder.md").mkdir()
+    with pytest.raises(error, match=message):
+        save_report(content(), tmp_path / name)
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.md"]
+
+
+@needs_browser
+@pytest.mark.parametrize("passed", [True, False])
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1000])
+def test_in_a_browser(tmp_path: Path, passed: bool, dark: bool, width: int) -> None:
+    """On a phone and a desk, in light and dark, all is there, can be read, and fits the width."""
+    seen = look(to_html(content(passed)), tmp_path, width, dark)
+    assert seen["width"] <= width
+    assert seen["poor"] == []  # contrast of text below 4.5
+    assert seen["small"] == 0
+    dark_page = sum(int(v) for v in re.findall(r"\d+", seen["background"])[:3]) < 200
+    assert dark_page is dark
+    verdict = "✓ Proved: both" if passed else "✗ Not proved: 1 of 2"
+    assert 0 <= seen["text"].index(verdict) < seen["text"].index("Outputs")
+    for text in ("5.96e-07", "1.25", "1.2625", "−0.99 %", "torch", "2.13.0+cpu", "9f86d081" * 8):
+        assert text in seen["text"] or text in seen["drawn"], text
+    drawn = [bar for bar in seen["bars"] if bar["width"] > 2]
+    assert {"stored", "exact", "zero", "value"} <= {bar["kind"] for bar in drawn}
+    assert ("wrong" in {bar["kind"] for bar in drawn}) is not passed
+    assert ("✗ first outside" in seen["drawn"]) is not passed
+    fills = {bar["kind"]: bar["fill"] for bar in drawn}
+    assert len({fills["stored"], fills["exact"], fills["zero"]}) == 3
+
+
+@needs_browser
+def test_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
+    """Names that are markup are read as text."""
+    seen = look(to_html(content(False, NASTY)), tmp_path, 360)
+    assert "owned" not in seen["title"]
+    assert "<script>document.title='owned'</script>" in seen["text"]
+    assert seen["width"] <= 360
+
+
+@needs_browser
+def test_many_modules_in_a_browser(tmp_path: Path) -> None:
+    """A network of 300 modules keeps one bar for each, in order, the long table closed."""
+    given = content(False)
+    given["parity"]["modules"] = [module(f"m{i}", i < 200) for i in range(300)]
+    given["parity"]["first_divergent"] = "m200"
+    seen = look(to_html(given), tmp_path, 360)
+    names = [text for text in seen["drawn"] if text.endswith("· Conv2d")]
+    assert names == [f"m{i} · Conv2d" for i in range(300)]
+    assert seen["drawn"].count("✗ first outside") == 1
+    assert "m299\n" not in seen["text"]
+
+
+@needs_browser
+def test_picture_and_print(tmp_path: Path) -> None:
+    """It can be drawn and printed, and in print the closed tables are open."""
+    given = content()
+    assert screenshot(to_html(given), tmp_path).startswith(b"\x89PNG")
+    short = printed(to_html(given), tmp_path)
+    assert short.startswith(b"%PDF")
+    given["frozen"] = [frozen(f"m{i}") for i in range(40)]
+    opened = printed(to_html(given), tmp_path).count(b"/Type /Page\n")
+    page = to_html(given).replace("details::details-content", "details::none")
+    assert opened > printed(page, tmp_path).count(b"/Type /Page\n") > 0

@@ -1,0 +1,91 @@
+"""The Markdown report: short, and no name in it is more than text."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from markdown_it import MarkdownIt
+from report_contents import LONG, NASTY, content, frozen, module, output
+
+from sn_export.reporting import to_markdown
+
+
+def _html(text: str) -> str:
+    # As on GitHub: tables, and markup of one's own (this report has but <details>).
+    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+
+
+def test_passed() -> None:
+    """Verdict, outputs, frozen layers, versions and hash are all there."""
+    text = to_markdown(content())
+    assert text.startswith(
+        "### ✅ Proved: both outputs are within tolerance on 6 input sets\n\n| output |"
+    )
+    assert "| `logits` | passed | 5.96e-07 | 2.28e-06 | 4.1e-08 | 0.00031 + 0.0001 · ref |" in text
+    assert f"| `{LONG}.weight` | parametrization | 64 × 32 × 3 × 3 | 1.25 | 1.2625 |" in text
+    assert "| `head.weight` | parametrization | 64 × 32 × 3 × 3 | 1.25 | – |" in text
+    assert "| torch | `2.13.0+cpu` |" in text
+    assert f"| sha256 of `critic.onnx` | `{'9f86d081' * 8}` |" in text
+    assert "Modules" not in text
+
+
+def test_failed() -> None:
+    """The reason and the first module to differ come before the tables."""
+    text = to_markdown(content(False))
+    assert text.startswith("### ❌ Not proved: 1 of 2 outputs is outside tolerance")
+    assert text.index("49 of 3136 elements") < text.index("| output |")
+    assert f"| `{LONG}` | `Conv2d` | 0.02 | **first outside** |" in text
+    assert "No file was published." in text
+
+
+def test_it_is_short() -> None:
+    """Whatever the size of the network, it stays far below the 1 MiB of a job summary."""
+    given = content(False)
+    names = [f"m{i}" for i in range(3000)]
+    given["frozen"] = [frozen(name) for name in names]
+    given["parity"]["modules"] = [module(name, i < 2000) for i, name in enumerate(names)]
+    given["parity"]["first_divergent"] = "m2000"
+    given["parity"]["outputs"] = [output(f"o{i}", i != 999, reason="") for i in range(1000)]
+    text = to_markdown(given)
+    assert len(text) < 20_000
+    assert "and 2980 more" in text and "and 980 more" in text
+    assert "| `o999` | **failed** |" in text  # failures are not among those left out
+    found = re.findall(r"\| `(m\d+)` \| `Conv2d`", text)
+    assert found == [f"m{i}" for i in range(1997, 2004)]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        NASTY,
+        "a|b\\|c",
+        "``` `x``",
+        "`",
+        " ",
+        "[x](javascript:alert(1)) **b** _c_ ~~d~~ $e$ ![f](g)",
+        "\x1b[31m\r\n\u2028# heading",
+        "x" * 100_000,
+    ],
+    ids=["markup", "pipes", "fences", "fence", "space", "links", "lines", "long"],
+)
+@pytest.mark.parametrize("passed", [True, False])
+def test_names_are_only_text(name: str, passed: bool) -> None:
+    """A name adds no element, no cell and no line, wherever it is shown."""
+
+    def tags(text: str) -> list[str]:
+        return re.findall(r"</?[a-z][a-z0-9]*", _html(text))
+
+    wild, tame = (to_markdown(content(passed, one)) for one in (name, "tame"))
+    assert tags(wild) == tags(tame)
+    assert wild.count("\n") == tame.count("\n")
+    assert len(wild) < 10_000
+
+
+def test_everything_is_one_line_of_a_table() -> None:
+    """GitHub draws each table with as many cells as its head."""
+    html = _html(to_markdown(content(False, NASTY)))
+    for table in re.findall(r"<table>.*?</table>", html, re.DOTALL):
+        rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
+        assert len({len(re.findall(r"<t[hd]", row)) for row in rows}) == 1
+        assert len(rows) > 1
