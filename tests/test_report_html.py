@@ -107,18 +107,30 @@ def test_old_content_is_shown(tmp_path: Path) -> None:
     assert "was not computed" in page
 
 
-def test_divergence_as_a_part_of_its_own() -> None:
-    """Modules and the finding are also read from parity's ``divergence``."""
+@pytest.mark.parametrize("has_own", [True, False])
+def test_divergence_as_a_part_of_its_own(has_own: bool) -> None:
+    """Modules are read beside the finding in words, or with it."""
     given = content(False)
     parity = given["parity"]
-    parity["divergence"] = {
-        "modules": parity.pop("modules"),
-        "first": parity.pop("first_divergent"),
-        "reason": "the file parts from the model at its convolution",
-    }
+    parity["divergence"] = {"reason": "the file parts from the model at its convolution"}
+    if has_own:
+        parity["divergence"]["modules"] = parity.pop("modules")
+        parity["divergence"]["first"] = parity.pop("first_divergent")
     page = to_html(given)
     assert "✗ first outside" in page
-    assert "the file parts from the model at its convolution" in page
+    assert "The file parts from the model at its convolution." in page
+
+
+def test_attempts_and_folding_are_told() -> None:
+    """What was tried before and what was folded, in words."""
+    page = to_html(
+        content(
+            attempts=[{"exporter": "dynamo", "error": "no 5-D pixel_shuffle"}],
+            folded=[{"initializer": "body.weight", "nodes": 7}],
+        )
+    )
+    assert "exporter: dynamo, error: no 5-D pixel_shuffle" in page
+    assert "initializer: body.weight, nodes: 7" in page
 
 
 @pytest.mark.parametrize(

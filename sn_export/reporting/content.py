@@ -60,5 +60,7 @@ def plain(value: Any) -> Any:
 
 
 def _parity(parity: Any) -> dict[str, Any]:
+    if hasattr(parity, "content"):  # says itself what its JSON holds
+        return dict(plain(parity.content()))
     fields = {entry.name: getattr(parity, entry.name) for entry in dataclasses.fields(parity)}
     return {**plain(fields), "passed": bool(parity.passed)}

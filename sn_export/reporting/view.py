@@ -135,8 +135,8 @@ def _view(content: Mapping[str, Any]) -> ReportView:
     parity = content["parity"]
     outputs = tuple(_output(entry) for entry in parity["outputs"])
     passed = bool(outputs) and all(output.passed for output in outputs)
-    # Where the two part was a part of its own of the comparison in some versions.
-    divergence = parity.get("divergence") or parity
+    # Where the two part is told by the comparison, by a part of its own in it, or by both.
+    divergence = {**parity, **(parity.get("divergence") or {})}
     first = divergence.get("first", divergence.get("first_divergent"))
     modules = tuple(_modules(divergence.get("modules") or (), first))
     path = str(content.get("path") or "")
@@ -238,8 +238,9 @@ def _verdict(outputs: Sequence[OutputView], passed: bool) -> str:
     if not outputs:
         return "Not proved: the file has no outputs"
     bad = sum(not output.passed for output in outputs)
-    verb = "is" if bad == 1 else "are"
-    return f"Not proved: {bad} of {len(outputs)} outputs {verb} outside tolerance on {over}"
+    what = f"{bad} of {len(outputs)} outputs {'is' if bad == 1 else 'are'}"
+    what = "the output is" if len(outputs) == 1 else what
+    return f"Not proved: {what} outside tolerance on {over}"
 
 
 def _details(
@@ -253,13 +254,17 @@ def _details(
         if output.reason:
             yield f"{output.name}: {output.reason}."
     if divergence.get("reason") and not passed:
-        yield str(divergence["reason"])
+        yield _sentence(str(divergence["reason"]))
     elif first is not None and not passed:
         yield f"The first module to differ is {first or 'the model itself'}."
     if not passed and content.get("path", "") is None:
         yield "No file was published."
     notes = content.get("notes")
     yield from (str(note) for note in (notes if isinstance(notes, list) else ()))
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
 def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterable[tuple[str, str]]:
