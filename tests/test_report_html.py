@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from html.parser import HTMLParser
@@ -14,7 +15,7 @@ from export_models import images, small_net
 from report_contents import LONG, NASTY, content, frozen, module, output
 
 from sn_export import export_onnx
-from sn_export.reporting import as_content, save_report, to_html
+from sn_export.reporting import as_content, file_facts, save_report, to_html
 
 needs_browser = pytest.mark.skipif(
     BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)"
@@ -202,6 +203,22 @@ def test_saving(tmp_path: Path) -> None:
     assert to_html(found) == (tmp_path / "report.html").read_text(encoding="utf-8")
     assert as_content(report.parity)["parity"] == as_content(report)["parity"]
     assert len(list(tmp_path.iterdir())) == 4
+
+
+@pytest.mark.parametrize("external", [True, False])
+def test_hash_of_external_data(tmp_path: Path, external: bool) -> None:
+    """Data beside the file counts if the file names it, not if an earlier export left it."""
+    path = tmp_path / "net.onnx"
+    (tmp_path / "net.onnx.data").write_bytes(b"old")
+    export_onnx(
+        small_net("hook"), images(), path, exporter="torchscript", external_data=external, samples=0
+    )
+    facts = file_facts(path)
+    assert list(facts) == (["net.onnx", "net.onnx.data"] if external else ["net.onnx"])
+    for name, found in facts.items():
+        data = (tmp_path / name).read_bytes()
+        assert found == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert file_facts(tmp_path / "nothing.onnx") == {}
 
 
 @pytest.mark.parametrize(

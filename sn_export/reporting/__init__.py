@@ -3,6 +3,7 @@
 from .content import as_content
 from .html import to_html
 from .markdown import to_markdown
+from .reading import read_report
 from .view import ReportView
 from .writing import REPORT_SUFFIXES, file_facts, require_report_path, save_report
 
@@ -11,6 +12,7 @@ __all__ = [
     "ReportView",
     "as_content",
     "file_facts",
+    "read_report",
     "require_report_path",
     "save_report",
     "to_html",

@@ -8,7 +8,7 @@ from typing import Any
 import jinja2
 
 from . import charts, numbers
-from .view import ReportView
+from .reading import read_report
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
 
@@ -25,7 +25,7 @@ def to_html(report: Any) -> str:
         TypeError: for what is no report.
         ValueError: for JSON content in which something is missing.
     """
-    view = ReportView.of(report)
+    view = read_report(report)
     page = _template().render(
         view=view,
         fold=_FOLD,

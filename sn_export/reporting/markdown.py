@@ -8,6 +8,7 @@ from itertools import groupby
 from typing import Any
 
 from . import numbers
+from .reading import read_report
 from .view import FrozenView, ModuleView, OutputView, ReportView
 
 _ROWS = 20  # of each table; the HTML report holds all
@@ -26,7 +27,7 @@ def to_markdown(report: Any) -> str:
         TypeError: for what is no report.
         ValueError: for JSON content in which something is missing.
     """
-    view = ReportView.of(report)
+    view = read_report(report)
     parts = [
         f"### {'✅' if view.passed else '❌'} {_text(view.verdict)}",
         *(_text(sentence) for sentence in view.details),

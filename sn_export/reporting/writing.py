@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -66,21 +65,31 @@ def require_report_path(path: str | os.PathLike[str]) -> Path:
 
 
 def file_facts(path: Path) -> dict[str, dict[str, Any]]:
-    """Return ``bytes`` and ``sha256`` of an ONNX file and of the external data beside it."""
-    names: Iterable[Path] = (path, path.with_name(path.name + ".data"))
-    return {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in names
-        if file.is_file()
-    }
+    """Return ``bytes`` and ``sha256`` of an ONNX file, and of its external data if it has any.
+
+    Nothing where there is no such file.
+    """
+    if not path.is_file():
+        return {}
+    data = path.with_name(path.name + ".data")
+    # A data file that the model does not name is left over from an earlier export.
+    facts, has_data = _facts(path, data.name.encode())
+    found = {path.name: facts}
+    if has_data and data.is_file():
+        found[data.name], _ = _facts(data)
+    return found
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
+def _facts(path: Path, name: bytes = b"") -> tuple[dict[str, Any], bool]:
+    """Return size and hash of a file, and whether ``name`` occurs in it, in bounded memory."""
+    digest, count, has_name, tail = hashlib.sha256(), 0, False, b""
     with path.open("rb") as file:
         while block := file.read(2**20):
             digest.update(block)
-    return digest.hexdigest()
+            count += len(block)
+            has_name = has_name or (bool(name) and name in tail + block)
+            tail = block[-len(name) :]
+    return {"bytes": count, "sha256": digest.hexdigest()}, has_name
 
 
 def _replace(target: Path, text: str) -> None:
