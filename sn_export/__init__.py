@@ -15,9 +15,19 @@ if TYPE_CHECKING:
         ParityError,
         SnExportError,
         SpectralNormNotAppliedWarning,
+        SpectralNormNotRecognisedWarning,
     )
     from .exporting import ExportReport, export_onnx
-    from .freezing import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
+    from .freezing import (
+        Registration,
+        SpectralNormAdapter,
+        SpectralNormInfo,
+        SpectralNormSuspect,
+        find_spectral_norm,
+        find_suspects,
+        frozen_spectral_norm,
+        register_spectral_norm,
+    )
     from .parity import Histogram, OutputParity, ParityReport, check_parity
 
 __all__ = [
@@ -25,6 +35,12 @@ __all__ = [
     "frozen_spectral_norm",
     "find_spectral_norm",
     "SpectralNormInfo",
+    "find_suspects",
+    "SpectralNormSuspect",
+    # Spectral norm of your own
+    "register_spectral_norm",
+    "SpectralNormAdapter",
+    "Registration",
     # Exporting
     "export_onnx",
     "ExportReport",
@@ -44,6 +60,7 @@ __all__ = [
     # Warnings
     "FrozenWeightChangedWarning",
     "SpectralNormNotAppliedWarning",
+    "SpectralNormNotRecognisedWarning",
 ]
 
 _HOMES = {
@@ -56,9 +73,19 @@ _HOMES = {
         "ParityError",
         "SnExportError",
         "SpectralNormNotAppliedWarning",
+        "SpectralNormNotRecognisedWarning",
     ),
     "exporting": ("ExportReport", "export_onnx"),
-    "freezing": ("SpectralNormInfo", "find_spectral_norm", "frozen_spectral_norm"),
+    "freezing": (
+        "Registration",
+        "SpectralNormAdapter",
+        "SpectralNormInfo",
+        "SpectralNormSuspect",
+        "find_spectral_norm",
+        "find_suspects",
+        "frozen_spectral_norm",
+        "register_spectral_norm",
+    ),
     "parity": ("Histogram", "OutputParity", "ParityReport", "check_parity"),
 }
 

@@ -37,6 +37,10 @@ class SpectralNormNotAppliedWarning(UserWarning):
     """The network carries spectral norm where it never uses the normalised weight."""
 
 
+class SpectralNormNotRecognisedWarning(UserWarning):
+    """A module looks like a handwritten spectral norm that nothing here can freeze."""
+
+
 class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 

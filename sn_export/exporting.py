@@ -23,7 +23,7 @@ from .dynamic import dynamic_dims, resized_sets
 from .errors import ExportError, SnExportError
 from .freezing import (
     SpectralNormInfo,
-    find_spectral_norm,
+    described,
     frozen_spectral_norm,
     require_module,
     with_exact_sigma,
@@ -190,7 +190,7 @@ def export_onnx(
     example = InputSet(_as_args(args), dict(kwargs or {}), "the example input")
     own = as_input_sets(inputs, len(example.args), "inputs")
     dims = dynamic_dims(model, example, dynamic_shapes)
-    frozen = tuple(find_spectral_norm(model))
+    frozen = tuple(described(model))  # the block itself warns
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
     made = file_metadata(exporter, versions(), frozen, checkpoint, metadata)

@@ -63,7 +63,7 @@ class Preserved:
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
         self._working: list[tuple[Tensor, Tensor]] = []  # a copy of a buffer, and the buffer
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._guarded: list[_Guarded] = []
+        self._guarded: list[Guarded] = []
 
     def _remember(self, container: Any, seen: set[int]) -> None:
         if id(container) in seen:
@@ -75,6 +75,11 @@ class Preserved:
                 self._remember(value, seen)
             elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
                 self._attributes.append(value)
+
+    @property
+    def containers(self) -> list[tuple[Any, Any]]:
+        """Every dict, list, set and deque that the modules reach, each with its old content."""
+        return [*self._containers, *self._originals]
 
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
@@ -92,9 +97,7 @@ class Preserved:
     def guard_parameters(self) -> None:
         """Keep a copy of every parameter from here on."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
-        self._guarded = [
-            _Guarded(p) for p in parameters.values() if p is not None and not p.is_meta
-        ]
+        self._guarded = [Guarded(p) for p in parameters.values() if p is not None and not p.is_meta]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""
@@ -130,7 +133,7 @@ class Preserved:
             guarded.restore()
 
 
-class _Guarded:
+class Guarded:
     """A parameter, the memory under it and a copy of its content."""
 
     def __init__(self, tensor: Tensor) -> None:
@@ -140,6 +143,7 @@ class _Guarded:
         self.was_written = False
 
     def restore(self) -> None:
+        """Put memory and content back, and note whether that was needed."""
         if not self._is_in_place():
             self.was_written = True
             self.tensor.data = self.memory

@@ -16,10 +16,12 @@ from ..errors import (
     FreezeError,
     FrozenWeightChangedWarning,
     SpectralNormNotAppliedWarning,
+    SpectralNormNotRecognisedWarning,
 )
 from .kinds import SPECTRAL_NORM
 from .plan import Found, Plan, walk
 from .site import Kind, SpectralNormInfo
+from .suspects import SpectralNormSuspect, describe_suspects, suspects_in
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,8 +37,10 @@ def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
         with frozen_spectral_norm(model) as plain:  # the same object
             torch.onnx.export(plain, args, "model.onnx")
 
-    Inside, each tensor under `torch.nn.utils.spectral_norm` (hooks and subclasses) or
-    `torch.nn.utils.parametrizations.spectral_norm` (anywhere in a chain) is a plain
+    Inside, each tensor under `torch.nn.utils.spectral_norm` (hooks and subclasses),
+    `torch.nn.utils.parametrizations.spectral_norm` (anywhere in a chain), or a handwritten
+    spectral norm (wrappers that set the weight of a layer, layers that normalise it in forward,
+    and what `register_spectral_norm` has made known) is a plain
     `torch.nn.Parameter` without grad that holds, bit for bit, the weight an eval-mode
     forward would use now; the classes and the state dict are those of the network without
     spectral norm. No power iteration is run, no random number drawn, no mode changed, and
@@ -61,6 +65,8 @@ def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
     Warns:
         SpectralNormNotAppliedWarning: on entering, if a hook is never run by the network, so
             that the weight in use is not normalised; it is frozen as it is in use.
+        SpectralNormNotRecognisedWarning: on entering, if a module looks like a handwritten
+            spectral norm that cannot be frozen; it is left as it is (`find_suspects`).
         FrozenWeightChangedWarning: on leaving, if a frozen weight was edited, or the model
             was moved to another dtype or device. Such changes are discarded.
     """
@@ -78,11 +84,51 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
 
     Raises:
         TypeError: if ``model`` is not a `torch.nn.Module`.
-        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
+            adapter fails.
+
+    Warns:
+        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
+            is not known (`find_suspects`); it is not in the list.
     """
-    return [
-        site.describe() for _, sites in walk(require_module(model), SPECTRAL_NORM) for site in sites
-    ]
+    found = list(walk(require_module(model), SPECTRAL_NORM))
+    _warn_of_suspects(model, found, stacklevel=3)
+    return _described(found)
+
+
+def described(model: nn.Module) -> list[SpectralNormInfo]:
+    """Return what `find_spectral_norm` returns, without a warning."""
+    return _described(walk(model, SPECTRAL_NORM))
+
+
+def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
+    """List the modules that look like a handwritten spectral norm that is not known.
+
+    `frozen_spectral_norm` leaves them as they are. `register_spectral_norm` makes one known.
+
+    Args:
+        model: any module. It is not changed.
+
+    Returns:
+        One `SpectralNormSuspect` for each module, in the order of ``named_modules``.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
+            adapter fails.
+    """
+    return suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
+
+
+def _described(found: Iterable[Found]) -> list[SpectralNormInfo]:
+    return [site.describe() for _, sites in found for site in sites]
+
+
+def _warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
+    suspects = suspects_in(model, found)
+    if suspects:
+        text = describe_suspects(suspects)
+        warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)
 
 
 def require_module(model: M) -> M:
@@ -131,10 +177,11 @@ class _Freezing:
         found = list(walk(self._model, self._kinds))
         self._claim(found)
         plan = Plan(found)
+        self._plan = plan
         unused = [w.site.name for w in plan.weights if not w.site.is_applied]
         if unused:
             warnings.warn(_unused(unused), SpectralNormNotAppliedWarning, stacklevel=4)
-        self._plan = plan
+        _warn_of_suspects(self._model, found, stacklevel=4)
         plan.edits.apply()
         self._is_frozen = True
         _logger.debug("froze %d tensors", len(plan.weights))

@@ -32,14 +32,21 @@ class Plan:
         sites = [site for _, module_sites in found for site in module_sites]
         with torch.inference_mode(False), torch.no_grad():
             values = [_value(site) for site in sites]
-            self.weights = [
-                FrozenWeight(site, value) for site, value in zip(sites, values, strict=True)
-            ]
+            weights: dict[tuple[int, str], FrozenWeight] = {}  # two wrappers may share a layer
+            places = [(id(site.module), site.tensor) for site in sites]
+            for place, site, value in zip(places, sites, values, strict=True):
+                if place not in weights:
+                    weights[place] = FrozenWeight(site, value)
+            self.weights = list(weights.values())
             self.residence = Residence(module for module, _ in found)
-        for weight in self.weights:
-            weight.site.plan(self.edits, weight.tensor)
+        try:
+            for place, site in zip(places, sites, strict=True):
+                site.plan(self.edits, weights[place].tensor)
+        except BaseException:
+            self.edits.cancel()
+            raise
         plan_flat_weights(self.edits, self.weights)
-        self.modes = [site.module.training for site in sites]
+        self.modes = [weight.site.module.training for weight in self.weights]
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
         self.edited: list[FrozenWeight] = []
@@ -65,7 +72,10 @@ def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
             continue
         sites: list[Site] = []
         for kind in kinds:
-            sites.extend(kind(path, module))
+            more = kind(path, module)
+            if sites:  # the first kind to claim a tensor has it
+                more = [site for site in more if site.tensor not in {s.tensor for s in sites}]
+            sites.extend(more)
         for site in sites:
             seen.update(map(id, site.hidden))
         yield module, sites

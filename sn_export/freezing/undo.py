@@ -7,7 +7,7 @@ hook handles and optimizers hold on to it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -31,7 +31,8 @@ class Edit:
     def remaining(self) -> list[Any]:
         """Return the keys that will be there once the edit is applied."""
         removed, added = self.removed, self.added
-        return [key for key in self.before if key not in removed and key not in added] + [*added]
+        kept = [key for key in self.before if key not in removed]
+        return kept + [key for key in added if key not in self.before or key in removed]
 
     def apply(self) -> None:
         """Change the dictionary."""
@@ -98,6 +99,16 @@ class Edits:
     def __init__(self) -> None:
         self._edits: dict[int, Edit] = {}
         self._classes: dict[int, tuple[nn.Module, type, type]] = {}
+        self._first: list[Callable[[], None]] = []
+
+    def before_undoing(self, call: Callable[[], None]) -> None:
+        """Plan a call that is made once, before anything is undone; the last planned is first."""
+        self._first.append(call)
+
+    def cancel(self) -> None:
+        """Make the calls of `before_undoing`, and nothing else."""
+        while self._first:
+            self._first.pop()()
 
     def of(self, target: Container) -> Edit:
         """Return the one edit of ``target``; several tensors may share a dictionary."""
@@ -117,9 +128,13 @@ class Edits:
         edit = self.of(target)
         edit.removed += [key for key in keys if key in edit.before and key not in edit.removed]
 
-    def set_class(self, module: nn.Module, new: type) -> None:
+    def has(self, target: Container) -> bool:
+        """Whether an edit of ``target`` is planned."""
+        return id(target) in self._edits
+
+    def set_class(self, module: nn.Module, new: type, old: type | None = None) -> None:
         """Plan another class for this instance; the class itself may be shared by copies."""
-        self._classes[id(module)] = (module, type(module), new)
+        self._classes[id(module)] = (module, old or type(module), new)
 
     def planned_class(self, module: nn.Module) -> type:
         """Return the class that ``module`` will have once the edits are applied."""
@@ -135,12 +150,14 @@ class Edits:
 
     def roll_back(self) -> None:
         """Undo an `apply` that may have stopped halfway."""
+        self.cancel()
         for edit in self._edits.values():
             edit.roll_back()
         self._restore_classes()
 
     def restore(self) -> None:
         """Undo `apply`; safe to call again when interrupted."""
+        self.cancel()
         for edit in self._edits.values():
             edit.restore()
         self._restore_classes()

@@ -1,0 +1,45 @@
+"""Ask a module's own code for a weight, on copies of everything that it might write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..preserving import without_trace
+
+T = TypeVar("T")
+
+
+def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
+    """Return ``run()`` with ``modules`` in eval mode and on copies of their tensors.
+
+    `sn_export.preserving.without_trace` swaps buffers for copies. Handwritten spectral norms
+    keep their singular vectors in parameters too, and write them through ``.data``, so here
+    the parameters are swapped as well.
+
+    Args:
+        run: calls code of the modules, without gradients.
+        modules: the modules whose code may run; not their children, unless listed.
+    """
+    modules = list(modules)
+
+    def on_copies() -> T:
+        copies: dict[int, Tensor] = {}
+        for module in modules:
+            parameters = module._parameters
+            for name, parameter in parameters.items():
+                if parameter is not None and not is_lazy(parameter):
+                    copy = copies.setdefault(id(parameter), _copy(parameter))
+                    parameters[name] = copy  # type: ignore[assignment]
+        return run()
+
+    with torch.inference_mode(False), torch.no_grad():
+        return without_trace(on_copies, modules)
+
+
+def _copy(parameter: Tensor) -> Tensor:
+    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)

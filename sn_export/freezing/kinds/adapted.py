@@ -1,0 +1,210 @@
+"""Sites of registered adapters. What an adapter does becomes edits, so undoing stays exact."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ...errors import FreezeError
+from ...preserving import Guarded, Preserved
+from ..adapters import SpectralNormAdapter, adapters
+from ..asking import ask
+from ..site import Site, SpectralNormInfo, qualified
+from ..undo import Edits
+
+T = TypeVar("T")
+
+
+class AdaptedSite(Site):
+    """A tensor that an adapter knows of."""
+
+    __slots__ = ("adapter", "answer", "owner", "told")
+
+    def __init__(
+        self, path: str, module: nn.Module, tensor: str, adapter: SpectralNormAdapter
+    ) -> None:
+        super().__init__(path, module, tensor)
+        self.adapter = adapter
+        self.owner = module  # the adapter's; the weight may belong into a child of it
+        self.told = tensor
+
+    @property
+    def kind(self) -> str:  # type: ignore[override]
+        """The class of the adapter."""
+        return type(self.adapter).__name__
+
+    @property
+    def sources(self) -> Iterable[Tensor]:
+        """All that the module holds; only the adapter knows more."""
+        return (*self.owner.parameters(), *self.owner.buffers())
+
+    def value(self) -> Tensor:
+        """Ask the adapter, on copies."""
+        value = self._call(
+            "value",
+            lambda: ask(lambda: self.adapter.value(self.owner, self.told), self.owner.modules()),
+        )
+        if not isinstance(value, Tensor):
+            raise self._error(f"value returned {type(value).__name__}, not a tensor")
+        if not value.is_floating_point() and not value.is_complex():
+            raise self._error(f"value returned a tensor of {value.dtype}, which is no weight")
+        return value.detach().clone()
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Let the adapter freeze, make edits of what it changed, and take it back for now."""
+        owner = self.owner
+        modules = list(owner.modules())
+        with _Snapshot(modules, self._error) as snapshot:
+            snapshot.advance(edits)
+            self._call("freeze", lambda: self.adapter.freeze(owner, self.told, frozen))  # type: ignore[arg-type]
+            edits.before_undoing(self._restore)
+            self._locate(frozen)
+            snapshot.plan(edits)
+
+    def _restore(self) -> None:
+        with _Snapshot(list(self.owner.modules()), self._error):
+            self._call("restore", lambda: self.adapter.restore(self.owner, self.told))
+
+    def _locate(self, frozen: Tensor) -> None:
+        for path, module in self.owner.named_modules():
+            for name, parameter in module._parameters.items():
+                if parameter is frozen:
+                    self.module, self.tensor = module, name
+                    if path:
+                        self.path = qualified(self.path, path)
+                    return
+        raise self._error(
+            "freeze left the weight it was given in no module: register it as a parameter"
+        )
+
+    def _call(self, method: str, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except FreezeError:
+            raise
+        except Exception as error:
+            raise self._error(f"{method} raised {type(error).__name__}: {error}") from error
+
+    def _error(self, reason: str) -> FreezeError:
+        return _error(self.path, self.told, self.adapter, reason)
+
+    def describe(self) -> SpectralNormInfo:
+        """Return what `find_spectral_norm` lists; only the adapter knows sigma."""
+        value = self.value()
+        return SpectralNormInfo(
+            module=self.path,
+            tensor=self.tensor,
+            kind=self.kind,
+            shape=tuple(value.shape),
+            dtype=str(value.dtype).removeprefix("torch."),
+            dim=0,
+            eps=None,
+            n_power_iterations=None,
+        )
+
+
+def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:
+    """Return the sites that registered adapters find in ``module``."""
+    sites: dict[str, AdaptedSite] = {}
+    for adapter in adapters():
+        for name in _names(path, module, adapter):
+            if name not in sites:
+                sites[name] = AdaptedSite(path, module, name, adapter)
+    return list(sites.values())
+
+
+def _names(path: str, module: nn.Module, adapter: SpectralNormAdapter) -> list[str]:
+    try:
+        names = adapter.find(module)
+        names = [names] if isinstance(names, str) else list(names)
+    except Exception as error:
+        reason = f"find raised {type(error).__name__}: {error}"
+        raise _error(path, "", adapter, reason) from error
+    for name in names:
+        if not isinstance(name, str):
+            reason = f"find returned {name!r}, not the name of a tensor"
+            raise _error(path, "", adapter, reason)
+    return names
+
+
+def _error(path: str, tensor: str, adapter: SpectralNormAdapter, reason: str) -> FreezeError:
+    return FreezeError(
+        (qualified(path, tensor) if tensor else path) or "the model",
+        f"adapter {type(adapter).__name__}: {reason}",
+        "Correct the adapter, or unregister it",
+    )
+
+
+class _Snapshot:
+    """Modules as they were; put back when the with-block ends, tensors included."""
+
+    def __init__(self, modules: Sequence[nn.Module], error: Callable[[str], FreezeError]) -> None:
+        self._modules = modules
+        self._error = error
+        self._state = Preserved(modules)
+        self._classes = [type(module) for module in modules]
+        tensors = {
+            id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values())
+        }
+        self._guarded = [Guarded(t) for t in tensors.values() if t is not None and not is_lazy(t)]
+
+    def __enter__(self) -> _Snapshot:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._state.restore()
+        for module, cls in zip(self._modules, self._classes, strict=True):
+            object.__setattr__(module, "__class__", cls)
+        for guarded in self._guarded:
+            guarded.restore()
+
+    def advance(self, edits: Edits) -> None:
+        """Go to the state that the edits planned so far would make."""
+        for container, _ in self._state.containers:
+            if isinstance(container, dict) and edits.has(container):
+                edits.of(container).apply()
+        for module in self._modules:
+            object.__setattr__(module, "__class__", edits.planned_class(module))
+
+    def plan(self, edits: Edits) -> None:
+        """Add the edits that lead from the snapshot to the state now."""
+        for guarded in self._guarded:
+            guarded.restore()
+            if guarded.was_written:
+                raise self._error("freeze wrote into a tensor; it may only register and delete")
+        for container, before in self._state.containers:
+            if isinstance(container, dict):
+                _plan_dict(edits, container, before)
+            elif _differs(container, before):
+                kind = type(container).__name__
+                raise self._error(f"freeze changed a {kind} in place; set a new one instead")
+        for module, cls in zip(self._modules, self._classes, strict=True):
+            if type(module) is not cls:
+                edits.set_class(module, type(module), cls)
+
+
+def _plan_dict(edits: Edits, container: dict[Any, Any], before: dict[Any, Any]) -> None:
+    missing = object()
+    same = len(container) == len(before) and all(
+        a is b and container[a] is before[b] for a, b in zip(container, before, strict=True)
+    )
+    if same and not edits.has(container):
+        return
+    edit = edits.of(container)
+    edit.before = before.copy()
+    edit.removed = [key for key in before if key not in container]
+    edit.added = {
+        key: value for key, value in container.items() if before.get(key, missing) is not value
+    }
+    edit.order = list(container)
+
+
+def _differs(container: Any, before: Any) -> bool:
+    if isinstance(container, set):
+        return bool(container != before)
+    return len(container) != len(before) or any(
+        a is not b for a, b in zip(container, before, strict=True)
+    )

@@ -1,0 +1,224 @@
+"""Layers that divide their weight by sigma inside forward, as BigGAN's SNConv2d does.
+
+::
+
+    class SNConv2d(nn.Conv2d, SN):  # weight; buffers u0, sv0
+        def W_(self): ...           # returns weight / sigma
+        def forward(self, x):
+            return F.conv2d(x, self.W_(), self.bias, ...)
+
+Names vary: what counts is an own matrix, state that fits its singular vectors, and something that
+forward reads and that, when asked, is the matrix times a number. Where no method says so, a
+subclass of one of torch's layers is run on a probe, and the weight that it hands to torch's
+function is the answer (`sn_export.freezing.kinds.probe`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..asking import ask
+from ..code import Code, Member, code_of, mentioned, times_read
+from ..frozen_class import Frozen, Override, frozen_class
+from ..site import plan_registration
+from ..undo import Edits
+from ..vectors import fits, matrices, proportion, small_state
+from .handwritten import Answer, HandwrittenSite
+from .probe import Probe
+
+_ARITHMETIC = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
+_RAW = ("_bar", "_orig", "_raw", "_org")
+
+
+class MixinSite(HandwrittenSite):
+    """A weight that the module's own forward normalises."""
+
+    __slots__ = ("kept", "overrides")
+    kind = "mixin"
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        tensor: str,
+        answer: Answer,
+        overrides: tuple[Override, ...],
+        kept: tuple[str, ...] = (),
+    ) -> None:
+        super().__init__(path, module, tensor, answer, module)
+        self.overrides = overrides
+        self.kept = kept  # state that other code of the class still reads
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Exchange the weight, take away the vectors, and let the methods return the weight."""
+        module = self.module
+        names = (*self.answer.state, self.answer.raw)
+        kept = {n: t.detach().clone() for n, t in small_state(module) if n in self.kept}
+        for container in (module._parameters, module._buffers):
+            edits.remove(container, [n for n in names if n != self.tensor])
+        edits.of(module.__dict__).added.update(kept)
+        edits.set_class(module, frozen_class(edits.planned_class(module), self.overrides))
+        if self.tensor in edits.of(module._parameters).before:
+            edits.of(module._parameters).added[self.tensor] = frozen
+        else:
+            plan_registration(edits, module, self.tensor, frozen)
+
+
+def find_mixins(path: str, module: nn.Module) -> list[MixinSite]:
+    """Return the sites of the weights that ``module`` normalises itself."""
+    code = code_of(type(module))
+    if code.is_torch or isinstance(module, Frozen):
+        return []
+    sites = []
+    for raw, weight in matrices(module).items():
+        state = _vectors(module, weight)
+        site = _site(path, module, code, raw, weight, state)
+        if site is not None:
+            sites.append(site)
+    return sites
+
+
+def _site(
+    path: str, module: nn.Module, code: Code, raw: str, weight: Tensor, vectors: Collection[str]
+) -> MixinSite | None:
+    if not _is_normalised(code.mentions(code.forward), raw, vectors):
+        return None
+    probe = Probe.of(module)
+    used = None if probe is None else probe.weight(raw)
+    for member in code.reached(code.forward):
+        names = code.mentions(member)
+        if member.required > 1 or not _is_normalised(names, raw, vectors, member):
+            continue
+        value = _ask(module, member, raw)
+        if value is None or not _is_multiple(weight, value):
+            continue
+        if used is not None and not _same(used.value, value):
+            continue  # forward uses another one
+        site = _method_site(path, module, code, raw, vectors, member, value)
+        if site is not None:
+            return site
+    if used is None or not used.is_all or not _is_multiple(weight, used.value):
+        return None
+    # The forward does what that of torch's layer does, with the weight that it computes inline.
+    state = _state(module, code.mentions(code.forward), raw, vectors)
+    answer = Answer(raw, used.value, state)
+    return MixinSite(path, module, raw, answer, (Override("forward", "base"),))
+
+
+def _method_site(
+    path: str,
+    module: nn.Module,
+    code: Code,
+    raw: str,
+    vectors: Collection[str],
+    member: Member,
+    value: Tensor,
+) -> MixinSite | None:
+    """Plan that ``member`` returns the frozen weight, if nothing else reads the raw one."""
+    state = _state(module, code.mentions(member), raw, vectors)
+    tensor = _plain_name(module, code, member, raw)
+    updates = _updates(module, code, member, raw, state)
+    cut = {member.name, *(m.name for m in updates)}
+    rest = code.mentions(code.forward, cut)
+    if raw in rest and not (member.required and _is_handed_over(module, code, member, raw)):
+        return None
+    how = "property" if member.is_property else "argument" if member.required else "method"
+    overrides = (
+        Override(member.name, how, tensor),  # type: ignore[arg-type]
+        *(Override(m.name, "nothing") for m in updates),
+    )
+    kept = tuple(name for name in state if mentioned(name, rest))
+    return MixinSite(path, module, tensor, Answer(raw, value, state), overrides, kept)
+
+
+def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
+    return tuple(name for name, tensor in small_state(module) if fits(name, tensor, weight))
+
+
+def _is_normalised(
+    names: Collection[str], raw: str, vectors: Collection[str], member: Member | None = None
+) -> bool:
+    """Whether code that uses ``names`` reads the weight and something to divide it by."""
+    reads = mentioned(raw, names) or (member is not None and member.required == 1)
+    return reads and (
+        any(mentioned(v, names) for v in vectors) or not _ARITHMETIC.isdisjoint(names)
+    )
+
+
+def _state(
+    module: nn.Module, names: Collection[str], raw: str, vectors: Collection[str]
+) -> tuple[str, ...]:
+    """Name the buffers and parameters that only serve to compute the weight."""
+    stored = {*module._parameters, *module._buffers} - {raw}
+    return tuple(
+        name
+        for name, tensor in small_state(module)
+        if name in stored and (name in vectors or tensor.numel() == 1) and mentioned(name, names)
+    )
+
+
+def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
+    def run() -> Any:
+        entry = getattr(module, member.name)
+        if member.is_property:
+            return entry
+        return entry(module._parameters[raw]) if member.required else entry()
+
+    try:
+        value = ask(run, [module])
+    except Exception:  # it is not what it looked like, or cannot be run
+        return None
+    shape = module._parameters[raw].shape  # type: ignore[union-attr]
+    return value.clone() if isinstance(value, Tensor) and value.shape == shape else None
+
+
+def _is_multiple(weight: Tensor, value: Tensor) -> bool:
+    if value.dtype != weight.dtype or value.shape != weight.shape:
+        return False
+    return weight.is_meta or proportion(weight, value) is not None
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.is_meta or torch.equal(left, right)
+
+
+def _updates(
+    module: nn.Module, code: Code, member: Member, raw: str, state: Collection[str]
+) -> list[Member]:
+    """Return the methods beside ``member`` that forward calls to bring the vectors up to date."""
+
+    def returns_nothing(name: str) -> bool:
+        try:
+            return ask(lambda: getattr(module, name)(), [module]) is None
+        except Exception:
+            return False
+
+    return [
+        other
+        for other in code.reached(code.forward, {member.name})
+        if other.name in code.forward.names
+        and not other.is_property
+        and other.required == 0
+        and any(mentioned(name, code.mentions(other)) for name in state)
+        and returns_nothing(other.name)
+    ]
+
+
+def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> bool:
+    """Whether forward reads the raw weight only as the argument of ``member``."""
+    others = code.mentions(code.forward, {member.name}) - code.forward.own
+    forward = type(module).forward
+    return raw not in others and times_read(forward, raw) == times_read(forward, member.name)
+
+
+def _plain_name(module: nn.Module, code: Code, member: Member, raw: str) -> str:
+    """Return the name of the weight in a network without spectral norm."""
+    plain = next((raw.removesuffix(s) for s in _RAW if raw.endswith(s)), raw)
+    if member.is_property and member.name in (plain, raw.lstrip("_"), raw.removeprefix("raw_")):
+        return member.name  # read as self.weight, as in the plain layer
+    is_free = plain and plain not in code.members and not hasattr(module, plain)
+    return plain if is_free else raw

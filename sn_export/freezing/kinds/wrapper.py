@@ -1,0 +1,232 @@
+"""Modules around a layer that set its normalised weight in forward, as copied from SAGAN code.
+
+::
+
+    class SpectralNorm(nn.Module):
+        def __init__(self, module, name="weight", power_iterations=1): ...  # holds weight_bar
+        def forward(self, *args):
+            self._update_u_v()  # setattr(self.module, self.name, w / sigma)
+            return self.module.forward(*args)
+
+Names vary: what counts is a child without ``<name>`` but with ``<name>_bar`` or the like and
+``<name>_u``, and a forward that, when run, has set ``<name>`` by the time it runs the child.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..asking import ask
+from ..code import Code, Member, code_of, mentioned
+from ..frozen_class import Frozen, How, Override, frozen_class
+from ..site import plan_registration, qualified
+from ..undo import Edits
+from ..vectors import fits, is_named_as_vector, small_state
+from .handwritten import Answer, HandwrittenSite
+
+_RAW = ("_bar", "_orig", "_raw", "_org")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+
+
+class WrapperSite(HandwrittenSite):
+    """A weight that a module around the layer sets in its forward."""
+
+    __slots__ = ("overrides",)
+    kind = "wrapper"
+
+    def __init__(
+        self,
+        path: str,
+        layer: nn.Module,
+        tensor: str,
+        answer: Answer,
+        wrapper: nn.Module,
+        overrides: tuple[Override, ...],
+    ) -> None:
+        super().__init__(path, layer, tensor, answer, wrapper)
+        self.overrides = overrides
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Give the layer its weight, and the wrapper a class that does not touch it."""
+        layer, wrapper = self.module, self.owner
+        names = (self.answer.raw, *self.answer.state)
+        for container in (layer._parameters, layer._buffers):
+            edits.remove(container, names)
+        for container in (wrapper._parameters, wrapper._buffers):
+            edits.remove(container, self.answer.state)
+        for container in (layer.__dict__, layer._buffers):
+            edits.remove(container, (self.tensor,))
+        edits.set_class(wrapper, frozen_class(edits.planned_class(wrapper), self.overrides))
+        plan_registration(edits, layer, self.tensor, frozen)
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer that lacks a weight and has what one is computed from."""
+
+    child: str
+    module: nn.Module
+    tensor: str
+    raw: str
+    state: tuple[str, ...]
+
+
+def find_wrappers(path: str, module: nn.Module) -> list[WrapperSite]:
+    """Return the sites of the layers that ``module`` wraps."""
+    if not module._modules or isinstance(module, Frozen):
+        return []
+    code = code_of(type(module))
+    if code.is_torch:
+        return []
+    sites = []
+    for layer in _layers(module, code):
+        site = _ask(path, module, code, layer)
+        if site is not None:
+            sites.append(site)
+    return sites
+
+
+def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
+    for child, layer in wrapper._modules.items():
+        if layer is None or isinstance(layer, torch.jit.ScriptModule):
+            continue
+        for raw, weight in layer._parameters.items():
+            tensor = next((raw.removesuffix(s) for s in _RAW if raw.endswith(s)), None)
+            if (
+                not tensor
+                or weight is None
+                or is_lazy(weight)
+                or tensor in layer._parameters
+                or not mentioned(raw, code.names)
+                or any(getattr(h, "name", "") == tensor for h in layer._forward_pre_hooks.values())
+            ):
+                continue
+            state = _state(wrapper, layer, tensor, raw, weight)
+            if any(is_named_as_vector(name) for name in state):
+                yield _Layer(child, layer, tensor, raw, state)
+
+
+def _state(
+    wrapper: nn.Module, layer: nn.Module, tensor: str, raw: str, weight: Tensor
+) -> tuple[str, ...]:
+    """Name the vectors and sigmas: in the layer by their names, in the wrapper by their shapes."""
+    names = [
+        name
+        for container in (layer._parameters, layer._buffers)
+        for name, entry in container.items()
+        if entry is not None
+        and name.startswith(tensor + "_")
+        and name != raw
+        and (entry.numel() == 1 or fits(name, entry, weight))
+    ]
+    own = {**wrapper._parameters, **wrapper._buffers}
+    names += [n for n, t in small_state(wrapper) if n in own and fits(n, t, weight)]
+    if names:
+        names += [n for n, t in small_state(wrapper) if n in own and t.numel() == 1]
+    return tuple(dict.fromkeys(names))
+
+
+@dataclass
+class _Call:
+    """What was seen of the call of a layer by its wrapper."""
+
+    value: Tensor | None = None
+    way: How = "forward"
+    is_all: bool = False  # the wrapper hands on its arguments and the result, and no more
+
+
+def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSite | None:
+    try:
+        call = ask(lambda: _run(wrapper, layer), [wrapper, layer.module])
+    except Exception:  # it is not what it looked like
+        return None
+    overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
+    value = call.value
+    if not call.is_all:
+        # The forward does more than that, so it has to stay; without the methods that set it.
+        setters = _setters(code, layer)
+        overrides = tuple(Override(m.name, "nothing") for m in setters)
+        if value is None:
+            value = _value_after(wrapper, layer, setters)
+        rest = code.mentions(code.forward, {m.name for m in setters})
+        if not setters or any(mentioned(n, rest) for n in (layer.raw, *layer.state)):
+            return None
+    raw = layer.module._parameters[layer.raw]
+    if value is None or raw is None or value.shape != raw.shape:
+        return None
+    answer = Answer(layer.raw, value.clone(), layer.state)
+    inner = qualified(path, layer.child)
+    return WrapperSite(inner, layer.module, layer.tensor, answer, wrapper, overrides)
+
+
+def _run(wrapper: nn.Module, layer: _Layer) -> _Call:
+    """Run the wrapper's forward up to that of the layer."""
+    call, result = _Call(), object()
+    given = _placeholders(wrapper)
+    is_same = False
+
+    def forward(*args: Any, **kwargs: Any) -> object:
+        nonlocal is_same
+        call.value = getattr(layer.module, layer.tensor).detach().clone()
+        is_same = not kwargs and len(args) == len(given) and all(map(_is, args, given))
+        return result
+
+    def called(_module: nn.Module, _args: Any) -> None:
+        call.way = "call"
+
+    attributes = layer.module.__dict__
+    attributes["forward"] = forward
+    attributes["_compiled_call_impl"] = None
+    for hooks in _HOOKS:  # not the user's: there is no input yet
+        attributes[hooks] = OrderedDict()
+    attributes["_forward_pre_hooks"][0] = called
+    try:
+        call.is_all = wrapper.forward(*given) is result and is_same
+    except Exception:
+        call.is_all = False  # it did something with its input or with the result
+    return call
+
+
+def _is(a: object, b: object) -> bool:
+    return a is b
+
+
+def _placeholders(wrapper: nn.Module) -> list[object]:
+    parameters = inspect.signature(wrapper.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return [object() for _ in range(max(len(required), variadic))]
+
+
+def _setters(code: Code, layer: _Layer) -> list[Member]:
+    names = (layer.raw, *layer.state)
+    return [
+        member
+        for member in code.reached(code.forward)
+        if member.name in code.forward.names
+        and not member.is_property
+        and member.required == 0
+        and any(mentioned(n, code.mentions(member)) for n in names)
+    ]
+
+
+def _value_after(wrapper: nn.Module, layer: _Layer, setters: Sequence[Member]) -> Tensor | None:
+    def run() -> Tensor:
+        for member in setters:
+            getattr(wrapper, member.name)()
+        value: Tensor = getattr(layer.module, layer.tensor)
+        return value.detach().clone()
+
+    try:
+        return ask(run, [wrapper, layer.module])
+    except Exception:
+        return None

@@ -1,0 +1,76 @@
+"""Tensors that could be the singular vectors, or sigma, of a handwritten spectral norm."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+# A vector of one element fits any critic's last layer, so there the name has to say it.
+_TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
+_VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
+
+
+def matrices(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's own parameters that can be seen as a matrix."""
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not is_lazy(parameter)
+        and parameter.ndim >= 2
+        and parameter.numel() > 0
+        and (parameter.is_floating_point() or parameter.is_complex())
+    }
+
+
+def small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the module's own buffers, tensors in attributes and parameters without grad."""
+    yield from ((n, t) for n, t in module._buffers.items() if t is not None)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.requires_grad and not is_lazy(parameter):
+            yield name, parameter
+    yield from ((n, t) for n, t in module.__dict__.items() if isinstance(t, Tensor))
+
+
+def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
+    """Whether ``tensor`` could hold singular vectors of ``weight`` as a matrix of any reading."""
+    if tensor is weight or tensor.dtype.is_complex != weight.dtype.is_complex:
+        return False
+    if not (tensor.is_floating_point() or tensor.is_complex()) or "bias" in name:
+        return False
+    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and min(tensor.shape) > 8):
+        return False
+    length = max(tensor.shape)
+    sizes = {rows for rows in weight.shape}
+    sizes |= {weight.numel() // rows for rows in weight.shape}
+    return length in sizes and (length > 1 or bool(_TELLING.search(name)))
+
+
+def is_named_as_vector(name: str) -> bool:
+    """Whether ``name`` is what people call singular vectors: ``u``, ``weight_v``, ``sn_u0``."""
+    return bool(_VECTOR.search(name))
+
+
+def proportion(raw: Tensor, value: Tensor) -> float | None:
+    """Return ``c`` where ``raw = c * value`` up to rounding, such as sigma; None if there is none.
+
+    Args:
+        raw: any floating or complex dtype, not on the meta device.
+        value: shape and dtype of ``raw``.
+    """
+    wide = torch.complex128 if raw.is_complex() else torch.float64
+    a, b = raw.detach().to(wide).flatten(), value.detach().to(wide).flatten()
+    norm = torch.vdot(b, b)
+    factor = torch.vdot(b, a) / norm
+    ratio = float(factor.real if factor.is_complex() else factor)
+    if not (0 < abs(ratio) < float("inf")):  # also false for NaN
+        return None
+    # Division by sigma and a cast of sigma round by a few units in the last place.
+    tolerance = 16 * torch.finfo(value.dtype).eps * float(b.abs().max())
+    smallest = 4 * torch.finfo(value.dtype).tiny
+    difference = float((a / factor - b).abs().max())
+    return ratio if difference <= tolerance + smallest else None
