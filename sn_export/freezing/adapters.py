@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 from typing import Protocol, TypeVar, cast, overload, runtime_checkable
 
@@ -112,9 +112,9 @@ def register_spectral_norm(adapter: C | SpectralNormAdapter) -> C | Registration
     return adapter if isinstance(adapter, type) else registration
 
 
-def adapters() -> list[SpectralNormAdapter]:
-    """Return the registered adapters, the one to be asked first first."""
-    return [registration.adapter for registration in _adapters] if _adapters else []
+def adapters() -> Sequence[Registration]:
+    """Return what is registered, in the order in which it is asked; a live list."""
+    return _adapters
 
 
 def _check(adapter: object, method: str, count: int) -> None:

@@ -14,6 +14,8 @@ from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+from torch import nn
+
 _LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "functools"}
 
 
@@ -72,6 +74,18 @@ class Code:
     def mentions(self, start: Member, cut: Collection[str] = ()) -> frozenset[str]:
         """Return all names in ``start`` and the members it reaches, except inside ``cut``."""
         return start.names.union(*(member.names for member in self.reached(start, cut)))
+
+
+_LAYERS = frozenset(
+    entry for entry in vars(nn.modules).values() if isinstance(entry, type)
+)  # asked for every module, so not found out anew
+
+
+def is_torch_layer(cls: type) -> bool:
+    """Whether ``cls`` is a layer of torch, perhaps parametrized."""
+    if cls in _LAYERS:
+        return True
+    return cls.__module__ == "torch.nn.utils.parametrize" and cls.__bases__[0] in _LAYERS
 
 
 _codes: WeakKeyDictionary[type, Code] = WeakKeyDictionary()

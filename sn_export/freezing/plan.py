@@ -73,7 +73,7 @@ def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
         sites: list[Site] = []
         for kind in kinds:
             more = kind(path, module)
-            if sites:  # the first kind to claim a tensor has it
+            if sites and more:  # the first kind to claim a tensor has it
                 more = [site for site in more if site.tensor not in {s.tensor for s in sites}]
             sites.extend(more)
         for site in sites:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from .code import code_of, mentioned
+from .code import code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
 from .plan import Found
 from .vectors import fits, is_named_as_vector, matrices, small_state
@@ -39,6 +39,8 @@ class SpectralNormSuspect:
 def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSuspect]:
     """Return the modules of a walk that look like spectral norm and have no site."""
     found = list(found)
+    if all(is_torch_layer(type(module)) for module, _ in found):
+        return []
     claimed = {id(module) for module, sites in found if sites}
     claimed |= {id(site.module) for _, sites in found for site in sites}
     reasons = {
@@ -68,6 +70,8 @@ def describe_suspects(suspects: Iterable[SpectralNormSuspect]) -> str:
 
 
 def _reason(module: nn.Module, claimed: set[int]) -> str | None:
+    if is_torch_layer(type(module)):
+        return None
     code = code_of(type(module))
     if code.is_torch or id(module) in claimed or isinstance(module, Frozen):
         return None

@@ -109,7 +109,7 @@ class AdaptedSite(Site):
 def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:
     """Return the sites that registered adapters find in ``module``."""
     sites: dict[str, AdaptedSite] = {}
-    for adapter in adapters():
+    for adapter in [registration.adapter for registration in adapters()]:
         for name in _names(path, module, adapter):
             if name not in sites:
                 sites[name] = AdaptedSite(path, module, name, adapter)

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from ..asking import ask
-from ..code import Code, Member, code_of, mentioned, times_read
-from ..frozen_class import Frozen, Override, frozen_class
+from ..code import Code, Member, mentioned, times_read
+from ..frozen_class import Override, frozen_class
 from ..site import plan_registration
 from ..undo import Edits
 from ..vectors import fits, matrices, proportion, small_state
@@ -68,11 +68,8 @@ class MixinSite(HandwrittenSite):
             plan_registration(edits, module, self.tensor, frozen)
 
 
-def find_mixins(path: str, module: nn.Module) -> list[MixinSite]:
-    """Return the sites of the weights that ``module`` normalises itself."""
-    code = code_of(type(module))
-    if code.is_torch or isinstance(module, Frozen):
-        return []
+def find_mixins(path: str, module: nn.Module, code: Code) -> list[MixinSite]:
+    """Return the sites of the weights that ``module``, with a class of ``code``, normalises."""
     sites = []
     for raw, weight in matrices(module).items():
         state = _vectors(module, weight)
@@ -119,9 +116,10 @@ def _method_site(
     value: Tensor,
 ) -> MixinSite | None:
     """Plan that ``member`` returns the frozen weight, if nothing else reads the raw one."""
-    state = _state(module, code.mentions(member), raw, vectors)
     tensor = _plain_name(module, code, member, raw)
-    updates = _updates(module, code, member, raw, state)
+    updates = _updates(module, code, member, vectors)
+    serving = code.mentions(member).union(*(code.mentions(m) for m in updates))
+    state = _state(module, serving, raw, vectors)
     cut = {member.name, *(m.name for m in updates)}
     rest = code.mentions(code.forward, cut)
     if raw in rest and not (member.required and _is_handed_over(module, code, member, raw)):
@@ -187,7 +185,7 @@ def _same(left: Tensor, right: Tensor) -> bool:
 
 
 def _updates(
-    module: nn.Module, code: Code, member: Member, raw: str, state: Collection[str]
+    module: nn.Module, code: Code, member: Member, vectors: Collection[str]
 ) -> list[Member]:
     """Return the methods beside ``member`` that forward calls to bring the vectors up to date."""
 
@@ -203,7 +201,7 @@ def _updates(
         if other.name in code.forward.names
         and not other.is_property
         and other.required == 0
-        and any(mentioned(name, code.mentions(other)) for name in state)
+        and any(mentioned(name, code.mentions(other)) for name in vectors)
         and returns_nothing(other.name)
     ]
 

@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..asking import ask
-from ..code import Code, Member, code_of, mentioned
-from ..frozen_class import Frozen, How, Override, frozen_class
+from ..code import Code, Member, mentioned
+from ..frozen_class import How, Override, frozen_class
 from ..site import plan_registration, qualified
 from ..undo import Edits
 from ..vectors import fits, is_named_as_vector, small_state
@@ -79,13 +79,8 @@ class _Layer:
     state: tuple[str, ...]
 
 
-def find_wrappers(path: str, module: nn.Module) -> list[WrapperSite]:
-    """Return the sites of the layers that ``module`` wraps."""
-    if not module._modules or isinstance(module, Frozen):
-        return []
-    code = code_of(type(module))
-    if code.is_torch:
-        return []
+def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]:
+    """Return the sites of the layers that ``module``, with a class of ``code``, wraps."""
     sites = []
     for layer in _layers(module, code):
         site = _ask(path, module, code, layer)
