@@ -106,9 +106,15 @@ class Edits:
         self._first.append(call)
 
     def cancel(self) -> None:
-        """Make the calls of `before_undoing`, and nothing else."""
+        """Make the calls of `before_undoing`, and nothing else; the first error comes last."""
+        errors = []
         while self._first:
-            self._first.pop()()
+            try:
+                self._first.pop()()
+            except Exception as error:
+                errors.append(error)
+        if errors:
+            raise errors[0]
 
     def of(self, target: Container) -> Edit:
         """Return the one edit of ``target``; several tensors may share a dictionary."""
