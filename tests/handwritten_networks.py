@@ -130,6 +130,50 @@ class OwnVectorsWrapper(nn.Module):
         return self.module(x)
 
 
+# ------------------------------------------------------------------ set by a pre-hook
+
+
+class OldHook:
+    """The hook of PyTorch 0.4: no v, no switch for the iteration, which eval mode runs too."""
+
+    def __init__(self, name: str = "weight", n_power_iterations: int = 1) -> None:
+        self.name = name
+        self.n_power_iterations = n_power_iterations
+
+    def compute_weight(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        weight, u = getattr(module, self.name + "_orig"), getattr(module, self.name + "_u")
+        matrix = weight.reshape(weight.size(0), -1)
+        with torch.no_grad():
+            for _ in range(self.n_power_iterations):
+                v = F.normalize(torch.matmul(matrix.t(), u), dim=0, eps=1e-12)
+                u = F.normalize(torch.matmul(matrix, v), dim=0, eps=1e-12)
+        return weight / torch.dot(u, torch.matmul(matrix, v)), u
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        weight, u = self.compute_weight(module)
+        setattr(module, self.name, weight)
+        setattr(module, self.name + "_u", u)
+
+
+def old_spectral_norm(module: nn.Module, as_function: bool = False) -> nn.Module:
+    """Apply `OldHook`, or a function that does the same."""
+    weight = cast(nn.Parameter, module._parameters.pop("weight"))
+    module.register_parameter("weight_orig", weight)
+    module.register_buffer("weight_u", F.normalize(torch.randn(weight.size(0)), dim=0))
+    module.weight = weight.data
+    module.register_forward_pre_hook(set_weight if as_function else OldHook())
+    return module
+
+
+def set_weight(module: nn.Module, inputs: Any, name: str = "weight") -> None:
+    weight, u = getattr(module, f"{name}_orig"), getattr(module, f"{name}_u")
+    matrix = weight.flatten(1)
+    v = F.normalize(matrix.detach().t() @ u, dim=0)
+    if module.training:
+        u.copy_(F.normalize(matrix.detach() @ v, dim=0))
+    setattr(module, name, weight / (u @ matrix @ v))
+
+
 # ------------------------------------------------------------------ normalised in forward
 
 
@@ -399,7 +443,6 @@ class Case:
     tensor: str = "weight"  # in the layer
     layer: str = ""  # path of the layer that the weight belongs to
     kind: str = "mixin"
-    wrapper: type[nn.Module] | None = None
 
     def make(self, seed: int = 0) -> nn.Module:
         seed_torch(seed)
@@ -443,7 +486,14 @@ def _conv() -> nn.Module:
     return nn.Conv2d(3, 4, 3, padding=1)
 
 
-def _two_names(module: nn.Module) -> nn.Module:
+def _prehooked(as_function: bool) -> Case:
+    def build() -> nn.Module:
+        return old_spectral_norm(_conv(), as_function)
+
+    return Case(build, _conv, _image, kind="prehook")
+
+
+def _recurrent(module: nn.Module) -> nn.Module:
     return Wrapper(module, "weight_hh_l0")
 
 
@@ -458,11 +508,13 @@ CASES: dict[str, Case] = {
     "wrapper-activated": _wrapped(ActivatedWrapper, _conv, _image),
     "wrapper-own-vectors": _wrapped(OwnVectorsWrapper, _conv, _image),
     "wrapper-lstm": _wrapped(
-        _two_names,
+        _recurrent,
         lambda: nn.LSTM(3, 4),
         lambda: torch.randn(5, 2, 3),
         tensor="weight_hh_l0",
     ),
+    "prehook": _prehooked(False),
+    "prehook-function": _prehooked(True),
     "biggan-conv": Case(lambda: SNConv2d(3, 4, 3, padding=1), _conv, _image),
     "biggan-linear": Case(lambda: SNLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "biggan-one-output": Case(lambda: SNLinear(3, 1), lambda: nn.Linear(3, 1), _row),

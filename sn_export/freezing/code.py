@@ -53,7 +53,9 @@ class Code:
                     member = _member(name, entry)
                     if member is not None:
                         self.members[name] = member
-        forward = self.members.get("forward") or _member("forward", cls.forward)  # type: ignore[attr-defined]
+        forward = self.members.get("forward")
+        if forward is None:
+            forward = _member("forward", getattr(cls, "forward", None))
         self.forward = forward or Member("forward", False, 0, frozenset(), frozenset())
 
     @cached_property
@@ -112,6 +114,15 @@ def mentioned(name: str, names: Collection[str]) -> bool:
     return bool(head) and any(
         n.endswith((f"}}_{tail}", f"s_{tail}")) or n == f"_{tail}" for n in names
     )
+
+
+def names_in(function: Any) -> frozenset[str]:
+    """Return the names in the code of a function, a method or the class of a callable object."""
+    function = getattr(function, "__func__", function)
+    if isinstance(function, FunctionType):
+        member = _member("", function)
+        return member.names if member else frozenset()
+    return code_of(type(function)).names
 
 
 def times_read(function: Any, name: str) -> int:

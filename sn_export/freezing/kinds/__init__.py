@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..adapters import adapters
 from ..code import code_of, is_torch_layer
@@ -14,19 +15,26 @@ from .adapted import find_adapted
 from .hook import find_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations
+from .prehook import find_prehooks
 from .wrapper import find_wrappers
 
 
 def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
     """Return the sites of what is not torch's: registered adapters first, then the families."""
     cls = type(module)
-    if is_torch_layer(cls) and not adapters():
+    is_layer = is_torch_layer(cls)
+    hooks = module._forward_pre_hooks
+    has_foreign_hooks = hooks and not all(isinstance(h, SpectralNorm) for h in hooks.values())
+    if is_layer and not has_foreign_hooks and not adapters():
         return ()
     sites: list[Site] = [*find_adapted(path, module)]
-    if not (sites or is_torch_layer(cls) or isinstance(module, Frozen)):
-        code = code_of(cls)
-        if not code.is_torch:
-            sites += find_wrappers(path, module, code) or find_mixins(path, module, code)
+    if sites or isinstance(module, Frozen):
+        return sites
+    if has_foreign_hooks:
+        sites += find_prehooks(path, module)
+    code = None if is_layer else code_of(cls)
+    if code is not None and not code.is_torch:
+        sites += find_wrappers(path, module, code) or find_mixins(path, module, code)
     return sites
 
 

@@ -29,9 +29,9 @@ from ..undo import Edits
 from ..vectors import fits, matrices, proportion, small_state
 from .handwritten import Answer, HandwrittenSite
 from .probe import Probe
+from .raw import plain_name
 
 _ARITHMETIC = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
-_RAW = ("_bar", "_orig", "_raw", "_org")
 
 
 class MixinSite(HandwrittenSite):
@@ -215,8 +215,8 @@ def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> 
 
 def _plain_name(module: nn.Module, code: Code, member: Member, raw: str) -> str:
     """Return the name of the weight in a network without spectral norm."""
-    plain = next((raw.removesuffix(s) for s in _RAW if raw.endswith(s)), raw)
+    plain = plain_name(raw)
     if member.is_property and member.name in (plain, raw.lstrip("_"), raw.removeprefix("raw_")):
         return member.name  # read as self.weight, as in the plain layer
-    is_free = plain and plain not in code.members and not hasattr(module, plain)
+    is_free = plain not in code.members and not hasattr(module, plain)
     return plain if is_free else raw

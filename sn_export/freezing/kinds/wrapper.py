@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..asking import ask
 from ..code import Code, Member, mentioned
@@ -31,8 +30,8 @@ from ..site import plan_registration, qualified
 from ..undo import Edits
 from ..vectors import fits, is_named_as_vector, small_state
 from .handwritten import Answer, HandwrittenSite
+from .raw import missing_weights
 
-_RAW = ("_bar", "_orig", "_raw", "_org")
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -93,40 +92,21 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
     for child, layer in wrapper._modules.items():
         if layer is None or isinstance(layer, torch.jit.ScriptModule):
             continue
-        for raw, weight in layer._parameters.items():
-            tensor = next((raw.removesuffix(s) for s in _RAW if raw.endswith(s)), None)
-            if (
-                not tensor
-                or weight is None
-                or is_lazy(weight)
-                or tensor in layer._parameters
-                or not mentioned(raw, code.names)
-                or any(getattr(h, "name", "") == tensor for h in layer._forward_pre_hooks.values())
-            ):
+        for missing in missing_weights(layer):
+            if not mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
-            state = _state(wrapper, layer, tensor, raw, weight)
-            if any(is_named_as_vector(name) for name in state):
-                yield _Layer(child, layer, tensor, raw, state)
+            own = {**wrapper._parameters, **wrapper._buffers}
+            beside = [(n, t) for n, t in small_state(wrapper) if n in own]
+            state = list(missing.state)
+            state += [n for n, t in beside if fits(n, t, missing.value)]
+            if any(map(is_named_as_vector, state)):
+                state += [n for n, t in beside if t.numel() == 1]
+                names = tuple(dict.fromkeys(state))
+                yield _Layer(child, layer, missing.tensor, missing.raw, names)
 
 
-def _state(
-    wrapper: nn.Module, layer: nn.Module, tensor: str, raw: str, weight: Tensor
-) -> tuple[str, ...]:
-    """Name the vectors and sigmas: in the layer by their names, in the wrapper by their shapes."""
-    names = [
-        name
-        for container in (layer._parameters, layer._buffers)
-        for name, entry in container.items()
-        if entry is not None
-        and name.startswith(tensor + "_")
-        and name != raw
-        and (entry.numel() == 1 or fits(name, entry, weight))
-    ]
-    own = {**wrapper._parameters, **wrapper._buffers}
-    names += [n for n, t in small_state(wrapper) if n in own and fits(n, t, weight)]
-    if names:
-        names += [n for n, t in small_state(wrapper) if n in own and t.numel() == 1]
-    return tuple(dict.fromkeys(names))
+def _has_hook(layer: nn.Module, tensor: str) -> bool:
+    return any(getattr(h, "name", None) == tensor for h in layer._forward_pre_hooks.values())
 
 
 @dataclass

@@ -1,0 +1,86 @@
+"""Pre-hooks of one's own that set the weight, such as copies of the hook of PyTorch 0.4.
+
+::
+
+    class SpectralNorm:
+        def compute_weight(self, module): ...  # reads weight_orig and weight_u, iterates always
+        def __call__(self, module, inputs):
+            setattr(module, self.name, self.compute_weight(module))
+
+Like wrappers they are told by what stands in the layer, and by what has been set once they ran.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..asking import ask
+from ..code import mentioned, names_in
+from ..site import plan_registration
+from ..undo import Edits
+from ..vectors import is_named_as_vector
+from .handwritten import Answer, HandwrittenSite
+from .hook import find_hooks
+from .raw import missing_weights
+
+
+class PrehookSite(HandwrittenSite):
+    """A weight that a pre-hook of the user's sets on the layer."""
+
+    __slots__ = ("key",)
+    kind = "prehook"
+
+    def __init__(self, path: str, module: nn.Module, tensor: str, answer: Answer, key: int) -> None:
+        super().__init__(path, module, tensor, answer, module)
+        self.key = key
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Take away the hook and what it computes from, and store the weight."""
+        module = self.module
+        edits.remove(module._forward_pre_hooks, (self.key,))
+        if self.key in module._forward_pre_hooks_with_kwargs:
+            edits.remove(module._forward_pre_hooks_with_kwargs, (self.key,))
+        names = (self.answer.raw, *self.answer.state)
+        for container in (module._parameters, module._buffers):
+            edits.remove(container, names)
+        for container in (module.__dict__, module._buffers):
+            edits.remove(container, (self.tensor,))
+        plan_registration(edits, module, self.tensor, frozen)
+
+
+def find_prehooks(path: str, module: nn.Module) -> list[PrehookSite]:
+    """Return the sites of the weights that foreign pre-hooks of ``module`` set."""
+    known = {site.tensor for site in find_hooks(path, module)}
+    sites = []
+    for weight in missing_weights(module):
+        if weight.tensor in known or not any(map(is_named_as_vector, weight.state)):
+            continue
+        for key, hook in module._forward_pre_hooks.items():
+            if not mentioned(weight.raw, names_in(hook)):
+                continue  # somebody else's, which must not run for this
+            value = _ask(module, weight.tensor, key)
+            if value is not None and value.shape == weight.value.shape:
+                answer = Answer(weight.raw, value, weight.state)
+                sites.append(PrehookSite(path, module, weight.tensor, answer, key))
+                break
+    return sites
+
+
+def _ask(module: nn.Module, tensor: str, key: int) -> Tensor | None:
+    hook: Any = module._forward_pre_hooks[key]
+    takes_kwargs = key in module._forward_pre_hooks_with_kwargs
+    marker = torch.empty(0)
+
+    def run() -> Tensor | None:
+        module.__dict__[tensor] = marker  # what an earlier forward left tells nothing
+        hook(module, (), {}) if takes_kwargs else hook(module, ())
+        value = getattr(module, tensor, None)
+        return value.clone() if isinstance(value, Tensor) and value is not marker else None
+
+    try:
+        return ask(run, [module])
+    except Exception:  # another hook, which wanted an input
+        return None
