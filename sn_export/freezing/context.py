@@ -92,7 +92,7 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
             is not known (`find_suspects`); it is not in the list.
     """
     found = list(walk(require_module(model), SPECTRAL_NORM))
-    _warn_of_suspects(model, found, stacklevel=3)
+    _warn_of_suspects(model, found, stacklevel=2)
     return _described(found)
 
 

@@ -5,17 +5,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
-from .code import code_of, is_torch_layer, mentioned
+from .code import Code, code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
+from .kinds.raw import missing_weights
 from .plan import Found
-from .vectors import fits, is_named_as_vector, matrices, small_state
+from .vectors import NORMS, SIGMA, fits, is_named_as_vector, matrices, small_state
 
-_NAMED = re.compile(r"spectral_?norm|spectrally|(^|_)SN(?=[A-Z_0-9]|$)|^sn_|[a-z]SN$", re.ASCII)
-_ARITHMETIC = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
-_SIGMA = {"sigma", "l2normalize", "_l2normalize", "max_singular_value", "spectral_norm"}
+# SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
+_NAMED = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,18 @@ class SpectralNormSuspect:
 def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSuspect]:
     """Return the modules of a walk that look like spectral norm and have no site."""
     found = list(found)
-    if all(is_torch_layer(type(module)) for module, _ in found):
+    others = [
+        module
+        for module, sites in found
+        if not sites and (not is_torch_layer(type(module)) or module._forward_pre_hooks)
+    ]
+    if not others:
         return []
-    claimed = {id(module) for module, sites in found if sites}
-    claimed |= {id(site.module) for _, sites in found for site in sites}
+    claimed = {id(site.module) for _, sites in found for site in sites}
     reasons = {
         id(module): reason
-        for module, sites in found
-        if not sites and (reason := _reason(module, claimed))
+        for module in others
+        if id(module) not in claimed and (reason := _reason(module, claimed))
     }
     if not reasons:
         return []
@@ -70,38 +75,56 @@ def describe_suspects(suspects: Iterable[SpectralNormSuspect]) -> str:
 
 
 def _reason(module: nn.Module, claimed: set[int]) -> str | None:
-    if is_torch_layer(type(module)):
+    if isinstance(module, Frozen):
         return None
+    if module._forward_pre_hooks:
+        for missing in missing_weights(module):
+            if any(map(is_named_as_vector, missing.state)):
+                return f"a pre-hook, and '{missing.raw}' with '{missing.state[0]}'"
     code = code_of(type(module))
-    if code.is_torch or id(module) in claimed or isinstance(module, Frozen):
+    if code.is_torch:
         return None
     named = bool(_NAMED.search(type(module).__name__))
+    for pair in _pairs(module, claimed, code):
+        if (
+            fits(pair.vector, pair.state, pair.weight)
+            and mentioned(pair.vector, pair.names)
+            and (named or (is_named_as_vector(pair.vector) and not NORMS.isdisjoint(pair.names)))
+        ):
+            return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own = matrices(module)
-    for weight_name, weight in _weights(module, own, claimed):
-        for name, tensor in _state(module, weight_name):
-            reads = mentioned(name, code.names)
-            if fits(name, tensor, weight) and reads and (named or is_named_as_vector(name)):
-                return f"'{name}' fits the singular vectors of '{weight_name}'"
-    if named and own and not (_ARITHMETIC | _SIGMA).isdisjoint(code.mentions(code.forward)):
+    if named and own and not SIGMA.isdisjoint(code.mentions(code.forward)):
         return f"its name, and it computes with '{next(iter(own))}'"
     return None
 
 
-def _weights(
-    module: nn.Module, own: dict[str, Tensor], claimed: set[int]
-) -> Iterator[tuple[str, Tensor]]:
-    yield from own.items()
+class _Pair(NamedTuple):
+    """What could be a vector, what could be its matrix, and the names in the code of both."""
+
+    vector: str
+    state: Tensor
+    matrix: str
+    weight: Tensor
+    names: frozenset[str]
+
+
+def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
+    own, beside = matrices(module), list(small_state(module))
+    yield from _product(beside, own, code.names)
     for child, layer in module._modules.items():
-        if layer is None or id(layer) in claimed or not code_of(type(layer)).is_torch:
+        if layer is None or id(layer) in claimed or layer._modules:
             continue
-        if not layer._modules:
-            yield from ((f"{child}.{name}", weight) for name, weight in matrices(layer).items())
+        inside = [(name, t) for name, t in small_state(layer) if is_named_as_vector(name)]
+        if is_torch_layer(type(layer)):  # wrapped, perhaps
+            weights = {f"{child}.{name}": weight for name, weight in matrices(layer).items()}
+            yield from _product([*beside, *inside], weights, code.names)
+        else:  # a helper that is given the weight, perhaps
+            yield from _product(inside, own, code_of(type(layer)).names)
 
 
-def _state(module: nn.Module, weight: str) -> Iterator[tuple[str, Tensor]]:
-    yield from small_state(module)
-    child, _, _ = weight.rpartition(".")
-    if child:
-        layer = module._modules[child]
-        assert layer is not None
-        yield from ((n, t) for n, t in small_state(layer) if is_named_as_vector(n))
+def _product(
+    state: Iterable[tuple[str, Tensor]], weights: dict[str, Tensor], names: frozenset[str]
+) -> Iterator[_Pair]:
+    for vector, tensor in state:
+        for matrix, weight in weights.items():
+            yield _Pair(vector, tensor, matrix, weight, names)

@@ -13,6 +13,12 @@ from torch.nn.parameter import is_lazy
 _TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
 _VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
 
+# Names in code that computes a largest singular value, without vectors that it keeps; in code
+# that says so; and in code that normalises vectors, as each power iteration does.
+SINGULAR_VALUES = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
+SIGMA = SINGULAR_VALUES | {"sigma", "l2normalize", "_l2normalize", "max_singular_value"}
+NORMS = SIGMA | {"normalize", "norm", "vector_norm", "l2_normalize", "normalise", "rsqrt"}
+
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's own parameters that can be seen as a matrix."""

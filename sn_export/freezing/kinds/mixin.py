@@ -26,12 +26,18 @@ from ..code import Code, Member, mentioned, times_read
 from ..frozen_class import Override, frozen_class
 from ..site import plan_registration
 from ..undo import Edits
-from ..vectors import fits, matrices, proportion, small_state
+from ..vectors import (
+    NORMS,
+    SINGULAR_VALUES,
+    fits,
+    is_named_as_vector,
+    matrices,
+    proportion,
+    small_state,
+)
 from .handwritten import Answer, HandwrittenSite
 from .probe import Probe
 from .raw import plain_name
-
-_ARITHMETIC = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
 
 
 class MixinSite(HandwrittenSite):
@@ -84,6 +90,8 @@ def _site(
 ) -> MixinSite | None:
     if not _is_normalised(code.mentions(code.forward), raw, vectors):
         return None
+    if NORMS.isdisjoint(code.names) and not any(map(is_named_as_vector, vectors)):
+        return None  # a mask, a scale: nothing that a power iteration would write
     probe = Probe.of(module)
     used = None if probe is None else probe.weight(raw)
     for member in code.reached(code.forward):
@@ -143,7 +151,7 @@ def _is_normalised(
     """Whether code that uses ``names`` reads the weight and something to divide it by."""
     reads = mentioned(raw, names) or (member is not None and member.required == 1)
     return reads and (
-        any(mentioned(v, names) for v in vectors) or not _ARITHMETIC.isdisjoint(names)
+        any(mentioned(v, names) for v in vectors) or not SINGULAR_VALUES.isdisjoint(names)
     )
 
 
