@@ -139,8 +139,10 @@ class OldHook:
     def __init__(self, name: str = "weight", n_power_iterations: int = 1) -> None:
         self.name = name
         self.n_power_iterations = n_power_iterations
+        self.calls = torch.zeros(1)
 
     def compute_weight(self, module: nn.Module) -> tuple[Tensor, Tensor]:
+        self.calls += 1
         weight, u = getattr(module, self.name + "_orig"), getattr(module, self.name + "_u")
         matrix = weight.reshape(weight.size(0), -1)
         with torch.no_grad():

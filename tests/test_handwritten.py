@@ -205,3 +205,14 @@ def test_hooks_on_module_and_layer_run_as_before(name: str) -> None:
         assert calls == []
         case.run(model)
     assert calls == outside
+
+
+def test_attributes_of_a_hook_stay() -> None:
+    """What a hook's object writes to itself while it is asked is put back."""
+    model = CASES["prehook"].make()
+    (hook,) = model._forward_pre_hooks.values()
+    calls = vars(hook)["calls"]
+    with frozen_spectral_norm(model):
+        pass
+    assert vars(hook)["calls"] is calls
+    assert calls == 0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +40,27 @@ def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
 
     with torch.inference_mode(False), torch.no_grad():
         return without_trace(on_copies, modules)
+
+
+@contextmanager
+def copied_attributes(holder: Any) -> Iterator[None]:
+    """Let a hook's object write its attributes, the tensors among them too, and put them back."""
+    attributes: dict[str, Any] = getattr(holder, "__dict__", {})
+    content = attributes.copy()
+
+    def restore() -> None:
+        attributes.clear()
+        attributes.update(content)
+
+    try:  # twice: an interrupt may stop the first
+        try:
+            tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
+            attributes.update({name: t.detach().clone() for name, t in tensors.items()})
+            yield
+        finally:
+            restore()
+    finally:
+        restore()
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ...errors import FreezeError
 from ...preserving import without_trace
 from ...sigma import stored_sigma
+from ..asking import copied_attributes
 from ..site import Site, SpectralNormInfo, plan_registration
 from ..undo import Edits
 
@@ -61,14 +62,8 @@ class HookSite(Site):
             return in_use.detach().clone()
         if type(self.hook) is SpectralNorm:
             return self._compute()
-        attributes = vars(self.hook).copy()
-        try:  # twice: an interrupt may stop the first
-            try:
-                return without_trace(self._compute, [self.module]).clone()
-            finally:
-                vars(self.hook).update(attributes)
-        finally:
-            vars(self.hook).update(attributes)
+        with copied_attributes(self.hook):
+            return without_trace(self._compute, [self.module]).clone()
 
     def _compute(self) -> Tensor:
         return self.hook.compute_weight(self.module, do_power_iteration=False)

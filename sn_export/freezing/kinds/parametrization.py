@@ -15,6 +15,7 @@ from ...preserving import without_trace
 from ...sigma import stored_sigma
 from ..site import Site, SpectralNormInfo, plan_registration
 from ..undo import Edits
+from .link import asked_sigma, is_spectral_norm
 
 
 class ParametrizationSite(Site):
@@ -123,8 +124,8 @@ class ParametrizationSite(Site):
             kind=self.kind,
             shape=tuple(weight.shape),
             dtype=str(weight.dtype).removeprefix("torch."),
-            dim=norm.dim,
-            eps=norm.eps,
+            dim=getattr(norm, "dim", 0),
+            eps=getattr(norm, "eps", None),
             n_power_iterations=getattr(norm, "n_power_iterations", None),
             sigma=_sigma(norm, weight),
         )
@@ -132,11 +133,14 @@ class ParametrizationSite(Site):
     def matrix(self) -> Tensor | None:
         """Return what the chain's first SN normalises, a vector as one row."""
         norm = self._norm()
+        if not isinstance(norm, _SpectralNorm):
+            return None  # a link of somebody's own need not take the norm of a matrix
         weight = self._input_of(norm)
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
 
-    def _norm(self) -> _SpectralNorm:
-        return next(m for m in self.chain.children() if isinstance(m, _SpectralNorm))
+    def _norm(self) -> nn.Module:
+        start = self.originals[0] if self.chain.is_tensor else None
+        return next(m for m in self.chain.children() if is_spectral_norm(m, start))
 
     def _input_of(self, norm: nn.Module) -> Tensor:
         links = list(self.chain.children())
@@ -162,9 +166,10 @@ def find_parametrizations(path: str, module: nn.Module) -> Iterable[Parametrizat
 
 def _sites(path: str, module: nn.Module, lists: nn.ModuleDict) -> Iterator[ParametrizationSite]:
     for tensor, chain in lists._modules.items():
-        if isinstance(chain, ParametrizationList) and any(
-            isinstance(link, _SpectralNorm) for link in chain._modules.values()
-        ):
+        if not isinstance(chain, ParametrizationList):
+            continue
+        start = chain._parameters.get("original", chain._buffers.get("original"))
+        if any(is_spectral_norm(link, start) for link in chain._modules.values()):
             yield ParametrizationSite(path, module, tensor, chain)
 
 
@@ -183,7 +188,9 @@ def _without_property(cls: type, name: str) -> type:
     return type(cls)(cls.__name__, cls.__bases__, namespace)
 
 
-def _sigma(norm: _SpectralNorm, weight: Tensor) -> float:
+def _sigma(norm: nn.Module, weight: Tensor) -> float:
+    if not isinstance(norm, _SpectralNorm):
+        return asked_sigma(norm, weight)
     if weight.ndim == 1:
         return float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
     matrix = norm._reshape_weight_to_matrix(weight)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..asking import ask
+from ..asking import ask, copied_attributes
 from ..code import mentioned, names_in
 from ..site import plan_registration
 from ..undo import Edits
@@ -80,7 +80,12 @@ def _ask(module: nn.Module, tensor: str, key: int) -> Tensor | None:
         value = getattr(module, tensor, None)
         return value.clone() if isinstance(value, Tensor) and value is not marker else None
 
+    owner = getattr(hook, "__self__", hook)
+    modules = [module, owner] if isinstance(owner, nn.Module) and owner is not module else [module]
     try:
-        return ask(run, [module])
+        if isinstance(owner, nn.Module):
+            return ask(run, modules)
+        with copied_attributes(owner):
+            return ask(run, modules)
     except Exception:  # another hook, which wanted an input
         return None

@@ -1,0 +1,250 @@
+"""Variants of torch's own kinds: subclassed hooks, and spectral norm inside chains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fingerprint import assert_unchanged, contents, fingerprint, same_bits
+from networks import Scale, seed_torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from sn_export import find_spectral_norm, find_suspects, frozen_spectral_norm
+
+
+class SoftHook(SpectralNorm):
+    """max(1, sigma / coeff), which it also writes into ``weight_sigma`` in place, in eval too."""
+
+    coeff = 0.2
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        weight = super().compute_weight(module, do_power_iteration)
+        raw = cast(Tensor, getattr(module, self.name + "_orig"))
+        sigma = (raw.flatten()[0] / weight.flatten()[0]).detach()
+        factor = torch.clamp(sigma / self.coeff, min=1)
+        cast(Tensor, getattr(module, self.name + "_sigma")).copy_(sigma)
+        self.last = sigma  # an attribute of the hook, not of the module
+        return raw / factor
+
+
+class OperatorHook(SoftHook):
+    """The norm of the convolution as an operator: vectors as large as images, of two shapes."""
+
+    size = (1, 2, 5, 5)
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        raw = cast(Tensor, getattr(module, self.name + "_orig"))
+        u, v = cast(Tensor, module.weight_u), cast(Tensor, module.weight_v)
+        with torch.no_grad():
+            if do_power_iteration:
+                v.copy_(F.normalize(F.conv_transpose2d(u.view(1, 3, 3, 3), raw).flatten(), dim=0))
+                u.copy_(F.normalize(F.conv2d(v.view(self.size), raw).flatten(), dim=0))
+            sigma = u @ F.conv2d(v.view(self.size), raw).flatten()
+            cast(Tensor, module.weight_sigma).copy_(sigma)
+        return raw / torch.clamp(sigma / self.coeff, min=1)
+
+
+def with_hook(kind: type[SoftHook], module: nn.Module) -> nn.Module:
+    """Apply torch's hook and exchange it, as such packages do."""
+    spectral_norm(module)
+    module.register_buffer("weight_sigma", torch.ones(()))
+    (key,) = module._forward_pre_hooks
+    module._forward_pre_hooks[key] = kind("weight", eps=1e-12)
+    if kind is OperatorHook:
+        module.weight_u = F.normalize(torch.randn(27), dim=0)
+        module.weight_v = F.normalize(torch.randn(50), dim=0)
+    return module
+
+
+class Bjorck(nn.Module):
+    """Orthogonalisation by iteration."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1)
+        for _ in range(3):
+            matrix = 1.5 * matrix - 0.5 * matrix @ matrix.t() @ matrix
+        return matrix.view_as(weight)
+
+
+class Rows(nn.Module):
+    """Reshapes and scales each row."""
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.rand(rows))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight.flatten(1).t() * self.gain).t().reshape(weight.shape)
+
+
+class Cached(nn.Module):
+    """Computes anew in train mode, and once in eval mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cache: Tensor | None = None
+        self.calls: list[int] = []
+
+    def train(self, mode: bool = True) -> Cached:
+        self.cache = None
+        return super().train(mode)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        self.calls.append(1)
+        if self.training:
+            self.cache = None
+            return weight * 0.5
+        if self.cache is None:
+            self.cache = weight * 0.5
+        return self.cache
+
+
+class Unit(nn.Module):
+    """Keeps a vector at length one: a parametrization of u."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return vector / torch.linalg.vector_norm(vector)
+
+    def right_inverse(self, vector: Tensor) -> Tensor:
+        return vector
+
+
+class OwnNorm(nn.Module):
+    """A handwritten spectral norm, registered as a parametrization."""
+
+    u: Tensor
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.register_buffer("u", F.normalize(torch.randn(rows), dim=0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(matrix.t() @ self.u, dim=0)
+            self.u.copy_(F.normalize(matrix @ v, dim=0))
+        return weight / (self.u.clone() @ matrix @ v)
+
+
+def chain(*links: Callable[[], nn.Module | None]) -> Callable[[], nn.Module]:
+    """Register the links on a convolution; None stands for torch's spectral norm."""
+
+    def build() -> nn.Module:
+        module = nn.Conv2d(2, 3, 3)
+        for make in links:
+            link = make()
+            if link is None:
+                parametrizations.spectral_norm(module)
+            else:
+                parametrize.register_parametrization(module, "weight", link)
+        return module
+
+    return build
+
+
+def norm() -> None:
+    """Stand for torch's own link in a chain."""
+
+
+def parametrized_vectors() -> nn.Module:
+    module = chain(norm)()
+    link = cast(Any, module).parametrizations.weight[0]
+    parametrize.register_parametrization(link, "_u", Unit(), unsafe=True)
+    return module
+
+
+@dataclass(frozen=True)
+class Case:
+    build: Callable[[], nn.Module]
+    kind: str = "parametrization"
+
+
+CASES = {
+    "soft": Case(lambda: with_hook(SoftHook, nn.Conv2d(2, 3, 3)), "hook"),
+    "operator": Case(lambda: with_hook(OperatorHook, nn.Conv2d(2, 3, 3)), "hook"),
+    "bjorck": Case(chain(norm, Bjorck)),
+    "scaled-bjorck": Case(chain(Scale, norm, Bjorck, lambda: Rows(3))),
+    "cached": Case(chain(norm, Cached)),
+    "cached-first": Case(chain(Cached, norm)),
+    "vectors": Case(parametrized_vectors),
+    "own": Case(chain(lambda: OwnNorm(3))),
+    "own-bjorck": Case(chain(lambda: OwnNorm(3), Bjorck, Scale)),
+}
+
+
+def image() -> Tensor:
+    return torch.randn(2, 2, 5, 5, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("state", ["new", "trained", "evaluated"])
+@pytest.mark.parametrize("name", CASES)
+def test_final_value_counts_and_everything_written_is_put_back(
+    name: str, state: str, training: bool
+) -> None:
+    """Inside is what the next eval forward uses; buffers, caches and hook attributes stay."""
+    seed_torch(0)
+    model = CASES[name].build()
+    if state == "trained":
+        model(image()).square().sum().backward()
+    if state == "evaluated":
+        model.eval()(image())
+    model.train(training)
+    twin = CASES[name].build()
+    twin.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        expected = twin.eval()(image())
+    hooks = [vars(hook).copy() for hook in model._forward_pre_hooks.values()]
+    before = fingerprint(model)
+    with frozen_spectral_norm(model):
+        assert sorted(model.state_dict()) == ["bias", "weight"]
+        assert type(model) is nn.Conv2d
+        state_before = {key: contents(value) for key, value in model.state_dict().items()}
+        with torch.no_grad():
+            assert same_bits(model(image()), expected)
+        assert state_before == {k: contents(v) for k, v in model.state_dict().items()}
+    assert_unchanged(before, model)
+    assert [vars(hook) for hook in model._forward_pre_hooks.values()] == hooks
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_listed_by_the_kind_of_torch_that_carries_it(name: str) -> None:
+    """Each is listed once, under torch's kind, with a number for sigma, and only looked at."""
+    model = CASES[name].build()
+    before = fingerprint(model)
+    (info,) = find_spectral_norm(model)
+    assert find_suspects(model) == []
+    assert_unchanged(before, model)
+    assert (info.name, info.kind) == ("weight", CASES[name].kind)
+    assert math.isfinite(info.sigma)
+    assert info.sigma > 0
+
+
+def test_sigma_of_an_own_link_is_what_it_divides_by() -> None:
+    """Behind another link, sigma is still that of the tensor which arrives."""
+    model = chain(Scale, lambda: OwnNorm(3))()
+    (info,) = find_spectral_norm(model)
+    scale, own = cast(Any, model).parametrizations.weight
+    arriving = scale(cast(Any, model).parametrizations.weight.original).detach()
+    before = own.u.clone()
+    value = own(arriving)
+    own.u.copy_(before)
+    assert info.sigma == pytest.approx(float((arriving / value).mean()), rel=1e-5)
+
+
+def test_cached_value_counts_in_eval() -> None:
+    """What an eval forward reads from a cache is frozen, also if the raw weight moved on."""
+    model = chain(norm, Cached)().eval()
+    with torch.no_grad():
+        model(image())
+        cast(Any, model).parametrizations.weight.original.mul_(3.0)
+        expected = model(image())
+        with frozen_spectral_norm(model):
+            assert same_bits(model(image()), expected)
