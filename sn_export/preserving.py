@@ -115,14 +115,14 @@ class Preserved:
     def restore(self) -> None:
         """Put everything back; can be repeated from any point where it was interrupted."""
         for container, content in (*self._containers, *self._originals):
-            _restore_container(container, content)
+            restore_container(container, content)
         for scripted, training in self._scripted:
             scripted.training = training
         self._restore_tensors()
 
     def _start_over(self) -> None:
         for container, content in self._swapped:
-            _restore_container(container, content)
+            restore_container(container, content)
         for module in self._modules:
             module.__dict__["training"] = False
         for scripted, _ in self._scripted:
@@ -214,7 +214,8 @@ def _replaced(content: Any, copies: dict[int, Tensor]) -> Any:
     return type(content)(copies.get(id(value), value) for value in content)
 
 
-def _restore_container(container: Any, content: Any) -> None:
+def restore_container(container: Any, content: Any) -> None:
+    """Give a dict, list, set or deque its old content; nothing is touched that is there."""
     if isinstance(container, dict):
         same = list(container) == list(content) and all(
             map(is_, container.values(), content.values())

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..preserving import without_trace
+from ..preserving import restore_container, without_trace
 
 T = TypeVar("T")
 
@@ -47,20 +47,15 @@ def copied_attributes(holder: Any) -> Iterator[None]:
     """Let a hook's object write its attributes, the tensors among them too, and put them back."""
     attributes: dict[str, Any] = getattr(holder, "__dict__", {})
     content = attributes.copy()
-
-    def restore() -> None:
-        attributes.clear()
-        attributes.update(content)
-
     try:  # twice: an interrupt may stop the first
         try:
             tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
             attributes.update({name: t.detach().clone() for name, t in tensors.items()})
             yield
         finally:
-            restore()
+            restore_container(attributes, content)
     finally:
-        restore()
+        restore_container(attributes, content)
 
 
 def _copy(parameter: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ class Edit:
         if (
             self.restored is None
             and self._keys_are_ours()
-            and (count == len(before) or list(before)[-count:] == removed)
+            and (not count or list(before)[-count:] == removed)
             and not (added and any(key in before for key in added))
         ):
             # Nothing came or went, and the keys stood at the end: putting them back there is

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
 from ..asking import ask
 from ..frozen_class import torch_base
@@ -88,10 +87,10 @@ class Probe:
         return Used(value.clone(), is_all)
 
     def _record(self, forward: Callable[..., Any]) -> tuple[list[_Call], Any, Tensor]:
-        probe = self._input()
-        with _Recorder(self._function) as recorder:
-            result = forward(self._module, probe)
-        return recorder.calls, result, probe
+        probe = self._input().as_subclass(_Recorder)
+        probe.function, probe.calls = self._function, []
+        result = forward(self._module, probe)
+        return probe.calls, result, probe
 
     def _input(self) -> Tensor:
         module: Any = self._module
@@ -115,29 +114,31 @@ class _Call:
     result: Any
 
 
-class _Recorder(TorchFunctionMode):
-    """Notes the calls of one function of torch."""
+class _Recorder(Tensor):
+    """An input that notes what one function of torch is given together with it."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        super().__init__()
-        self._function = function
-        self.calls: list[_Call] = []
+    function: Callable[..., Any]
+    calls: list[_Call]
 
+    @classmethod
     def __torch_function__(
-        self,
+        cls,
         func: Callable[..., Any],
         types: Any,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Run the function, and remember its arguments in the order of its signature."""
-        result = func(*args, **(kwargs or {}))
-        if func is self._function:
-            self.calls.append(_Call(_in_order(func, args, kwargs or {}), result))
+        kwargs = kwargs or {}
+        # In C, so that no interrupt finds subclasses switched off and leaves them so.
+        result = torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+        probe = args[0] if args else kwargs.get("input")
+        if isinstance(probe, _Recorder) and func is probe.function:
+            probe.calls.append(_Call(_in_order(func, args, kwargs), result))
         return result
 
 
-_ORDER = {
+_ORDER: dict[Callable[..., Any], tuple[str, ...]] = {
     F.linear: ("input", "weight", "bias"),
     F.embedding: (
         "input",
