@@ -20,14 +20,17 @@ class SpectralNormInfo:
     Attributes:
         module: qualified name of the module, ``""`` for the root.
         tensor: name of the tensor in that module, such as ``"weight"``.
-        kind: the implementation of spectral norm: ``"hook"`` or ``"parametrization"``.
+        kind: the implementation of spectral norm: torch's ``"hook"`` or ``"parametrization"``;
+            handwritten as a ``"wrapper"`` that sets the weight of a layer, a ``"prehook"`` that
+            does so, or a ``"mixin"`` that normalises in forward; or the class of an adapter.
         shape: shape of the tensor.
         dtype: its dtype, such as ``"float32"``.
         dim: the dimension that becomes the rows of the weight matrix.
         eps: added to norms for stability; None where the implementation has none.
         n_power_iterations: power iterations per forward in train mode; None for a
             vector, whose norm needs no iteration.
-        sigma: ``u^H W v`` from the stored singular vectors; NaN on the meta device.
+        sigma: ``u^H W v`` from the stored singular vectors; of handwritten kinds what the next
+            eval forward divides by. NaN on the meta device, and where only an adapter knows.
         is_applied: False where the network never uses the normalised weight: a hook on the
             ``out_proj`` of `torch.nn.MultiheadAttention`, which is never called.
         sigma_exact: the largest singular value of the weight matrix; None where it was not
