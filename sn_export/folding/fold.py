@@ -1,0 +1,183 @@
+"""Fold what the with-block could not see, and say what it was."""
+
+from __future__ import annotations
+
+import ast
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from torch import Tensor
+
+from .cones import Cone, find_cones
+from .evaluation import evaluate
+from .naming import folded_name, using_modules
+from .operators import is_weight
+
+_logger = logging.getLogger("sn_export")
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+
+
+@dataclass(frozen=True)
+class FoldedInitializer:
+    """An initializer that takes the place of arithmetic on initializers.
+
+    Attributes:
+        name: its name in the file.
+        module: path of the module that uses it, or holds what it is made from where several
+            modules do; the model itself is ``""``.
+        shape: its shape.
+        sources: parameters and buffers that it is computed from.
+        op_types: the operators folded, each once; empty where the exporter had folded them.
+        nodes: how many nodes were folded, constants not counted.
+        is_weight: whether a convolution, matrix product, embedding or recurrent layer reads it
+            as a weight: then the model computes its weights in a way of its own.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, ...]
+    sources: tuple[str, ...]
+    op_types: tuple[str, ...]
+    nodes: int
+    is_weight: bool
+
+
+def fold_initializers(
+    model: ir.Model, state: Mapping[str, Tensor]
+) -> tuple[FoldedInitializer, ...]:
+    """Fold arithmetic that depends on initializers alone, at any size, in place.
+
+    What only moves values (the transposed weight of a linear layer) stays as the exporter left
+    it, so a plain network's graph is not changed; so do random and quantising operators and
+    those with graphs inside. Weights that the exporter has folded itself are named and listed.
+
+    Args:
+        model: an exported model.
+        state: parameters and buffers of the model that was exported, by qualified name.
+
+    Returns:
+        What was folded, in the order of the graph.
+    """
+    graph = model.graph
+    sources = _Sources(state)
+    folded = []
+    for cone in find_cones(graph, sources.is_weight):
+        try:
+            array = evaluate(cone, model)
+        except Exception as error:
+            _logger.warning("cannot fold '%s': %s", cone.result.name, error)
+            continue
+        folded.append(_replace(graph, cone, ir.tensor(array), sources))
+    return tuple(folded)
+
+
+class _Sources:
+    """Where initializers come from: the parameters and buffers by name."""
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self.position = {name: index for index, name in enumerate(state)}
+
+    def of(self, value: ir.Value) -> list[str]:
+        """Return the parameters and buffers that an initializer is made from."""
+        origin = value.metadata_props.get(_FOLDED_FROM)
+        names = ast.literal_eval(origin) if origin else [value.name]
+        return [name for name in names if name in self._state]
+
+    def is_weight(self, value: ir.Value) -> bool:
+        """Tell whether an initializer is a parameter or buffer, or made from one."""
+        if self.of(value):
+            return True
+        # The TorchScript exporter names a transposed weight after the node that reads it.
+        tensor = value.const_value
+        return (
+            tensor is not None
+            and str(value.name).startswith("onnx::")
+            and tensor.dtype.is_floating_point()
+            and len(tensor.shape) > 1
+        )
+
+    def main(self, names: list[str], size: int) -> str | None:
+        """Return the one that is the raw weight: of the size of the result, or the largest."""
+        return max(
+            names,
+            key=lambda name: (self._state[name].numel() == size, self._state[name].numel()),
+            default=None,
+        )
+
+
+def _replace(
+    graph: ir.Graph, cone: Cone, tensor: ir.TensorProtocol, sources: _Sources
+) -> FoldedInitializer:
+    result = cone.result
+    users = using_modules(result)
+    names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
+    raw = sources.main(names, tensor.size)
+    value = ir.Value(
+        name=None, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+    )
+    if result.is_graph_output():
+        _keep_output(graph, result, value)
+    result.replace_all_uses_with(value)
+    _remove_unused(graph, cone)
+    taken = {str(entry.name) for node in graph for entry in (*node.inputs, *node.outputs) if entry}
+    taken |= {str(entry.name) for entry in (*graph.inputs, *graph.initializers.values())}
+    taken.discard("None")
+    value.name = folded_name(raw, users, taken)
+    tensor.name = value.name
+    _insert(graph, value, sources.position.get(raw or ""), sources.position)
+    module = users[0] if len(users) == 1 else value.name.rpartition(".")[0]
+    return FoldedInitializer(
+        value.name,
+        module,
+        tuple(int(size) for size in tensor.shape),
+        tuple(names),
+        cone.op_types,
+        len(cone.arithmetic),
+        is_weight(value),
+    )
+
+
+def _keep_output(graph: ir.Graph, output: ir.Value, value: ir.Value) -> None:
+    # Not every runtime takes an initializer for an output; the output keeps its name.
+    node = ir.node("Identity", [value])
+    kept = node.outputs[0]
+    kept.name, kept.type, kept.shape = output.name, output.type, output.shape
+    output.name = None
+    graph.append(node)
+    for index, entry in enumerate(graph.outputs):
+        if entry is output:
+            graph.outputs[index] = kept
+
+
+def _remove_unused(graph: ir.Graph, cone: Cone) -> None:
+    for node in reversed(cone.nodes):
+        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+            graph.remove(node, safe=True)
+    for value in cone.initializers:
+        if not value.uses() and not value.is_graph_output():
+            del graph.initializers[str(value.name)]
+
+
+def _insert(
+    graph: ir.Graph, value: ir.Value, position: int | None, positions: Mapping[str, int]
+) -> None:
+    """Register an initializer where the order of the state dict has it."""
+    graph.register_initializer(value)
+    if position is None:
+        return
+    later = [
+        entry
+        for name, entry in graph.initializers.items()
+        if positions.get(name, -1) > position and entry is not value
+    ]
+    if not later:
+        return
+    order = list(graph.initializers.values())
+    order.remove(value)
+    order.insert(order.index(later[0]), value)
+    graph.initializers.clear()
+    for entry in order:
+        graph.register_initializer(entry)
