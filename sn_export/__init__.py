@@ -13,11 +13,13 @@ if TYPE_CHECKING:
         FreezeError,
         FrozenWeightChangedWarning,
         ParityError,
+        ReparametrizationNotRecognisedWarning,
         SnExportError,
         SpectralNormNotAppliedWarning,
         SpectralNormNotRecognisedWarning,
     )
     from .exporting import ExportReport, export_onnx
+    from .folding import FoldedInitializer
     from .freezing import (
         Registration,
         SpectralNormAdapter,
@@ -44,6 +46,7 @@ __all__ = [
     # Exporting
     "export_onnx",
     "ExportReport",
+    "FoldedInitializer",
     # Proving
     "check_parity",
     "check_case",
@@ -59,6 +62,7 @@ __all__ = [
     "ParityError",
     # Warnings
     "FrozenWeightChangedWarning",
+    "ReparametrizationNotRecognisedWarning",
     "SpectralNormNotAppliedWarning",
     "SpectralNormNotRecognisedWarning",
 ]
@@ -71,11 +75,13 @@ _HOMES = {
         "FreezeError",
         "FrozenWeightChangedWarning",
         "ParityError",
+        "ReparametrizationNotRecognisedWarning",
         "SnExportError",
         "SpectralNormNotAppliedWarning",
         "SpectralNormNotRecognisedWarning",
     ),
     "exporting": ("ExportReport", "export_onnx"),
+    "folding": ("FoldedInitializer",),
     "freezing": (
         "Registration",
         "SpectralNormAdapter",

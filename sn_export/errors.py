@@ -41,6 +41,10 @@ class SpectralNormNotRecognisedWarning(UserWarning):
     """A module looks like a handwritten spectral norm that nothing here can freeze."""
 
 
+class ReparametrizationNotRecognisedWarning(UserWarning):
+    """A module computes its weight itself; the file holds the result, the block changes nothing."""
+
+
 class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 

@@ -9,6 +9,7 @@ import json
 import logging
 import math
 import os
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 from .case_file import write_case
 from .cases import case_of
 from .dynamic import dynamic_dims, resized_sets
-from .errors import ExportError, SnExportError
+from .errors import ExportError, ReparametrizationNotRecognisedWarning, SnExportError
+from .folding import FoldedInitializer
 from .freezing import (
     SpectralNormInfo,
     described,
@@ -52,6 +54,7 @@ from .samples import InputSet, as_input_sets, random_sets
 from .tolerances import Tolerance
 
 _logger = logging.getLogger("sn_export")
+_NAMED = 5  # how many weights a warning names
 _RESIZED = 2  # how many other sizes are proved where shapes are dynamic
 REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
@@ -69,6 +72,8 @@ class ExportReport:
         frozen: the tensors under spectral norm, as they were found.
         versions: versions of sn_export and of the packages that made and ran the file.
         metadata: what was written to the file's ``metadata_props``.
+        folded: initializers that replace arithmetic which depends on initializers alone: weights
+            that modules compute in a way the block does not know.
     """
 
     path: Path
@@ -78,6 +83,7 @@ class ExportReport:
     frozen: tuple[SpectralNormInfo, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
+    folded: tuple[FoldedInitializer, ...] = ()
 
     def to_json(self, indent: int | None = 2) -> str:
         """Return the report as JSON text; NaN and infinities become null and strings.
@@ -129,8 +135,8 @@ def export_onnx(
 
     The unfrozen model is run in eval mode on the example, on random inputs of the same
     shapes, on ``inputs``, and with dynamic shapes on other sizes. Then `torch.onnx.export`
-    runs inside `frozen_spectral_norm`, into a folder beside ``path``, and onnxruntime must
-    give the same outputs. The model, its modes, the inputs and the global random states are
+    runs inside `frozen_spectral_norm`, into a folder beside ``path``; arithmetic that depends
+    on initializers alone is folded, and onnxruntime must give the same outputs. The model, its modes, the inputs and the global random states are
     as before afterwards, whatever happens.
 
     Args:
@@ -178,6 +184,10 @@ def export_onnx(
         SnExportError: if the model rejects an input.
         ExportError: if torch cannot export the model, or onnxruntime not run the file.
         ParityError: if outputs differ, or are NaN. No file is written then.
+
+    Warns:
+        ReparametrizationNotRecognisedWarning: if a module computes its weight in a way that the
+            block does not know, so that the value had to be folded in the file.
     """
     require_module(model)
     target = _require_target(path)
@@ -215,7 +225,7 @@ def export_onnx(
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
         try:
             with frozen_spectral_norm(model):
-                opset = write_onnx(model, example, options, draft)
+                opset, folded = write_onnx(model, example, options, draft)
         except OSError as error:
             raise ExportError(f"cannot write '{target}': {error.strerror}") from error
         state.reset()
@@ -230,6 +240,7 @@ def export_onnx(
             _logger.info("comparing module by module")
             parity = explained(parity, model, state, draft, runnable, rtol, atol, named)
         parity.require_passed(f"the file made by the {exporter} exporter")
+        _warn_of_folded(folded)
         with contextlib.ExitStack() as stack:
             beside = []
             if saved is not None and case is not None:
@@ -237,7 +248,23 @@ def export_onnx(
                 write_case(beside[0][0], saved)
             publish(draft, target, beside)
     _logger.info("wrote %s", target)
-    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()), made)
+    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()), made, folded)
+
+
+def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
+    weights = [entry for entry in folded if entry.is_weight]
+    if not weights:
+        return
+    names = [f"'{entry.name}'" for entry in weights[:_NAMED]]
+    more = f" and {len(weights) - _NAMED} more" if len(weights) > _NAMED else ""
+    warnings.warn(
+        f"the model computes {', '.join(names)}{more} by itself, in a way that "
+        "frozen_spectral_norm does not know. The file holds the computed values and is proved, "
+        "but a with-block of your own leaves these modules as they are. If it is spectral norm, "
+        "register_spectral_norm teaches the block; what was folded is in the report's 'folded'",
+        ReparametrizationNotRecognisedWarning,
+        stacklevel=3,
+    )
 
 
 @functools.cache

@@ -13,10 +13,11 @@ from typing import Any, Literal
 
 import onnx_ir as ir
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .dynamic import DynamicDim, dynamic_axes
 from .errors import ExportError
+from .folding import FoldedInitializer, fold_initializers, joined
 from .quiet import no_fused_attention, quiet
 from .samples import InputSet
 
@@ -44,8 +45,13 @@ class ExportOptions:
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
-def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path: Path) -> int:
-    """Export ``model`` to ``path``, with its external data beside it, and return the opset.
+def write_onnx(
+    model: nn.Module, example: InputSet, options: ExportOptions, path: Path
+) -> tuple[int, tuple[FoldedInitializer, ...]]:
+    """Export ``model`` to ``path``, with its external data beside it.
+
+    Returns:
+        The opset, and what was folded because it depends on initializers alone.
 
     Raises:
         ExportError: if torch cannot export it, with torch's error as its cause.
@@ -64,8 +70,9 @@ def write_onnx(model: nn.Module, example: InputSet, options: ExportOptions, path
         ) from error
     _strip(graph)
     graph.metadata_props.update(options.metadata)
+    folded = fold_initializers(graph, _state(model))
     _save(graph, path, options.external_data)
-    return int(graph.opset_imports.get("", 0))
+    return int(graph.opset_imports.get("", 0)), folded
 
 
 @contextlib.contextmanager
@@ -135,6 +142,7 @@ def _torchscript(
     model: nn.Module, example: InputSet, options: ExportOptions, raw: Path
 ) -> ir.Model:
     names = [name for name, _ in example.named_tensors(model)]
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         torch.onnx.export(
             model,
@@ -148,7 +156,14 @@ def _torchscript(
             output_names=options.output_names,
             dynamic_axes=_renamed(dynamic_axes(options.dims), names, options.input_names),
         )
-    return ir.load(raw)
+    graph = ir.load(raw)
+    # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
+    # writes (vectors that iterate in eval mode) would be one step ahead.
+    for name, buffer in model.named_buffers():
+        value = graph.graph.initializers.get(name)
+        if value is not None and not torch.equal(buffer, buffers[name]):
+            value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
+    return graph
 
 
 def _renamed(
@@ -156,6 +171,16 @@ def _renamed(
 ) -> dict[str, dict[int, str]] | None:
     renaming = dict(zip(names, wanted or names, strict=False))
     return {renaming[name]: entry for name, entry in axes.items()} or None
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    # In the order of the state dict, module by module, with buffers that it leaves out.
+    return {
+        joined(path, name): tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
 
 
 def _strip(model: ir.Model) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,9 +13,9 @@ from .cones import Cone, find_cones
 from .evaluation import evaluate
 from .naming import folded_name, using_modules
 from .operators import is_weight
+from .sources import Sources
 
 _logger = logging.getLogger("sn_export")
-_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 
 
 @dataclass(frozen=True)
@@ -61,8 +60,13 @@ def fold_initializers(
         What was folded, in the order of the graph.
     """
     graph = model.graph
-    sources = _Sources(state)
-    folded = []
+    sources = Sources(state)
+    # First, for what follows gives names of its own.
+    folded = [
+        _rename(graph, value, names, sources)
+        for value in list(graph.initializers.values())
+        if is_weight(value) and (names := sources.computed_from(value)) is not None
+    ]
     for cone in find_cones(graph, sources.is_weight):
         try:
             array = evaluate(cone, model)
@@ -73,71 +77,60 @@ def fold_initializers(
     return tuple(folded)
 
 
-class _Sources:
-    """Where initializers come from: the parameters and buffers by name."""
-
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
-        self._state = state
-        self.position = {name: index for index, name in enumerate(state)}
-
-    def of(self, value: ir.Value) -> list[str]:
-        """Return the parameters and buffers that an initializer is made from."""
-        origin = value.metadata_props.get(_FOLDED_FROM)
-        names = ast.literal_eval(origin) if origin else [value.name]
-        return [name for name in names if name in self._state]
-
-    def is_weight(self, value: ir.Value) -> bool:
-        """Tell whether an initializer is a parameter or buffer, or made from one."""
-        if self.of(value):
-            return True
-        # The TorchScript exporter names a transposed weight after the node that reads it.
-        tensor = value.const_value
-        return (
-            tensor is not None
-            and str(value.name).startswith("onnx::")
-            and tensor.dtype.is_floating_point()
-            and len(tensor.shape) > 1
-        )
-
-    def main(self, names: list[str], size: int) -> str | None:
-        """Return the one that is the raw weight: of the size of the result, or the largest."""
-        return max(
-            names,
-            key=lambda name: (self._state[name].numel() == size, self._state[name].numel()),
-            default=None,
-        )
+def _rename(
+    graph: ir.Graph, value: ir.Value, names: list[str], sources: Sources
+) -> FoldedInitializer:
+    assert value.const_value is not None  # `Sources.computed_from` takes no other
+    raw = sources.main(names, value.const_value.size)
+    del graph.initializers[str(value.name)]
+    return _register(graph, value, names, (), 0, sources, raw)
 
 
 def _replace(
-    graph: ir.Graph, cone: Cone, tensor: ir.TensorProtocol, sources: _Sources
+    graph: ir.Graph, cone: Cone, tensor: ir.TensorProtocol, sources: Sources
 ) -> FoldedInitializer:
     result = cone.result
-    users = using_modules(result)
     names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
-    raw = sources.main(names, tensor.size)
     value = ir.Value(
-        name=None, type=ir.TensorType(tensor.dtype), shape=ir.Shape(tensor.shape), const_value=tensor
+        name=None,
+        type=ir.TensorType(tensor.dtype),
+        shape=ir.Shape(tensor.shape),
+        const_value=tensor,
     )
     if result.is_graph_output():
         _keep_output(graph, result, value)
     result.replace_all_uses_with(value)
     _remove_unused(graph, cone)
-    taken = {str(entry.name) for node in graph for entry in (*node.inputs, *node.outputs) if entry}
-    taken |= {str(entry.name) for entry in (*graph.inputs, *graph.initializers.values())}
-    taken.discard("None")
-    value.name = folded_name(raw, users, taken)
-    tensor.name = value.name
-    _insert(graph, value, sources.position.get(raw or ""), sources.position)
+    raw = sources.main(names, tensor.size)
+    return _register(graph, value, names, cone.op_types, len(cone.arithmetic), sources, raw)
+
+
+def _register(
+    graph: ir.Graph,
+    value: ir.Value,
+    names: list[str],
+    op_types: tuple[str, ...],
+    nodes: int,
+    sources: Sources,
+    raw: str | None,
+) -> FoldedInitializer:
+    users = using_modules(value)
+    value.name = folded_name(raw, users, _taken(graph))
+    assert value.const_value is not None
+    value.const_value.name = value.name
+    _insert(graph, value, sources.positions.get(raw or ""), sources.positions)
+    shape = tuple(int(size) for size in value.const_value.shape)
     module = users[0] if len(users) == 1 else value.name.rpartition(".")[0]
     return FoldedInitializer(
-        value.name,
-        module,
-        tuple(int(size) for size in tensor.shape),
-        tuple(names),
-        cone.op_types,
-        len(cone.arithmetic),
-        is_weight(value),
+        value.name, module, shape, tuple(names), op_types, nodes, is_weight(value)
     )
+
+
+def _taken(graph: ir.Graph) -> set[str]:
+    values = [*graph.inputs, *graph.initializers.values()]
+    for node in graph:
+        values.extend(node.outputs)
+    return {str(value.name) for value in values}
 
 
 def _keep_output(graph: ir.Graph, output: ir.Value, value: ir.Value) -> None:

@@ -1,0 +1,94 @@
+"""Where initializers come from: the parameters and buffers of the exported model, by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import Tensor
+
+from .naming import joined, using_modules
+
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+_SAMPLES = 256
+
+
+class Sources:
+    """The parameters and buffers of a model.
+
+    Args:
+        state: the tensors by qualified name, in the order of the state dict.
+    """
+
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
+        self._state = state
+        self.positions = {name: index for index, name in enumerate(state)}
+
+    def of(self, value: ir.Value) -> list[str]:
+        """Return the tensors that an initializer is made from, as far as its names tell."""
+        origin = value.metadata_props.get(_FOLDED_FROM)
+        names = ast.literal_eval(origin) if origin else [value.name]
+        return [name for name in names if name in self._state]
+
+    def is_weight(self, value: ir.Value) -> bool:
+        """Tell whether an initializer is a parameter or buffer, or made from one."""
+        if self.of(value):
+            return True
+        # The TorchScript exporter names a transposed weight after the node that reads it.
+        tensor = value.const_value
+        return (
+            tensor is not None
+            and str(value.name).startswith("onnx::")
+            and tensor.dtype.is_floating_point()
+            and len(tensor.shape) > 1
+        )
+
+    def main(self, names: Iterable[str], size: int) -> str | None:
+        """Return the raw weight among ``names``: of the size of the result, or the largest."""
+        return max(
+            names,
+            key=lambda name: (self._state[name].numel() == size, self._state[name].numel()),
+            default=None,
+        )
+
+    def computed_from(self, value: ir.Value) -> list[str] | None:
+        """Return what an initializer was computed from; None where values only moved.
+
+        The exporters fold too, as far as weights are small, and leave a name such as ``div_2``.
+        Arithmetic shows in elements that none of the tensors behind it has.
+        """
+        tensor = value.const_value
+        if value.name in self._state or tensor is None or not tensor.dtype.is_floating_point():
+            return None
+        names = self.of(value)
+        if value.metadata_props.get(_FOLDED_FROM) is not None:
+            return names if names and not self._are_elements(tensor, names) else None
+        users = using_modules(value)
+        near = [
+            name
+            for name in self._state
+            if any(name == joined(user, name.rpartition(".")[2]) for user in users)
+        ]
+        if self._are_elements(tensor, near) or self._are_elements(tensor, self._state):
+            return None
+        return [name for name in near if self._state[name].numel() == tensor.size] or None
+
+    def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
+        array = tensor.numpy().ravel()
+        step = max(1, len(array) // _SAMPLES)
+        wanted = np.unique(array[::step].astype(np.float64))
+        missing = wanted[wanted != 0]  # a masked weight has zeros of its own
+        for name in names:
+            if not len(missing):
+                break
+            source = self._state[name].detach()
+            if source.is_floating_point() and not source.is_meta:
+                values = source.to("cpu", torch.float64).flatten().numpy()
+                values = values.astype(array.dtype).astype(np.float64)
+                index = np.searchsorted(missing, values).clip(max=len(missing) - 1)
+                found = np.unique(index[missing[index] == values])
+                missing = np.delete(missing, found)
+        return not len(missing)
