@@ -136,8 +136,8 @@ def export_onnx(
     The unfrozen model is run in eval mode on the example, on random inputs of the same
     shapes, on ``inputs``, and with dynamic shapes on other sizes. Then `torch.onnx.export`
     runs inside `frozen_spectral_norm`, into a folder beside ``path``; arithmetic that depends
-    on initializers alone is folded, and onnxruntime must give the same outputs. The model, its modes, the inputs and the global random states are
-    as before afterwards, whatever happens.
+    on initializers alone is folded, and onnxruntime must give the same outputs. The model, its
+    modes, the inputs and the global random states are as before afterwards, whatever happens.
 
     Args:
         model: the model, in train or eval mode, with or without spectral norm.

@@ -161,7 +161,10 @@ def _torchscript(
     # writes (vectors that iterate in eval mode) would be one step ahead.
     for name, buffer in model.named_buffers():
         value = graph.graph.initializers.get(name)
-        if value is not None and not torch.equal(buffer, buffers[name]):
+        if value is None or torch.equal(buffer, buffers[name]):
+            continue
+        # A batch norm that writes its statistics does not read them.
+        if all(node.op_type != "BatchNormalization" for node in value.consumers()):
             value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
     return graph
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import onnx_ir as ir
+from numpy.typing import NDArray
 from torch import Tensor
 
 from .cones import Cone, find_cones
@@ -73,56 +75,53 @@ def fold_initializers(
         except Exception as error:
             _logger.warning("cannot fold '%s': %s", cone.result.name, error)
             continue
-        folded.append(_replace(graph, cone, ir.tensor(array), sources))
+        folded.append(_replace(graph, cone, array, sources))
     return tuple(folded)
 
 
 def _rename(
     graph: ir.Graph, value: ir.Value, names: list[str], sources: Sources
 ) -> FoldedInitializer:
-    assert value.const_value is not None  # `Sources.computed_from` takes no other
-    raw = sources.main(names, value.const_value.size)
     del graph.initializers[str(value.name)]
-    return _register(graph, value, names, (), 0, sources, raw)
+    return _register(graph, value, names, sources, None)
 
 
 def _replace(
-    graph: ir.Graph, cone: Cone, tensor: ir.TensorProtocol, sources: Sources
+    graph: ir.Graph, cone: Cone, array: NDArray[Any], sources: Sources
 ) -> FoldedInitializer:
-    result = cone.result
-    names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
+    tensor = ir.tensor(array)
     value = ir.Value(
         name=None,
         type=ir.TensorType(tensor.dtype),
-        shape=ir.Shape(tensor.shape),
+        shape=ir.Shape(array.shape),
         const_value=tensor,
     )
-    if result.is_graph_output():
-        _keep_output(graph, result, value)
-    result.replace_all_uses_with(value)
+    if cone.result.is_graph_output():
+        _keep_output(graph, cone.result, value)
+    cone.result.replace_all_uses_with(value)
+    # Asked before the initializers go.
+    names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
     _remove_unused(graph, cone)
-    raw = sources.main(names, tensor.size)
-    return _register(graph, value, names, cone.op_types, len(cone.arithmetic), sources, raw)
+    return _register(graph, value, names, sources, cone)
 
 
 def _register(
-    graph: ir.Graph,
-    value: ir.Value,
-    names: list[str],
-    op_types: tuple[str, ...],
-    nodes: int,
-    sources: Sources,
-    raw: str | None,
+    graph: ir.Graph, value: ir.Value, names: list[str], sources: Sources, cone: Cone | None
 ) -> FoldedInitializer:
+    tensor = value.const_value
+    assert tensor is not None  # `find_cones` and `computed_from` take no other
+    raw = sources.main(names, tensor.size)
     users = using_modules(value)
-    value.name = folded_name(raw, users, _taken(graph))
-    assert value.const_value is not None
-    value.const_value.name = value.name
+    value.name = tensor.name = folded_name(raw, users, _taken(graph))
     _insert(graph, value, sources.positions.get(raw or ""), sources.positions)
-    shape = tuple(int(size) for size in value.const_value.shape)
-    module = users[0] if len(users) == 1 else value.name.rpartition(".")[0]
     return FoldedInitializer(
-        value.name, module, shape, tuple(names), op_types, nodes, is_weight(value)
+        name=value.name,
+        module=users[0] if len(users) == 1 else value.name.rpartition(".")[0],
+        shape=tensor.numpy().shape,
+        sources=tuple(names),
+        op_types=cone.op_types if cone else (),
+        nodes=len(cone.arithmetic) if cone else 0,
+        is_weight=is_weight(value),
     )
 
 

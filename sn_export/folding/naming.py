@@ -68,7 +68,7 @@ def _is_within(module: str, parent: str) -> bool:
 def _module_of(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
     if scopes is not None:  # ['', 'body', 'body.0', 'conv2d'], by the dynamo exporter
-        return str(([""] + ast.literal_eval(scopes)[:-1])[-1])
+        return str(["", *ast.literal_eval(scopes)[:-1]][-1])
     # "/body/body.0/conv/Conv", by the TorchScript exporter: parts of a container repeat its name.
     path = ""
     for part in (node.name or "").split("/")[1:-1]:

@@ -8,8 +8,9 @@ import onnx_ir as ir
 # (the gates of an LSTM, an expanded token), so on their own they are no sign of a
 # reparametrization, and the graph stays that of the plain network.
 LAYOUT = frozenset(
-    "Identity Reshape Flatten Squeeze Unsqueeze Transpose Expand Tile Slice Split Concat Gather "
-    "GatherElements GatherND Cast CastLike Pad DepthToSpace SpaceToDepth".split()
+    {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile"}
+    | {"Slice", "Split", "Concat", "Gather", "GatherElements", "GatherND", "Cast", "CastLike"}
+    | {"Pad", "DepthToSpace", "SpaceToDepth"}
 )
 # They give a shape, not a value: what follows does not depend on the weight.
 SHAPE_ONLY = frozenset({"Shape", "Size"})
@@ -29,12 +30,13 @@ _WEIGHT_INPUTS = {
     "RNN": (1, 2),
     "Gather": (0,),
 }
-_KEPT = frozenset(
-    # Another result at every run.
-    "RandomNormal RandomNormalLike RandomUniform RandomUniformLike Bernoulli Multinomial Dropout "
-    # A quantised weight is stored as integers: folding would make it four times as large.
-    "DequantizeLinear QuantizeLinear DynamicQuantizeLinear".split()
+# Another result at every run.
+_RANDOM = frozenset(
+    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
+    | {"Bernoulli", "Multinomial", "Dropout"}
 )
+# A quantised weight is stored as integers: folding would make it four times as large.
+_QUANTISING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
 _ONNX = ("", "ai.onnx")
 
 
@@ -42,7 +44,7 @@ def can_fold(node: ir.Node) -> bool:
     """Tell whether a node gives the same tensors whenever its inputs are the same."""
     return (
         node.domain in _ONNX
-        and node.op_type not in _KEPT
+        and node.op_type not in _RANDOM | _QUANTISING
         and not any(word in node.op_type for word in ("Sequence", "Optional"))
         and not any(
             attribute.is_ref()

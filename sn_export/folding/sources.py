@@ -30,7 +30,7 @@ class Sources:
     def of(self, value: ir.Value) -> list[str]:
         """Return the tensors that an initializer is made from, as far as its names tell."""
         origin = value.metadata_props.get(_FOLDED_FROM)
-        names = ast.literal_eval(origin) if origin else [value.name]
+        names = ast.literal_eval(origin) if origin else [str(value.name)]
         return [name for name in names if name in self._state]
 
     def is_weight(self, value: ir.Value) -> bool:
