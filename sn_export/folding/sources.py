@@ -66,6 +66,8 @@ class Sources:
         names = self.of(value)
         if value.metadata_props.get(_FOLDED_FROM) is not None:
             return names if names and not self._are_elements(tensor, names) else None
+        if _is_fused(value):
+            return None
         users = using_modules(value)
         near = [
             name
@@ -92,3 +94,11 @@ class Sources:
                 found = np.unique(index[missing[index] == values])
                 missing = np.delete(missing, found)
         return not len(missing)
+
+
+def _is_fused(value: ir.Value) -> bool:
+    # The TorchScript exporter fuses batch norm into convolutions, and renames their bias too.
+    return any(
+        len(node.inputs) > 2 and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
+        for node in value.consumers()
+    )
