@@ -1,0 +1,295 @@
+"""No exported graph keeps arithmetic on initializers alone, though the block cannot see it."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+import torch.nn.functional as F
+from export_models import EXPORTERS, assert_as_before, bare_export, small_net
+from fingerprint import fingerprint
+from onnx import numpy_helper
+from reparam_networks import (
+    DemodulatedConv,
+    EqualisedConv,
+    InlineLinear,
+    IteratingConv,
+    MixinConv,
+    StandardisedConv,
+    Tied,
+    stack,
+)
+from torch import Tensor, nn
+
+from sn_export import (
+    ExportReport,
+    ReparametrizationNotRecognisedWarning,
+    check_parity,
+    export_onnx,
+)
+
+_LAYERS = (MixinConv, IteratingConv, StandardisedConv, EqualisedConv)
+_SMALL, _REAL = (4, 6), (64, 256)
+
+
+def _picture(channels: int) -> Tensor:
+    return torch.randn(1, channels, 5, 5, generator=torch.Generator().manual_seed(7))
+
+
+def _export(model: nn.Module, x: Tensor, path: Path, exporter: str) -> ExportReport:
+    with pytest.warns(ReparametrizationNotRecognisedWarning):
+        return export_onnx(model, (x,), path, exporter=exporter)
+
+
+def _graph(path: Path) -> onnx.GraphProto:
+    return onnx.load(path).graph
+
+
+def _operators(path: Path) -> list[str]:
+    return [node.op_type for node in _graph(path).node]
+
+
+def _arrays(path: Path) -> dict[str, Any]:
+    return {i.name: numpy_helper.to_array(i) for i in _graph(path).initializer}
+
+
+@pytest.mark.parametrize("size", [_SMALL, _REAL], ids=["small", "real"])
+@pytest.mark.parametrize("layer", _LAYERS)
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_graph_is_that_of_the_plain_network(
+    tmp_path: Path, exporter: str, layer: type[nn.Conv2d], size: tuple[int, int]
+) -> None:
+    """Operators, initializer names and their order are those of plain convolutions."""
+    model = stack(layer, *size)
+    _export(model, _picture(size[0]), tmp_path / "net.onnx", exporter)
+    bare_export(stack(nn.Conv2d, *size).eval(), (_picture(size[0]),), tmp_path / "b.onnx", exporter)
+    assert _operators(tmp_path / "net.onnx") == _operators(tmp_path / "b.onnx")
+    assert _operators(tmp_path / "net.onnx") == ["Conv", "Relu", "Conv"]
+    assert list(_arrays(tmp_path / "net.onnx")) == list(_arrays(tmp_path / "b.onnx"))
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_without_the_net_the_arithmetic_stays(tmp_path: Path, exporter: str) -> None:
+    """A plain export keeps dozens of nodes, so the tests here test something."""
+    model = stack(MixinConv, *_REAL).eval()
+    bare_export(model, (_picture(64),), tmp_path / "b.onnx", exporter)
+    assert len(_operators(tmp_path / "b.onnx")) >= 35
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("layer", _LAYERS)
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_model_is_as_before(
+    tmp_path: Path, exporter: str, layer: type[nn.Conv2d], training: bool
+) -> None:
+    """Mode, parameters and buffers are the same objects and bits after folding."""
+    model = stack(layer, *_SMALL).train(training)
+    before = fingerprint(model)
+    _export(model, _picture(4), tmp_path / "net.onnx", exporter)
+    assert_as_before(before, model)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_value_is_the_one_of_an_eval_forward(tmp_path: Path, exporter: str) -> None:
+    """The initializer holds the weight of an eval forward, to rounding."""
+    model = stack(MixinConv, *_REAL).train()
+    model(_picture(64))
+    _export(model, _picture(64), tmp_path / "net.onnx", exporter)
+    wanted = model.eval()[0].W_().detach()
+    found = torch.from_numpy(_arrays(tmp_path / "net.onnx")["0.weight"].copy())
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_report_and_warning_say_what_was_folded(tmp_path: Path, exporter: str) -> None:
+    """Name, module, sources, operators and number of nodes are told, in the JSON too."""
+    with pytest.warns(ReparametrizationNotRecognisedWarning) as caught:
+        report = export_onnx(
+            stack(MixinConv, *_REAL), (_picture(64),), tmp_path / "net.onnx", exporter=exporter
+        )
+    assert len(caught) == 1
+    message = str(caught[0].message)
+    assert "'0.weight', '2.weight'" in message and "register_spectral_norm" in message
+    assert caught[0].filename == __file__
+    first, second = report.folded
+    assert (first.name, first.module, first.shape) == ("0.weight", "0", (256, 64, 3, 3))
+    assert (second.name, second.module) == ("2.weight", "2")
+    assert set(first.sources) == {"0.weight", "0.u0"}
+    assert {"MatMul", "Div"} <= set(first.op_types) and first.nodes == 16
+    assert first.is_weight
+    entry = json.loads(report.to_json())["folded"][0]
+    assert (entry["name"], entry["nodes"]) == ("0.weight", 16)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_proof_stands_for_the_published_file(tmp_path: Path, exporter: str) -> None:
+    """The published file passes the full check and a comparison of its own."""
+    model = stack(IteratingConv, *_REAL).eval()
+    path = tmp_path / "net.onnx"
+    assert _export(model, _picture(64), path, exporter).parity.passed
+    onnx.checker.check_model(str(path), full_check=True)
+    assert check_parity(model, path, [_picture(64)]).passed
+
+
+@pytest.mark.parametrize("wide", [8, 128])
+@pytest.mark.parametrize("rows", [(2,), (2, 3)], ids=["2d", "3d"])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_names_come_from_the_raw_tensor(
+    tmp_path: Path, exporter: str, rows: tuple[int, ...], wide: int
+) -> None:
+    """A weight of another name keeps it; the transposition goes with the arithmetic."""
+    model = nn.Sequential(InlineLinear(wide, wide))
+    with torch.no_grad():
+        model[0].offset.normal_()
+    path = tmp_path / "net.onnx"
+    report = _export(model, torch.randn(*rows, wide), path, exporter)
+    assert [entry.name for entry in report.folded] == ["0.kernel"]
+    assert list(_arrays(path)) == ["0.kernel", "0.offset"]
+    assert "Transpose" not in _operators(path)
+
+
+@pytest.mark.parametrize("channels", [4, 64])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_tied_weights_are_stored_once(tmp_path: Path, exporter: str, channels: int) -> None:
+    """A weight used in three places is one initializer, named after the module that holds it."""
+    path = tmp_path / "net.onnx"
+    report = _export(Tied(channels), _picture(channels), path, exporter)
+    arrays = _arrays(path)
+    assert list(arrays) == ["conv.weight", "conv.bias"]
+    assert {entry.module for entry in report.folded} == {"conv"}
+
+
+class _Wrapper(nn.Module):
+    """The SAGAN lineage: the layer's weight is moved to ``weight_bar``, and set at each call."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+        weight = module._parameters.pop("weight")
+        module.register_parameter("weight_bar", weight)
+        module.register_buffer("weight_u", F.normalize(torch.randn(weight.shape[0]), dim=0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        raw = self.module.weight_bar
+        matrix = raw.reshape(raw.shape[0], -1)
+        v = F.normalize(self.module.weight_u @ matrix, dim=0)
+        self.module.weight = raw / (self.module.weight_u @ (matrix @ v))
+        y: Tensor = self.module(x)
+        return y
+
+
+@pytest.mark.parametrize("size", [_SMALL, _REAL], ids=["small", "real"])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_wrapped_layer_has_the_plain_name(
+    tmp_path: Path, exporter: str, size: tuple[int, int]
+) -> None:
+    """``weight_bar`` becomes ``weight``; the raw tensor and u are no initializers."""
+    model = nn.Sequential(_Wrapper(nn.Conv2d(*size, 3)), nn.ReLU())
+    path = tmp_path / "net.onnx"
+    report = _export(model, _picture(size[0]), path, exporter)
+    assert set(_arrays(path)) == {"0.module.weight", "0.module.bias"}
+    assert report.folded[0].module == "0.module"
+
+
+@pytest.mark.parametrize("size", [_SMALL, _REAL], ids=["small", "real"])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_weights_that_depend_on_the_input_stay(
+    tmp_path: Path, exporter: str, size: tuple[int, int]
+) -> None:
+    """Demodulation is not folded: the file is byte for byte the exporter's own."""
+    model = stack(DemodulatedConv, *size).eval()
+    x = _picture(size[0])
+    report = export_onnx(model, (x,), tmp_path / "net.onnx", exporter=exporter)
+    bare_export(model, (x,), tmp_path / "b.onnx", exporter)
+    assert report.folded == ()
+    assert _operators(tmp_path / "net.onnx") == _operators(tmp_path / "b.onnx")
+    assert {"ReduceSum", "Mul"} <= set(_operators(tmp_path / "net.onnx"))
+
+
+def _batch_norm() -> nn.Sequential:
+    norm = nn.BatchNorm2d(4)
+    with torch.no_grad():
+        norm.running_mean.normal_()
+        norm.running_var.uniform_(0.5, 2)
+    return nn.Sequential(nn.Conv2d(4, 4, 3), norm, nn.ReLU())
+
+
+class _Token(nn.Module):
+    """A class token and positions, as vision transformers have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 1, 8))
+        self.positions = nn.Parameter(torch.randn(1, 4, 8))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1) + self.positions
+        y: Tensor = self.head(x)
+        return y
+
+
+class _Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(128, 128, bidirectional=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.lstm(x)[0]
+        return y
+
+
+_PLAIN = {
+    "batch norm": (_batch_norm, (2, 4, 5, 5)),
+    "token": (_Token, (2, 3, 8)),
+    "lstm": (_Recurrent, (3, 1, 128)),
+    "linear": (lambda: nn.Linear(128, 128), (2, 3, 128)),
+    "spectral norm": (lambda: small_net("none"), (2, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", _PLAIN)
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_plain_networks_are_not_touched(tmp_path: Path, exporter: str, name: str) -> None:
+    """Nothing is folded, renamed or warned of where the exporter merely moves values."""
+    build, shape = _PLAIN[name]
+    model, x = build().eval(), torch.randn(shape)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReparametrizationNotRecognisedWarning)
+        report = export_onnx(model, (x,), tmp_path / "net.onnx", exporter=exporter)
+    bare_export(model, (x,), tmp_path / "b.onnx", exporter)
+    assert report.folded == ()
+    ours, bare = _graph(tmp_path / "net.onnx"), _graph(tmp_path / "b.onnx")
+    # The inputs alone are named otherwise, as without the net.
+    assert [(n.op_type, n.output) for n in ours.node] == [(n.op_type, n.output) for n in bare.node]
+    assert [(i.name, i.raw_data) for i in ours.initializer] == [
+        (i.name, i.raw_data) for i in bare.initializer
+    ]
+
+
+def test_warning_as_an_error_publishes_nothing(tmp_path: Path) -> None:
+    """Whoever turns the warning into an error has no file, and the model as before."""
+    model = stack(MixinConv, *_SMALL)
+    before = fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", ReparametrizationNotRecognisedWarning)
+        with pytest.raises(ReparametrizationNotRecognisedWarning):
+            export_onnx(model, (_picture(4),), tmp_path / "net.onnx")
+    assert list(tmp_path.iterdir()) == []
+    assert_as_before(before, model)
+
+
+def test_external_data_holds_the_folded_weight(tmp_path: Path) -> None:
+    """The folded weight goes to the side file, and the raw one does not."""
+    model = nn.Sequential(MixinConv(64, 256, 3))
+    path = tmp_path / "net.onnx"
+    with pytest.warns(ReparametrizationNotRecognisedWarning):
+        export_onnx(model, (_picture(64),), path, external_data=True)
+    size = (tmp_path / "net.onnx.data").stat().st_size
+    weight = 4 * 256 * 64 * 9
+    assert weight <= size < weight + 65536 + 4 * 256 * 2
