@@ -22,15 +22,15 @@ _STATE = {"m.weight": _W, "m.gain": np.float32([0.5])}
 
 
 def _model(text: str, **initializers: NDArray[Any]) -> ir.Model:
-    model = ir.from_proto(onnx.parser.parse_model(f"{_HEAD} g {text}"))
-    renamed = {"w": "m.weight", "gain": "m.gain"}
+    proto = onnx.parser.parse_model(f"{_HEAD} g {text}")
     arrays = {"w": _STATE["m.weight"], "gain": _STATE["m.gain"]} | initializers
-    for name, array in arrays.items():
-        value = model.graph.initializers.get(name)
-        if value is not None:
-            value.const_value = ir.tensor(array, name=name)
-            value.shape, value.dtype = ir.Shape(array.shape), value.const_value.dtype
-            value.name = renamed.get(name, name)
+    declared = [info.name for info in (*proto.graph.value_info, *proto.graph.input)]
+    for name in arrays:
+        if name in declared:
+            proto.graph.initializer.append(ir.to_proto(ir.tensor(arrays[name], name=name)))
+    model = ir.from_proto(proto)
+    for name, value in list(model.graph.initializers.items()):
+        value.name = {"w": "m.weight", "gain": "m.gain"}.get(name, name)
     return model
 
 
@@ -154,8 +154,12 @@ def test_shared_cone_is_folded_once_for_each_result() -> None:
         "(float[3,4] x) => (float[3,4] y) <float[3,4] w>"
         "{ s = Exp(w) t = Sqrt(s) a = Mul(x, s) y = Mul(a, t) }"
     )
-    assert _fold(model) == ["m.weight_folded", "m.weight"]
+    x = np.ones((3, 4), dtype=np.float32)
+    before = _run(model, x)
+    assert _fold(model) == ["m.weight", "m.weight_folded"]
     assert _operators(model) == ["Mul", "Mul"]
+    assert list(model.graph.initializers) == ["m.weight", "m.weight_folded"]
+    np.testing.assert_allclose(_run(model, x)[0], before[0], rtol=1e-6)
 
 
 def test_output_of_the_model_keeps_its_name() -> None:

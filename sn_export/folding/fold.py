@@ -69,14 +69,18 @@ def fold_initializers(
         for value in list(graph.initializers.values())
         if is_weight(value) and (names := sources.computed_from(value)) is not None
     ]
-    for cone in find_cones(graph, sources.is_weight):
-        try:
-            array = evaluate(cone, model)
-        except Exception as error:
-            _logger.warning("cannot fold '%s': %s", cone.result.name, error)
-            continue
-        folded.append(_replace(graph, cone, array, sources))
+    # All are evaluated before the graph is changed: one cone may hold another's result.
+    values = [(cone, _value(cone, model)) for cone in find_cones(graph, sources.is_weight)]
+    folded += [_replace(graph, cone, array, sources) for cone, array in values if array is not None]
     return tuple(folded)
+
+
+def _value(cone: Cone, model: ir.Model) -> NDArray[Any] | None:
+    try:
+        return evaluate(cone, model)
+    except Exception as error:
+        _logger.warning("cannot fold '%s': %s", cone.result.name, error)
+        return None
 
 
 def _rename(
@@ -146,10 +150,13 @@ def _keep_output(graph: ir.Graph, output: ir.Value, value: ir.Value) -> None:
 
 def _remove_unused(graph: ir.Graph, cone: Cone) -> None:
     for node in reversed(cone.nodes):
-        if not any(out.uses() or out.is_graph_output() for out in node.outputs):
+        # An earlier result may have taken it along.
+        if node.graph is not None and not any(
+            out.uses() or out.is_graph_output() for out in node.outputs
+        ):
             graph.remove(node, safe=True)
     for value in cone.initializers:
-        if not value.uses() and not value.is_graph_output():
+        if value.is_initializer() and not value.uses() and not value.is_graph_output():
             del graph.initializers[str(value.name)]
 
 

@@ -70,8 +70,9 @@ def _module_of(node: ir.Node) -> str:
     if scopes is not None:  # ['', 'body', 'body.0', 'conv2d'], by the dynamo exporter
         return str(["", *ast.literal_eval(scopes)[:-1]][-1])
     # "/body/body.0/conv/Conv", by the TorchScript exporter: parts of a container repeat its name.
-    path = ""
+    path = before = ""
     for part in (node.name or "").split("/")[1:-1]:
-        last = path.rpartition(".")[2]
-        path = path + part.removeprefix(last) if part.startswith(last + ".") else joined(path, part)
+        nested = before and part.startswith(before + ".")
+        path = path.removesuffix(before) + part if nested else joined(path, part)
+        before = part
     return path
