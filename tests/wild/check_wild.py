@@ -53,9 +53,8 @@ def main() -> int:
             with torch.no_grad():
                 model.train()(*args)
         except Exception as error:
-            print(
-                f"| {package} {version(package)} | {name} | | cannot be built: {_short(error)} | | |"
-            )
+            told = f"cannot be built: {_short(error)}"
+            print(f"| {package} {version(package)} | {name} | | {told} | | |")
             failed.append(name)
             continue
         cells = [f"{package} {version(package)}", name, str(len(find_spectral_norm(model)))]
