@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,14 @@ from torch import nn
 from .case_file import Case, opened_case
 from .errors import ExportError
 from .onnx_session import DEFAULT_PROVIDERS, named_inputs, open_session
-from .parity import ParityReport, Reference, add_results, require_tolerances, running_errors
+from .parity import (
+    ParityReport,
+    Reference,
+    add_results,
+    require_tolerances,
+    results,
+    running_errors,
+)
 from .tolerances import Tolerance, tolerance_of
 
 
@@ -76,7 +83,7 @@ def check_case(
             feed = dict(zip(known, inputs, strict=True))
             add_results(running, session, feed, label, outputs)
     return ParityReport(
-        tuple(state.result() for state in running),
+        results(running),
         len(case.sets),
         tuple(session.get_providers()),
     )
@@ -88,14 +95,14 @@ def case_of(
     references: Sequence[Reference],
     rtol: Tolerance,
     atol: Tolerance,
-    by_position: bool,
+    input_names: Mapping[str, str] | None,
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
     inputs = tuple(entry.name for entry in session.get_inputs())
     outputs = tuple(entry.name for entry in session.get_outputs())
     sets = []
     for reference in references:
-        feed = named_inputs(model, session, reference.inputs, by_position)
+        feed = named_inputs(model, session, reference.inputs, input_names)
         sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
     return Case(
         inputs,

@@ -6,7 +6,7 @@ on the other, for one input set. It holds every activation of that input set, on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def locate(
     inputs: InputSet,
     strictness: Strictness,
     providers: Sequence[str],
-    by_position: bool = False,
+    input_names: Mapping[str, str] | None = None,
     failed: bool = True,
 ) -> Divergence:
     """Compare every module's output on ``inputs``, and say where the file and the model part.
@@ -78,7 +78,7 @@ def locate(
         inputs: the input set.
         strictness: the tolerances for all modules.
         providers: onnxruntime execution providers.
-        by_position: whether a user chose the names of the file's inputs.
+        input_names: as for `named_inputs`.
         failed: whether the outputs are known to differ.
     """
     try:
@@ -90,7 +90,7 @@ def locate(
     outputs = [output.name for output in file.graph.output]
     try:
         session = open_session(path, providers, _with_all_values(file))
-        feed = named_inputs(model, session, inputs, by_position)
+        feed = named_inputs(model, session, inputs, input_names)
         names = _made_values(file)
         tensors = run_session(session, feed, inputs.label, [*names, *outputs])
     except (ExportError, ValueError, EncodeError, MemoryError) as error:

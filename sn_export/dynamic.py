@@ -1,9 +1,7 @@
-"""Dynamic shapes: which dimensions vary, to which sizes, and what each exporter calls them."""
+"""Dynamic shapes: which dimensions vary, and what each exporter calls them."""
 
 from __future__ import annotations
 
-import inspect
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .samples import InputSet, random_like
+from .samples import InputSet, bound_arguments, flat_arguments, keyword_parameter
+from .structure import is_record, record_fields
 
-_SEED = 1
 _FAR = 1 << 30
+_Dim = torch.export.Dim
+_FORMS = "a Dim, Dim.AUTO, Dim.DYNAMIC, a name, the size itself, or None"
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class DynamicDim:
 
     Attributes:
         tensor: name of the input tensor, as `InputSet.named_tensors` gives it.
-        position: index of the dimension.
+        position: index of the dimension, from 0.
         root: what it varies with; dimensions of one root vary together.
         size: its size in the example.
         spec: the entry of ``dynamic_shapes``.
@@ -37,8 +37,13 @@ class DynamicDim:
 
     @property
     def range(self) -> tuple[int, int]:
-        """Smallest and largest size that the spec allows."""
+        """Smallest and largest size of the root that the spec allows."""
         return _bound(self.spec, "min", 1), _bound(self.spec, "max", _FAR)
+
+    @property
+    def is_promised(self) -> bool:
+        """Whether the user names it; ``Dim.AUTO`` leaves it to the exporter."""
+        return _hint(self.spec) != "AUTO"
 
     def size_for(self, root_size: int) -> int:
         """Return the size when the root has ``root_size`` (they differ for ``2 * dim``)."""
@@ -60,101 +65,189 @@ def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> li
         example: the example input.
         dynamic_shapes: as `torch.export.export` takes it: by parameter name, or in the order
             of the arguments; nested like the inputs; for each tensor a dict or a sequence of
-            `torch.export.Dim`, ``Dim.AUTO``, ``Dim.DYNAMIC``, a name, or None.
+            `torch.export.Dim`, ``Dim.AUTO``, ``Dim.DYNAMIC``, a name, the size itself, or None.
+            What is left out is fixed. Dimensions may be counted from the end.
+
+    Raises:
+        TypeError: for an entry of another type.
+        ValueError: for an input or a dimension that does not exist, a sequence of another length,
+            a fixed size other than the example's, or a size outside its range.
     """
     if not dynamic_shapes:
         return []
-    named = {id(tensor): name for name, tensor in example.named_tensors(model)}
-    arguments: dict[str, Any] = dict(example.kwargs)
-    names = _positional_names(model, len(example.args))
-    arguments = dict(zip(names, example.args, strict=True)) | arguments
-    if isinstance(dynamic_shapes, Mapping):
-        pairs = [(arguments.get(name), spec) for name, spec in dynamic_shapes.items()]
-    else:
-        pairs = list(zip(arguments.values(), dynamic_shapes, strict=False))
+    names = [name for name, _ in example.named_tensors(model)]
+    declared: dict[str, dict[int, Any]] = {}
+    for name, value, spec in _by_argument(model, example, dynamic_shapes):
+        declared.update(_declared(name, value, spec))
     found = []
-    for value, spec in pairs:
-        for tensor, position, entry in _declared(value, spec):
-            if not _is_static(entry):
-                size = int(tensor.shape[position])
-                root = _root(entry, size)
-                found.append(DynamicDim(named[id(tensor)], position, root, size, entry))
+    for name, tensor in example.named_tensors(model):
+        for position, entry in declared.get(name, {}).items():
+            size = int(tensor.shape[position])
+            dim = DynamicDim(name, position, _root(entry, size), size, entry)
+            _require_in_range(dim)
+            found.append(dim)
+    assert set(declared) <= set(names)
     return found
 
 
-def resized_sets(
-    model: nn.Module, example: InputSet, dims: Sequence[DynamicDim]
-) -> Iterator[InputSet]:
-    """Yield random inputs like ``example`` with other sizes, each root varied, sizes in range.
-
-    A larger, an odd and a smaller size, while there are such; the model may reject some.
-    """
+def flat_shapes(
+    names: Sequence[str], dims: Sequence[DynamicDim]
+) -> tuple[dict[int, Any] | None, ...] | None:
+    """Return the dimensions as `torch.export.export` takes them, for each of these tensors."""
     if not dims:
-        return
-    roots: dict[str, list[DynamicDim]] = {
-        root: list(group)
-        for root, group in itertools.groupby(sorted(dims, key=lambda d: d.root), lambda d: d.root)
-    }
-    generator = torch.Generator().manual_seed(_SEED)
-    names = {id(tensor): name for name, tensor in example.named_tensors(model)}
-    seen: set[tuple[int, ...]] = set()
-    for change in (
-        lambda n: 2 * n + 1,
-        lambda n: n + 1,
-        lambda n: 2 * n,
-        lambda n: n - 1,
-    ):
-        sizes = {root: _clamped(group, change) for root, group in roots.items()}
-        if tuple(sizes.values()) in seen or all(
-            sizes[root] == group[0].root_size() for root, group in roots.items()
-        ):
-            continue
-        seen.add(tuple(sizes.values()))
-        wanted = {(d.tensor, d.position): d.size_for(sizes[d.root]) for d in dims}
-
-        def resize(tensor: Tensor, wanted: dict[tuple[str, int], int] = wanted) -> Tensor:
-            name = names[id(tensor)]
-            shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
-            return random_like(_stretched(tensor, shape), generator)
-
-        label = "size " + ", ".join(f"{root}={size}" for root, size in sizes.items())
-        yield example.map(resize, label)
+        return None
+    shapes: dict[str, dict[int, Any]] = {}
+    for dim in dims:
+        shapes.setdefault(dim.tensor, {})[dim.position] = dim.spec
+    return tuple(shapes.get(name) for name in names)
 
 
-def dynamic_axes(dims: Sequence[DynamicDim]) -> dict[str, dict[int, str]]:
-    """Return the dimensions as the TorchScript exporter takes them."""
+def dynamic_axes(names: Mapping[str, str], dims: Sequence[DynamicDim]) -> dict[str, dict[int, str]]:
+    """Return the dimensions as the TorchScript exporter takes them.
+
+    Args:
+        names: what each tensor is called in the file.
+        dims: the dynamic dimensions.
+    """
     axes: dict[str, dict[int, str]] = {}
     for dim in dims:
         name = getattr(dim.spec, "__name__", dim.root)
-        axes.setdefault(dim.tensor, {})[dim.position] = _identifier(str(name))
+        axes.setdefault(names[dim.tensor], {})[dim.position] = _identifier(str(name))
     return axes
 
 
-def _declared(value: Any, spec: Any) -> Iterator[tuple[Tensor, int, Any]]:
-    if spec is None or value is None:
-        return
+def _by_argument(
+    model: nn.Module, example: InputSet, dynamic_shapes: Any
+) -> Iterator[tuple[str, Any, Any]]:
+    arguments = flat_arguments(model, example)
+    if isinstance(dynamic_shapes, Mapping):
+        bound, collected = bound_arguments(model, example), keyword_parameter(model)
+        for name, spec in dynamic_shapes.items():
+            if name in arguments:
+                yield name, arguments[name], spec
+            elif name == collected and isinstance(spec, Mapping):
+                for key, inner in spec.items():
+                    _require_known(f"{name}[{key!r}]", key in bound.get(name, {}), arguments)
+                    yield key, arguments[key], inner
+            else:
+                # A parameter that the example leaves at its default has nothing to vary.
+                _require_known(repr(name), False, arguments)
+    elif isinstance(dynamic_shapes, (tuple, list)):
+        if len(dynamic_shapes) > len(arguments):
+            raise ValueError(
+                f"dynamic_shapes has {len(dynamic_shapes)} entries, the example input "
+                f"{len(arguments)}: {', '.join(arguments)}"
+            )
+        for (name, value), spec in zip(arguments.items(), dynamic_shapes, strict=False):
+            yield name, value, spec
+    else:
+        raise TypeError(
+            "dynamic_shapes must be a dict by parameter name or a sequence in the order of the "
+            f"arguments, got {type(dynamic_shapes).__name__}"
+        )
+
+
+def _require_known(name: str, is_known: bool, arguments: Mapping[str, Any]) -> None:
+    if not is_known:
+        raise ValueError(
+            f"dynamic_shapes names the input {name}, which the example input does not have; "
+            f"it has {', '.join(arguments)}"
+        )
+
+
+def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
+    """Return the dynamic dimensions of each tensor in ``value``."""
+    if spec is None:
+        return {}
     if isinstance(value, Tensor):
-        entries = spec.items() if isinstance(spec, Mapping) else enumerate(spec)
-        for position, entry in entries:
-            yield value, int(position) % max(value.ndim, 1), entry
-    elif isinstance(value, Mapping) and isinstance(spec, Mapping):
-        for key, inner in spec.items():
-            yield from _declared(value.get(key), inner)
-    elif isinstance(value, (tuple, list)) and isinstance(spec, (tuple, list)):
-        for item, inner in zip(value, spec, strict=False):
-            yield from _declared(item, inner)
+        entries = {
+            position: entry
+            for position, entry in _entries(name, value, spec)
+            if not _is_fixed(f"dimension {position} of '{name}'", entry, value.shape[position])
+        }
+        return {name: entries}
+    content = record_fields(value) if is_record(value) else value
+    if isinstance(content, Mapping) and isinstance(spec, Mapping):
+        unknown = [key for key in spec if key not in content]
+        if unknown:
+            raise ValueError(
+                f"dynamic_shapes of '{name}' has the key {unknown[0]!r}, the input "
+                f"{', '.join(map(repr, content))}"
+            )
+        pairs = [(key, content[key], inner) for key, inner in spec.items()]
+    elif isinstance(content, (tuple, list)) and isinstance(spec, (tuple, list)):
+        if len(content) != len(spec):
+            raise ValueError(
+                f"dynamic_shapes of '{name}' has {len(spec)} entries, the input {len(content)}"
+            )
+        fields = getattr(content, "_fields", range(len(content)))
+        pairs = list(zip(fields, content, spec, strict=True))
+    elif not isinstance(content, (Mapping, tuple, list)):
+        raise ValueError(f"dynamic_shapes names '{name}', which is no tensor but {value!r}")
+    else:
+        raise TypeError(
+            f"dynamic_shapes of '{name}' must be nested like the input, a "
+            f"{type(value).__name__}, got {type(spec).__name__}"
+        )
+    found: dict[str, dict[int, Any]] = {}
+    for key, item, inner in pairs:
+        found.update(_declared(f"{name}_{key}", item, inner))
+    return found
 
 
-def _positional_names(model: nn.Module, count: int) -> list[str]:
-    try:
-        parameters = list(inspect.signature(model.forward).parameters)
-    except (TypeError, ValueError):
-        parameters = []
-    return (parameters + [f"input_{i}" for i in range(len(parameters), count)])[:count]
+def _entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
+    if isinstance(spec, Mapping):
+        for position, entry in spec.items():
+            is_index = isinstance(position, int) and not isinstance(position, bool)
+            if not is_index or not -tensor.ndim <= position < tensor.ndim:
+                raise ValueError(
+                    f"dynamic_shapes names dimension {position!r} of '{name}', whose shape is "
+                    f"{tuple(tensor.shape)}"
+                )
+            yield position % tensor.ndim, entry
+    elif isinstance(spec, (tuple, list)):
+        if len(spec) != tensor.ndim:
+            raise ValueError(
+                f"dynamic_shapes of '{name}' has {len(spec)} entries, its shape is "
+                f"{tuple(tensor.shape)}"
+            )
+        yield from enumerate(spec)
+    else:
+        raise TypeError(
+            f"dynamic_shapes of '{name}' must be a dict by dimension, a sequence for all "
+            f"dimensions, or None, got {spec!r}"
+        )
 
 
-def _is_static(entry: Any) -> bool:
-    return entry is None or isinstance(entry, int) or entry == torch.export.Dim.STATIC
+def _is_fixed(where: str, entry: Any, size: int) -> bool:
+    if entry is None or _hint(entry) == "STATIC":
+        return True
+    if isinstance(entry, bool) or not (
+        isinstance(entry, (int, str, _Dim)) or _hint(entry) in ("AUTO", "DYNAMIC")
+    ):
+        raise TypeError(f"dynamic_shapes of {where} must be {_FORMS}, got {entry!r}")
+    if isinstance(entry, int):
+        if entry != size:
+            raise ValueError(f"dynamic_shapes fixes {where} at {entry}, the example has {size}")
+        return True
+    if entry == "":
+        raise ValueError(f"dynamic_shapes of {where} must be {_FORMS}, got an empty name")
+    return False
+
+
+def _require_in_range(dim: DynamicDim) -> None:
+    low, high = dim.range
+    if not low <= dim.root_size() <= high:
+        raise ValueError(
+            f"dimension {dim.position} of '{dim.tensor}' is {dim.size} in the example, outside "
+            f"the range {low} to {high} of {dim.root}"
+        )
+
+
+def _hint(entry: Any) -> str:
+    """Return AUTO, DYNAMIC or STATIC for what is no `torch.export.Dim` of its own."""
+    kind = getattr(entry, "type", None)
+    return str(getattr(kind, "name", ""))
 
 
 def _root(entry: Any, size: int) -> str:
@@ -168,22 +261,6 @@ def _root(entry: Any, size: int) -> str:
 def _bound(spec: Any, name: str, default: int) -> int:
     value = getattr(getattr(spec, "root", spec), name, None)
     return default if not isinstance(value, int) else value
-
-
-def _clamped(group: Sequence[DynamicDim], change: Any) -> int:
-    low = max([1, *(dim.range[0] for dim in group)])
-    high = min(dim.range[1] for dim in group)
-    return max(low, min(high, int(change(group[0].root_size()))))
-
-
-def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    # Only range, dtype and device matter to random_like; every value is seen at least once.
-    index = tensor.detach()
-    for position, size in enumerate(shape):
-        old = index.shape[position]
-        if old != size and old > 0:
-            index = index.index_select(position, torch.arange(size, device=index.device) % old)
-    return index
 
 
 def _identifier(name: str) -> str:

@@ -3,42 +3,47 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import json
 import logging
-import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
 from .case_file import write_case
 from .cases import case_of
-from .dynamic import dynamic_dims, resized_sets
-from .errors import ExportError, ReparametrizationNotRecognisedWarning, SnExportError
+from .dynamic import DynamicDim, dynamic_dims
+from .errors import (
+    ExportError,
+    ParityError,
+    ReparametrizationNotRecognisedWarning,
+    SnExportError,
+)
 from .folding import FoldedInitializer
 from .freezing import (
-    SpectralNormInfo,
     described,
     frozen_spectral_norm,
     require_module,
     with_exact_sigma,
 )
+from .interface import names_of_inputs, names_of_outputs
 from .metadata import file_metadata, require_metadata, require_source
 from .onnx_file import (
+    EXPORTERS,
     Exporter,
     ExportOptions,
     ExternalData,
+    Written,
     publish,
     workspace,
     write_onnx,
 )
+from .opset import require_opset
 from .parity import (
     ParityReport,
     Reference,
@@ -50,56 +55,16 @@ from .parity import (
     run_reference,
 )
 from .preserving import Preserved, preserved
+from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets
+from .sizes import require_dynamic, resized_references
 from .tolerances import Tolerance
+
+__all__ = ["ExportReport", "export_onnx", "versions"]
 
 _logger = logging.getLogger("sn_export")
 _NAMED = 5  # how many weights a warning names
-_RESIZED = 2  # how many other sizes are proved where shapes are dynamic
-REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
-
-
-@dataclass(frozen=True)
-class ExportReport:
-    """What `export_onnx` made, and the proof.
-
-    Attributes:
-        path: the ONNX file.
-        exporter: ``"dynamo"`` or ``"torchscript"``.
-        opset: version of the default opset in the file.
-        parity: the comparison of the file with the unfrozen model.
-        frozen: the tensors under spectral norm, as they were found.
-        versions: versions of sn_export and of the packages that made and ran the file.
-        metadata: what was written to the file's ``metadata_props``.
-        folded: initializers that replace arithmetic which depends on initializers alone: weights
-            that modules compute in a way the block does not know.
-    """
-
-    path: Path
-    exporter: Exporter
-    opset: int
-    parity: ParityReport
-    frozen: tuple[SpectralNormInfo, ...]
-    versions: Mapping[str, str] = field(default_factory=dict)
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    folded: tuple[FoldedInitializer, ...] = ()
-
-    def to_json(self, indent: int | None = 2) -> str:
-        """Return the report as JSON text; NaN and infinities become null and strings.
-
-        ``sn_export/report.schema.json`` describes it; ``"schema"`` is the version of that.
-        """
-        content = {"schema": REPORT_SCHEMA, **dataclasses.asdict(self)}
-        content["path"] = str(self.path)
-        content["parity"] = self.parity.content()
-        return json.dumps(_plain(content), indent=indent, allow_nan=False)
-
-    def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
-        """Write the report as ``.json``, ``.html`` or ``.md``; see `sn_export.reporting`."""
-        from .reporting import save_report  # its templates take a moment to load
-
-        return save_report(self, path, command=command)
 
 
 def export_onnx(
@@ -108,7 +73,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
-    exporter: Exporter = "dynamo",
+    exporter: Exporter | Literal["auto"] = "auto",
     opset_version: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -145,12 +110,17 @@ def export_onnx(
         path: the ONNX file to write; its folder must exist. External data goes to
             ``<path>.data``.
         kwargs: keyword arguments of the example call.
-        exporter: ``"dynamo"`` (torch.export) or ``"torchscript"`` (tracing).
-        opset_version: version of the ONNX opset; torch's default where None.
-        input_names: names of the inputs in the file, by default those of the forward's
-            parameters.
-        output_names: names of the outputs in the file, by default the exporter's.
-        dynamic_shapes: as for `torch.export.export`.
+        exporter: ``"dynamo"`` (torch.export), ``"torchscript"`` (tracing), or ``"auto"``: the
+            first, and the second where the first cannot export or its file does not prove.
+        opset_version: version of the ONNX opset, from 17 to the newest that both exporters and
+            onnxruntime take; torch's default where None.
+        input_names: names of the first inputs in the file, or all; by default those of the
+            forward's parameters, nested ones joined (``pair_0``).
+        output_names: names of the first outputs, or all; by default from the structure of the
+            output: ``output``, ``output_0`` and on, or its keys and fields. What is no tensor
+            in the output is left out.
+        dynamic_shapes: as for `torch.export.export`, for both exporters; what is left out is
+            fixed. The proof runs at the smallest, an odd and a larger size.
         external_data: whether weights go to a side file; ``"auto"`` does it past 2 GB.
         rtol: relative tolerance; by default by dtype, see `sn_export.tolerances`. A mapping
             gives it by name or position of outputs; the others have the default.
@@ -176,13 +146,14 @@ def export_onnx(
 
     Raises:
         TypeError: for a model that is no module, or arguments of a wrong type.
-        ValueError: for an option outside its range, or a tolerance for an output that the file
-            does not have.
+        ValueError: for an option outside its range, dynamic shapes or names that do not fit the
+            inputs or outputs, or a tolerance for an output that the file does not have.
         FileNotFoundError: if the folder of ``path`` or ``save_case``, or the file ``source``,
             does not exist.
         FreezeError: if a tensor cannot be frozen.
         SnExportError: if the model rejects an input.
-        ExportError: if torch cannot export the model, or onnxruntime not run the file.
+        ExportError: if torch cannot export the model, or onnxruntime not run the file; if a
+            dimension that is declared dynamic by name takes one size only.
         ParityError: if outputs differ, or are NaN. No file is written then.
 
     Warns:
@@ -191,64 +162,166 @@ def export_onnx(
     """
     require_module(model)
     target = _require_target(path)
-    _require_options(exporter, samples, external_data, opset_version)
+    exporters = _require_options(exporter, samples, external_data)
+    require_opset(opset_version)
     require_tolerances(rtol, atol, output_names)
     require_providers(providers)
     require_metadata(metadata)
     case = _require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
-    example = InputSet(_as_args(args), dict(kwargs or {}), "the example input")
-    own = as_input_sets(inputs, len(example.args), "inputs")
+    # A copy, in which no tensor stands twice.
+    example = InputSet(_as_args(args), dict(kwargs or {}), "the example input").clone()
+    example = example.in_order(model)
+    own = as_input_sets(inputs, len(example.args), "inputs", example)
     dims = dynamic_dims(model, example, dynamic_shapes)
+    names = names_of_inputs(model, example, input_names)
     frozen = tuple(described(model))  # the block itself warns
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
-    made = file_metadata(exporter, versions(), frozen, checkpoint, metadata)
-    options = ExportOptions(
-        exporter,
-        opset_version,
-        list(input_names) if input_names is not None else None,
-        list(output_names) if output_names is not None else None,
-        dynamic_shapes,
-        dims,
-        external_data,
-        verbose,
-        made,
-    )
-    with preserved(model) as state, workspace(target) as draft:
-        references = [run_reference(model, state, example)]
+    with preserved(model) as state, contextlib.ExitStack() as stack:
+        first = run_reference(model, state, example)
         state.settle()
+        outputs = names_of_outputs(model, first.paths, output_names, list(names.values()))
         _logger.info("running the reference")
+        references = [first]
         for one in (*random_sets(example, samples), *own):
             references.append(_run_further(model, state, one))
-        references += _run_resized(model, state, resized_sets(model, example, dims))
-        _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
-        try:
-            with frozen_spectral_norm(model):
-                opset, folded = write_onnx(model, example, options, draft)
-        except OSError as error:
-            raise ExportError(f"cannot write '{target}': {error.strerror}") from error
-        state.reset()
-        _logger.info("comparing %d input sets with onnxruntime", len(references))
-        session = open_session(draft, providers)
-        runnable = _runnable(session, model, references)
-        named = input_names is not None
-        parity = compare(model, session, runnable, rtol, atol, named)
-        saved = case_of(model, session, runnable, rtol, atol, named) if case else None
-        del session
-        if per_module or not parity.passed:
-            _logger.info("comparing module by module")
-            parity = explained(parity, model, state, draft, runnable, rtol, atol, named)
-        parity.require_passed(f"the file made by the {exporter} exporter")
-        _warn_of_folded(folded)
-        with contextlib.ExitStack() as stack:
-            beside = []
-            if saved is not None and case is not None:
-                beside = [(stack.enter_context(workspace(case)), case)]
-                write_case(beside[0][0], saved)
-            publish(draft, target, beside)
+        references += resized_references(
+            model, example, dims, lambda one: run_reference(model, state, one)
+        )
+        proof = _Proof(model, state, names, dims, tuple(providers), rtol, atol, per_module)
+        other = next((e for e in EXPORTERS if e not in exporters), None)
+        made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
+        for chosen in exporters:
+            draft = stack.enter_context(workspace(target))
+            props = file_metadata(chosen, versions(), frozen, checkpoint, metadata)
+            options = ExportOptions(
+                opset_version, names, outputs, dims, external_data, verbose, props
+            )
+            _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
+            try:
+                written = _write(proof, first, chosen, options, draft, target, other)
+                parity = proof.of(draft, references, chosen)
+            except (ExportError, ParityError) as error:
+                attempts.append((chosen, error))
+                if _is_hopeless(error):
+                    break
+                _logger.info("not with %s: %s", chosen, error)
+            else:
+                made = chosen
+                break
+        if made is None:
+            _raise(attempts)
+        _warn_of_folded(written.folded)
+        beside = []
+        if case is not None:
+            beside = [(stack.enter_context(workspace(case)), case)]
+            session = open_session(draft, providers)
+            runnable = proof.runnable(session, references)
+            write_case(beside[0][0], case_of(model, session, runnable, rtol, atol, names))
+            del session
+        publish(draft, target, beside)
     _logger.info("wrote %s", target)
-    return ExportReport(target, exporter, opset, parity, frozen, dict(versions()), made, folded)
+    return ExportReport(
+        target,
+        made,
+        written.opset,
+        parity,
+        frozen,
+        dict(versions()),
+        props,
+        written.folded,
+        tuple(Attempt(tried, str(error)) for tried, error in attempts),
+        written.program,
+    )
+
+
+@dataclass(frozen=True)
+class _Proof:
+    """What a file is held against."""
+
+    model: nn.Module
+    state: Preserved
+    input_names: Mapping[str, str]
+    dims: Sequence[DynamicDim]
+    providers: Sequence[str]
+    rtol: Tolerance
+    atol: Tolerance
+    per_module: bool
+
+    def of(self, draft: Path, references: Sequence[Reference], exporter: Exporter) -> ParityReport:
+        """Return the proof of a file, or raise a ParityError or ExportError."""
+        _logger.info("comparing %d input sets with onnxruntime", len(references))
+        session = open_session(draft, self.providers)
+        require_dynamic(self._shapes(session), self.dims)
+        runnable = self.runnable(session, references)
+        tolerances = self.rtol, self.atol
+        parity = compare(self.model, session, runnable, *tolerances, self.input_names)
+        del session
+        if self.per_module or not parity.passed:
+            _logger.info("comparing module by module")
+            parity = explained(
+                parity, self.model, self.state, draft, runnable, *tolerances, self.input_names
+            )
+        parity.require_passed(f"the file made by the {exporter} exporter")
+        return parity
+
+    def runnable(self, session: Any, references: Sequence[Reference]) -> list[Reference]:
+        """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
+        shapes = self._shapes(session)
+        kept = []
+        for reference in references:
+            named = reference.inputs.named_tensors(self.model)
+            fixed = reference.inputs.label.startswith("size ") and any(
+                isinstance(wanted, int) and wanted != size
+                for name, tensor in named
+                for wanted, size in zip(shapes.get(name, ()), tensor.shape, strict=False)
+            )
+            if fixed:
+                _logger.info("the file has fixed shapes; not run at %s", reference.inputs.label)
+            else:
+                kept.append(reference)
+        return kept
+
+    def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
+        shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+        return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
+
+
+def _write(
+    proof: _Proof,
+    reference: Reference,
+    exporter: Exporter,
+    options: ExportOptions,
+    draft: Path,
+    target: Path,
+    other: Exporter | None,
+) -> Written:
+    try:
+        with frozen_spectral_norm(proof.model):
+            return write_onnx(proof.model, reference, exporter, options, draft, other)
+    except OSError as error:
+        raise ExportError(f"cannot write '{target}': {error.strerror}") from error
+    finally:
+        proof.state.reset()
+
+
+def _is_hopeless(error: ExportError | ParityError) -> bool:
+    """Whether no other exporter can do better."""
+    if isinstance(error, ParityError):
+        return error.divergence is not None and not error.divergence.is_deterministic
+    return isinstance(error.__cause__, OSError)
+
+
+def _raise(attempts: Sequence[tuple[Exporter, ExportError | ParityError]]) -> NoReturn:
+    errors = [error for _, error in attempts]
+    if len(errors) == 1:
+        raise errors[0]
+    text = "\n".join(str(error) for error in errors)
+    differing = next((error for error in errors if isinstance(error, ParityError)), None)
+    if differing is not None:
+        raise ParityError(text, differing.report) from errors[0]
+    raise ExportError(text) from errors[0]
 
 
 def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
@@ -290,36 +363,6 @@ def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Refere
         ) from error.__cause__
 
 
-def _run_resized(model: nn.Module, state: Preserved, candidates: Any) -> list[Reference]:
-    references: list[Reference] = []
-    for candidate in candidates:
-        if len(references) == _RESIZED:
-            break
-        try:
-            references.append(run_reference(model, state, candidate))
-        except SnExportError as error:  # the model's own limit, not the exporter's
-            _logger.info("not proved at %s: %s", candidate.label, error)
-    return references
-
-
-def _runnable(session: Any, model: nn.Module, references: list[Reference]) -> list[Reference]:
-    """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
-    shapes = [entry.shape for entry in session.get_inputs()]
-    kept = []
-    for reference in references:
-        tensors = [tensor for _, tensor in reference.inputs.named_tensors(model)]
-        fixed = reference.inputs.label.startswith("size ") and any(
-            isinstance(wanted, int) and wanted != size
-            for shape, tensor in zip(shapes, tensors, strict=False)
-            for wanted, size in zip(shape, tensor.shape, strict=False)
-        )
-        if fixed:
-            _logger.info("the file has fixed shapes %s; not run at %s", shapes, reference.inputs)
-        else:
-            kept.append(reference)
-    return kept
-
-
 def _as_args(args: Any) -> tuple[Any, ...]:
     if isinstance(args, Tensor):
         return (args,)
@@ -348,22 +391,11 @@ def _require_case(path: str | os.PathLike[str], target: Path) -> Path:
     return case
 
 
-def _require_options(exporter: str, samples: int, external_data: Any, opset: int | None) -> None:
-    if exporter not in ("dynamo", "torchscript"):
-        raise ValueError(f"exporter must be 'dynamo' or 'torchscript', got {exporter!r}")
+def _require_options(exporter: Any, samples: int, external_data: Any) -> tuple[Exporter, ...]:
+    if exporter not in ("auto", *EXPORTERS):
+        raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
     if external_data not in ("auto", True, False):
         raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
-    if opset is not None and not isinstance(opset, int):
-        raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value
+    return EXPORTERS if exporter == "auto" else (exporter,)

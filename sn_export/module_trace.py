@@ -14,7 +14,8 @@ from torch.nn.utils import parametrize
 from .module_parity import ModuleCall, Strictness, errors_of
 from .preserving import Preserved
 from .reference import run_reference
-from .samples import InputSet, tensor_leaves
+from .samples import InputSet
+from .structure import tensor_leaves
 
 
 def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCall]:

@@ -11,18 +11,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import onnx
 import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from .dynamic import DynamicDim, dynamic_axes
+from .dynamic import DynamicDim, dynamic_axes, flat_shapes
 from .errors import ExportError
+from .failures import told
+from .flat_call import FlatCall, flat_call
 from .folding import FoldedInitializer, fold_initializers, joined
+from .interface import rename
+from .opset import set_opset
 from .quiet import no_fused_attention, quiet
-from .samples import InputSet
+from .reference import Reference
 
 ExternalData = Literal["auto"] | bool
 Exporter = Literal["dynamo", "torchscript"]
+EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "auto"
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
@@ -32,47 +38,93 @@ _TRACES = ("pkg.torch.onnx.stack_trace",)
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """What `torch.onnx.export` is asked for."""
+    """What `torch.onnx.export` is asked for.
 
-    exporter: Exporter
+    Attributes:
+        opset_version: the opset, or None for torch's default.
+        input_names: what the tensors of the example are called in the file, in its order.
+        output_names: what the tensors of the output are called.
+        dims: the dimensions that may vary.
+        external_data: whether weights go to a side file.
+        verbose: let torch print, log and warn.
+        metadata: what is written to ``metadata_props``.
+    """
+
     opset_version: int | None
-    input_names: Sequence[str] | None
-    output_names: Sequence[str] | None
-    dynamic_shapes: Any
+    input_names: Mapping[str, str]
+    output_names: Sequence[str]
     dims: Sequence[DynamicDim]
     external_data: ExternalData
     verbose: bool
     metadata: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Written:
+    """What `write_onnx` made.
+
+    Attributes:
+        opset: version of the default opset.
+        folded: what was folded because it depends on initializers alone.
+        program: torch's ONNXProgram, of the dynamo exporter alone.
+    """
+
+    opset: int
+    folded: tuple[FoldedInitializer, ...]
+    program: Any
+
+
 def write_onnx(
-    model: nn.Module, example: InputSet, options: ExportOptions, path: Path
-) -> tuple[int, tuple[FoldedInitializer, ...]]:
+    model: nn.Module,
+    reference: Reference,
+    exporter: Exporter,
+    options: ExportOptions,
+    path: Path,
+    other: Exporter | None = None,
+) -> Written:
     """Export ``model`` to ``path``, with its external data beside it.
 
-    Returns:
-        The opset, and what was folded because it depends on initializers alone.
+    Args:
+        model: in eval mode, without spectral norm.
+        reference: the example input, which is not written to, and the model's answer.
+        exporter: which of torch's exporters.
+        options: what it is asked for.
+        path: the file.
+        other: the exporter to name where this one fails.
 
     Raises:
-        ExportError: if torch cannot export it, with torch's error as its cause.
+        ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
+            another opset, or a file that onnx finds fault with.
     """
-    inputs = example.clone()
+    program = None
     try:
-        with quiet(options.verbose), no_fused_attention():
-            if options.exporter == "dynamo":
-                graph = _dynamo(model, inputs, options)
+        with (
+            quiet(options.verbose),
+            no_fused_attention(),
+            flat_call(model, reference) as call,
+        ):
+            if exporter == "dynamo":
+                program = _dynamo(model, call, options)
+                graph = program.model
             else:
-                graph = _torchscript(model, inputs, options, path.with_suffix(".raw.onnx"))
+                graph = _torchscript(model, call, options, path.with_suffix(".raw.onnx"))
     except Exception as error:
         raise ExportError(
-            f"the {options.exporter} exporter cannot export {type(model).__name__}: "
-            f"{type(error).__name__}: {_first_paragraph(error)}"
+            f"the {exporter} exporter cannot export {type(model).__name__}: "
+            f"{told(error, model, other)}"
         ) from error
+    rename(
+        graph.graph,
+        list(options.input_names.values()) if exporter == "dynamo" else None,
+        options.output_names,
+    )
     _strip(graph)
+    set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model))
     _save(graph, path, options.external_data)
-    return int(graph.opset_imports.get("", 0)), folded
+    _check(path)
+    return Written(int(graph.opset_imports.get("", 0)), folded, program)
 
 
 @contextlib.contextmanager
@@ -103,6 +155,7 @@ def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) 
     ]
     pairs += beside
     kept: list[tuple[Path, Path | None]] = []
+    orphan = _orphan(made, target)
     try:
         for number, (source, destination) in enumerate(pairs):
             backup = source.with_name(f"replaced-{number}")
@@ -111,6 +164,10 @@ def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) 
             if had:
                 os.link(destination, backup)
             os.replace(source, destination)
+        if orphan is not None:
+            backup = made.with_name("orphan")
+            kept.append((orphan, backup))
+            os.replace(orphan, backup)
     except BaseException as error:
         for destination, earlier in kept:
             if earlier is None:
@@ -122,39 +179,46 @@ def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) 
         raise ExportError(f"cannot write '{target}': {error.strerror}") from error
 
 
-def _dynamo(model: nn.Module, example: InputSet, options: ExportOptions) -> ir.Model:
+def _orphan(made: Path, target: Path) -> Path | None:
+    """Return the external data of the file at ``target`` if nothing will read it any more."""
+    data = target.with_name(target.name + ".data")
+    if made.with_name(data.name).exists() or not data.is_file() or not target.is_file():
+        return None
+    try:
+        tensors = onnx.load(target, load_external_data=False).graph.initializer
+    except Exception:  # what was there is no ONNX file
+        return None
+    entries = [entry for tensor in tensors for entry in tensor.external_data]
+    is_its = any(entry.key == "location" and entry.value == data.name for entry in entries)
+    return data if is_its else None
+
+
+def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
+    shapes = flat_shapes(list(options.input_names), options.dims)
     program = torch.onnx.export(
         model,
-        # A dict at the end is always taken for keyword arguments.
-        (*example.args, dict(example.kwargs)),
+        call.tensors,
         dynamo=True,
         verbose=options.verbose,
         opset_version=options.opset_version,
-        input_names=options.input_names,
-        output_names=options.output_names,
-        dynamic_shapes=options.dynamic_shapes,
+        dynamic_shapes=(shapes,) if shapes and call.is_hidden else shapes,
     )
     assert program is not None  # torch returns None only for dynamo=False
-    return program.model
+    return program
 
 
-def _torchscript(
-    model: nn.Module, example: InputSet, options: ExportOptions, raw: Path
-) -> ir.Model:
-    names = [name for name, _ in example.named_tensors(model)]
+def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: Path) -> ir.Model:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     with torch.no_grad():
         torch.onnx.export(
             model,
-            # A dict at the end is always taken for keyword arguments.
-            (*example.args, dict(example.kwargs)),
+            call.tensors,
             raw,
             dynamo=False,
             verbose=options.verbose,
             opset_version=options.opset_version,
-            input_names=options.input_names or names,
-            output_names=options.output_names,
-            dynamic_axes=_renamed(dynamic_axes(options.dims), names, options.input_names),
+            input_names=list(options.input_names.values()),
+            dynamic_axes=dynamic_axes(options.input_names, options.dims) or None,
         )
     graph = ir.load(raw)
     # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
@@ -167,13 +231,6 @@ def _torchscript(
         if all(node.op_type != "BatchNormalization" for node in value.consumers()):
             value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
     return graph
-
-
-def _renamed(
-    axes: dict[str, dict[int, str]], names: Sequence[str], wanted: Sequence[str] | None
-) -> dict[str, dict[int, str]] | None:
-    renaming = dict(zip(names, wanted or names, strict=False))
-    return {renaming[name]: entry for name, entry in axes.items()} or None
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -210,9 +267,8 @@ def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
     ir.save(model, path, external_data=path.name + ".data" if outside else None)
 
 
-def _first_paragraph(error: Exception) -> str:
-    root: BaseException = error
-    while root.__cause__ is not None:
-        root = root.__cause__
-    text = str(root).strip().split("\n\n")[0]
-    return text if len(text) < 1000 else text[:1000] + " ..."
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # onnx has several types for it, and protobuf more
+        raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error

@@ -61,20 +61,26 @@ def open_session(path: Path, providers: Sequence[str], content: bytes | None = N
 
 
 def named_inputs(
-    model: nn.Module, session: Any, inputs: InputSet, by_position: bool
+    model: nn.Module, session: Any, inputs: InputSet, names: Mapping[str, str] | None
 ) -> dict[str, Tensor]:
     """Return the tensors of ``inputs`` by the names of the file's inputs.
 
-    They go by name where all names are parameters of the forward, unless ``by_position`` says
-    that a user chose the names.
+    They go by name where the file has no others, else by position.
+
+    Args:
+        model: gives the names of its forward's parameters.
+        session: the session with the file.
+        inputs: the tensors.
+        names: what the file calls them, by their names in the forward's signature; the same if
+            None.
 
     Raises:
         ExportError: if the number of inputs differs.
     """
     wanted = [entry.name for entry in session.get_inputs()]
     named = inputs.named_tensors(model)
-    by_name = dict(named)
-    if by_position or not all(name in by_name for name in wanted):
+    by_name = {(names or {}).get(name, name): tensor for name, tensor in named}
+    if not all(name in by_name for name in wanted):
         if len(named) != len(wanted):
             raise ExportError(
                 f"the file takes the inputs {wanted}, {inputs.label} has "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -166,12 +166,11 @@ def compare(
     references: Iterable[Reference],
     rtol: Tolerance,
     atol: Tolerance,
-    by_position: bool = False,
+    input_names: Mapping[str, str] | None = None,
 ) -> ParityReport:
     """Run every reference's inputs through ``session`` and compare the outputs.
 
-    The file's inputs are matched by name where all names are parameters of the forward, unless
-    ``by_position`` says that a user chose the names.
+    The file's inputs are matched as by `named_inputs`.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
@@ -182,11 +181,10 @@ def compare(
     running = running_errors(names, rtol, atol)
     count = 0
     for reference in references:
-        feed = named_inputs(model, session, reference.inputs, by_position)
+        feed = named_inputs(model, session, reference.inputs, input_names)
         add_results(running, session, feed, reference.inputs.label, reference.outputs)
         count += 1
-    providers = tuple(session.get_providers())
-    return ParityReport(tuple(state.result() for state in running), count, providers)
+    return ParityReport(results(running), count, tuple(session.get_providers()))
 
 
 def running_errors(names: Sequence[str], rtol: Tolerance, atol: Tolerance) -> list[RunningErrors]:
@@ -202,6 +200,15 @@ def running_errors(names: Sequence[str], rtol: Tolerance, atol: Tolerance) -> li
     ]
 
 
+def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
+    """Return the errors of each output; none passes if no output has a single element."""
+    found = tuple(state.result() for state in running)
+    if any(state.elements for state in running):
+        return found
+    reason = "no element was compared: the outputs are empty for every input set"
+    return tuple(replace(output, passed=False, reason=output.reason or reason) for output in found)
+
+
 def add_results(
     running: Sequence[RunningErrors], session: Any, feed: Any, label: str, expected: Sequence[Any]
 ) -> None:
@@ -210,10 +217,10 @@ def add_results(
     Raises:
         ExportError: if onnxruntime cannot run it, or the number of outputs differs.
     """
-    results = run_session(session, feed, label)
-    if len(results) != len(expected):
-        raise ExportError(f"the file has {len(results)} outputs, the model {len(expected)}")
-    for state, wanted, got in zip(running, expected, results, strict=True):
+    found = run_session(session, feed, label)
+    if len(found) != len(expected):
+        raise ExportError(f"the file has {len(found)} outputs, the model {len(expected)}")
+    for state, wanted, got in zip(running, expected, found, strict=True):
         if got is None:
             raise ExportError(f"the file's output '{state.name}' is no tensor of numbers")
         state.add(label, wanted, got)
@@ -227,13 +234,15 @@ def explained(
     references: Sequence[Reference],
     rtol: Tolerance,
     atol: Tolerance,
-    by_position: bool = False,
+    input_names: Mapping[str, str] | None = None,
 ) -> ParityReport:
     """Return the report with the comparison module by module.
 
     It is made on the worst input set of the first output that did not pass, or on the first set,
     with that output's tolerances.
     """
+    if not any(output.histogram for output in report.outputs):
+        return report  # nothing was compared
     failed = [i for i, output in enumerate(report.outputs) if not output.passed]
     position = failed[0] if failed else 0
     output = report.outputs[position]
@@ -247,6 +256,6 @@ def explained(
     )
     providers = report.providers
     divergence = locate(
-        model, state, path, chosen.inputs, strictness, providers, by_position, bool(failed)
+        model, state, path, chosen.inputs, strictness, providers, input_names, bool(failed)
     )
     return replace(report, divergence=divergence)

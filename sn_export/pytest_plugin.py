@@ -23,7 +23,7 @@ import pytest
 if TYPE_CHECKING:
     from .exporting import ExportReport
 
-EXPORTERS = ("dynamo", "torchscript")
+EXPORTERS = ("auto", "dynamo", "torchscript")
 _REPORT_DIR = pytest.StashKey[Path]()
 _LONGEST = 80  # of a name in the report folder; file systems take 255 bytes
 

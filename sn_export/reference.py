@@ -9,15 +9,25 @@ from torch import Tensor, nn
 
 from .errors import SnExportError
 from .preserving import Preserved
-from .samples import InputSet, tensor_leaves
+from .samples import InputSet
+from .structure import is_plain, paths_of_tensors
 
 
 @dataclass(frozen=True)
 class Reference:
-    """An input set and the model's outputs for it."""
+    """An input set and the model's outputs for it.
+
+    Attributes:
+        inputs: what the model was given.
+        outputs: the tensors that it returned.
+        paths: where each stood in the result.
+        is_plain: whether the result had nothing but tensors in containers that torch knows.
+    """
 
     inputs: InputSet
     outputs: tuple[Tensor, ...]
+    paths: tuple[tuple[str, ...], ...] = ()
+    is_plain: bool = True
 
 
 def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
@@ -34,10 +44,12 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: {error}"
         ) from error
-    outputs = tuple(leaf.detach().clone() for leaf in tensor_leaves(result))
+    found = paths_of_tensors(result)
+    outputs = tuple(leaf.detach().clone() for _, leaf in found)
     state.reset()
     if not outputs:
         raise SnExportError(
             f"the model returns no tensor for {inputs.label}: got {type(result).__name__}"
         )
-    return Reference(inputs.clone(), outputs)
+    paths = tuple(path for path, _ in found)
+    return Reference(inputs.clone(), outputs, paths, is_plain(result))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+
+from .structure import distinct, map_tensors, paths_of_tensors
 
 _SEED = 0
 
@@ -30,7 +32,7 @@ class InputSet:
 
     def map(self, change: Callable[[Tensor], Tensor], label: str | None = None) -> InputSet:
         """Return a set with every tensor replaced by ``change(tensor)``."""
-        args, kwargs = pytree.tree_map_only(Tensor, change, (self.args, dict(self.kwargs)))
+        args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
         return InputSet(args, kwargs, label or self.label)
 
     def clone(self) -> InputSet:
@@ -43,21 +45,32 @@ class InputSet:
 
     def named_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
         """Return the tensors with their names in the forward signature, in its order."""
-        named: list[tuple[str, Tensor]] = []
-        for name, value in _bind(model, self).items():
-            leaves = pytree.tree_flatten_with_path(value)[0]
-            for path, leaf in leaves:
-                if isinstance(leaf, Tensor):
-                    named.append(("_".join([name, *map(_key, path)]), leaf))
-        return named
+        named = [
+            ("_".join((name, *path)), tensor)
+            for name, value in flat_arguments(model, self).items()
+            for path, tensor in paths_of_tensors(value)
+        ]
+        names = distinct(name for name, _ in named)
+        return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
+
+    def in_order(self, model: nn.Module) -> InputSet:
+        """Return the set with its keywords in the order of the forward's signature."""
+        order = [name for name in flat_arguments(model, self) if name in self.kwargs]
+        return replace(self, kwargs={name: self.kwargs[name] for name in order})
 
 
-def as_input_sets(inputs: Any, arity: int | None = None, label: str = "input") -> list[InputSet]:
+def as_input_sets(
+    inputs: Any,
+    arity: int | None = None,
+    label: str = "input",
+    example: InputSet | None = None,
+) -> list[InputSet]:
     """Return what a user passes as ``inputs`` as a list of input sets.
 
     A tensor is one call; a dict one call by keywords; a tuple one call with these
     arguments; a list any number of calls. A tuple of tuples or dicts, or of more than
-    ``arity`` tensors where the model takes fewer, also counts as several calls.
+    ``arity`` tensors where the model takes fewer, also counts as several calls, unless it is
+    nested like the arguments of ``example``.
 
     Raises:
         TypeError: for anything else.
@@ -65,7 +78,8 @@ def as_input_sets(inputs: Any, arity: int | None = None, label: str = "input") -
     if inputs is None:
         return []
     if isinstance(inputs, tuple) and _is_several(inputs, arity):
-        inputs = list(inputs)
+        is_call = example is not None and _structure(inputs) == _structure(example.args)
+        inputs = inputs if is_call else list(inputs)
     if isinstance(inputs, list):
         return [
             InputSet(one.args, one.kwargs, f"{label} {index}")
@@ -118,9 +132,8 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
 
 
-def tensor_leaves(value: Any) -> list[Tensor]:
-    """Return the tensors in a nested output, in pytree order."""
-    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+def _structure(value: Any) -> Any:
+    return pytree.tree_structure(value)
 
 
 def _is_several(inputs: Sequence[Any], arity: int | None) -> bool:
@@ -129,23 +142,31 @@ def _is_several(inputs: Sequence[Any], arity: int | None) -> bool:
     return arity is not None and len(inputs) > arity
 
 
-def _bind(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
-    # A forward without a usable signature (compiled code) gets positional names.
+def bound_arguments(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
+    """Return the arguments by parameter of the forward, ``*args`` and ``**kwargs`` as such.
+
+    A forward without a usable signature (compiled code) gets the names ``input_0`` and on.
+    """
     try:
         bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
     except (TypeError, ValueError):
         return {f"input_{i}": arg for i, arg in enumerate(inputs.args)} | dict(inputs.kwargs)
-    arguments: dict[str, Any] = {}
-    for name, value in bound.arguments.items():
-        kind = bound.signature.parameters[name].kind
-        arguments.update(value) if kind is inspect.Parameter.VAR_KEYWORD else arguments.update(
-            {name: value}
-        )
+    return bound.arguments
+
+
+def keyword_parameter(model: nn.Module) -> str | None:
+    """Return the name of the forward's ``**kwargs``, if it has such."""
+    try:
+        parameters = inspect.signature(model.forward).parameters.values()
+    except (TypeError, ValueError):
+        return None
+    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
+
+
+def flat_arguments(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
+    """Return `bound_arguments` with the entries of ``**kwargs`` under their own names."""
+    arguments = dict(bound_arguments(model, inputs))
+    collected = keyword_parameter(model)
+    if collected is not None:
+        arguments.update(arguments.pop(collected, {}))
     return arguments
-
-
-def _key(entry: Any) -> str:
-    for attribute in ("key", "idx", "name"):
-        if hasattr(entry, attribute):
-            return str(getattr(entry, attribute))
-    return str(entry)

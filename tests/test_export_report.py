@@ -94,7 +94,7 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "exporter": (
         {"exporter": "tensorflow"},
         ValueError,
-        "exporter must be 'dynamo' or 'torchscript', got 'tensorflow'",
+        "exporter must be 'auto', 'dynamo' or 'torchscript', got 'tensorflow'",
     ),
     "negative samples": (
         {"samples": -1},

@@ -59,7 +59,7 @@ def test_entry_point() -> None:
 
 def test_exporters_are_those_of_export_onnx() -> None:
     """The option takes what the function takes; it cannot be asked without importing torch."""
-    assert set(EXPORTERS) == set(get_args(Exporter))
+    assert set(EXPORTERS) == {"auto", *get_args(Exporter)}
 
 
 def test_it_exports_proves_and_restores(pytester: pytest.Pytester) -> None:
