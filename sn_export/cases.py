@@ -16,11 +16,12 @@ from .parity import (
     ParityReport,
     Reference,
     add_results,
+    coarsest_of,
     require_tolerances,
     results,
     running_errors,
 )
-from .tolerances import Tolerance, tolerance_of
+from .tolerances import Tolerance, applied, dtype_name, tolerance_of
 
 
 def check_case(
@@ -98,6 +99,7 @@ def case_of(
     input_names: Mapping[str, str] | None,
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
+    coarsest = coarsest_of(model, references)
     inputs = tuple(entry.name for entry in session.get_inputs())
     outputs = tuple(entry.name for entry in session.get_outputs())
     sets = []
@@ -107,10 +109,27 @@ def case_of(
     return Case(
         inputs,
         outputs,
-        tuple(tolerance_of(rtol, i, name) for i, name in enumerate(outputs)),
-        tuple(tolerance_of(atol, i, name) for i, name in enumerate(outputs)),
+        tuple(_saved(rtol, 0, i, name, references, coarsest) for i, name in enumerate(outputs)),
+        tuple(_saved(atol, 1, i, name, references, coarsest) for i, name in enumerate(outputs)),
         sets,
     )
+
+
+def _saved(
+    tolerance: Tolerance,
+    which: int,
+    position: int,
+    name: str,
+    references: Sequence[Reference],
+    coarsest: str | None,
+) -> float | None:
+    """Return rtol (0) or atol (1) of an output as the case has it; None for its dtype's default."""
+    given = tolerance_of(tolerance, position, name)
+    outputs = [reference.outputs[position] for reference in references]
+    if given is not None or coarsest in (None, dtype_name(outputs[0])):
+        return given
+    # The dtype of the output does not tell in what precision the network computes.
+    return max(applied(output, None, None, coarsest)[which] for output in outputs)
 
 
 def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:

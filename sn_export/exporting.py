@@ -43,13 +43,16 @@ from .onnx_file import (
     workspace,
     write_onnx,
 )
-from .opset import require_opset
+from .opset import default_opset, require_opset
 from .parity import (
     ParityReport,
+    ProofDtype,
     Reference,
+    coarsest_of,
     compare,
     explained,
-    open_session,
+    proof_session,
+    require_proof_dtype,
     require_providers,
     require_tolerances,
     run_reference,
@@ -85,6 +88,7 @@ def export_onnx(
     inputs: Any = None,
     providers: Sequence[str] = ("CPUExecutionProvider",),
     per_module: bool = False,
+    proof_dtype: ProofDtype | None = None,
     save_case: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -113,7 +117,7 @@ def export_onnx(
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"`` (tracing), or ``"auto"``: the
             first, and the second where the first cannot export or its file does not prove.
         opset_version: version of the ONNX opset, from 17 to the newest that both exporters and
-            onnxruntime take; torch's default where None.
+            onnxruntime take; torch's default where None, but 22 for bfloat16.
         input_names: names of the first inputs in the file, or all; by default those of the
             forward's parameters, nested ones joined (``pair_0``).
         output_names: names of the first outputs, or all; by default from the structure of the
@@ -132,6 +136,8 @@ def export_onnx(
             keyword arguments, or a list of these.
         providers: onnxruntime execution providers for the proof.
         per_module: compare the output of every module too, not only where the proof fails.
+        proof_dtype: ``"float32"`` proves a copy of the file in that dtype, for a file in bfloat16
+            or float64 whose operators onnxruntime does not all have.
         save_case: a file to write too, with the inputs and the model's outputs of the proof,
             which `check_case` replays without the model; its folder must exist.
         metadata: keys and values of your own for the file's ``metadata_props``, beside what
@@ -164,8 +170,9 @@ def export_onnx(
     target = _require_target(path)
     exporters = _require_options(exporter, samples, external_data)
     require_opset(opset_version)
-    require_tolerances(rtol, atol, output_names)
+    require_tolerances(rtol, atol)
     require_providers(providers)
+    require_proof_dtype(proof_dtype)
     require_metadata(metadata)
     case = _require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
@@ -182,6 +189,8 @@ def export_onnx(
         first = run_reference(model, state, example)
         state.settle()
         outputs = names_of_outputs(model, first.paths, output_names, list(names.values()))
+        require_tolerances(rtol, atol, outputs)
+        opset_version = opset_version or default_opset(coarsest_of(model, [first]))
         _logger.info("running the reference")
         references = [first]
         for one in (*random_sets(example, samples), *own):
@@ -189,7 +198,9 @@ def export_onnx(
         references += resized_references(
             model, example, dims, lambda one: run_reference(model, state, one)
         )
-        proof = _Proof(model, state, names, dims, tuple(providers), rtol, atol, per_module)
+        proof = _Proof(
+            model, state, names, dims, tuple(providers), rtol, atol, per_module, proof_dtype
+        )
         other = next((e for e in EXPORTERS if e not in exporters), None)
         made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
         for chosen in exporters:
@@ -216,7 +227,7 @@ def export_onnx(
         beside = []
         if case is not None:
             beside = [(stack.enter_context(workspace(case)), case)]
-            session = open_session(draft, providers)
+            session = proof_session(draft, providers, proof_dtype)
             runnable = proof.runnable(session, references)
             write_case(beside[0][0], case_of(model, session, runnable, rtol, atol, names))
             del session
@@ -248,15 +259,18 @@ class _Proof:
     rtol: Tolerance
     atol: Tolerance
     per_module: bool
+    proof_dtype: ProofDtype | None
 
     def of(self, draft: Path, references: Sequence[Reference], exporter: Exporter) -> ParityReport:
         """Return the proof of a file, or raise a ParityError or ExportError."""
         _logger.info("comparing %d input sets with onnxruntime", len(references))
-        session = open_session(draft, self.providers)
+        session = proof_session(draft, self.providers, self.proof_dtype)
         require_dynamic(self._shapes(session), self.dims)
         runnable = self.runnable(session, references)
         tolerances = self.rtol, self.atol
-        parity = compare(self.model, session, runnable, *tolerances, self.input_names)
+        parity = compare(
+            self.model, session, runnable, *tolerances, self.input_names, self.proof_dtype
+        )
         del session
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")
@@ -317,7 +331,7 @@ def _raise(attempts: Sequence[tuple[Exporter, ExportError | ParityError]]) -> No
     errors = [error for _, error in attempts]
     if len(errors) == 1:
         raise errors[0]
-    text = "\n".join(str(error) for error in errors)
+    text = "\n".join(dict.fromkeys(str(error) for error in errors))
     differing = next((error for error in errors if isinstance(error, ParityError)), None)
     if differing is not None:
         raise ParityError(text, differing.report) from errors[0]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .boundaries import ModuleValues
 from .output_parity import OutputParity, RunningErrors
+from .tolerances import DEFAULT_TOLERANCES, dtype_name
 
 _SAMPLED = 4096  # elements that tell most values apart
 _CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full
@@ -58,10 +59,21 @@ class Strictness:
     scaled_atol: float | None = None
 
     @classmethod
-    def of(cls, output: Tensor, rtol: float | None, atol: float | None) -> Strictness:
+    def of(
+        cls,
+        output: Tensor,
+        rtol: float | None,
+        atol: float | None,
+        coarsest: str | None = None,
+    ) -> Strictness:
         """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
         scale = _largest(output)
-        return cls(rtol, None if atol is None or not scale else atol / scale)
+        scaled = None if atol is None or not scale else atol / scale
+        if coarsest is None or coarsest == dtype_name(output):
+            return cls(rtol, scaled)
+        # Modules within may return a finer dtype than the one that limits their precision.
+        defaults = DEFAULT_TOLERANCES[coarsest]
+        return cls(defaults[0] if rtol is None else rtol, defaults[1] if scaled is None else scaled)
 
 
 @dataclass(frozen=True)

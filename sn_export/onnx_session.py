@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import ExportError
+from .float32 import missing_kernel
 from .samples import InputSet
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
@@ -57,7 +58,14 @@ def open_session(path: Path, providers: Sequence[str], content: bytes | None = N
     try:
         return ort.InferenceSession(content or str(path), options, providers=list(providers))
     except Exception as error:
-        raise ExportError(f"onnxruntime cannot load '{path.name}': {error}") from error
+        missing = missing_kernel(path, str(error))
+        if missing is None:
+            raise ExportError(f"onnxruntime cannot load '{path.name}': {error}") from error
+        operator, dtype = missing
+        raise ExportError(
+            f"onnxruntime's {', '.join(providers)} has no {operator} for {dtype} to prove "
+            f"'{path.name}' with. proof_dtype='float32' proves a copy of the file in float32"
+        ) from error
 
 
 def named_inputs(

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from .errors import ExportError
 
 OLDEST_OPSET = 17
+_BFLOAT16 = 22
 _IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
 
@@ -33,6 +34,14 @@ def require_opset(opset: int | None) -> None:
             f"exporters of torch {torch.__version__} and onnxruntime {ort.__version__} take, "
             f"got {opset}"
         )
+
+
+def default_opset(dtype: str | None) -> int | None:
+    """Return the opset for a network of this dtype, None for torch's own default.
+
+    Convolutions and much else have no bfloat16 before opset 22.
+    """
+    return min(_BFLOAT16, newest_opset()) if dtype == "bfloat16" else None
 
 
 @functools.cache

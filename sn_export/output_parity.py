@@ -77,9 +77,13 @@ class RunningErrors:
         name: name of the output.
         rtol: relative tolerance, by default by dtype.
         atol: absolute tolerance in units of the output, by default by dtype and largest value.
+        coarsest: the coarsest dtype that the network computes in; its defaults count.
     """
 
-    def __init__(self, name: str, rtol: float | None, atol: float | None) -> None:
+    def __init__(
+        self, name: str, rtol: float | None, atol: float | None, coarsest: str | None = None
+    ) -> None:
+        self.coarsest = coarsest
         self.name = name
         self.rtol, self.atol = rtol, atol
         self.shape: tuple[int, ...] = ()
@@ -112,7 +116,7 @@ class RunningErrors:
             self._measure(label, expected, got)
 
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
-        rtol, atol = applied(expected, self.rtol, self.atol)
+        rtol, atol = applied(expected, self.rtol, self.atol, self.coarsest)
         left, right = _wide(expected), _wide(got)
         equal = expected == got  # before widening: float64 does not hold every integer
         # Equal infinities differ by nothing; inf - inf would say NaN.

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
 from .divergence import Divergence, ModuleParity, Strictness, locate
 from .errors import ExportError, ParityError
+from .float32 import comparable, float32_inputs, write_float32
 from .onnx_session import (
     DEFAULT_PROVIDERS,
     named_inputs,
@@ -24,22 +26,34 @@ from .preserving import Preserved, preserved
 from .reference import Reference, run_reference
 from .samples import as_input_sets
 from .spread import Histogram
-from .tolerances import DEFAULT_TOLERANCES, Tolerance, require_tolerances, tolerance_of
+from .tolerances import (
+    DEFAULT_TOLERANCES,
+    Tolerance,
+    coarsest_dtype,
+    require_tolerances,
+    tolerance_of,
+)
 
 __all__ = [
     "DEFAULT_TOLERANCES",
     "Histogram",
     "OutputParity",
     "ParityReport",
+    "ProofDtype",
     "Reference",
     "check_parity",
     "compare",
     "explained",
     "open_session",
+    "proof_session",
+    "require_proof_dtype",
     "require_providers",
     "require_tolerances",
     "run_reference",
 ]
+
+
+ProofDtype = Literal["float32"]
 
 
 @dataclass(frozen=True)
@@ -52,12 +66,15 @@ class ParityReport:
         providers: the onnxruntime execution providers that ran the file.
         divergence: the comparison module by module; None unless it was asked for or an output
             did not pass.
+        proof_dtype: ``"float32"`` if a copy of the file in that dtype was run, since the
+            providers lack operators for the file's own.
     """
 
     outputs: tuple[OutputParity, ...]
     samples: int
     providers: tuple[str, ...]
     divergence: Divergence | None = None
+    proof_dtype: ProofDtype | None = None
 
     @property
     def passed(self) -> bool:
@@ -111,6 +128,7 @@ def check_parity(
     atol: Tolerance = None,
     providers: Sequence[str] = DEFAULT_PROVIDERS,
     per_module: bool = False,
+    proof_dtype: ProofDtype | None = None,
 ) -> ParityReport:
     """Compare an ONNX file with a model in eval mode, on the given inputs.
 
@@ -129,6 +147,9 @@ def check_parity(
             the largest reference value of each output. A mapping as for ``rtol``.
         providers: onnxruntime execution providers, in order of preference.
         per_module: compare every module (on the first input set) also where all outputs pass.
+        proof_dtype: ``"float32"`` runs a copy of the file in that dtype, for a file in half
+            precision or float64 whose operators the providers do not all have. Outputs are
+            compared in the narrower dtype, modules not at all.
 
     Returns:
         The report, passed or not.
@@ -145,32 +166,55 @@ def check_parity(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     require_tolerances(rtol, atol)
+    require_proof_dtype(proof_dtype)
     path = Path(onnx_path)
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
-    session = open_session(path, providers)
+    session = proof_session(path, providers, proof_dtype)
     sets = as_input_sets(inputs, arity=len(session.get_inputs()))
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in sets]
-        report = compare(model, session, references, rtol, atol)
+        report = compare(model, session, references, rtol, atol, None, proof_dtype)
         if per_module or not report.passed:
             report = explained(report, model, state, path, references, rtol, atol)
     return report
 
 
+def require_proof_dtype(proof_dtype: object) -> None:
+    """Raise a ValueError for a dtype in which no proof can be made."""
+    if proof_dtype not in (None, "float32"):
+        raise ValueError(f"proof_dtype must be None or 'float32', got {proof_dtype!r}")
+
+
+def proof_session(path: Path, providers: Sequence[str], proof_dtype: ProofDtype | None) -> Any:
+    """Return a session with the file, or with a copy of it in ``proof_dtype``.
+
+    Raises:
+        ExportError: if onnxruntime cannot load it.
+    """
+    if proof_dtype is None:
+        return open_session(path, providers)
+    with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
+        copied = Path(folder) / path.name
+        write_float32(path, copied)
+        return open_session(copied, providers)
+
+
 def compare(
     model: nn.Module,
     session: Any,
-    references: Iterable[Reference],
+    references: Sequence[Reference],
     rtol: Tolerance,
     atol: Tolerance,
     input_names: Mapping[str, str] | None = None,
+    proof_dtype: ProofDtype | None = None,
 ) -> ParityReport:
     """Run every reference's inputs through ``session`` and compare the outputs.
 
-    The file's inputs are matched as by `named_inputs`.
+    The file's inputs are matched as by `named_inputs`. With ``proof_dtype`` the session is with
+    a copy of the file in that dtype.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
@@ -178,16 +222,24 @@ def compare(
             outputs differs.
     """
     names = [output.name for output in session.get_outputs()]
-    running = running_errors(names, rtol, atol)
-    count = 0
+    running = running_errors(names, rtol, atol, coarsest_of(model, references))
     for reference in references:
-        feed = named_inputs(model, session, reference.inputs, input_names)
-        add_results(running, session, feed, reference.inputs.label, reference.outputs)
-        count += 1
-    return ParityReport(results(running), count, tuple(session.get_providers()))
+        inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
+        feed = named_inputs(model, session, inputs, input_names)
+        add_results(running, session, feed, inputs.label, reference.outputs, proof_dtype)
+    providers = tuple(session.get_providers())
+    return ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
 
 
-def running_errors(names: Sequence[str], rtol: Tolerance, atol: Tolerance) -> list[RunningErrors]:
+def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None:
+    """Return the coarsest floating dtype of a model's parameters, buffers and inputs."""
+    inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors(model)]
+    return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
+
+
+def running_errors(
+    names: Sequence[str], rtol: Tolerance, atol: Tolerance, coarsest: str | None = None
+) -> list[RunningErrors]:
     """Return an empty record of errors for each output of the file.
 
     Raises:
@@ -195,7 +247,7 @@ def running_errors(names: Sequence[str], rtol: Tolerance, atol: Tolerance) -> li
     """
     require_tolerances(rtol, atol, names)
     return [
-        RunningErrors(name, tolerance_of(rtol, i, name), tolerance_of(atol, i, name))
+        RunningErrors(name, tolerance_of(rtol, i, name), tolerance_of(atol, i, name), coarsest)
         for i, name in enumerate(names)
     ]
 
@@ -210,7 +262,12 @@ def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
 
 
 def add_results(
-    running: Sequence[RunningErrors], session: Any, feed: Any, label: str, expected: Sequence[Any]
+    running: Sequence[RunningErrors],
+    session: Any,
+    feed: Any,
+    label: str,
+    expected: Sequence[Any],
+    proof_dtype: ProofDtype | None = None,
 ) -> None:
     """Run one input set and take its errors in.
 
@@ -223,7 +280,7 @@ def add_results(
     for state, wanted, got in zip(running, expected, found, strict=True):
         if got is None:
             raise ExportError(f"the file's output '{state.name}' is no tensor of numbers")
-        state.add(label, wanted, got)
+        state.add(label, *(comparable(wanted, got) if proof_dtype else (wanted, got)))
 
 
 def explained(
@@ -241,8 +298,8 @@ def explained(
     It is made on the worst input set of the first output that did not pass, or on the first set,
     with that output's tolerances.
     """
-    if not any(output.histogram for output in report.outputs):
-        return report  # nothing was compared
+    if report.proof_dtype or not any(output.histogram for output in report.outputs):
+        return report  # modules would have to be cast, or nothing was compared
     failed = [i for i, output in enumerate(report.outputs) if not output.passed]
     position = failed[0] if failed else 0
     output = report.outputs[position]
@@ -253,6 +310,7 @@ def explained(
         chosen.outputs[position],
         tolerance_of(rtol, position, output.name),
         tolerance_of(atol, position, output.name),
+        coarsest_of(model, references),
     )
     providers = report.providers
     divergence = locate(

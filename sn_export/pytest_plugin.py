@@ -93,6 +93,7 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
             options.setdefault("exporter", exporter)
         if folder is not None:
             options.setdefault("sigma_exact", True)
+            options.setdefault("per_module", True)
         if path is None:
             tmp_path: Path = request.getfixturevalue("tmp_path")
             path = tmp_path / f"model{_suffix(number)}.onnx"

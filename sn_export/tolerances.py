@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -55,9 +55,29 @@ def tolerance_of(tolerance: Tolerance, position: int, name: str) -> float | None
     return tolerance.get(name, tolerance.get(position))
 
 
-def applied(expected: Tensor, rtol: float | None, atol: float | None) -> tuple[float, float]:
-    """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None."""
+def coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
+    """Return the name of the floating dtype with the widest default tolerance, if there is one.
+
+    A network that computes in half precision anywhere has no more than that in its outputs.
+    """
+    names = {dtype_name(tensor) for tensor in tensors} & DEFAULT_TOLERANCES.keys()
+    return max(names, key=lambda name: DEFAULT_TOLERANCES[name], default=None)
+
+
+def applied(
+    expected: Tensor, rtol: float | None, atol: float | None, coarsest: str | None = None
+) -> tuple[float, float]:
+    """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None.
+
+    Args:
+        expected: the reference.
+        rtol: relative tolerance, if one was given.
+        atol: absolute tolerance, if one was given.
+        coarsest: the coarsest dtype that the network computes in, if that is known.
+    """
     default, scaled = DEFAULT_TOLERANCES.get(dtype_name(expected), (0.0, 0.0))
+    if coarsest is not None and expected.is_floating_point():
+        default, scaled = max((default, scaled), DEFAULT_TOLERANCES[coarsest])
     if rtol is None:
         rtol = default
     if atol is not None:
