@@ -33,6 +33,7 @@ BENCHMARKS = {
     "memory": ("bench_freeze", "memory"),
     "export": ("bench_export", "exporting"),
     "file": ("bench_export", "files"),
+    "large": ("bench_large", "exporting"),
     "convert": ("bench_checkpoint", "converting"),
     "help": ("bench_checkpoint", "helping"),
 }

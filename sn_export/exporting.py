@@ -93,6 +93,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
     sigma_exact: bool = False,
+    keep_programs: bool = True,
     verbose: bool = False,
 ) -> ExportReport:
     """Export ``model`` without its spectral norm, and publish the file once it is proved.
@@ -145,6 +146,8 @@ def export_onnx(
         source: the checkpoint that the weights came from; its SHA-256 is written to the file.
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.
+        keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
+            weights that they hold in memory.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -212,6 +215,8 @@ def export_onnx(
             _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
             try:
                 written = _write(proof, first, chosen, options, draft, target, other)
+                if not keep_programs:
+                    written = written.without_program()
                 parity = proof.of(draft, references, chosen)
             except (ExportError, ParityError) as error:
                 attempts.append((chosen, error))

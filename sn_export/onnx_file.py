@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -72,6 +73,16 @@ class Written:
     opset: int
     folded: tuple[FoldedInitializer, ...]
     program: Any
+
+    def without_program(self) -> Written:
+        """Return it without the program, whose weights are freed."""
+        if self.program is not None:
+            # onnxscript's rewriter holds on to the last graph that it has seen.
+            for value in self.program.model.graph.initializers.values():
+                value.const_value = None
+        freed = replace(self, program=None)
+        gc.collect()  # torch's graphs are full of cycles
+        return freed
 
 
 def write_onnx(

@@ -12,8 +12,14 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from .watching import Watch
 
 T = TypeVar("T")
+_LARGE = 2**29  # bytes of parameters past which only those that are written are copied
 
 
 @contextmanager
@@ -60,10 +66,13 @@ class Preserved:
         seen = {id(m._buffers) for m in self._modules}
         for module in self._modules:
             self._remember(module.__dict__, seen)
+        replaced = set(map(id, _replaced_by_hooks(self._modules)))
+        self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
         self._working: list[tuple[Tensor, Tensor]] = []  # a copy of a buffer, and the buffer
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._guarded: list[Guarded] = []
+        self._watch: Watch | None = None
 
     def _remember(self, container: Any, seen: set[int]) -> None:
         if id(container) in seen:
@@ -95,13 +104,30 @@ class Preserved:
         self._start_over()
 
     def guard_parameters(self) -> None:
-        """Keep a copy of every parameter from here on."""
+        """Keep a copy of every parameter from here on; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
-        self._guarded = [Guarded(p) for p in parameters.values() if p is not None and not p.is_meta]
+        tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
+        is_large = sum(p.nbytes for p in tensors) > _LARGE and not self._has_compiled_code()
+        self._guarded = [Guarded(p, later=is_large) for p in tensors]
+        if is_large:
+            self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""
+        self._stop_watching()
         self._guarded = [guarded for guarded in self._guarded if guarded.was_written]
+
+    def _stop_watching(self) -> None:
+        watch, self._watch = self._watch, None
+        if watch is not None:
+            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+    def _has_compiled_code(self) -> bool:
+        # What torch.compile makes does not run under a dispatch mode.
+        return any(m._compiled_call_impl is not None for m in self._modules) or any(
+            type(m).__name__ == "OptimizedModule" for m in self._modules
+        )
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
@@ -114,6 +140,7 @@ class Preserved:
 
     def restore(self) -> None:
         """Put everything back; can be repeated from any point where it was interrupted."""
+        self._stop_watching()
         for container, content in (*self._containers, *self._originals):
             restore_container(container, content)
         for scripted, training in self._scripted:
@@ -133,21 +160,44 @@ class Preserved:
             guarded.restore()
 
 
-class Guarded:
-    """A parameter, the memory under it and a copy of its content."""
+def _replaced_by_hooks(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Yield the normalised weights that torch's hooks set anew on each call: copies for nothing."""
+    for module in modules:
+        if isinstance(module, NonDynamicallyQuantizableLinear):
+            continue  # attention reads its weight and never calls it
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, (SpectralNorm, WeightNorm)):
+                value = module.__dict__.get(hook.name)
+                if isinstance(value, Tensor):
+                    yield value
 
-    def __init__(self, tensor: Tensor) -> None:
+
+class Guarded:
+    """A parameter, the memory under it and a copy of its content.
+
+    Args:
+        tensor: the parameter.
+        later: leave the copy to `keep`, which is to be called before the memory is written.
+    """
+
+    def __init__(self, tensor: Tensor, later: bool = False) -> None:
         self.tensor = tensor
         self.memory = tensor.detach()
-        self.content = self.memory.clone()
+        self.content: Tensor | None = None if later else self.memory.clone()
         self.was_written = False
+
+    def keep(self) -> None:
+        """Copy the content, unless that is done."""
+        if self.content is None:
+            with torch.utils._python_dispatch._disable_current_modes():
+                self.content = self.memory.clone()
 
     def restore(self) -> None:
         """Put memory and content back, and note whether that was needed."""
         if not self._is_in_place():
             self.was_written = True
             self.tensor.data = self.memory
-        if not _same(self.memory, self.content):
+        if self.content is not None and not _same(self.memory, self.content):
             self.was_written = True
             self.memory.data.copy_(self.content)
 
