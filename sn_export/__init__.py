@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         FreezeError,
         FrozenWeightChangedWarning,
         ParityError,
+        ReparametrizationNotAppliedWarning,
         ReparametrizationNotRecognisedWarning,
         SnExportError,
         SpectralNormNotAppliedWarning,
@@ -21,12 +22,15 @@ if TYPE_CHECKING:
     from .exporting import ExportReport, export_onnx
     from .folding import FoldedInitializer
     from .freezing import (
+        ParametrizationInfo,
         Registration,
         SpectralNormAdapter,
         SpectralNormInfo,
         SpectralNormSuspect,
+        find_parametrizations,
         find_spectral_norm,
         find_suspects,
+        frozen_parametrizations,
         frozen_spectral_norm,
         register_spectral_norm,
     )
@@ -39,6 +43,9 @@ __all__ = [
     "SpectralNormInfo",
     "find_suspects",
     "SpectralNormSuspect",
+    "frozen_parametrizations",
+    "find_parametrizations",
+    "ParametrizationInfo",
     # Spectral norm of your own
     "register_spectral_norm",
     "SpectralNormAdapter",
@@ -62,6 +69,7 @@ __all__ = [
     "ParityError",
     # Warnings
     "FrozenWeightChangedWarning",
+    "ReparametrizationNotAppliedWarning",
     "ReparametrizationNotRecognisedWarning",
     "SpectralNormNotAppliedWarning",
     "SpectralNormNotRecognisedWarning",
@@ -75,6 +83,7 @@ _HOMES = {
         "FreezeError",
         "FrozenWeightChangedWarning",
         "ParityError",
+        "ReparametrizationNotAppliedWarning",
         "ReparametrizationNotRecognisedWarning",
         "SnExportError",
         "SpectralNormNotAppliedWarning",
@@ -83,12 +92,15 @@ _HOMES = {
     "exporting": ("ExportReport", "export_onnx"),
     "folding": ("FoldedInitializer",),
     "freezing": (
+        "ParametrizationInfo",
         "Registration",
         "SpectralNormAdapter",
         "SpectralNormInfo",
         "SpectralNormSuspect",
+        "find_parametrizations",
         "find_spectral_norm",
         "find_suspects",
+        "frozen_parametrizations",
         "frozen_spectral_norm",
         "register_spectral_norm",
     ),

@@ -33,7 +33,11 @@ class FrozenWeightChangedWarning(UserWarning):
     """A frozen weight was edited or moved inside the block; the change was discarded."""
 
 
-class SpectralNormNotAppliedWarning(UserWarning):
+class ReparametrizationNotAppliedWarning(UserWarning):
+    """The network carries a reparametrization where it never uses the computed weight."""
+
+
+class SpectralNormNotAppliedWarning(ReparametrizationNotAppliedWarning):
     """The network carries spectral norm where it never uses the normalised weight."""
 
 

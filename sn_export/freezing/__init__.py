@@ -1,25 +1,23 @@
 """Freezing: the walk, the plan and the exact undo. It knows nothing of ONNX."""
 
 from .adapters import Registration, SpectralNormAdapter, register_spectral_norm
-from .context import (
-    described,
-    find_spectral_norm,
-    find_suspects,
-    frozen_spectral_norm,
-    require_module,
-)
 from .exact import with_exact_sigma
-from .site import SpectralNormInfo
+from .find import described, find_parametrizations, find_spectral_norm, find_suspects
+from .freeze import frozen_parametrizations, frozen_spectral_norm
+from .site import ParametrizationInfo, SpectralNormInfo, require_module
 from .suspects import SpectralNormSuspect
 
 __all__ = [
+    "ParametrizationInfo",
     "Registration",
     "SpectralNormAdapter",
     "SpectralNormInfo",
     "SpectralNormSuspect",
     "described",
+    "find_parametrizations",
     "find_spectral_norm",
     "find_suspects",
+    "frozen_parametrizations",
     "frozen_spectral_norm",
     "register_spectral_norm",
     "require_module",

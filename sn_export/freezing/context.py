@@ -7,140 +7,64 @@ import logging
 import threading
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
-from typing import TypeVar
+from contextlib import AbstractContextManager, ContextDecorator, contextmanager
+from types import TracebackType
+from typing import Generic, TypeVar
 
 from torch import nn
 
 from ..errors import (
     FreezeError,
     FrozenWeightChangedWarning,
-    SpectralNormNotAppliedWarning,
     SpectralNormNotRecognisedWarning,
 )
-from .kinds import SPECTRAL_NORM
-from .plan import Found, Plan, walk
-from .site import Kind, SpectralNormInfo
-from .suspects import SpectralNormSuspect, describe_suspects, suspects_in
+from .complaints import complaints, unused
+from .plan import Found, Plan
+from .selection import Selection
+from .suspects import describe_suspects, suspects_in
 
 M = TypeVar("M", bound=nn.Module)
 
+_CALLER = 5  # stack level of the with statement, seen from the methods of a freezing
 _logger = logging.getLogger("sn_export")
 _holders: dict[int, _Freezing] = {}  # id of a module -> the block that holds it frozen
+_active: list[_Freezing] = []  # of all threads, in the order of entering
 
 
-def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
-    """Freeze every spectral norm of ``model`` for the length of a with-block.
-
-    ::
-
-        with frozen_spectral_norm(model) as plain:  # the same object
-            torch.onnx.export(plain, args, "model.onnx")
-
-    Inside, each tensor under `torch.nn.utils.spectral_norm` (hooks and subclasses),
-    `torch.nn.utils.parametrizations.spectral_norm` (anywhere in a chain), or a handwritten
-    spectral norm (wrappers that set the weight of a layer, layers that normalise it in forward,
-    and what `register_spectral_norm` has made known) is a plain
-    `torch.nn.Parameter` without grad that holds, bit for bit, the weight an eval-mode
-    forward would use now; the classes and the state dict are those of the network without
-    spectral norm. No power iteration is run, no random number drawn, no mode changed, and
-    nothing but the weights under spectral norm is copied.
-
-    Afterwards, also after an exception, the model is what it was: the same parameters,
-    buffers, hooks, classes and containers, in the same order. What else was changed inside
-    stays: hooks, attributes, train/eval mode. Blocks nest; the inner one finds nothing to do.
+class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
+    """Freezes a model for the length of a with-block, as often as it is entered.
 
     Args:
-        model: any module; it may itself carry spectral norm.
-
-    Returns:
-        A context manager that yields ``model``.
-
-    Raises:
-        TypeError: if ``model`` is not a `torch.nn.Module`.
-        FreezeError: on entering, if a tensor cannot be frozen (on the meta device, not
-            initialised, in a ScriptModule, held by another thread's block); nothing has
-            changed then.
-
-    Warns:
-        SpectralNormNotAppliedWarning: on entering, if a hook is never run by the network, so
-            that the weight in use is not normalised; it is frozen as it is in use.
-        SpectralNormNotRecognisedWarning: on entering, if a module looks like a handwritten
-            spectral norm that cannot be frozen; it is left as it is (`find_suspects`).
-        FrozenWeightChangedWarning: on leaving, if a frozen weight was edited, or the model
-            was moved to another dtype or device. Such changes are discarded.
+        model: what is frozen.
+        selection: which of its tensors.
     """
-    return _block(require_module(model), SPECTRAL_NORM)
 
+    def __init__(self, model: M, selection: Selection) -> None:
+        self._model = model
+        self._selection = selection
+        self._entered: list[AbstractContextManager[M]] = []
 
-def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
-    """List the tensors that `frozen_spectral_norm` would freeze, in the order of the modules.
+    def _recreate_cm(self) -> Block[M]:
+        return type(self)(self._model, self._selection)  # as a decorator: one for each call
 
-    Args:
-        model: any module. It is not changed; no power iteration is run.
+    def __enter__(self) -> M:
+        block = _block(self._model, self._selection)
+        model = block.__enter__()
+        self._entered.append(block)
+        return model
 
-    Returns:
-        One `SpectralNormInfo` for each tensor.
-
-    Raises:
-        TypeError: if ``model`` is not a `torch.nn.Module`.
-        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
-            adapter fails.
-
-    Warns:
-        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
-            is not known (`find_suspects`); it is not in the list.
-    """
-    found = list(walk(require_module(model), SPECTRAL_NORM))
-    _warn_of_suspects(model, found, stacklevel=2)
-    return _described(found)
-
-
-def described(model: nn.Module) -> list[SpectralNormInfo]:
-    """Return what `find_spectral_norm` returns, without a warning."""
-    return _described(walk(model, SPECTRAL_NORM))
-
-
-def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
-    """List the modules that look like a handwritten spectral norm that is not known.
-
-    `frozen_spectral_norm` leaves them as they are. `register_spectral_norm` makes one known.
-
-    Args:
-        model: any module. It is not changed.
-
-    Returns:
-        One `SpectralNormSuspect` for each module, in the order of ``named_modules``.
-
-    Raises:
-        TypeError: if ``model`` is not a `torch.nn.Module`.
-        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
-            adapter fails.
-    """
-    return suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
-
-
-def _described(found: Iterable[Found]) -> list[SpectralNormInfo]:
-    return [site.describe() for _, sites in found for site in sites]
-
-
-def _warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
-    suspects = suspects_in(model, found)
-    if suspects:
-        text = describe_suspects(suspects)
-        warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)
-
-
-def require_module(model: M) -> M:
-    """Return ``model`` if it is a module, and raise a TypeError that says what it is if not."""
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    return model
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> bool | None:
+        return self._entered.pop().__exit__(kind, error, traceback)
 
 
 @contextmanager
-def _block(model: M, kinds: Iterable[Kind]) -> Iterator[M]:
-    freezing = _Freezing(model, kinds)
+def _block(model: M, selection: Selection) -> Iterator[M]:
+    freezing = _Freezing(model, selection)
     # Leaving can be repeated from any point, and does nothing once it is done. So an
     # interrupt that stops it, even at its first instruction, only moves it one level out.
     try:
@@ -160,12 +84,14 @@ def _block(model: M, kinds: Iterable[Kind]) -> Iterator[M]:
 class _Freezing:
     """The state of one block."""
 
-    def __init__(self, model: nn.Module, kinds: Iterable[Kind]) -> None:
+    def __init__(self, model: nn.Module, selection: Selection) -> None:
         self.thread = threading.get_ident()
         self._model = model
-        self._kinds = tuple(kinds)
+        self._selection = selection
         self._plan: Plan | None = None
         self._is_frozen = False
+        self._has_ended = False
+        self._modules: list[nn.Module] = []
         self._claimed: list[int] = []
         self._complaints: list[str] = []
         self._gc_was_enabled: bool | None = None
@@ -174,21 +100,38 @@ class _Freezing:
         """Plan, then apply."""
         self._pause_gc()
         _refuse_held(self._model)
-        found = list(walk(self._model, self._kinds))
+        around = [b._plan for b in _active if b.thread == self.thread and b._plan is not None]
+        frozen = (weight.site for plan in around for weight in plan.weights)
+        found = self._selection.find(self._model, frozen)
         self._claim(found)
+        self._modules = [module for module, _ in found]
+        _active.append(self)
         plan = Plan(found)
         self._plan = plan
-        unused = [w.site.name for w in plan.weights if not w.site.is_applied]
-        if unused:
-            warnings.warn(_unused(unused), SpectralNormNotAppliedWarning, stacklevel=4)
-        _warn_of_suspects(self._model, found, stacklevel=4)
+        for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
+            warnings.warn(text, category, stacklevel=_CALLER)
+        self._warn_of_suspects(found)
         plan.edits.apply()
         self._is_frozen = True
         _logger.debug("froze %d tensors", len(plan.weights))
         self._resume_gc()
 
     def leave(self) -> None:
-        """Undo what `enter` did, as far as it came."""
+        """Undo what `enter` did, as far as it came; not before a later block on it has ended.
+
+        Blocks may overlap without nesting, in generators for example. What a later block
+        froze stands on what an earlier one did, so undoing goes backwards in any case.
+        """
+        self._has_ended = True
+        if any(self._carries(block) for block in self._later()):
+            return
+        self._undo()
+        for block in reversed([b for b in _active if b._has_ended and b.thread == self.thread]):
+            block.leave()
+            self._complaints += block._complaints
+            block._complaints = []
+
+    def _undo(self) -> None:
         plan = self._plan
         if plan is not None:
             self._pause_gc()
@@ -196,17 +139,34 @@ class _Freezing:
                 plan.edits.roll_back()
             else:
                 if not plan.finished:
-                    self._complaints = _complaints(plan)
+                    self._complaints = complaints(plan)
                     plan.finished = True
                 _undo(plan)
             self._plan = None
         self._release()
+        if self in _active:
+            _active.remove(self)
+        self._modules = []
         self._resume_gc()
+
+    def _later(self) -> list[_Freezing]:
+        active = list(_active)
+        return active[active.index(self) + 1 :] if self in active else []
+
+    def _carries(self, later: _Freezing) -> bool:
+        claimed = set(self._claimed)
+        return later.thread == self.thread and any(id(m) in claimed for m in later._modules)
+
+    def _warn_of_suspects(self, found: list[Found]) -> None:
+        suspects = suspects_in(self._model, found) if self._selection.includes_spectral_norm else []
+        if suspects:
+            text = describe_suspects(suspects)
+            warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=_CALLER + 1)
 
     def complain(self) -> None:
         """Warn about changes that were discarded."""
         for message in self._complaints:
-            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=4)
+            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=_CALLER)
 
     # No lock: claiming is one atomic operation for each module, and an interrupt between
     # acquiring and releasing cannot leave anything locked.
@@ -238,6 +198,7 @@ class _Freezing:
 
 
 def _undo(plan: Plan) -> None:
+    plan.debris.apply()
     plan.edits.restore()
     for weight in plan.edited:  # it may have been put somewhere else under its name
         module = weight.site.module
@@ -248,41 +209,6 @@ def _undo(plan: Plan) -> None:
     for weight, training in zip(plan.weights, plan.modes, strict=True):
         if weight.site.module.training != training:
             weight.site.follow_mode(weight.site.module.training)
-
-
-def _unused(names: list[str]) -> str:
-    return (
-        f"the spectral norm of {_list(names)} is never applied: torch.nn.MultiheadAttention "
-        "reads the weight of out_proj without calling it, so the hook does not run. It is "
-        "frozen at the weight in use. Apply torch.nn.utils.parametrizations.spectral_norm "
-        "to out_proj instead"
-    )
-
-
-def _complaints(plan: Plan) -> list[str]:
-    changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
-    plan.edited = [weight for weight, _ in changed]
-    moved = [weight.site.name for weight, change in changed if change == "moved"]
-    edited = [weight.site.name for weight, change in changed if change == "edited"]
-    plan.moved = bool(moved)
-    messages = []
-    if moved:
-        messages.append(
-            f"the model was moved to another dtype or device while {_list(moved)} was frozen; "
-            "it is back as it was. Move it before entering the block, or move a copy made "
-            "inside it"
-        )
-    if edited:
-        messages.append(
-            f"the frozen {_list(edited)} was changed inside the block; the change is "
-            "discarded. Change the model outside the block instead"
-        )
-    return messages
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"
 
 
 def _refuse_held(model: nn.Module) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -50,10 +50,19 @@ class Plan:
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
         self.edited: list[FrozenWeight] = []
+        self.debris = Edits()  # takes away what was put around edited weights
 
 
-def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
+def walk(
+    model: nn.Module, kinds: Iterable[Kind], takes: Callable[[Site], bool] | None = None
+) -> Iterator[Found]:
     """Yield every module once, parents first, with its sites.
+
+    Args:
+        model: any module.
+        kinds: what to look for; the first to claim a tensor has it.
+        takes: whether a site is wanted. What an unwanted one computes from is walked like
+            any module, since something else may sit there.
 
     Raises:
         FreezeError: for a ScriptModule that holds spectral norm.
@@ -73,9 +82,11 @@ def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
         sites: list[Site] = []
         for kind in kinds:
             more = kind(path, module)
-            if sites and more:  # the first kind to claim a tensor has it
+            if sites and more:
                 more = [site for site in more if site.tensor not in {s.tensor for s in sites}]
             sites.extend(more)
+        if takes is not None:
+            sites = [site for site in sites if takes(site)]
         for site in sites:
             seen.update(map(id, site.hidden))
         yield module, sites
@@ -87,6 +98,18 @@ def walk(model: nn.Module, kinds: Iterable[Kind]) -> Iterator[Found]:
 
 
 def _value(site: Site) -> Tensor:
+    value = computed(site)
+    if value.is_meta:
+        _refuse_without_values(site, None)
+    return value
+
+
+def computed(site: Site) -> Tensor:
+    """Return the value of ``site``, which may be on the meta device.
+
+    Raises:
+        FreezeError: if it cannot be computed, or is no tensor.
+    """
     try:
         value = site.value()
     except SnExportError:
@@ -98,8 +121,12 @@ def _value(site: Site) -> Tensor:
             f"computing its {site.kind} value raised {type(error).__name__}: {error}",
             "An eval-mode forward of this module would fail as well",
         ) from error
-    if value.is_meta:
-        _refuse_without_values(site, None)
+    if not isinstance(value, Tensor):
+        raise FreezeError(
+            site.name,
+            f"its {site.kind} value is of type {type(value).__name__}, not a tensor",
+            "Only tensors can be frozen",
+        )
     return value
 
 

@@ -6,11 +6,44 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
 from .undo import Edits
+
+M = TypeVar("M", bound=nn.Module)
+Group = Literal["spectral_norm", "weight_norm", "orthogonal", "parametrization", "pruning"]
+GROUPS: tuple[Group, ...] = get_args(Group)
+
+
+@dataclass(frozen=True)
+class ParametrizationInfo:
+    """What `find_parametrizations` tells about one tensor.
+
+    Attributes:
+        module: qualified name of the module, ``""`` for the root.
+        tensor: name of the tensor in that module, such as ``"weight"``.
+        kind: ``"spectral_norm"`` (of any implementation, anywhere in a chain),
+            ``"orthogonal"``, ``"weight_norm"`` (hook or parametrization), ``"parametrization"``
+            for a chain without these, or ``"pruning"``.
+        shape: shape of the tensor that the network uses.
+        dtype: its dtype, such as ``"float32"``.
+        is_applied: False where the network never runs the hook: on the ``out_proj`` of
+            `torch.nn.MultiheadAttention` or a `torch.nn.ParameterList`, which nothing calls.
+    """
+
+    module: str
+    tensor: str
+    kind: Group
+    shape: tuple[int, ...]
+    dtype: str
+    is_applied: bool = True
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the tensor."""
+        return qualified(self.module, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -32,7 +65,8 @@ class SpectralNormInfo:
         sigma: ``u^H W v`` from the stored singular vectors; of handwritten kinds what the next
             eval forward divides by. NaN on the meta device, and where only an adapter knows.
         is_applied: False where the network never uses the normalised weight: a hook on the
-            ``out_proj`` of `torch.nn.MultiheadAttention`, which is never called.
+            ``out_proj`` of `torch.nn.MultiheadAttention`, or on a `torch.nn.ParameterList`, which
+            are never called.
         sigma_exact: the largest singular value of the weight matrix; None where it was not
             asked for, would take too long, or sigma is no norm of a matrix.
     """
@@ -56,10 +90,11 @@ class SpectralNormInfo:
 
 
 class Site(ABC):
-    """One tensor under spectral norm; every method but `plan` leaves the model as it is."""
+    """One tensor that is computed; every method but `plan` leaves the model as it is."""
 
     __slots__ = ("module", "path", "tensor")
     kind: ClassVar[str]
+    group: Group = "spectral_norm"
 
     def __init__(self, path: str, module: nn.Module, tensor: str) -> None:
         self.path = path
@@ -88,7 +123,7 @@ class Site(ABC):
 
     @property
     def is_applied(self) -> bool:
-        """Whether a forward pass of the model uses the normalised value at all."""
+        """Whether a forward pass of the model uses the computed value at all."""
         return True
 
     @abstractmethod
@@ -103,16 +138,31 @@ class Site(ABC):
         """Return the raw weight as the matrix whose norm sigma estimates; None if it is none."""
         return None
 
-    @abstractmethod
-    def describe(self) -> SpectralNormInfo:
-        """Return what `find_spectral_norm` lists."""
+    def describe(self) -> SpectralNormInfo | ParametrizationInfo:
+        """Return what `find_spectral_norm` lists; of other groups what `outline` returns."""
+        return self.outline(self.value())
+
+    def outline(self, value: Tensor) -> ParametrizationInfo:
+        """Return what `find_parametrizations` lists.
+
+        Args:
+            value: what `value` returned.
+        """
+        return ParametrizationInfo(
+            module=self.path,
+            tensor=self.tensor,
+            kind=self.group,
+            shape=tuple(value.shape),
+            dtype=str(value.dtype).removeprefix("torch."),
+            is_applied=self.is_applied,
+        )
 
     def follow_mode(self, training: bool) -> None:  # noqa: B027
         """Take over a train/eval mode that the module was given while frozen."""
 
 
 class Kind(Protocol):
-    """An implementation of spectral norm: finds its sites in one module."""
+    """An implementation of a reparametrization: finds its sites in one module."""
 
     def __call__(self, path: str, module: nn.Module) -> Iterable[Site]:
         """Return the sites of ``module`` itself, not of its children."""
@@ -129,7 +179,12 @@ def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor)
     edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
     edit.added[name] = value
     successor = name.replace("weight", "bias")
-    if successor in edit.before and successor != name:
-        order = edit.order = edit.remaining()
-        order.remove(name)
-        order.insert(order.index(successor), name)
+    if successor != name:
+        edit.before_others.append((name, successor))
+
+
+def require_module(model: M) -> M:
+    """Return ``model`` if it is a module, and raise a TypeError that says what it is if not."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    return model

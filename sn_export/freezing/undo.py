@@ -18,13 +18,14 @@ Container = dict[Any, Any]
 class Edit:
     """The planned change of one dictionary: keys to take out, items to put in."""
 
-    __slots__ = ("added", "before", "order", "removed", "restored", "target")
+    __slots__ = ("added", "before", "before_others", "order", "removed", "restored", "target")
 
     def __init__(self, target: Container) -> None:
         self.target = target
         self.before = target.copy()
         self.removed: list[Any] = []
         self.added: Container = {}
+        self.before_others: list[tuple[Any, Any]] = []  # a key, and one that it stands before
         self.order: list[Any] | None = None  # of the keys while applied, where that matters
         self.restored: Container | None = None
 
@@ -41,8 +42,20 @@ class Edit:
             target.pop(key, None)
         if self.added:
             target.update(self.added)
-            if self.order is not None:
-                _assign(target, {key: target[key] for key in self.order})
+            order = self.order
+            if order is None and any(other in target for _, other in self.before_others):
+                order = self._ordered()
+            if order is not None:
+                content = {key: target[key] for key in order if key in target}
+                _assign(target, {**content, **target})
+
+    def _ordered(self) -> list[Any]:
+        order = list(self.target)
+        for key, other in self.before_others:
+            if other in self.target and order.index(key) > order.index(other):
+                order.remove(key)
+                order.insert(order.index(other), key)
+        return order
 
     def restore(self) -> None:
         """Undo `apply`, and keep what others have put in, taken out or replaced since.

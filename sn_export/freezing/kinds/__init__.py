@@ -1,4 +1,4 @@
-"""The known implementations of spectral norm: a new one is one file and one line here."""
+"""The known reparametrizations: a new one is one file and one line here."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from ..code import code_of, is_torch_layer
 from ..frozen_class import Frozen
 from ..site import Kind, Site
 from .adapted import find_adapted
+from .chain import find_chains
 from .hook import find_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations
 from .prehook import find_prehooks
+from .weight_hook import find_weight_hooks
 from .wrapper import find_wrappers
 
 
@@ -39,3 +41,5 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
 
 
 SPECTRAL_NORM: tuple[Kind, ...] = (find_handwritten, find_hooks, find_parametrizations)
+TORCH: tuple[Kind, ...] = (find_hooks, find_chains, find_weight_hooks)
+ALL: tuple[Kind, ...] = (*SPECTRAL_NORM, find_chains, find_weight_hooks)

@@ -53,13 +53,13 @@ class HookSite(Site):
         `torch.nn.MultiheadAttention` reads the weight of its ``out_proj`` and does not call
         it, so there the attribute that the hook once left behind is the weight in use.
         """
-        return not isinstance(self.module, NonDynamicallyQuantizableLinear)
+        return not is_never_called(self.module)
 
     def value(self) -> Tensor:
         """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
         if not self.is_applied:
-            in_use: Tensor = getattr(self.module, self.tensor)
-            return in_use.detach().clone()
+            return value_in_use(self)
+        refuse_stacked(self)
         if type(self.hook) is SpectralNorm:
             return self._compute()
         with copied_attributes(self.hook):
@@ -129,6 +129,42 @@ class HookSite(Site):
         # Norms of the convolution operator keep vectors of another size, and sigma itself.
         recorded = self.module._buffers.get(self.tensor + "_sigma")
         return float(recorded) if recorded is not None and recorded.numel() == 1 else math.nan
+
+
+def is_never_called(module: nn.Module) -> bool:
+    """Whether networks use the tensors of ``module`` without calling it, so that no hook runs."""
+    return isinstance(module, _NEVER_CALLED)
+
+
+def value_in_use(site: Site) -> Tensor:
+    """Return the attribute that a hook left behind when it was registered."""
+    in_use: Tensor = getattr(site.module, site.tensor)
+    return in_use.detach().clone()
+
+
+def refuse_stacked(site: Site) -> None:
+    """Refuse a site whose tensor another hook computes from: that one runs on an old value.
+
+    Hooks run in the order of registration, so the outer one, which was first, takes what the
+    inner one has left behind at the forward before. No one value is the weight then.
+
+    Raises:
+        FreezeError: if another pre-hook derives a tensor from that of ``site``.
+    """
+    hooks = site.module._forward_pre_hooks
+    if len(hooks) < 2:
+        return
+    for hook in hooks.values():
+        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+        if isinstance(name, str) and site.tensor in {name + s for s in ("_orig", "_g", "_v")}:
+            raise FreezeError(
+                site.name,
+                f"the hook of '{name}' computes from it, one forward behind its own hook",
+                "Remove one of the two hooks first",
+            )
+
+
+_NEVER_CALLED = (NonDynamicallyQuantizableLinear, nn.ParameterList, nn.ParameterDict)
 
 
 def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:

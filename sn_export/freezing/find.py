@@ -1,0 +1,124 @@
+"""Lists of what a block would freeze, and of what it would miss."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import cast, overload
+
+import torch
+from torch import nn
+
+from ..errors import SpectralNormNotRecognisedWarning
+from .kinds import SPECTRAL_NORM
+from .plan import Found, computed, walk
+from .selection import Only, Selection
+from .site import ParametrizationInfo, Site, SpectralNormInfo, require_module
+from .suspects import SpectralNormSuspect, describe_suspects, suspects_in
+
+
+def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
+    """List the tensors that `frozen_spectral_norm` would freeze, in the order of the modules.
+
+    Args:
+        model: any module. It is not changed; no power iteration is run.
+
+    Returns:
+        One `SpectralNormInfo` for each tensor.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
+            adapter fails.
+
+    Warns:
+        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
+            is not known (`find_suspects`); it is not in the list.
+    """
+    found = list(walk(require_module(model), SPECTRAL_NORM))
+    _warn_of_suspects(model, found, stacklevel=2)
+    return _described(found)
+
+
+def find_parametrizations(model: nn.Module, only: Only = None) -> list[ParametrizationInfo]:
+    """List the tensors that `frozen_parametrizations` would freeze, in the order of the modules.
+
+    Args:
+        model: any module. It is not changed; no power iteration is run.
+        only: as for `frozen_parametrizations`.
+
+    Returns:
+        One `ParametrizationInfo` for each tensor.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`, or ``only`` holds no strings.
+        ValueError: if a name in ``only`` fits nothing.
+        FreezeError: if a tensor cannot be computed, or an adapter fails.
+
+    Warns:
+        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
+            is not known (`find_suspects`), and spectral norm is asked for; it is not in the list.
+    """
+    selection = Selection(only)
+    found = selection.find(require_module(model))
+    if selection.includes_spectral_norm:
+        _warn_of_suspects(model, found, stacklevel=2)
+    with torch.inference_mode(False), torch.no_grad():
+        return [site.outline(computed(site)) for _, sites in found for site in sites]
+
+
+@overload
+def described(model: nn.Module) -> list[SpectralNormInfo]: ...
+@overload
+def described(
+    model: nn.Module, only: Only
+) -> list[SpectralNormInfo] | list[SpectralNormInfo | ParametrizationInfo]: ...
+def described(
+    model: nn.Module, only: Only = "spectral_norm"
+) -> list[SpectralNormInfo] | list[SpectralNormInfo | ParametrizationInfo]:
+    """Return what `find_spectral_norm` returns, and the same of other kinds, without a warning.
+
+    Args:
+        model: any module.
+        only: as for `frozen_parametrizations`.
+
+    Returns:
+        A `SpectralNormInfo` for each tensor under spectral norm, a `ParametrizationInfo` for
+        each other one.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        return [_info(site) for _, sites in Selection(only).find(model) for site in sites]
+
+
+def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
+    """List the modules that look like a handwritten spectral norm that is not known.
+
+    `frozen_spectral_norm` leaves them as they are. `register_spectral_norm` makes one known.
+
+    Args:
+        model: any module. It is not changed.
+
+    Returns:
+        One `SpectralNormSuspect` for each module, in the order of ``named_modules``.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
+            adapter fails.
+    """
+    return suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
+
+
+def _info(site: Site) -> SpectralNormInfo | ParametrizationInfo:
+    return site.describe() if site.group == "spectral_norm" else site.outline(computed(site))
+
+
+def _described(found: Iterable[Found]) -> list[SpectralNormInfo]:
+    return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
+
+
+def _warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
+    suspects = suspects_in(model, found)
+    if suspects:
+        text = describe_suspects(suspects)
+        warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)

@@ -1,0 +1,187 @@
+"""Tensors under `torch.nn.utils.parametrize`: the whole chain is asked, whatever is in it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ...errors import FreezeError
+from ...preserving import restore_container, without_trace
+from ..site import Group, Site, plan_registration
+from ..undo import Edits
+
+# Their forward in eval mode writes nothing and returns memory of its own.
+_PURE = (_SpectralNorm, _WeightNorm)
+
+
+class ChainSite(Site):
+    """A tensor computed by ``module.parametrizations[<name>]``; the whole chain counts."""
+
+    __slots__ = ("chain",)
+    kind = "parametrization"
+
+    @property
+    def group(self) -> Group:  # type: ignore[override]
+        """The kind that `find_parametrizations` lists."""
+        links = self.chain._modules.values()
+        if any(isinstance(link, _Orthogonal) for link in links):
+            return "orthogonal"
+        if any(isinstance(link, _WeightNorm) for link in links):
+            return "weight_norm"
+        return "parametrization"
+
+    def __init__(
+        self, path: str, module: nn.Module, tensor: str, chain: ParametrizationList
+    ) -> None:
+        super().__init__(path, module, tensor)
+        self.chain = chain
+
+    @property
+    def sources(self) -> tuple[Tensor, ...]:
+        """Every parameter and buffer of the chain."""
+        chain = self.chain
+        first, *others = chain._modules.values()
+        if not others and type(first) is _SpectralNorm:
+            tensors = (*chain._parameters.values(), *chain._buffers.values())
+            return tuple(t for t in (*tensors, *first._buffers.values()) if t is not None)
+        return (*chain.parameters(), *chain.buffers())
+
+    @property
+    def originals(self) -> tuple[Tensor, ...]:
+        """The tensors that the first parametrization starts from."""
+        chain = self.chain
+        if chain.is_tensor:
+            return (chain.original,)
+        return tuple(getattr(chain, f"original{i}") for i in range(chain.ntensors))
+
+    @property
+    def hidden(self) -> tuple[nn.Module, ...]:
+        """The chain, and the dictionary around it if there is no other in it."""
+        lists = cast(nn.ModuleDict, self.module._modules["parametrizations"])
+        return (self.chain, lists) if len(lists._modules) == 1 else (self.chain,)
+
+    @property
+    def is_buffer(self) -> bool:
+        """A parametrized buffer is a buffer again in the plain network."""
+        return not self.chain._parameters
+
+    def value(self) -> Tensor:
+        """Run the whole chain in eval mode, or take what `parametrize.cached` holds."""
+        if self.tensor not in vars(type(self.module)):
+            raise FreezeError(
+                self.name,
+                f"class {type(self.module).__name__} has no property of its own for it",
+                "remove_parametrizations on a deep copy deletes the property that all copies "
+                "share; build the model anew and load its state dict",
+            )
+        cached = parametrize._cache.get((id(self.module), self.tensor))
+        if cached is not None:
+            return cached.detach().clone()
+        modules = list(self.chain._modules.values())
+        if not _has_hooks(self.chain) and all(type(m) in _PURE and _is_plain(m) for m in modules):
+            return self._value_of_known_chain(modules)
+        # A chain that ends in a view or a cached tensor must not lend us its memory.
+        with _nothing_cached():
+            value = without_trace(self._run, self.chain.modules())
+        return value.clone() if isinstance(value, Tensor) else value
+
+    def _run(self) -> Tensor:
+        value: Tensor = self.chain()
+        return value
+
+    def _value_of_known_chain(self, modules: list[nn.Module]) -> Tensor:
+        modes = [m.training for m in modules]
+
+        def restore_modes() -> None:
+            for m, mode in zip(modules, modes, strict=True):
+                m.__dict__["training"] = mode
+
+        try:  # twice: an interrupt may stop the first
+            try:
+                for m in modules:
+                    m.__dict__["training"] = False
+                return self._run()
+            finally:
+                restore_modes()
+        finally:
+            restore_modes()
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Take the tensor out of ``parametrizations`` and its property off this instance."""
+        module, name = self.module, self.tensor
+        lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        edits.remove(lists._modules, (name,))
+        current = edits.planned_class(module)
+        if edits.of(lists._modules).remaining():
+            edits.set_class(module, without_property(current, name))
+        else:
+            edits.remove(module._modules, ("parametrizations",))
+            edits.set_class(module, current.__bases__[0])
+        plan_registration(edits, module, name, frozen)
+
+    def follow_mode(self, training: bool) -> None:
+        """Give the chain the mode that ``module.train()`` would have given it."""
+        self.module._modules["parametrizations"].__dict__["training"] = training
+        for module in self.chain.modules():
+            module.__dict__["training"] = training
+
+
+def chains(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
+    """Yield the chains of ``module`` with the names of their tensors."""
+    lists = module._modules.get("parametrizations")
+    if isinstance(lists, nn.ModuleDict):
+        for tensor, chain in lists._modules.items():
+            if isinstance(chain, ParametrizationList):
+                yield tensor, chain
+
+
+def find_chains(path: str, module: nn.Module) -> Iterable[ChainSite]:
+    """Return the sites of every parametrization in ``module``, of whatever kind."""
+    if "parametrizations" not in module._modules:
+        return ()
+    return [ChainSite(path, module, tensor, chain) for tensor, chain in chains(module)]
+
+
+@contextmanager
+def _nothing_cached() -> Iterator[None]:
+    """Let nothing of a chain stay in torch's cache: it is computed from copies here."""
+    cache = parametrize._cache
+    content = cache.copy()
+    try:  # twice: an interrupt may stop the first
+        try:
+            yield
+        finally:
+            restore_container(cache, content)
+    finally:
+        restore_container(cache, content)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _is_plain(link: nn.Module) -> bool:
+    """Whether nothing but torch's own code runs when ``link`` is called."""
+    return not (_has_hooks(link) or link._modules)
+
+
+def without_property(cls: type, name: str) -> type:
+    """Return ``cls`` without one parametrized property, for one instance alone.
+
+    It is made from `nn.Module` and given the bases of ``cls`` afterwards: making a subclass of
+    the user's class would run its ``__init_subclass__``, which may keep a registry.
+    """
+    namespace: dict[str, Any] = {
+        key: entry
+        for key, entry in vars(cls).items()
+        if key not in (name, "__dict__", "__weakref__", "_abc_impl")
+    }
+    new: type = type.__new__(type(cls), cls.__name__, (nn.Module,), namespace)
+    new.__bases__ = cls.__bases__
+    return new
