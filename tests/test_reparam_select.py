@@ -143,14 +143,15 @@ def test_names_of_a_shared_module() -> None:
         assert info.name == "first.weight"
 
 
-def test_a_chain_is_what_matters_most_in_it() -> None:
-    """Spectral norm before orthogonal before weight norm before the rest."""
+def test_a_chain_is_what_torch_has_in_it() -> None:
+    """A chain of torch's own link and another one counts as torch's kind."""
     for link, kind in (
         (parametrizations.weight_norm, "weight_norm"),
         (parametrizations.orthogonal, "orthogonal"),
         (parametrizations.spectral_norm, "spectral_norm"),
     ):
-        for first in (True, False) if kind != "weight_norm" else (True,):  # it has two originals
+        # The other two must come first: they cannot be set up with a value that is computed.
+        for first in (True, False) if kind == "spectral_norm" else (True,):
             model = nn.Linear(3, 3)
             for apply in (link, registered(Scale)) if first else (registered(Scale), link):
                 apply(model, "weight")

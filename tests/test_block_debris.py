@@ -1,0 +1,120 @@
+"""Reparametrising a frozen weight inside a block: after it nothing of that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from computed_networks import REPARAMETRIZATIONS, hooked, pruned, reparametrize
+from fingerprint import assert_unchanged, fingerprint, same_bits
+from networks import KINDS, Scale, images, net, seed_torch
+from torch import nn
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
+
+from sn_export import FrozenWeightChangedWarning, frozen_parametrizations, frozen_spectral_norm
+
+INSIDE: dict[str, Callable[[nn.Module], object]] = {
+    "hook": spectral_norm,
+    "spectral_norm": parametrizations.spectral_norm,
+    **{
+        how: lambda module, how=how: reparametrize(how, module)  # type: ignore[misc]
+        for how in REPARAMETRIZATIONS
+    },
+    "hook, removed": lambda m: nn.utils.remove_spectral_norm(spectral_norm(m)),
+    "pruned, removed": lambda m: prune.remove(pruned(m), "weight"),
+    "chain, removed": lambda m: parametrize.remove_parametrizations(
+        parametrizations.orthogonal(m), "weight"
+    ),
+    "on a chain": lambda m: prune.l1_unstructured(
+        parametrizations.spectral_norm(m).parametrizations.weight,  # type: ignore[arg-type,union-attr]
+        "original",
+        0.5,
+    ),
+}
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("runs", [True, False], ids=["used", "unused"])
+def test_spectral_norm_and_something_inside(kind: str, inside: str, runs: bool) -> None:
+    """What is put on a frozen weight is gone after the block, with a warning; the rest is back."""
+    model = net(kind)
+    model(images())
+    model.eval()
+    seed_torch(1)
+    before = fingerprint(model)
+    with (
+        pytest.warns(FrozenWeightChangedWarning, match=r"the frozen 'head.weight' was changed"),
+        frozen_spectral_norm(model),
+    ):
+        INSIDE[inside](model.head)
+        if runs:
+            model(images())
+            model.state_dict()
+    seed_torch(1)
+    assert_unchanged(before, model)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("how", REPARAMETRIZATIONS)
+def test_anything_and_something_inside(how: str, inside: str) -> None:
+    """The same with every other reparametrization underneath, and a parametrized bias beside it."""
+    seed_torch(0)
+    model = reparametrize(how, nn.Linear(4, 4)).eval()
+    parametrize.register_parametrization(model, "bias", Scale())
+    x = torch.randn(2, 4)
+    expected = model(x).detach()
+    seed_torch(1)
+    before = fingerprint(model)
+    for only in ("weight", None):
+        with (
+            pytest.warns(FrozenWeightChangedWarning, match=r"'weight'.* changed inside the block"),
+            frozen_parametrizations(model, only),
+        ):
+            INSIDE[inside](model)
+            model(x)
+        seed_torch(1)
+        assert_unchanged(before, model)
+    assert same_bits(model(x).detach(), expected)
+
+
+@pytest.mark.parametrize("inside", INSIDE)
+@pytest.mark.parametrize("build", [nn.LSTM, nn.GRU])
+def test_recurrent_module(inside: str, build: type[nn.RNNBase]) -> None:
+    """The flat weights of a recurrent module come back, too."""
+    if "removed" in inside or inside == "on a chain":
+        pytest.skip("written for a tensor called weight")
+    model = hooked(build(3, 4), "weight_hh_l0")
+    seed_torch(1)
+    before = fingerprint(model)
+    with pytest.warns(FrozenWeightChangedWarning), frozen_parametrizations(model):
+        if inside in REPARAMETRIZATIONS:
+            reparametrize(inside, model, "weight_hh_l0")
+        else:
+            {"hook": spectral_norm}.get(inside, parametrizations.spectral_norm)(
+                model, "weight_hh_l0"
+            )
+        model(torch.ones(2, 1, 3))
+    seed_torch(1)
+    assert_unchanged(before, model)
+
+
+def test_hooks_of_the_callers_survive() -> None:
+    """Hooks registered beside the reparametrization, before and after it, stay."""
+    model = spectral_norm(nn.Linear(3, 3))
+    calls: list[str] = []
+    with pytest.warns(FrozenWeightChangedWarning), frozen_spectral_norm(model):
+        model.register_forward_pre_hook(lambda m, x: calls.append("first"))
+        hooked(model)
+        model.register_forward_pre_hook(lambda m, x: calls.append("second"))
+        pruned(model, "bias")
+    model(torch.ones(1, 3))
+    assert calls == ["first", "second"]
+    assert set(model.state_dict()) == {
+        "bias_orig",
+        "bias_mask",
+        "weight_orig",
+        "weight_u",
+        "weight_v",
+    }
