@@ -52,7 +52,7 @@ def complaints(plan: Plan) -> list[str]:
     """Note what was moved or edited in ``plan``, and return the warnings about it."""
     changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
     plan.edited = [weight for weight, _ in changed]
-    plan_debris(plan.debris, plan.edited)
+    plan_debris(plan.debris, plan.edited, plan.next_hook)
     moved = [weight.site.name for weight, change in changed if change == "moved"]
     edited = [weight.site.name for weight, change in changed if change == "edited"]
     plan.moved = bool(moved)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError, SnExportError
 from .frozen import FrozenWeight
@@ -50,6 +51,7 @@ class Plan:
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
         self.edited: list[FrozenWeight] = []
+        self.next_hook = RemovableHandle.next_id
         self.debris = Edits()  # takes away what was put around edited weights
 
 

@@ -15,6 +15,7 @@ from ...errors import FreezeError
 from ...preserving import restore_container, without_trace
 from ..site import Group, Site, plan_registration
 from ..undo import Edits
+from .state_hooks import is_weight_norm_state_hook
 
 # Their forward in eval mode writes nothing and returns memory of its own.
 _PURE = (_SpectralNorm, _WeightNorm)
@@ -123,6 +124,10 @@ class ChainSite(Site):
         else:
             edits.remove(module._modules, ("parametrizations",))
             edits.set_class(module, current.__bases__[0])
+        hooks = module._load_state_dict_pre_hooks
+        if hooks:
+            keys = [key for key, e in hooks.items() if is_weight_norm_state_hook(e, name)]
+            edits.remove(hooks, keys)
         plan_registration(edits, module, name, frozen)
 
     def follow_mode(self, training: bool) -> None:

@@ -1,0 +1,82 @@
+"""Faults at each step of a block on every reparametrization: nothing is ever left half done."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+import pytest
+from computed_networks import hooked, pruned, registered
+from fingerprint import Fingerprint, fingerprint
+from networks import Scale, seed_torch
+from test_freezing_faults import Fault
+from torch import nn
+from torch.nn.utils import parametrizations, prune
+
+from sn_export import FreezeError, frozen_parametrizations
+
+
+def small_model(part: str) -> nn.Module:
+    """One or two layers under what ``part`` says."""
+    seed_torch(0)
+    if part == "hooks":
+        recurrent = hooked(nn.GRU(1, 2, bias=False), "weight_hh_l0")
+        return nn.Sequential(pruned(nn.Linear(2, 2)), recurrent)
+    model = parametrizations.orthogonal(nn.Linear(2, 2))
+    registered(Scale)(model, "bias")
+    return nn.Sequential(model, parametrizations.weight_norm(nn.Linear(2, 2)))
+
+
+def run(model: nn.Module, fault: Fault, moment: str) -> bool:
+    """Run a block under a fault at a moment; return whether the fault came out."""
+    tracer = sys.gettrace()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if moment == "entering":
+                sys.settrace(fault)
+            with frozen_parametrizations(model):
+                sys.settrace(tracer)
+                if moment == "after edits":
+                    prune.identity(model[0], "weight")  # type: ignore[index]
+                if moment != "entering":
+                    sys.settrace(fault)
+    except (fault.error, FreezeError):
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+def left_over(before: Fingerprint, model: nn.Module) -> list[str]:
+    """The differences, but for the counter of hooks registered inside."""
+    found = before.differences(fingerprint(model))
+    return [d[:160] for d in found if not d.startswith("next hook id")]
+
+
+@pytest.mark.parametrize("moment", ["entering", "leaving", "after edits"])
+@pytest.mark.parametrize("part", ["hooks", "chains"])
+@pytest.mark.parametrize("again", [0, 5], ids=["once", "twice"])
+def test_fault_at_any_step(part: str, moment: str, again: int) -> None:
+    """Whichever line is interrupted, the model is as it was, and can be frozen again."""
+    model = small_model(part)
+    before = fingerprint(model)
+    run(model, Fault(), moment)
+    dry = Fault()
+    run(model, dry, moment)
+    steps = dry.steps()
+    failures: list[str] = []
+    for step in steps:
+        fault = Fault(KeyboardInterrupt, step, again)
+        came_out = run(model, fault, moment)
+        assert fault.struck
+        if moment != "entering" and not came_out:
+            failures.append(f"{fault.struck}: the interrupt was lost")
+        if found := left_over(before, model):
+            failures.append(f"{fault.struck}: {found[:2]}")
+            model = small_model(part)
+            before = fingerprint(model)
+    assert len(steps) > 50
+    assert failures == []
+    with frozen_parametrizations(model):
+        assert not any("parametrizations" in name for name in model.state_dict())
