@@ -198,6 +198,7 @@ class _Freezing:
 
 
 def _undo(plan: Plan) -> None:
+    plan.debris.roll_back()  # of an attempt that was interrupted
     plan.debris.apply()
     plan.edits.restore()
     for weight in plan.edited:  # it may have been put somewhere else under its name

@@ -179,8 +179,8 @@ def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor)
     edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
     edit.added[name] = value
     successor = name.replace("weight", "bias")
-    if successor != name:
-        edit.before_others.append((name, successor))
+    if successor != name and (successor in edit.before or successor in edit.added):
+        edit.before_others = [*(edit.before_others or ()), (name, successor)]
 
 
 def require_module(model: M) -> M:

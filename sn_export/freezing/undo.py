@@ -25,7 +25,7 @@ class Edit:
         self.before = target.copy()
         self.removed: list[Any] = []
         self.added: Container = {}
-        self.before_others: list[tuple[Any, Any]] = []  # a key, and one that it stands before
+        self.before_others: list[tuple[Any, Any]] | None = None  # a key, and one it stands before
         self.order: list[Any] | None = None  # of the keys while applied, where that matters
         self.restored: Container | None = None
 
@@ -43,15 +43,15 @@ class Edit:
         if self.added:
             target.update(self.added)
             order = self.order
-            if order is None and any(other in target for _, other in self.before_others):
-                order = self._ordered()
+            if order is None and self.before_others:
+                order = self._ordered(self.before_others)
             if order is not None:
                 content = {key: target[key] for key in order if key in target}
                 _assign(target, {**content, **target})
 
-    def _ordered(self) -> list[Any]:
+    def _ordered(self, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
         order = list(self.target)
-        for key, other in self.before_others:
+        for key, other in pairs:
             if other in self.target and order.index(key) > order.index(other):
                 order.remove(key)
                 order.insert(order.index(other), key)

@@ -59,7 +59,8 @@ class HookSite(Site):
         """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
         if not self.is_applied:
             return value_in_use(self)
-        refuse_stacked(self)
+        if len(self.module._forward_pre_hooks) > 1:
+            refuse_stacked(self)
         if type(self.hook) is SpectralNorm:
             return self._compute()
         with copied_attributes(self.hook):
@@ -151,10 +152,7 @@ def refuse_stacked(site: Site) -> None:
     Raises:
         FreezeError: if another pre-hook derives a tensor from that of ``site``.
     """
-    hooks = site.module._forward_pre_hooks
-    if len(hooks) < 2:
-        return
-    for hook in hooks.values():
+    for hook in site.module._forward_pre_hooks.values():
         name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
         if isinstance(name, str) and site.tensor in {name + s for s in ("_orig", "_g", "_v")}:
             raise FreezeError(

@@ -57,7 +57,8 @@ class WeightHookSite(Site):
         if not self.is_applied:
             return value_in_use(self)
         _ = self.sources  # complete, or it says what is missing
-        refuse_stacked(self)
+        if len(self.module._forward_pre_hooks) > 1:
+            refuse_stacked(self)
         if self._is_torch():
             return self._compute()
         with copied_attributes(self.hook):
