@@ -52,9 +52,11 @@ def left_over(before: Fingerprint, model: nn.Module) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:the frozen '0.weight' was changed")
-@pytest.mark.parametrize("moment", ["entering", "leaving", "after edits"])
 @pytest.mark.parametrize("part", ["hooks", "chains"])
-@pytest.mark.parametrize("again", [0, 5], ids=["once", "twice"])
+@pytest.mark.parametrize(
+    ("moment", "again"),
+    [("entering", 0), ("leaving", 0), ("leaving", 5), ("after edits", 0), ("after edits", 5)],
+)
 def test_fault_at_any_step(part: str, moment: str, again: int) -> None:
     """Whichever line is interrupted, the model is as it was, and can be frozen again."""
     model = small_model(part)

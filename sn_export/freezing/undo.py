@@ -38,6 +38,9 @@ class Edit:
     def apply(self) -> None:
         """Change the dictionary."""
         target = self.target
+        if not self.added and len(self.removed) == len(self.before):
+            target.clear()
+            return
         for key in self.removed:
             target.pop(key, None)
         if self.added:
@@ -64,6 +67,9 @@ class Edit:
         """
         before, removed, added = self.before, self.removed, self.added
         count = len(removed)
+        if not self.target and not added and count == len(before):
+            self.target.update(before)  # most dictionaries of hooks and vectors
+            return
         if (
             self.restored is None
             and self._keys_are_ours()
@@ -82,12 +88,14 @@ class Edit:
             _assign(self.target, self.restored)
 
     def _keys_are_ours(self) -> bool:
+        # Loops, since this is asked for thousands of small dictionaries.
         now, removed, added = self.target, self.removed, self.added
-        return (
-            len(now) == len(self.before) - len(removed) + len(added)
-            and all(key in now or key in removed for key in self.before)
-            and all(key in now for key in added)
-        )
+        if len(now) != len(self.before) - len(removed) + len(added):
+            return False
+        for key in self.before:
+            if key not in now and key not in removed:
+                return False
+        return added.keys() <= now.keys()
 
     def roll_back(self) -> None:
         """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
@@ -145,7 +153,10 @@ class Edits:
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
         edit = self.of(target)
-        edit.removed += [key for key in keys if key in edit.before and key not in edit.removed]
+        before, removed = edit.before, edit.removed
+        for key in keys:
+            if key in before and key not in removed:
+                removed.append(key)
 
     def has(self, target: Container) -> bool:
         """Whether an edit of ``target`` is planned."""
