@@ -122,3 +122,36 @@ def test_hooks_of_the_callers_survive() -> None:
         "weight_u",
         "weight_v",
     }
+
+
+@pytest.mark.parametrize("only", ["weight", None])
+@pytest.mark.parametrize("kind", ["hook", "parametrization", "chain-last"])
+@pytest.mark.parametrize("change", ["add", "remove", "exchange"])
+def test_parametrizations_of_other_tensors_stay(kind: str, change: str, only: str | None) -> None:
+    """A parametrization put on a bias inside, or taken off it, is so after the block."""
+    model = KINDS[kind](nn.Linear(3, 3)).eval()
+    if change != "add":
+        parametrize.register_parametrization(model, "bias", nn.Identity())
+    block = frozen_parametrizations(model, only) if only else frozen_spectral_norm(model)
+    weight = model(torch.eye(3)).detach()
+    chain = None if kind == "hook" else model.parametrizations.weight  # type: ignore[union-attr]
+    with block:
+        if change != "add":
+            parametrize.remove_parametrizations(model, "bias")
+        if change != "remove":
+            parametrize.register_parametrization(model, "bias", Scale())
+    names = dict(model.named_parameters())
+    assert ("bias" in names) == (change == "remove")
+    assert ("parametrizations.bias.original" in names) == (change != "remove")
+    assert type(model).__bases__ == (nn.Linear,) or (kind, change) == ("hook", "remove")
+    if chain is not None:
+        assert model.parametrizations.weight is chain  # type: ignore[union-attr]
+    if change == "remove":
+        assert same_bits(model(torch.eye(3)).detach(), weight)
+    else:
+        expected = (model.bias * 1.0).detach()
+        assert same_bits(model(torch.zeros(1, 3)).detach()[0], expected)
+    after = fingerprint(model)
+    with frozen_parametrizations(model):
+        assert list(model.state_dict()) == ["weight", "bias"]
+    assert_restored(after, model)

@@ -26,6 +26,15 @@ def small_model(part: str) -> nn.Module:
     return nn.Sequential(model, parametrizations.weight_norm(nn.Linear(2, 2)))
 
 
+def spoil(model: nn.Module) -> None:
+    """Reparametrise a frozen weight."""
+    first = model[0]  # type: ignore[index]
+    if type(model[1]) is nn.Linear:  # type: ignore[index]
+        prune.identity(first, "weight")
+    else:
+        parametrizations.spectral_norm(first)
+
+
 def run(model: nn.Module, fault: Fault, moment: str) -> bool:
     """Run a block under a fault at a moment; return whether the fault came out."""
     tracer = sys.gettrace()
@@ -35,7 +44,7 @@ def run(model: nn.Module, fault: Fault, moment: str) -> bool:
         with frozen_parametrizations(model):
             sys.settrace(tracer)
             if moment == "after edits":
-                prune.identity(model[0], "weight")  # type: ignore[index]
+                spoil(model)
             if moment != "entering":
                 sys.settrace(fault)
     except (fault.error, FreezeError):

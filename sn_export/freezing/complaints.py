@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
-from .debris import plan_debris
+from .debris import keep_other_chains, plan_debris
 from .plan import Plan
 from .site import GROUPS, Group, Site
+from .undo import Edits
 
 _LISTS = (nn.ParameterList, nn.ParameterDict)
 
@@ -52,7 +53,9 @@ def complaints(plan: Plan) -> list[str]:
     """Note what was moved or edited in ``plan``, and return the warnings about it."""
     changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
     plan.edited = [weight for weight, _ in changed]
+    plan.debris = Edits()  # anew, should an interrupt bring us here twice
     plan_debris(plan.debris, plan.edited, plan.next_hook)
+    keep_other_chains(plan.edits, plan.debris, plan.weights)
     moved = [weight.site.name for weight, change in changed if change == "moved"]
     edited = [weight.site.name for weight, change in changed if change == "edited"]
     plan.moved = bool(moved)

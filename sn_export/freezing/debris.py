@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from torch import nn
+
 from .frozen import FrozenWeight
 from .kinds import TORCH
+from .kinds.chain import ChainSite, chains, changed_class
 from .kinds.state_hooks import new_state_hooks
 from .undo import Edits
 
@@ -30,3 +33,43 @@ def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> Non
         for hooks, keys in new_state_hooks(module, tensor, since):
             if keys:
                 edits.remove(hooks, keys)
+
+
+def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeight]) -> None:
+    """See that parametrizations of other tensors, made or removed inside the block, stay so.
+
+    They changed the class and the dictionary of chains of a module whose own will be put back.
+
+    Args:
+        edits: those of the block.
+        debris: where to plan.
+        weights: the frozen weights of the block.
+    """
+    lists: dict[int, nn.ModuleDict] = {}
+    tensors: dict[int, set[str]] = {}
+    for site in (weight.site for weight in weights):
+        tensors.setdefault(id(site.module), set()).add(site.tensor)
+        if isinstance(site, ChainSite):
+            lists[id(site.module)] = site.lists
+    for module, old, planned in edits.classes():
+        now = type(module)
+        if now is planned:
+            continue
+        own = lists.get(id(module))
+        if own is None:  # a handwritten layer under a parametrization now
+            if now.__bases__ == (planned,):
+                edits.set_class(module, planned, old=changed_class(now, (), {}, (old,)))
+            continue
+        content = edits.of(own._modules)
+        frozen = tensors[id(module)]
+        others = {tensor: chain for tensor, chain in chains(module) if tensor not in frozen}
+        before = set(content.before)
+        moved = {t: c for t, c in others.items() if own._modules.get(t) is not c}
+        if moved:
+            debris.of(own._modules).added.update(moved)
+        if module._modules.get("parametrizations") is not own:
+            debris.of(module._modules).added["parametrizations"] = own
+        gone = before - frozen - set(others)
+        new = {tensor: vars(now)[tensor] for tensor in others if tensor not in before}
+        if gone or new:
+            edits.set_class(module, planned, old=changed_class(old, gone, new, old.__bases__))

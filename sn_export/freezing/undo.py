@@ -166,6 +166,10 @@ class Edits:
         """Plan another class for this instance; the class itself may be shared by copies."""
         self._classes[id(module)] = (module, old or type(module), new)
 
+    def classes(self) -> list[tuple[nn.Module, type, type]]:
+        """Return the modules with the class from before and the planned one."""
+        return list(self._classes.values())
+
     def planned_class(self, module: nn.Module) -> type:
         """Return the class that ``module`` will have once the edits are applied."""
         entry = self._classes.get(id(module))

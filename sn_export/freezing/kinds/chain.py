@@ -24,7 +24,7 @@ _PURE = (_SpectralNorm, _WeightNorm)
 class ChainSite(Site):
     """A tensor computed by ``module.parametrizations[<name>]``; the whole chain counts."""
 
-    __slots__ = ("chain",)
+    __slots__ = ("chain", "lists")
     kind = "parametrization"
 
     @property
@@ -42,6 +42,7 @@ class ChainSite(Site):
     ) -> None:
         super().__init__(path, module, tensor)
         self.chain = chain
+        self.lists = cast(nn.ModuleDict, module._modules["parametrizations"])
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -64,7 +65,7 @@ class ChainSite(Site):
     @property
     def hidden(self) -> tuple[nn.Module, ...]:
         """The chain, and the dictionary around it if there is no other in it."""
-        lists = cast(nn.ModuleDict, self.module._modules["parametrizations"])
+        lists = self.lists
         return (self.chain, lists) if len(lists._modules) == 1 else (self.chain,)
 
     @property
@@ -115,8 +116,7 @@ class ChainSite(Site):
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take the tensor out of ``parametrizations`` and its property off this instance."""
-        module, name = self.module, self.tensor
-        lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        module, name, lists = self.module, self.tensor, self.lists
         edits.remove(lists._modules, (name,))
         current = edits.planned_class(module)
         if edits.of(lists._modules).remaining():
@@ -177,16 +177,20 @@ def _is_plain(link: nn.Module) -> bool:
 
 
 def without_property(cls: type, name: str) -> type:
-    """Return ``cls`` without one parametrized property, for one instance alone.
+    """Return ``cls`` without one parametrized property, for one instance alone."""
+    return changed_class(cls, (name,), {}, cls.__bases__)
 
-    It is made from `nn.Module` and given the bases of ``cls`` afterwards: making a subclass of
-    the user's class would run its ``__init_subclass__``, which may keep a registry.
+
+def changed_class(
+    cls: type, without: Iterable[str], added: dict[str, Any], bases: tuple[type, ...]
+) -> type:
+    """Return ``cls`` with other properties and bases, for one instance alone.
+
+    It is made from `nn.Module` and given its bases afterwards: making a subclass of the user's
+    class would run its ``__init_subclass__``, which may keep a registry.
     """
-    namespace: dict[str, Any] = {
-        key: entry
-        for key, entry in vars(cls).items()
-        if key not in (name, "__dict__", "__weakref__", "_abc_impl")
-    }
-    new: type = type.__new__(type(cls), cls.__name__, (nn.Module,), namespace)
-    new.__bases__ = cls.__bases__
+    left_out = {*without, "__dict__", "__weakref__", "_abc_impl"}
+    namespace = {key: entry for key, entry in vars(cls).items() if key not in left_out}
+    new: type = type.__new__(type(cls), cls.__name__, (nn.Module,), {**namespace, **added})
+    new.__bases__ = bases
     return new
