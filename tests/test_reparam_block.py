@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from computed_networks import (
@@ -29,6 +31,7 @@ from sn_export import (
     frozen_parametrizations,
     frozen_spectral_norm,
 )
+from sn_export.quiet import quiet
 
 each_pair = pytest.mark.parametrize(("how", "name"), PAIRS)
 each_how = pytest.mark.parametrize("how", REPARAMETRIZATIONS)
@@ -381,3 +384,20 @@ def test_on_top_of_each_other_in_a_module(how: str) -> None:
         assert_unchanged(before, model)
         with frozen_parametrizations(model, only):  # what is not frozen may write to itself
             assert same_bits(model(x).detach(), expected)
+
+
+@pytest.mark.parametrize("how", ["orthogonal", "weight_norm", "weight_norm hook", "pruned"])
+def test_exported_graph_is_the_plain_one(how: str, tmp_path: Path) -> None:
+    """Exported inside the block, also what no exporter knows is one node with its weight."""
+    model, _ = make(how, "linear")
+    model.eval()
+    before = fingerprint(model)
+    with frozen_parametrizations(model):
+        with quiet(verbose=False):
+            torch.onnx.export(model, (torch.ones(2, 3),), tmp_path / "model.onnx", dynamo=False)
+        weight = model.weight.detach().clone()
+    assert_unchanged(before, model)
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [node.op_type for node in graph.node] == ["Gemm"]
+    stored = {t.name: onnx.numpy_helper.to_array(t) for t in graph.initializer}
+    assert same_bits(torch.from_numpy(stored["weight"].copy()), weight)
