@@ -200,3 +200,22 @@ def test_sigma_zero(tmp_path: Path) -> None:
         "sigma of 'head.weight' is 0 or too small to divide by, so its normalised weight would "
         "not be finite"
     )
+
+
+def test_renamed_leading_parts_are_suggested(tmp_path: Path) -> None:
+    """Where one start in the place of another makes most unknown names fit, it is said."""
+    state = {f"main.{name.removeprefix('body.')}" if name.startswith("body.") else name: value
+             for name, value in trained_critic().state_dict().items()}  # fmt: skip
+    for kind in ("hook", "parametrization"):
+        with pytest.raises(CheckpointError) as caught:
+            _load(Critic(kind), state, tmp_path)
+        assert str(caught.value).endswith(
+            ". With 'body.' in the place of 'main.', 11 of the 11 unknown tensors fit: rename "
+            "them in the checkpoint, or the attribute in the model"
+        )
+    del state["main.0.bias"], state["main.3.bias"]
+    few = {name: value for name, value in state.items() if not name.startswith("main.1.")}
+    few |= {f"other.{i}": torch.ones(i) for i in range(9)}
+    with pytest.raises(CheckpointError) as caught:
+        _load(Critic(), few, tmp_path)
+    assert "in the place of" not in str(caught.value)

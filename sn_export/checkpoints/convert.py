@@ -15,6 +15,7 @@ import torch
 from .content import Checkpoint, StateDict
 from .dims import require_known
 from .errors import CheckpointError, listed
+from .handwritten import handwritten_notes
 from .lazy import LazyTensors
 from .publishing import drafts, publish
 from .read import read_checkpoint
@@ -34,12 +35,14 @@ class Conversion:
         key: where in the checkpoint the state dict is.
         found: every tensor under spectral norm.
         changed: those that were spelled differently.
+        notes: what else there is to say, such as keys that look like handwritten spectral norm.
     """
 
     files: tuple[Path, ...]
     key: str
     found: tuple[StoredNorm, ...]
     changed: tuple[StoredNorm, ...]
+    notes: tuple[str, ...] = ()
 
 
 def convert_checkpoint(
@@ -93,10 +96,12 @@ def convert_checkpoint(
         key, lambda one: bool(find_sites(one.tensors)), "has spectral norm in it"
     )
     found = tuple(find_sites(state.tensors))
+    notes = handwritten_notes(state.tensors)
     if not found:
         raise CheckpointError(
             f"'{checkpoint.path}' holds no spectral norm to convert: no 'weight_orig' with "
             "'weight_u', no 'parametrizations.weight.original' with '0._u'"
+            + "".join(f". {n}" for n in notes)
         )
     require_known(dims or {}, list(found))
     result = respell(state, to, dims)
@@ -121,7 +126,7 @@ def convert_checkpoint(
             )
         _require_unambiguous(destination, made)
         files = publish(made, destination.parent)
-    return Conversion(tuple(files), state.key, found, result.changed)
+    return Conversion(tuple(files), state.key, found, result.changed, notes)
 
 
 def _content(

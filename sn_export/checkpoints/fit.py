@@ -143,6 +143,8 @@ def _suggestion(
             f". The model has spectral norm on {listed(bare)} and the checkpoint has plain "
             "weights there: build the model without spectral norm"
         )
+    if renamed := _renamed_start(plain_have, plain_want, have, want):
+        return renamed
     for name in unexpected:
         likely = [key for key in missing if _is_misspelled(name, key)]
         if likely:
@@ -153,6 +155,48 @@ def _suggestion(
             prefix = name.removesuffix(tails[0])
             return f". The model's names start with '{prefix}', the checkpoint's do not"
     return ""
+
+
+def _renamed_start(
+    plain_have: Mapping[str, list[str]],
+    plain_want: Mapping[str, list[str]],
+    have: Mapping[str, Any],
+    want: Mapping[str, Any],
+) -> str:
+    """Return a suggestion where most unknown names fit once their first parts are others."""
+    unknown = {name: have[plain_have[name][0]] for name in plain_have if name not in plain_want}
+    wanted = {name: want[keys[0]] for name, keys in plain_want.items()}
+    lacking = [name for name in wanted if name not in plain_have]
+    pairs = {_starts(a, b) for a in list(unknown)[:_TRIED] for b in lacking}
+    fitting = {
+        (old, new): sum(
+            (renamed := new + name.removeprefix(old)) in wanted
+            and _shape(wanted[renamed]) == _shape(tensor)
+            for name, tensor in unknown.items()
+            if name.startswith(old)
+        )
+        for old, new in pairs
+        if old and new
+    }
+    best = max(fitting, key=lambda pair: (fitting[pair], -len("".join(pair)), pair), default=None)
+    if best is None or fitting[best] < 2 or 2 * fitting[best] <= len(unknown):
+        return ""
+    return (
+        f". With '{best[1]}' in the place of '{best[0]}', {fitting[best]} of the {len(unknown)} "
+        "unknown tensors fit: rename them in the checkpoint, or the attribute in the model"
+    )
+
+
+def _starts(name: str, wanted: str) -> tuple[str, str]:
+    """Return the leading parts in which two names differ, up to the parts at their ends."""
+    parts, others = name.split("."), wanted.split(".")
+    while parts and others and parts[-1] == others[-1]:
+        parts, others = parts[:-1], others[:-1]
+    return "".join(f"{p}." for p in parts), "".join(f"{p}." for p in others)
+
+
+def _shape(tensor: Any) -> Any:
+    return getattr(tensor, "shape", None)
 
 
 def _is_misspelled(name: str, wanted: str) -> bool:

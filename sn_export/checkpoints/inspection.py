@@ -10,10 +10,11 @@ from pathlib import Path
 
 import torch
 
-from ..sigma import stored_sigma
+from ..sigma import exact_sigma, stored_sigma
 from .content import Checkpoint, StateDict
 from .dims import decide_dim, fitting_dims, require_known
 from .errors import CheckpointError
+from .handwritten import handwritten_notes
 from .read import read_checkpoint
 from .sites import find_sites
 from .torch_norm import TorchNorm
@@ -84,6 +85,7 @@ class Inspection:
         key: where in it the state dict is; ``""`` for the root, or for several.
         layers: one for each tensor under spectral norm.
         tensors: number of entries in the state dict, or in all that were looked at.
+        notes: what else there is to say, such as keys that look like handwritten spectral norm.
     """
 
     path: Path
@@ -91,6 +93,7 @@ class Inspection:
     key: str
     layers: tuple[StoredLayer, ...]
     tensors: int
+    notes: tuple[str, ...] = ()
 
 
 def inspect_checkpoint(
@@ -128,6 +131,7 @@ def inspect_checkpoint(
         chosen[0].key if len(chosen) == 1 else "",
         tuple(layers),
         sum(len(state.tensors) for state in chosen),
+        tuple(note for state in chosen for note in handwritten_notes(state.tensors)),
     )
 
 
@@ -156,7 +160,7 @@ def _describe(norm: TorchNorm, dims: Mapping[str, int], key: str) -> StoredLayer
     if dim is not None:
         matrix = norm.matrix(dim)
         sigma = stored_sigma(matrix, norm.u, norm.right_vector(dim))
-        exact = _largest_singular_value(matrix)
+        exact = exact_sigma(matrix)
         if sigma == 0:
             note = "sigma is 0, so the weight in use is not finite"
     return StoredLayer(
@@ -173,19 +177,10 @@ def _describe(norm: TorchNorm, dims: Mapping[str, int], key: str) -> StoredLayer
     )
 
 
-def _largest_singular_value(matrix: torch.Tensor) -> float:
-    if matrix.numel() == 0:
-        return 0.0
-    wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
-    # The Gram matrix of the shorter side has the squares of the singular values, and is small.
-    gram = wide @ wide.mH if wide.shape[0] <= wide.shape[1] else wide.mH @ wide
-    return math.sqrt(max(0.0, float(torch.linalg.eigvalsh(gram)[-1])))
-
-
 def _exact_for_all(norm: TorchNorm) -> float:
     """Return the largest singular value where all dims that fit agree on it."""
     try:
-        values = [_largest_singular_value(norm.matrix(dim)) for dim in fitting_dims(norm)]
+        values = [exact_sigma(norm.matrix(dim)) for dim in fitting_dims(norm)]
     except CheckpointError:
         return math.nan
     return values[0] if all(math.isclose(v, values[0], rel_tol=1e-12) for v in values) else math.nan

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..freezing import find_spectral_norm
+from ..freezing import described
 from ..sigma import stored_sigma
 from .content import Checkpoint, StateDict
 from .dims import require_known
@@ -83,7 +83,7 @@ def load_checkpoint(
 
 
 def _require_sigmas(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    known = {info.name: info.dim for info in find_spectral_norm(model)}
+    known = {info.name: info.dim for info in described(model)}
     for site in find_sites(tensors):
         if site.name not in known or site.v is None:
             continue
@@ -113,7 +113,7 @@ def _in_spelling_of(
             changed.setdefault((site.kind, to[site.name]), []).append(site.name)
     if not changed:
         return state, notes
-    known = {info.name: info.dim for info in find_spectral_norm(model)}
+    known = {info.name: info.dim for info in described(model)}
     result = respell(state, to, {**known, **dims})
     notes += [
         f"respelled {len(names)} spectral {'norm' if len(names) == 1 else 'norms'} from {before} "

@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoints import Conversion, Inspection, convert_checkpoint, inspect_checkpoint
 from ..checkpoints.sites import Spelling
 from .arguments import parse_dims, parse_size
-from .console import answer, number, progress, table
+from .console import answer, number, progress, say, table
 
 
 def run_inspect(
@@ -25,7 +25,12 @@ def run_inspect(
             trust_pickle=trust_pickle,
             progress=lambda name, total: show(f"looked at {name}, of {total}"),
         )
-    answer(_inspection(found)) if as_json else _show(found)
+    if as_json:
+        answer(_inspection(found))
+        return
+    for note in found.notes:
+        say(f"note: {note}")
+    _show(found)
 
 
 def run_convert(
@@ -57,6 +62,8 @@ def run_convert(
     if as_json:
         answer(_conversion(made))
         return
+    for note in made.notes:
+        say(f"note: {note}")
     under = f" under '{made.key}'" if made.key else ""
     kept = len(made.found) - len(made.changed)
     already = f"; {kept} were spelled so already" if kept else ""
@@ -102,6 +109,7 @@ def _inspection(found: Inspection) -> dict[str, Any]:
         "format": found.format,
         "key": found.key,
         "tensors": found.tensors,
+        "notes": found.notes,
         "layers": [
             dataclasses.asdict(layer)
             | {
@@ -120,4 +128,5 @@ def _conversion(made: Conversion) -> dict[str, Any]:
         "key": made.key,
         "found": [site.name for site in made.found],
         "changed": [site.name for site in made.changed],
+        "notes": made.notes,
     }

@@ -1,0 +1,74 @@
+"""Handwritten spectral norm in a checkpoint is told of, and left as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_networks import trained_critic
+from torch import Tensor
+
+from sn_export.checkpoints import CheckpointError, convert_checkpoint, inspect_checkpoint
+from sn_export.checkpoints.handwritten import handwritten_norms
+
+WEIGHT = torch.ones(4, 3, 2, 2)
+STATES: dict[str, dict[str, Tensor]] = {
+    "weight_bar": {"weight_bar": WEIGHT, "weight_u": torch.ones(4), "weight_v": torch.ones(12)},
+    "u0, sv0": {"weight": WEIGHT, "u0": torch.ones(1, 4), "sv0": torch.ones(1)},
+    "sn_u": {"weight": WEIGHT, "sn_u": torch.ones(1, 4), "sn_sigma": torch.ones(1)},
+    "weight_u": {"weight": WEIGHT, "weight_u": torch.ones(1, 4)},
+    "u": {"weight": WEIGHT, "u": torch.ones(1, 4)},
+}
+NOT: dict[str, dict[str, Tensor]] = {
+    "plain": {"weight": WEIGHT, "bias": torch.ones(4)},
+    "hook": {"weight_orig": WEIGHT, "weight_u": torch.ones(4), "weight_v": torch.ones(12)},
+    "old hook": {"weight_orig": WEIGHT, "weight": WEIGHT, "weight_u": torch.ones(4)},
+    "another u": {"weight": WEIGHT, "u": torch.ones(5)},
+    "a matrix": {"weight": WEIGHT, "u": torch.ones(4, 4)},
+    "a foot bar": {"weight_bar": WEIGHT},
+}
+
+
+@pytest.mark.parametrize("name", STATES)
+def test_handwritten_norms_are_found(name: str) -> None:
+    """Each published way to keep the vectors, at the root and in modules."""
+    raw = next(iter(STATES[name]))
+    assert handwritten_norms(STATES[name]) == [raw]
+    inside = {f"body.0.module.{key}": value for key, value in STATES[name].items()}
+    assert handwritten_norms(inside) == [f"body.0.module.{raw}"]
+
+
+@pytest.mark.parametrize("name", NOT)
+def test_others_are_not(name: str) -> None:
+    """Plain layers, torch's own spectral norm, and vectors that do not fit."""
+    assert handwritten_norms(NOT[name]) == []
+
+
+def test_inspect_and_convert_say_so(tmp_path: Path) -> None:
+    """Beside torch's spectral norm the others are named, and kept bit for bit."""
+    mixed = dict(trained_critic().state_dict())
+    mixed |= {f"own.{key}": value for key, value in STATES["weight_bar"].items()}
+    torch.save(mixed, tmp_path / "a.pt")
+    note = (
+        "'own.weight_bar' looks like handwritten spectral norm, which is left as it is: only the "
+        "model's code can tell the weight in use, and 'sn-export onnx' runs that"
+    )
+    assert inspect_checkpoint(tmp_path / "a.pt").notes == (note,)
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.safetensors", "plain")
+    assert made.notes == (note,)
+    assert inspect_checkpoint(tmp_path / "b.safetensors").notes == (note,)
+    converted = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain").files[0]
+    kept = torch.load(converted)
+    assert all(
+        torch.equal(kept[f"own.{key}"], value) for key, value in STATES["weight_bar"].items()
+    )
+
+
+def test_convert_with_nothing_of_torch(tmp_path: Path) -> None:
+    """The error says what is there instead, and what can be done with it."""
+    torch.save(STATES["u0, sv0"], tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")
+    assert "holds no spectral norm to convert" in str(caught.value)
+    assert ". 'weight' looks like handwritten spectral norm" in str(caught.value)
