@@ -8,7 +8,6 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,33 @@ import onnx
 import pytest
 import torch
 from cli_networks import Critic, Tokens, prefixed, trained, trained_critic
+from cli_running import CRITIC, ONNX, Ran, Run, names, runner
 from onnx import numpy_helper
-
-from sn_export.cli import main
-
-CRITIC = ["--model", "cli_networks:critic", "--input", "2x3x8x8"]
-
-
-@dataclass
-class Ran:
-    """What a command left behind."""
-
-    code: int
-    out: str
-    err: str
-
-
-Run = Callable[..., Ran]
 
 
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
     """Run the command line in an otherwise empty folder with the checkpoint ``a.pt``."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(trained_critic().state_dict(), "a.pt")
-
-    def call(*arguments: str | Path) -> Ran:
-        monkeypatch.setattr(sys, "argv", ["sn-export", *map(str, arguments)])
-        with pytest.raises(SystemExit) as caught:
-            main()
-        shown = capsys.readouterr()
-        return Ran(int(caught.value.code or 0), shown.out, shown.err)
-
-    return call
-
-
-def _names() -> list[str]:
-    return sorted(path.name for path in Path.cwd().iterdir())
-
-
-def _onnx(**names: str) -> list[str]:
-    return ["onnx", "a.pt", *CRITIC, "-o", "o.onnx"]
+    return runner(tmp_path, monkeypatch, capsys)
 
 
 def test_onnx_proves_and_writes(run: Run) -> None:
     """Exit code 0, both tables, a plain graph, and nothing else in the folder."""
-    ran = run(*_onnx())
+    ran = run(*ONNX)
     assert (ran.code, ran.err) == (0, "")
     assert "body.3.weight   hook   4x4x3x3   float32   0" in ran.out
     assert "parity with onnxruntime over 4 input sets" in ran.out
     assert ran.out.splitlines()[-1].startswith("proved and written: o.onnx (opset ")
-    names = {one.name for one in onnx.load("o.onnx").graph.initializer}
-    assert "head.weight" in names
-    assert not [name for name in names if name.endswith(("_orig", "_u", "_v"))]
-    assert _names() == ["a.pt", "o.onnx"]
+    initializers = {one.name for one in onnx.load("o.onnx").graph.initializer}
+    assert "head.weight" in initializers
+    assert not [name for name in initializers if name.endswith(("_orig", "_u", "_v"))]
+    assert names() == ["a.pt", "o.onnx"]
 
 
 def test_onnx_json(run: Run) -> None:
     """JSON alone on stdout, the same in the report file, with what had to be done."""
     torch.save({"state_dict": prefixed(trained_critic().state_dict(), "module.")}, "a.pt")
-    ran = run(*_onnx(), "--json", "--report", "r.json", "--samples", "1", "--dynamic", "x:0=n")
+    ran = run(*ONNX, "--json", "--report", "r.json", "--samples", "1", "--dynamic", "x:0=n")
     content = json.loads(ran.out)
     assert ran.code == 0
     assert content["path"] == "o.onnx"
@@ -84,21 +50,24 @@ def test_onnx_json(run: Run) -> None:
     assert content["parity"]["outputs"][0]["shape"] == [2, 5]
     assert [one["tensor"] for one in content["frozen"]] == ["weight"] * 4
     assert content["notes"][1] == "took the wrappers' 'module.' out of the names"
-    assert json.loads(Path("r.json").read_text()) == content
+    saved = json.loads(Path("r.json").read_text())
+    assert saved.pop("command").startswith("sn-export onnx a.pt --model cli_networks:critic ")
+    assert list(saved.pop("files")) == ["o.onnx"]
+    assert saved == content
     assert onnx.load("o.onnx").graph.input[0].type.tensor_type.shape.dim[0].dim_param == "n"
 
 
 def test_onnx_options(run: Run) -> None:
     """Exporter, opset, external data and arguments of the factory reach the export."""
     ran = run(
-        *_onnx(),
+        *ONNX,
         *("--exporter", "torchscript", "--opset", "17", "--external-data", "always"),
         *("--model-kwargs", '{"kind": "parametrization"}'),
     )
     assert ran.code == 0
     assert "respelled 4 spectral norms from hook to parametrization" in ran.out
     assert onnx.load("o.onnx").opset_import[0].version == 17
-    assert _names() == ["a.pt", "o.onnx", "o.onnx.data"]
+    assert names() == ["a.pt", "o.onnx", "o.onnx.data"]
 
 
 def test_onnx_with_real_inputs(run: Run) -> None:
@@ -116,7 +85,7 @@ def test_onnx_with_real_inputs(run: Run) -> None:
 def test_onnx_parity_failure(run: Run) -> None:
     """Exit code 1, the table and one message, and the old file is untouched."""
     Path("o.onnx").write_text("old")
-    ran = run(*_onnx(), "--rtol", "0", "--atol", "0")
+    ran = run(*ONNX, "--rtol", "0", "--atol", "0")
     assert ran.code == 1
     assert "NOT EQUAL" in ran.out
     assert "elements are outside" in ran.out
@@ -124,10 +93,10 @@ def test_onnx_parity_failure(run: Run) -> None:
         "sn-export: the file does not reproduce the model, and 'o.onnx' was not written\n"
     )
     assert Path("o.onnx").read_text() == "old"
-    ran = run(*_onnx(), "--rtol", "0", "--atol", "0", "--json")
+    ran = run(*ONNX, "--rtol", "0", "--atol", "0", "--json")
     assert ran.code == 1
     assert json.loads(ran.out)["parity"]["passed"] is False
-    assert _names() == ["a.pt", "o.onnx"]
+    assert names() == ["a.pt", "o.onnx"]
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -154,7 +123,7 @@ BAD: dict[str, tuple[list[str], str]] = {
     ),
     "report": (
         ["onnx", "a.pt", *CRITIC, "--report", "no/r.json"],
-        "cannot write 'no/r.json': there is no folder 'no'",
+        "cannot write 'no/r.json': no folder 'no'",
     ),
     "tolerance": (["onnx", "a.pt", *CRITIC, "--rtol", "-1"], "rtol must be 0 or more, got -1.0"),
     "inspect": (["inspect", "no.pt"], "there is no checkpoint at 'no.pt'"),
@@ -162,7 +131,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["convert", "a.pt", "--to", "plain", "-o", "o.txt"],
         "cannot write 'o.txt': it must end in .pt, .pth, .ckpt, .bin or .safetensors",
     ),
-    "check": (["check", "no.onnx", "a.pt", *CRITIC], "no ONNX file at 'no.onnx'"),
+    "check": (["check", "no.onnx", "a.pt", *CRITIC], "there is no file or folder 'no.onnx'"),
 }
 
 
@@ -174,7 +143,7 @@ def test_bad_input(name: str, run: Run) -> None:
         arguments = [*arguments, "-o", "o.onnx"]
     ran = run(*arguments)
     assert (ran.code, ran.out, ran.err) == (2, "", f"sn-export: {message}\n")
-    assert _names() == ["a.pt"]
+    assert names() == ["a.pt"]
 
 
 def test_inputs_that_the_model_rejects(run: Run) -> None:
@@ -184,7 +153,7 @@ def test_inputs_that_the_model_rejects(run: Run) -> None:
     start = "sn-export: the model fails on the example input: RuntimeError: "
     assert ran.err.startswith(start)
     assert "Traceback" not in ran.err
-    assert _names() == ["a.pt"]
+    assert names() == ["a.pt"]
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
@@ -236,7 +205,7 @@ def _check(run: Run, *more: str) -> Ran:
 
 def test_check(run: Run) -> None:
     """0 for the checkpoint it was made from, 1 for another."""
-    assert run(*_onnx()).code == 0
+    assert run(*ONNX).code == 0
     ran = _check(run)
     assert (ran.code, ran.err) == (0, "")
     torch.save(trained_critic(seed=9).state_dict(), "a.pt")
@@ -254,7 +223,7 @@ def _edited(change: Callable[[Any], Any]) -> None:
 
 def test_check_names_the_first_module(run: Run) -> None:
     """A weight altered in the file is told by its module, in the table and in JSON."""
-    assert run(*_onnx()).code == 0
+    assert run(*ONNX).code == 0
 
     def alter(model: Any) -> None:
         (weight,) = (i for i in model.graph.initializer if i.name == "body.3.weight")
@@ -274,7 +243,7 @@ def test_check_names_the_first_module(run: Run) -> None:
 
 def test_check_what_cannot_be_compared(run: Run) -> None:
     """2 where the file is broken, of an unknown opset, or has other inputs or shapes."""
-    assert run(*_onnx()).code == 0
+    assert run(*ONNX).code == 0
     ran = run("check", "o.onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2x3x9x9")
     assert ran.code == 2
     assert ran.err.startswith("sn-export: onnxruntime fails on ")

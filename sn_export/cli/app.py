@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from enum import Enum
-from importlib import metadata
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from .console import answering
+from .errors import UsageError
+from .usage import run
 
 app = typer.Typer(
     name="sn-export",
     help="From a checkpoint with spectral normalisation to a proved ONNX file.",
-    no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
 
@@ -75,14 +79,14 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an e
 
 def main() -> None:
     """Run the command line."""
-    app(prog_name="sn-export")
+    sys.exit(run(app, "sn-export"))
 
 
 def _version(wanted: bool) -> None:
     if wanted:
         try:
-            print(f"sn-export {metadata.version('sn-export')}")
-        except metadata.PackageNotFoundError:
+            print(f"sn-export {version_of('sn-export')}")
+        except PackageNotFoundError:
             print("sn-export, not installed")
         raise typer.Exit
 
@@ -116,8 +120,18 @@ def onnx(
         ExternalData, typer.Option(help="Weights in a file of their own; auto: past 2 GB.")
     ] = ExternalData.auto,
     report: Annotated[
-        Path | None, typer.Option(help="Write what --json prints to this file too.")
+        Path | None, typer.Option(help="A report to keep: .html, .md or .json by its suffix.")
     ] = None,
+    save_case: Annotated[
+        Path | None,
+        typer.Option(help="An .npz of the proof's inputs and outputs, for 'check --case'."),
+    ] = None,
+    metadata: Annotated[
+        list[str], typer.Option("--metadata", help="KEY=VALUE, to be written into the file.")
+    ] = [],  # noqa: B006
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Compare the output of every module too.")
+    ] = False,
     key: Key = None,
     prefix: Prefix = None,
     dim: Dim = [],  # noqa: B006
@@ -130,13 +144,24 @@ def onnx(
     Exit codes: 0 proved and written, 1 not equal and nothing written, 2 bad input.
     """
     with answering(debug):
-        from .proving import Request, run_onnx
+        from .proving import Export, Request, run_onnx
 
         request = Request(
             checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
         ).choosing(key, prefix, dim, trust_pickle)
         side_file = {"auto": "auto", "always": True, "never": False}[external_data.value]
-        run_onnx(request, output, dynamic, exporter.value, opset, side_file, report, as_json)
+        export = Export(
+            output,
+            dynamic,
+            exporter.value,
+            opset,
+            side_file,
+            report,
+            save_case,
+            metadata,
+            per_module,
+        )
+        run_onnx(request, export, as_json)
 
 
 @app.command()
@@ -191,9 +216,18 @@ def convert(
 
 @app.command()
 def check(
-    file: Annotated[Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file.")],
-    checkpoint: CheckpointArgument,
-    model: Model,
+    file: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file, or a folder of cases.")
+    ],
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="A file, or a folder of shards.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="MODULE:FACTORY, as for 'onnx'.")
+    ] = None,
+    case: Annotated[
+        Path | None, typer.Option(help="Replay what 'onnx --save-case' wrote; no model needed.")
+    ] = None,
     inputs: Input = [],  # noqa: B006
     input_files: InputFile = [],  # noqa: B006
     model_kwargs: ModelKwargs = None,
@@ -207,14 +241,49 @@ def check(
     as_json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """Compare an ONNX file with a checkpoint.
+    """Compare an ONNX file with a checkpoint, or with a saved case.
+
+    A folder is searched for NAME.onnx with NAME.npz beside it, and every case is replayed.
 
     Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
     """
     with answering(debug):
+        given = {
+            "CHECKPOINT": checkpoint,
+            "--model": model,
+            "--input": inputs,
+            "--input-file": input_files,
+            "--model-kwargs": model_kwargs,
+            "--key": key,
+            "--prefix": prefix,
+            "--dim": dim,
+            "--trust-pickle": trust_pickle,
+        }
+        if case is not None or file.is_dir():
+            _require_none(given, "--case" if case is not None else "a folder of cases")
+            if case is not None and file.is_dir():
+                raise UsageError(f"--case goes with one ONNX file, and '{file}' is a folder")
+            from .replaying import run_case, run_folder
+
+            if case is not None:
+                run_case(file, case, rtol, atol, as_json)
+            else:
+                run_folder(file, rtol, atol, as_json)
+            return
+        if not file.exists():
+            raise UsageError(f"there is no file or folder '{file}'")
+        if checkpoint is None or model is None:
+            missing = "CHECKPOINT" if checkpoint is None else "--model"
+            raise UsageError(f"check needs {missing}, or a saved case with --case")
         from .proving import Request, run_check
 
         request = Request(
             checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
         ).choosing(key, prefix, dim, trust_pickle)
         run_check(request, file, as_json)
+
+
+def _require_none(given: Mapping[str, object], instead: str) -> None:
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise UsageError(f"{instead} needs no model: leave out {', '.join(names)}")

@@ -68,6 +68,19 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     return value
 
 
+def parse_metadata(texts: list[str]) -> dict[str, str]:
+    """Return what ``--metadata KEY=VALUE`` gives; a value may hold ``=``."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--metadata must be KEY=VALUE such as run=42, got '{text}'")
+        if key in found:
+            raise UsageError(f"--metadata gives '{key}' twice: '{found[key]}' and '{value}'")
+        found[key] = value
+    return found
+
+
 def parse_dynamic(texts: list[str], names: list[str]) -> dict[str, dict[int, str] | None] | None:
     """Return ``--dynamic x:0=batch`` as `torch.export` takes it, for inputs ``names``."""
     if not texts:

@@ -9,11 +9,18 @@ import math
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import typer
 
+from ..errors import (
+    FrozenWeightChangedWarning,
+    ReparametrizationNotRecognisedWarning,
+    SpectralNormNotAppliedWarning,
+    SpectralNormNotRecognisedWarning,
+)
 from .errors import UsageError
 
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -58,15 +65,44 @@ def as_text(content: Mapping[str, Any]) -> str:
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is being done; it is silent without a terminal."""
-    if not sys.stderr.isatty():
-        yield lambda text: None
-        return
-    from rich.console import Console
+    """Yield a function that shows what is being done; it is silent without a terminal.
 
-    # The real stderr: exporters run with a replaced one.
-    with Console(file=sys.stderr).status("") as status, _followed(status.update):
-        yield status.update
+    What a model prints meanwhile goes to stderr: stdout is for the answer.
+    """
+    with contextlib.redirect_stdout(sys.stderr):
+        if not sys.stderr.isatty():
+            yield lambda text: None
+            return
+        from rich.console import Console
+
+        # The real stderr: exporters run with a replaced one.
+        with Console(file=sys.stderr).status("") as status, _followed(status.update):
+            yield status.update
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[str]]:
+    """Yield a list that the texts of sn_export's own warnings go to; others are shown as ever."""
+    own = (
+        FrozenWeightChangedWarning,
+        ReparametrizationNotRecognisedWarning,
+        SpectralNormNotAppliedWarning,
+        SpectralNormNotRecognisedWarning,
+    )
+    notes: list[str] = []
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def keep(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+            if not issubclass(category, own):
+                show(message, category, *where, **more)
+            elif str(message) not in notes:
+                notes.append(str(message))
+
+        warnings.showwarning = keep
+        for category in own:
+            warnings.simplefilter("always", category)
+        yield notes
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +13,18 @@ import typer
 from torch import nn
 
 from ..checkpoints import load_checkpoint, read_checkpoint
-from ..checkpoints.publishing import drafts, publish
-from ..divergence import Divergence
 from ..errors import ExportError, ParityError
-from ..exporting import export_onnx
-from ..freezing import SpectralNormInfo
+from ..exporting import ExportReport, export_onnx
+from ..freezing import find_suspects
+from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
 from ..samples import random_sets
-from .arguments import parse_dims, parse_dynamic, parse_kwargs
-from .console import FAILED, answer, as_text, number, progress, say, table
+from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
+from .console import FAILED, answer, noted, progress, say
 from .factories import build_model
 from .inputs import Inputs, gather
-
-_BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ
+from .outputs import is_pictured, require_apart, require_report, write_report
+from .showing import show_frozen, show_parity
 
 
 @dataclass(frozen=True)
@@ -65,173 +64,124 @@ class Request:
         loaded = load_checkpoint(model, content, key=self.key, prefix=self.prefix, dims=dims)
         return model, inputs, loaded.notes
 
+    def source(self) -> Path | None:
+        """Return the file that says what the weights are; an index or a folder does not."""
+        is_index = self.checkpoint.name.endswith(".index.json")
+        return self.checkpoint if self.checkpoint.is_file() and not is_index else None
 
-def run_onnx(
-    request: Request,
-    output: Path,
-    dynamic: list[str],
-    exporter: Any,
-    opset: int | None,
-    external_data: Any,
-    report_file: Path | None,
-    as_json: bool,
-) -> None:
+
+@dataclass(frozen=True)
+class Export:
+    """What ``sn-export onnx`` is given besides, as it was written."""
+
+    output: Path
+    dynamic: list[str]
+    exporter: Any
+    opset: int | None
+    external_data: Any
+    report: Path | None
+    save_case: Path | None
+    metadata: list[str]
+    per_module: bool
+
+    def require_possible(self, request: Request) -> dict[str, str]:
+        """Return the metadata, if that and the files to write are possible."""
+        require_apart(
+            {
+                "-o": self.output,
+                "the external data of -o": self.output.with_name(self.output.name + ".data"),
+                "--report": self.report,
+                "--save-case": self.save_case,
+            },
+            {"the checkpoint": [request.checkpoint], "--input-file": request.input_files},
+        )
+        require_report(self.report)
+        metadata = parse_metadata(self.metadata)
+        require_metadata(metadata)
+        return metadata
+
+
+def run_onnx(request: Request, export: Export, as_json: bool) -> None:
     """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
-    with progress() as show:
+    metadata = export.require_possible(request)
+    made: ExportReport | None = None
+    with progress() as show, noted() as warned:
         model, inputs, notes = request.prepare(show)
-        _require_writable(report_file)
-        failure: ParityError | None = None
+        suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
         try:
-            report = export_onnx(
+            made = export_onnx(
                 model,
                 inputs.example.args,
-                output,
+                export.output,
                 kwargs=inputs.example.kwargs,
-                exporter=exporter,
-                opset_version=opset,
-                dynamic_shapes=parse_dynamic(dynamic, inputs.names(model)),
-                external_data=external_data,
+                exporter=export.exporter,
+                opset_version=export.opset,
+                dynamic_shapes=parse_dynamic(export.dynamic, inputs.names(model)),
+                external_data=export.external_data,
                 rtol=request.rtol,
                 atol=request.atol,
                 samples=request.samples,
                 inputs=list(inputs.own),
+                per_module=export.per_module or is_pictured(export.report),
+                save_case=export.save_case,
+                metadata=metadata,
+                source=request.source(),
+                sigma_exact=is_pictured(export.report),
             )
+            parity = made.parity
         except ParityError as error:
-            failure = error
-    if failure is not None:
-        parity = failure.report
-        content = {"path": None, "parity": _parity(parity), "notes": notes}
-        _deliver(content, report_file, as_json, lambda: _show_parity(parity))
-        say(f"the file does not reproduce the model, and '{output}' was not written")
-        raise typer.Exit(FAILED)
-
-    def show_all() -> None:
+            parity = error.report
+    content: dict[str, Any] = {"path": None, "parity": parity.content()}
+    if made is not None:
+        content = json.loads(made.to_json())
+    content |= {"suspects": suspects, "notes": [*notes, *warned]}
+    write_report(content, export.report, made.path if made else None)
+    _say_notes(warned)
+    if as_json:
+        answer(content)
+    else:
         _show_notes(notes)
-        _show_frozen(report.frozen)
-        _show_parity(report.parity)
-        print(f"proved and written: {report.path} (opset {report.opset}, {report.exporter})")
-
-    _deliver({**json.loads(report.to_json()), "notes": notes}, report_file, as_json, show_all)
+        if made is not None:
+            show_frozen(made.frozen)
+        show_parity(parity, export.per_module)
+    if made is None:
+        say(f"the file does not reproduce the model, and '{export.output}' was not written")
+        raise typer.Exit(FAILED)
+    if not as_json:
+        print(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")
 
 
 def run_check(request: Request, file: Path, as_json: bool) -> None:
     """Compare; raise `typer.Exit` with code 1 if the outputs differ."""
-    with progress() as show:
+    with progress() as show, noted() as warned:
         model, inputs, notes = request.prepare(show)
         sets = [inputs.example, *random_sets(inputs.example, request.samples), *inputs.own]
         show(f"comparing {len(sets)} input sets with onnxruntime")
         parity = check_parity(model, file, sets, rtol=request.rtol, atol=request.atol)
-    _require_comparable(parity)
-
-    def show_all() -> None:
+    require_comparable(parity)
+    _say_notes(warned)
+    if as_json:
+        answer({"path": str(file), "parity": parity.content(), "notes": [*notes, *warned]})
+    else:
         _show_notes(notes)
-        _show_parity(parity)
-
-    _deliver(
-        {"path": str(file), "parity": _parity(parity), "notes": notes}, None, as_json, show_all
-    )
+        show_parity(parity)
     if not parity.passed:
         say(f"'{file}' does not reproduce the model")
         raise typer.Exit(FAILED)
 
 
-def _require_comparable(parity: ParityReport) -> None:
+def require_comparable(parity: ParityReport) -> None:
+    """Raise an ExportError if an output has nothing that could be compared."""
     for output in parity.outputs:
         if not output.is_comparable:
             raise ExportError(f"output '{output.name}' cannot be compared: {output.reason}")
 
 
-def _require_writable(path: Path | None) -> None:
-    if path is not None:
-        with drafts(path):
-            pass
-
-
-def _deliver(
-    content: dict[str, Any],
-    report_file: Path | None,
-    as_json: bool,
-    show: Callable[[], None],
-) -> None:
-    if report_file is not None:
-        with drafts(report_file) as folder:
-            draft = folder / report_file.name
-            draft.write_text(as_text(content) + "\n", "utf-8")
-            publish([draft], report_file.parent)
-    answer(content) if as_json else show()
-
-
-def _parity(parity: ParityReport) -> dict[str, Any]:
-    return parity.content()
-
-
-def _show_notes(notes: tuple[str, ...]) -> None:
+def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
         print(f"checkpoint: {note}")
 
 
-def _show_frozen(frozen: tuple[SpectralNormInfo, ...]) -> None:
-    if not frozen:
-        print("no spectral norm in the model")
-        return
-    table(
-        "frozen",
-        ["tensor", "kind", "shape", "dtype", "dim", "sigma"],
-        [
-            [
-                info.name,
-                info.kind,
-                "x".join(map(str, info.shape)),
-                info.dtype,
-                str(info.dim),
-                number(info.sigma),
-            ]
-            for info in frozen
-        ],
-    )
-
-
-def _show_parity(parity: ParityReport) -> None:
-    table(
-        f"parity with onnxruntime over {parity.samples} input sets",
-        ["output", "shape", "dtype", "max abs", "max rel", "mean abs", "result"],
-        [
-            [
-                output.name,
-                "x".join(map(str, output.shape)),
-                output.dtype,
-                number(output.max_abs),
-                number(output.max_rel),
-                number(output.mean_abs),
-                "equal" if output.passed else "NOT EQUAL",
-            ]
-            for output in parity.outputs
-        ],
-    )
-    for output in parity.outputs:
-        if output.reason:
-            print(f"{output.name}: {output.reason}")
-    if parity.divergence is not None and not parity.passed:
-        _show_modules(parity.divergence)
-
-
-def _show_modules(divergence: Divergence) -> None:
-    """Print the modules around the first one to differ; the report has them all."""
-    modules = divergence.modules
-    bad = next((i for i, entry in enumerate(modules) if not entry.passed), len(modules))
-    if divergence.first:
-        table(
-            "modules in network order",
-            ["module", "type", "max abs", "result"],
-            [
-                [
-                    entry.module or "(the model itself)",
-                    entry.type,
-                    number(entry.max_abs),
-                    "equal" if entry.passed else "NOT EQUAL" + (", first" if i == bad else ""),
-                ]
-                for i, entry in enumerate(modules)
-                if bad - _BEFORE <= i <= bad + _AFTER
-            ],
-        )
-    print(divergence.reason)
+def _say_notes(notes: Iterable[str]) -> None:
+    for note in notes:
+        say(f"note: {note}")

@@ -1,0 +1,126 @@
+"""``sn-export check`` with saved cases, one or a folder of them: no model code."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..case_file import opened_case
+from ..cases import check_case
+from ..errors import SnExportError
+from ..parity import ParityReport
+from .console import BAD_INPUT, FAILED, answer, number, progress, say
+from .errors import UsageError
+from .proving import require_comparable
+from .showing import show_parity
+
+
+def run_case(file: Path, case: Path, rtol: float | None, atol: float | None, as_json: bool) -> None:
+    """Replay one case; raise `typer.Exit` with code 1 if the outputs differ."""
+    with progress() as show:
+        show(f"replaying {case}")
+        parity = check_case(file, case, rtol=rtol, atol=atol)
+    require_comparable(parity)
+    if as_json:
+        answer({"path": str(file), "case": str(case), "parity": parity.content(), "notes": []})
+    else:
+        show_parity(parity)
+    if not parity.passed:
+        say(f"'{file}' does not reproduce '{case}'")
+        raise typer.Exit(FAILED)
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """One case of a folder: compared, or why not."""
+
+    file: Path
+    parity: ParityReport | None
+    error: str = ""
+
+    @property
+    def result(self) -> str:
+        """What came of it, in words."""
+        if self.parity is None:
+            return "cannot be compared"
+        return "equal" if self.parity.passed else "NOT EQUAL"
+
+    def line(self) -> str:
+        """Return what is printed of it."""
+        if self.parity is None:
+            return f"{self.result}: {self.error}"
+        worst = max((output.max_abs for output in self.parity.outputs), default=0.0)
+        text = f"max abs {number(worst)} over {self.parity.samples} input sets"
+        return f"{self.result}: {self.file}, {text}"
+
+    def content(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "path": str(self.file),
+            "case": str(self.file.with_suffix(".npz")),
+            "result": self.result.lower(),
+            "error": self.error or None,
+            "parity": self.parity.content() if self.parity else None,
+        }
+
+
+def run_folder(folder: Path, rtol: float | None, atol: float | None, as_json: bool) -> None:
+    """Replay each ``NAME.npz`` beside ``NAME.onnx``; raise `typer.Exit` if one is not equal."""
+    files = _files(folder)
+    if not files:
+        raise UsageError(f"folder '{folder}' holds no case: no NAME.onnx with NAME.npz beside it")
+    done = []
+    with progress() as show:
+        for count, file in enumerate(files):
+            show(f"replaying {file}, {count + 1} of {len(files)}")
+            done.append(_replay(file, rtol, atol))
+    unequal = [str(one.file) for one in done if one.parity and not one.parity.passed]
+    unknown = [str(one.file) for one in done if one.parity is None]
+    if as_json:
+        passed = not unequal and not unknown
+        cases = [one.content() for one in done]
+        answer({"path": str(folder), "passed": passed, "cases": cases})
+    else:
+        for one in done:
+            print(one.line())
+        equal = len(done) - len(unequal) - len(unknown)
+        print(f"{len(done)} cases: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")
+    if unknown:
+        say(f"cannot be compared: {', '.join(unknown)}")
+    if unequal:
+        say(f"not equal: {', '.join(unequal)}")
+    if unknown or unequal:
+        raise typer.Exit(BAD_INPUT if unknown else FAILED)
+
+
+def _files(folder: Path) -> list[Path]:
+    """Return the ONNX files of a folder, and where cases say that one should be."""
+    files = {path for path in folder.rglob("*.onnx") if path.is_file()}
+    for path in folder.rglob("*.npz"):
+        file = path.with_suffix(".onnx")
+        if file not in files and _is_case(path):  # other arrays may lie there too
+            files.add(file)
+    return sorted(files)
+
+
+def _is_case(path: Path) -> bool:
+    try:
+        with opened_case(path):
+            return True
+    except SnExportError:
+        return False
+
+
+def _replay(file: Path, rtol: float | None, atol: float | None) -> Replayed:
+    case = file.with_suffix(".npz")
+    if not case.is_file():
+        return Replayed(file, None, f"no case '{case.name}' beside '{file}'")
+    try:
+        parity = check_case(file, case, rtol=rtol, atol=atol)
+        require_comparable(parity)
+    except (SnExportError, OSError) as error:
+        return Replayed(file, None, f"{file}, {error}")
+    return Replayed(file, parity)
