@@ -65,6 +65,40 @@ class Tokens(nn.Module):
         return out if scale is None else out * scale
 
 
+class Unknown(nn.Module):
+    """Spectral norm in a way of its own, which nothing knows: a helper is given the weight."""
+
+    u: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 3))
+        self.register_buffer("u", torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        v = nn.functional.normalize(self.weight.t() @ self.u, dim=0)
+        sigma = torch.linalg.vector_norm(self.weight @ v)
+        return x @ (self.weight / sigma).t()
+
+
+class Untraceable(Unknown):
+    """Asks for a value, which torch.export does not have and tracing does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * (1.0 if float(x.sum()) < 1e9 else 2.0)
+
+
+def chatty() -> Unknown:
+    """Return a network, and print."""
+    print("building a network")
+    return Unknown()
+
+
+def untraceable() -> Untraceable:
+    """Return a network that the dynamo exporter cannot take."""
+    return Untraceable()
+
+
 def critic(kind: Kind = "hook", ch: int = 4) -> Critic:
     """Return a new critic."""
     return Critic(kind, ch)

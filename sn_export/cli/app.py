@@ -24,8 +24,9 @@ app = typer.Typer(
 
 
 class Exporter(str, Enum):
-    """The two exporters of torch."""
+    """The two exporters of torch, or whichever proves first."""
 
+    auto = "auto"
     dynamo = "dynamo"
     torchscript = "torchscript"
 
@@ -111,7 +112,10 @@ def onnx(
     dynamic: Annotated[
         list[str], typer.Option(help="INPUT:DIM=NAME, a dimension that varies, e.g. x:0=batch.")
     ] = [],  # noqa: B006
-    exporter: Annotated[Exporter, typer.Option(help="Torch's exporter.")] = Exporter.dynamo,
+    exporter: Annotated[
+        Exporter,
+        typer.Option(help="Torch's exporter; auto: dynamo, then torchscript where that fails."),
+    ] = Exporter.auto,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's by default.")] = None,
     rtol: Rtol = None,
     atol: Atol = None,

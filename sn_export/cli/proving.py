@@ -14,10 +14,11 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, read_checkpoint
 from ..errors import ExportError, ParityError
-from ..exporting import ExportReport, export_onnx
+from ..exporting import export_onnx
 from ..freezing import find_suspects
 from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
+from ..report import ExportReport
 from ..samples import random_sets
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
 from .console import FAILED, answer, noted, progress, say
@@ -137,6 +138,8 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
     content |= {"suspects": suspects, "notes": [*notes, *warned]}
     write_report(content, export.report, made.path if made else None)
     _say_notes(warned)
+    for attempt in made.attempts if made else ():
+        say(f"note: the {attempt.exporter} exporter was tried first: {attempt.error}")
     if as_json:
         answer(content)
     else:

@@ -1,0 +1,206 @@
+"""What ``sn-export onnx`` keeps beside the file: reports, cases, metadata, notes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from cli_networks import Unknown, trained_critic
+from cli_running import CRITIC, ONNX, Run, names, runner
+from safetensors.torch import save_file
+
+from sn_export.reporting import save_report
+
+EXACT = ("--rtol", "0", "--atol", "0")
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in an otherwise empty folder with the checkpoint ``a.pt``."""
+    return runner(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("suffix", ["html", "md", "json"])
+@pytest.mark.parametrize("failed", [False, True], ids=["passed", "failed"])
+def test_report(suffix: str, failed: bool, run: Run) -> None:
+    """Of each kind, saved where the proof failed too, with the command line in it."""
+    ran = run(*ONNX, "--report", f"r.{suffix}", *(EXACT if failed else ()))
+    assert ran.code == int(failed)
+    assert names() == (["a.pt"] if failed else ["a.pt", "o.onnx"]) + [f"r.{suffix}"]
+    text = Path(f"r.{suffix}").read_text("utf-8")
+    if suffix == "json":
+        content = json.loads(text)
+        assert content["path"] == (None if failed else "o.onnx")
+        assert content["parity"]["passed"] is not failed
+        assert content["command"].startswith("sn-export onnx a.pt --model cli_networks:critic")
+        assert failed or content["frozen"][0]["sigma_exact"] is None
+    else:
+        assert ("Not proved" if failed else "Proved") in text
+        assert "sn-export onnx a.pt --model" in text
+        assert "body.3" in text  # modules are compared for those who look
+
+
+def test_pictured_reports_have_true_sigma(run: Run) -> None:
+    """It is computed where a report is to be looked at, and modules are compared."""
+    ran = run(*ONNX, "--report", "r.html", "--json")
+    content = json.loads(ran.out)
+    assert all(one["sigma_exact"] > 0 for one in content["frozen"])
+    assert len(content["parity"]["modules"]) > 5
+
+
+def test_per_module(run: Run) -> None:
+    """The table of modules is shown though all are equal."""
+    ran = run(*ONNX, "--per-module")
+    assert ran.code == 0
+    assert "modules in network order" in ran.out
+    assert "body.3" in ran.out.split("modules in network order")[1]
+
+
+def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The proved file stays, and the message says so."""
+
+    def full(*args: Any, **options: Any) -> Path:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sn_export.cli.outputs.save_report", full)
+    assert save_report is not full
+    ran = run(*ONNX, "--report", "r.md")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "sn-export: cannot write 'r.md': No space left on device; 'o.onnx' was proved and written "
+        "all the same\n"
+    )
+    assert names() == ["a.pt", "o.onnx"]
+
+
+def test_metadata_and_source(run: Run) -> None:
+    """Keys of one's own, and the hash of the checkpoint."""
+    ran = run(*ONNX, "--metadata", "run=42", "--metadata", "formula=a=b")
+    assert ran.code == 0
+    found = {entry.key: entry.value for entry in onnx.load("o.onnx").metadata_props}
+    assert (found["run"], found["formula"]) == ("42", "a=b")
+    assert found["sn_export.source_sha256"] == hashlib.sha256(Path("a.pt").read_bytes()).hexdigest()
+
+
+def test_shards_have_no_single_source(run: Run) -> None:
+    """The hash of an index would say nothing of the weights, so there is none."""
+    shards = {"one.safetensors": ["head."], "two.safetensors": ["body."]}
+    state = trained_critic().state_dict()
+    index: dict[str, str] = {}
+    for file, (start,) in shards.items():
+        part = {name: value.contiguous() for name, value in state.items() if name.startswith(start)}
+        save_file(part, file)
+        index |= dict.fromkeys(part, file)
+    Path("m.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    ran = run("onnx", "m.safetensors.index.json", *CRITIC, "-o", "o.onnx", "--samples", "0")
+    assert ran.code == 0, ran.err
+    keys = [entry.key for entry in onnx.load("o.onnx").metadata_props]
+    assert "sn_export.frozen" in keys
+    assert "sn_export.source_sha256" not in keys
+
+
+BAD: dict[str, tuple[list[str], str]] = {
+    "report suffix": (
+        ["--report", "r.txt"],
+        "the name of a report must end in one of .json, .html, .md, got 'r.txt'",
+    ),
+    "report is a folder": (["--report", "folder.md"], "cannot write 'folder.md': it is a folder"),
+    "report is output": (
+        ["-o", "o.md", "--report", "o.md"],
+        "--report must be another file than -o, both are 'o.md'",
+    ),
+    "report is data": (
+        ["-o", "o.onnx", "--report", "o.onnx.data"],
+        "--report must be another file than the external data of -o, both are 'o.onnx.data'",
+    ),
+    "report is case": (
+        ["--report", "r.md", "--save-case", "./r.md"],
+        "--save-case must be another file than --report, both are 'r.md'",
+    ),
+    "report is checkpoint": (
+        ["--report", "a.pt"],
+        "--report must be another file than the checkpoint, both are 'a.pt'",
+    ),
+    "output is checkpoint": (
+        ["-o", "a.pt"],
+        "-o must be another file than the checkpoint, both are 'a.pt'",
+    ),
+    "output is input": (
+        ["-o", "in.npz", "--input-file", "in.npz"],
+        "-o must be another file than --input-file, both are 'in.npz'",
+    ),
+    "case is input": (
+        ["--save-case", "in.npz", "--input-file", "in.npz"],
+        "--save-case must be another file than --input-file, both are 'in.npz'",
+    ),
+    "metadata": (
+        ["--metadata", "run"],
+        "--metadata must be KEY=VALUE such as run=42, got 'run'",
+    ),
+    "metadata twice": (
+        ["--metadata", "run=1", "--metadata", "run=2"],
+        "--metadata gives 'run' twice: '1' and '2'",
+    ),
+    "metadata of ours": (
+        ["--metadata", "sn_export.x=1"],
+        "metadata needs keys that do not begin with 'sn_export.', got 'sn_export.x'",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_refused_before_anything_runs(name: str, run: Run) -> None:
+    """Exit code 2, one message, and no model is imported: there is none of this name."""
+    np.savez("in.npz", np.zeros((2, 3, 8, 8), np.float32))
+    Path("folder.md").mkdir()
+    before = {path: path.read_bytes() for path in Path.cwd().iterdir() if path.is_file()}
+    options, message = BAD[name]
+    target = [] if "-o" in options else ["-o", "o.onnx"]
+    ran = run("onnx", "a.pt", "--model", "absent:net", *CRITIC[2:], *options, *target)
+    assert (ran.code, ran.out, ran.err) == (2, "", f"sn-export: {message}\n")
+    assert {path: path.read_bytes() for path in Path.cwd().iterdir() if path.is_file()} == before
+
+
+def test_suspects_and_folded_weights(run: Run) -> None:
+    """What the block does not know is told on stderr, and in JSON, which is alone on stdout."""
+    torch.save(Unknown().state_dict(), "u.pt")
+    arguments = ["onnx", "u.pt", "--model", "cli_networks:Unknown", "--input", "2x3"]
+    ran = run(*arguments, "-o", "u.onnx", "--json")
+    content = json.loads(ran.out)
+    assert ran.code == 0
+    (suspect,) = content["suspects"]
+    assert (suspect["module"], suspect["class_name"]) == ("", "Unknown")
+    assert [one["name"] for one in content["folded"] if one["is_weight"]] == ["weight"]
+    lines = ran.err.splitlines()
+    assert len(lines) == len(content["notes"]) == 2
+    assert lines[0].startswith("sn-export: note: '' (Unknown: ")
+    assert "looks like a spectral norm that is not known" in lines[0]
+    assert lines[1].startswith("sn-export: note: the model computes 'weight' by itself")
+    assert [line.removeprefix("sn-export: note: ") for line in lines] == content["notes"]
+
+
+def test_what_the_model_prints_is_no_answer(run: Run) -> None:
+    """Prints of the factory and of the forward go to stderr."""
+    torch.save(Unknown().state_dict(), "u.pt")
+    arguments = ["onnx", "u.pt", "--model", "cli_networks:chatty", "--input", "2x3"]
+    ran = run(*arguments, "-o", "u.onnx", "--json")
+    assert ran.code == 0
+    assert json.loads(ran.out)["path"] == "u.onnx"
+    assert "building a network" in ran.err
+
+
+def test_exporters_tried_before(run: Run) -> None:
+    """Where the first exporter cannot, it is said why the file is the other's."""
+    torch.save(Unknown().state_dict(), "u.pt")
+    arguments = ["onnx", "u.pt", "--model", "cli_networks:untraceable", "--input", "2x3"]
+    ran = run(*arguments, "-o", "u.onnx", "--json")
+    content = json.loads(ran.out)
+    assert (ran.code, content["exporter"]) == (0, "torchscript")
+    assert [attempt["exporter"] for attempt in content["attempts"]] == ["dynamo"]
+    assert "sn-export: note: the dynamo exporter was tried first: " in ran.err
