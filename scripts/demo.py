@@ -24,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from sn_export import ExportReport, export_onnx
+from sn_export import ExportReport, SpectralNormInfo, export_onnx
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "build" / "demo"
@@ -87,6 +87,7 @@ def _print_frozen(reports: Mapping[str, ExportReport]) -> None:
     table = Table("net", "tensor", "spectral norm", "shape", "dim", "sigma", title="Frozen")
     for net, report in reports.items():
         for site in report.frozen:
+            assert isinstance(site, SpectralNormInfo)
             shape = "x".join(map(str, site.shape))
             name = f"{site.module}.{site.tensor}"
             table.add_row(net, name, site.kind, shape, str(site.dim), f"{site.sigma:.4f}")

@@ -8,6 +8,7 @@ import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -27,8 +28,9 @@ from .errors import (
 from .folding import FoldedInitializer
 from .freezing import (
     described,
-    frozen_spectral_norm,
+    frozen_parametrizations,
     require_module,
+    unwrapped,
     with_exact_sigma,
 )
 from .interface import names_of_inputs, names_of_outputs
@@ -65,6 +67,8 @@ from .tolerances import Tolerance
 
 __all__ = ["ExportReport", "export_onnx", "versions"]
 
+Freeze = Literal["spectral_norm", "all"]
+
 _logger = logging.getLogger("sn_export")
 _NAMED = 5  # how many weights a warning names
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
@@ -77,6 +81,7 @@ def export_onnx(
     *,
     kwargs: Mapping[str, Any] | None = None,
     exporter: Exporter | Literal["auto"] = "auto",
+    freeze: Freeze = "spectral_norm",
     opset_version: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -110,13 +115,16 @@ def export_onnx(
     modes, the inputs and the global random states are as before afterwards, whatever happens.
 
     Args:
-        model: the model, in train or eval mode, with or without spectral norm.
+        model: the model, in train or eval mode, with or without spectral norm. Of
+            `torch.compile`, DataParallel and DistributedDataParallel the network inside is taken.
         args: positional arguments of an example call, as for `torch.onnx.export`.
         path: the ONNX file to write; its folder must exist. External data goes to
             ``<path>.data``.
         kwargs: keyword arguments of the example call.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"`` (tracing), or ``"auto"``: the
             first, and the second where the first cannot export or its file does not prove.
+        freeze: ``"spectral_norm"``, or ``"all"`` for every reparametrization, as
+            `frozen_parametrizations` finds them.
         opset_version: version of the ONNX opset, from 17 to the newest that both exporters and
             onnxruntime take; torch's default where None, but 22 for bfloat16.
         input_names: names of the first inputs in the file, or all; by default those of the
@@ -169,9 +177,9 @@ def export_onnx(
         ReparametrizationNotRecognisedWarning: if a module computes its weight in a way that the
             block does not know, so that the value had to be folded in the file.
     """
-    require_module(model)
+    model = unwrapped(require_module(model))
     target = _require_target(path)
-    exporters = _require_options(exporter, samples, external_data)
+    exporters = _require_options(exporter, samples, external_data, freeze)
     require_opset(opset_version)
     require_tolerances(rtol, atol)
     require_providers(providers)
@@ -185,7 +193,8 @@ def export_onnx(
     own = as_input_sets(inputs, len(example.args), "inputs", example)
     dims = dynamic_dims(model, example, dynamic_shapes)
     names = names_of_inputs(model, example, input_names)
-    frozen = tuple(described(model))  # the block itself warns
+    only = "spectral_norm" if freeze == "spectral_norm" else None
+    frozen = tuple(described(model, only))  # the block itself warns
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
     with preserved(model) as state, contextlib.ExitStack() as stack:
@@ -201,6 +210,7 @@ def export_onnx(
         references += resized_references(
             model, example, dims, lambda one: run_reference(model, state, one)
         )
+        block = frozen_parametrizations(model, only)
         proof = _Proof(
             model, state, names, dims, tuple(providers), rtol, atol, per_module, proof_dtype
         )
@@ -214,7 +224,7 @@ def export_onnx(
             )
             _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
             try:
-                written = _write(proof, first, chosen, options, draft, target, other)
+                written = _write(proof, block, first, chosen, options, draft, target, other)
                 if not keep_programs:
                     written = written.without_program()
                 parity = proof.of(draft, references, chosen)
@@ -309,6 +319,7 @@ class _Proof:
 
 def _write(
     proof: _Proof,
+    block: AbstractContextManager[nn.Module],
     reference: Reference,
     exporter: Exporter,
     options: ExportOptions,
@@ -317,7 +328,7 @@ def _write(
     other: Exporter | None,
 ) -> Written:
     try:
-        with frozen_spectral_norm(proof.model):
+        with block:
             return write_onnx(proof.model, reference, exporter, options, draft, other)
     except OSError as error:
         raise ExportError(f"cannot write '{target}': {error.strerror}") from error
@@ -410,11 +421,15 @@ def _require_case(path: str | os.PathLike[str], target: Path) -> Path:
     return case
 
 
-def _require_options(exporter: Any, samples: int, external_data: Any) -> tuple[Exporter, ...]:
+def _require_options(
+    exporter: Any, samples: int, external_data: Any, freeze: Any
+) -> tuple[Exporter, ...]:
     if exporter not in ("auto", *EXPORTERS):
         raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
         raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
     if external_data not in ("auto", True, False):
         raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
+    if freeze not in ("spectral_norm", "all"):
+        raise ValueError(f"freeze must be 'spectral_norm' or 'all', got {freeze!r}")
     return EXPORTERS if exporter == "auto" else (exporter,)

@@ -13,7 +13,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from .freezing import SpectralNormInfo
+from .freezing import ParametrizationInfo, SpectralNormInfo
 
 PREFIX = "sn_export."
 _CHUNK = 2**20
@@ -43,7 +43,7 @@ def require_metadata(metadata: Mapping[str, str] | None) -> None:
 def file_metadata(
     exporter: str,
     versions: Mapping[str, str],
-    frozen: Sequence[SpectralNormInfo],
+    frozen: Sequence[SpectralNormInfo | ParametrizationInfo],
     source: Path | None,
     metadata: Mapping[str, str] | None,
 ) -> dict[str, str]:
@@ -59,13 +59,16 @@ def file_metadata(
     Returns:
         Text by key: ``sn_export.exporter``; ``sn_export.versions``, a JSON object;
         ``sn_export.frozen``, a JSON object of sigma as stored by name of the tensor, to six
-        digits (null where it is not finite); ``sn_export.source_sha256`` where there is a source;
-        and the user's keys. The file has them all in alphabetical order.
+        digits (null where it is not finite, or there is none); ``sn_export.source_sha256`` where
+        there is a source; and the user's keys. The file has them all in alphabetical order.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
     """
-    sigmas = {info.name: _rounded(info.sigma) for info in frozen}
+    sigmas = {
+        info.name: _rounded(info.sigma) if isinstance(info, SpectralNormInfo) else None
+        for info in frozen
+    }
     made = {
         f"{PREFIX}exporter": exporter,
         f"{PREFIX}versions": json.dumps(dict(versions)),

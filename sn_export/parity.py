@@ -14,6 +14,7 @@ from torch import nn
 from .divergence import Divergence, ModuleParity, Strictness, locate
 from .errors import ExportError, ParityError
 from .float32 import comparable, float32_inputs, write_float32
+from .freezing import unwrapped
 from .onnx_session import (
     DEFAULT_PROVIDERS,
     named_inputs,
@@ -165,6 +166,7 @@ def check_parity(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
     require_tolerances(rtol, atol)
     require_proof_dtype(proof_dtype)
     path = Path(onnx_path)

@@ -92,7 +92,10 @@ class Preserved:
 
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
-        copies: dict[int, Tensor] = {}
+        # Exporters take no compiled code, and nothing is to be compiled on the way.
+        copies: dict[int, Any] = {
+            id(m): m._modules["_orig_mod"] for m in self._modules if "_orig_mod" in m._modules
+        } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
         for tensor in (*self._attributes, *(b for _, c in self._originals for b in c.values())):
             if tensor is not None and id(tensor) not in copies:
                 copies[id(tensor)] = tensor.detach().clone()
@@ -107,7 +110,7 @@ class Preserved:
         """Keep a copy of every parameter from here on; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
         tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
-        is_large = sum(p.nbytes for p in tensors) > _LARGE and not self._has_compiled_code()
+        is_large = sum(p.nbytes for p in tensors) > _LARGE
         self._guarded = [Guarded(p, later=is_large) for p in tensors]
         if is_large:
             self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
@@ -122,12 +125,6 @@ class Preserved:
         watch, self._watch = self._watch, None
         if watch is not None:
             watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-
-    def _has_compiled_code(self) -> bool:
-        # What torch.compile makes does not run under a dispatch mode.
-        return any(m._compiled_call_impl is not None for m in self._modules) or any(
-            type(m).__name__ == "OptimizedModule" for m in self._modules
-        )
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
@@ -258,7 +255,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return real.flatten().view(torch.uint8)
 
 
-def _replaced(content: Any, copies: dict[int, Tensor]) -> Any:
+def _replaced(content: Any, copies: dict[int, Any]) -> Any:
     if isinstance(content, dict):
         return {key: copies.get(id(value), value) for key, value in content.items()}
     return type(content)(copies.get(id(value), value) for value in content)

@@ -15,7 +15,7 @@ from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
 
 from .folding import FoldedInitializer
-from .freezing import SpectralNormInfo
+from .freezing import ParametrizationInfo, SpectralNormInfo
 from .onnx_file import Exporter
 from .parity import ParityReport
 
@@ -58,7 +58,7 @@ class ExportReport:
     exporter: Exporter
     opset: int
     parity: ParityReport
-    frozen: tuple[SpectralNormInfo, ...]
+    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
     versions: Mapping[str, str] = field(default_factory=dict)
     metadata: Mapping[str, str] = field(default_factory=dict)
     folded: tuple[FoldedInitializer, ...] = ()

@@ -41,7 +41,9 @@ SELECTIONS: list[tuple[Any, set[str]]] = [
 ]
 
 
-@pytest.mark.parametrize(("only", "names"), SELECTIONS, ids=lambda value: str(value)[:40])
+@pytest.mark.parametrize(
+    ("only", "names"), SELECTIONS, ids=[str(i) for i, _ in enumerate(SELECTIONS)]
+)
 def test_kinds_and_names(only: Any, names: set[str]) -> None:
     """What is listed is what is frozen, and nothing else; a decorator freezes it each time."""
     only = list(only) if hasattr(only, "__next__") else only

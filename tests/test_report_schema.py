@@ -15,7 +15,7 @@ from export_models import EXPORTERS, Head, Liar, images, rows, small_net
 
 from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
 from sn_export.divergence import Divergence, ModuleParity
-from sn_export.freezing import SpectralNormInfo
+from sn_export.freezing import ParametrizationInfo, SpectralNormInfo
 from sn_export.report import REPORT_SCHEMA
 from sn_export.spread import Histogram
 
@@ -79,6 +79,7 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
         (Histogram, "histogram"),
         (ModuleParity, "module"),
         (SpectralNormInfo, "frozen"),
+        (ParametrizationInfo, "parametrization"),
     ],
 )
 def test_every_field_is_described(schema: Any, kind: Any, place: str) -> None:

@@ -31,6 +31,19 @@ class Exporter(str, Enum):
     torchscript = "torchscript"
 
 
+class Freeze(str, Enum):
+    """Which tensors are frozen."""
+
+    spectral_norm = "spectral_norm"
+    all = "all"
+
+
+class ProofDtype(str, Enum):
+    """The dtypes in which a copy of a file can be proved."""
+
+    float32 = "float32"
+
+
 class ExternalData(str, Enum):
     """Where the weights of an ONNX file go."""
 
@@ -64,6 +77,10 @@ InputFile = Annotated[
 ]
 Rtol = Annotated[float | None, typer.Option(help="Relative tolerance; by default by dtype.")]
 Atol = Annotated[float | None, typer.Option(help="Absolute tolerance; by default by dtype.")]
+ProofType = Annotated[
+    ProofDtype | None,
+    typer.Option(help="Prove a copy of the file in this dtype, where onnxruntime lacks operators."),
+]
 Samples = Annotated[int, typer.Option(min=0, help="Random inputs beside the example.")]
 Key = Annotated[str | None, typer.Option(help="Where in the checkpoint the state dict is.")]
 Prefix = Annotated[str | None, typer.Option(help="Start of the names that are the network's.")]
@@ -116,9 +133,13 @@ def onnx(
         Exporter,
         typer.Option(help="Torch's exporter; auto: dynamo, then torchscript where that fails."),
     ] = Exporter.auto,
+    freeze: Annotated[
+        Freeze, typer.Option(help="Spectral norm alone, or every reparametrization.")
+    ] = Freeze.spectral_norm,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's by default.")] = None,
     rtol: Rtol = None,
     atol: Atol = None,
+    proof_dtype: ProofType = None,
     samples: Samples = 3,
     external_data: Annotated[
         ExternalData, typer.Option(help="Weights in a file of their own; auto: past 2 GB.")
@@ -164,6 +185,8 @@ def onnx(
             save_case,
             metadata,
             per_module,
+            freeze.value,
+            proof_dtype.value if proof_dtype else None,
         )
         run_onnx(request, export, as_json)
 
@@ -237,6 +260,7 @@ def check(
     model_kwargs: ModelKwargs = None,
     rtol: Rtol = None,
     atol: Atol = None,
+    proof_dtype: ProofType = None,
     samples: Samples = 3,
     key: Key = None,
     prefix: Prefix = None,
@@ -262,6 +286,7 @@ def check(
             "--prefix": prefix,
             "--dim": dim,
             "--trust-pickle": trust_pickle,
+            "--proof-dtype": proof_dtype,
         }
         if case is not None or file.is_dir():
             _require_none(given, "--case" if case is not None else "a folder of cases")
@@ -284,7 +309,7 @@ def check(
         request = Request(
             checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
         ).choosing(key, prefix, dim, trust_pickle)
-        run_check(request, file, as_json)
+        run_check(request, file, as_json, proof_dtype.value if proof_dtype else None)
 
 
 def _require_none(given: Mapping[str, object], instead: str) -> None:

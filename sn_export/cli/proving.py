@@ -84,6 +84,8 @@ class Export:
     save_case: Path | None
     metadata: list[str]
     per_module: bool
+    freeze: Any
+    proof_dtype: Any
 
     def require_possible(self, request: Request) -> dict[str, str]:
         """Return the metadata, if that and the files to write are possible."""
@@ -123,6 +125,9 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
                 atol=request.atol,
                 samples=request.samples,
                 inputs=list(inputs.own),
+                freeze=export.freeze,
+                proof_dtype=export.proof_dtype,
+                keep_programs=False,
                 per_module=export.per_module or is_pictured(export.report),
                 save_case=export.save_case,
                 metadata=metadata,
@@ -154,13 +159,15 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
         print(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")
 
 
-def run_check(request: Request, file: Path, as_json: bool) -> None:
+def run_check(request: Request, file: Path, as_json: bool, proof_dtype: Any = None) -> None:
     """Compare; raise `typer.Exit` with code 1 if the outputs differ."""
     with progress() as show, noted() as warned:
         model, inputs, notes = request.prepare(show)
         sets = [inputs.example, *random_sets(inputs.example, request.samples), *inputs.own]
         show(f"comparing {len(sets)} input sets with onnxruntime")
-        parity = check_parity(model, file, sets, rtol=request.rtol, atol=request.atol)
+        parity = check_parity(
+            model, file, sets, rtol=request.rtol, atol=request.atol, proof_dtype=proof_dtype
+        )
     require_comparable(parity)
     _say_notes(warned)
     if as_json:

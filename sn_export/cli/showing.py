@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..divergence import Divergence
-from ..freezing import SpectralNormInfo
+from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..parity import ParityReport
 from .console import number, table
 
 _BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ
 
 
-def show_frozen(frozen: tuple[SpectralNormInfo, ...]) -> None:
+def show_frozen(frozen: Sequence[SpectralNormInfo | ParametrizationInfo]) -> None:
     """Print the tensors that were frozen."""
     if not frozen:
         print("no spectral norm in the model")
@@ -24,12 +26,17 @@ def show_frozen(frozen: tuple[SpectralNormInfo, ...]) -> None:
                 info.kind,
                 "x".join(map(str, info.shape)),
                 info.dtype,
-                str(info.dim),
-                number(info.sigma),
+                *_of_norm(info),
             ]
             for info in frozen
         ],
     )
+
+
+def _of_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
+    if not isinstance(info, SpectralNormInfo):
+        return "", ""  # another reparametrization, which has no sigma
+    return str(info.dim), number(info.sigma)
 
 
 def show_parity(parity: ParityReport, with_modules: bool = False) -> None:

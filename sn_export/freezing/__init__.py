@@ -6,6 +6,7 @@ from .find import described, find_parametrizations, find_spectral_norm, find_sus
 from .freeze import frozen_parametrizations, frozen_spectral_norm
 from .site import ParametrizationInfo, SpectralNormInfo, require_module
 from .suspects import SpectralNormSuspect
+from .unwrapping import unwrapped
 
 __all__ = [
     "ParametrizationInfo",
@@ -21,5 +22,6 @@ __all__ = [
     "frozen_spectral_norm",
     "register_spectral_norm",
     "require_module",
+    "unwrapped",
     "with_exact_sigma",
 ]

@@ -10,17 +10,17 @@ from torch import Tensor, nn
 from ..sigma import exact_sigma, exact_sigma_cost
 from .kinds import SPECTRAL_NORM
 from .plan import walk
-from .site import Kind, SpectralNormInfo
+from .site import Kind, ParametrizationInfo, SpectralNormInfo
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds
 
 
 def with_exact_sigma(
     model: nn.Module,
-    infos: Sequence[SpectralNormInfo],
+    infos: Sequence[SpectralNormInfo | ParametrizationInfo],
     budget: float = BUDGET,
     kinds: Iterable[Kind] = SPECTRAL_NORM,
-) -> tuple[SpectralNormInfo, ...]:
+) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
     """Return ``infos`` with the largest singular value of each weight matrix.
 
     The cheapest come first, so that a few huge tensors do not keep the others from theirs.
@@ -45,7 +45,12 @@ def with_exact_sigma(
         if spent > budget:
             break
         found[name] = exact_sigma(matrix)
-    return tuple(replace(info, sigma_exact=found.get(info.name)) for info in infos)
+    return tuple(
+        replace(info, sigma_exact=found.get(info.name))
+        if isinstance(info, SpectralNormInfo)
+        else info
+        for info in infos
+    )
 
 
 def _cost(matrix: Tensor) -> float:

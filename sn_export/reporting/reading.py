@@ -103,7 +103,7 @@ def _frozen(entry: Mapping[str, Any]) -> FrozenView:
         kind=str(entry["kind"]),
         shape=_shape(entry["shape"]),
         dtype=str(entry["dtype"]),
-        sigma=_number(entry["sigma"]),
+        sigma=_number(entry.get("sigma")),
         sigma_exact=_element(entry, "sigma_exact"),
         is_applied=bool(entry.get("is_applied", True)),
     )
