@@ -353,8 +353,6 @@ def test_random_integers_stay_within_the_range_seen(tmp_path: Path) -> None:
 def test_bfloat16(tmp_path: Path) -> None:
     """What onnxruntime cannot run is an ExportError that says so, not a published file."""
     path = tmp_path / "net.onnx"
-    try:
+    with pytest.raises(ExportError, match="CPUExecutionProvider has no Gemm for bfloat16"):
         export_onnx(Head().bfloat16(), _A.bfloat16(), path, exporter="torchscript")
-    except ExportError as error:
-        assert str(error).startswith("onnxruntime cannot load 'net.onnx'")
     assert path.exists() is False

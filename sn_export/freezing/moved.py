@@ -1,4 +1,4 @@
-"""Undo of ``model.half()`` and ``model.to(device)`` inside a block.
+"""Undo of ``model.half()`` and ``model.to(device)`` inside a block, and there and back.
 
 `torch.nn.Module.to` swaps the memory under a parameter and keeps the object. Holding on to
 the memory, without copying it, is enough to bring every bit back.
@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
@@ -33,12 +34,12 @@ class Residence:
         ]
 
     def restore(self) -> None:
-        """Bring every tensor back whose dtype or device is another one now."""
+        """Bring every tensor back whose dtype or device is another one now, or was between."""
         for (container, name, tensor), memory in zip(self._places, self._memory, strict=True):
             now = container.get(name)
-            if now is None or not _differs(now, memory):
+            if now is None or not (_differs(now, memory) or _went_and_came(now, memory)):
                 continue
-            if _differs(tensor, memory):
+            if _differs(tensor, memory) or tensor.data_ptr() != memory.data_ptr():
                 tensor.data = memory
             cast("dict[str, Tensor]", container)[name] = tensor
         for tensor, grad, memory in self._grads:
@@ -46,6 +47,19 @@ class Residence:
                 if _differs(grad, memory):
                     grad.data = memory
                 tensor.grad = grad
+
+
+def _went_and_came(now: Tensor, memory: Tensor) -> bool:
+    """Whether ``now`` is what is left of ``memory`` after ``half().float()`` and the like."""
+    if is_lazy(now) or now.is_meta or not now.is_floating_point() or now.shape != memory.shape:
+        return False
+    if type(now) not in (Tensor, nn.Parameter) or now.data_ptr() == memory.data_ptr():
+        return False
+    content = torch.nan_to_num(now.detach())
+    return any(
+        torch.equal(content, torch.nan_to_num(memory.to(dtype).to(now.dtype)))
+        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    )
 
 
 def _differs(tensor: Tensor, memory: Tensor) -> bool:
