@@ -52,7 +52,7 @@ def _wrapped(name: str, model: nn.Module) -> Any:
         return DataParallel(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
     if name == "distributed":
         # torch broadcasts buffers on each forward, and fails where the block has left none.
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        return DistributedDataParallel(model, forward_sync_buffers=False)
     return DataParallel(model)
 
 
