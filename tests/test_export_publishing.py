@@ -111,6 +111,29 @@ def test_external_data(tmp_path: Path, exporter: str, external: bool) -> None:
     torch.testing.assert_close(torch.from_numpy(run_file(path, images())[0]), expected)
 
 
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_both_files_move_together(tmp_path: Path, exporter: str) -> None:
+    """A file and its side file can be read after both were moved to another folder."""
+    export_onnx(
+        small_net("hook"), images(), tmp_path / "net.onnx", exporter=exporter, external_data=True
+    )
+    (tmp_path / "moved").mkdir()
+    for name in ("net.onnx", "net.onnx.data"):
+        (tmp_path / name).rename(tmp_path / "moved" / name)
+    assert run_file(tmp_path / "moved" / "net.onnx", images())[0].shape == (2, 3)
+
+
+def test_side_file_that_nothing_reads_any_more_goes(tmp_path: Path) -> None:
+    """A file that stands alone leaves no side file of the one that it replaces, others stay."""
+    path = tmp_path / "net.onnx"
+    export_onnx(small_net("hook"), images(), path, exporter="torchscript", external_data=True)
+    export_onnx(small_net("hook"), images(), path, exporter="torchscript", external_data=False)
+    assert sorted(contents_of(tmp_path)) == ["net.onnx"]
+    (tmp_path / "net.onnx.data").write_text("somebody's own")
+    export_onnx(small_net("hook"), images(), path, exporter="torchscript", external_data=False)
+    assert contents_of(tmp_path)["net.onnx.data"] == b"somebody's own"
+
+
 def test_past_the_limit_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights that pass a single file's limit go to a side file, or are refused if forbidden."""
     monkeypatch.setattr(onnx_file, "_INLINE_LIMIT", 100)

@@ -11,6 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
+from export_models import Head, rows
+
+from sn_export import export_onnx
 
 RECIPE = Path(__file__).parent / "recipes" / "parity.yml"
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +53,11 @@ def _run(project: Path, failed: bool) -> tuple[dict[str, int], str]:
     plugin = "" if _IS_INSTALLED else "-p sn_export.pytest_plugin"
     (tools / "pytest").write_text(f'#!/bin/sh\nexec {sys.executable} -m pytest {plugin} "$@"\n')
     (tools / "pytest").chmod(0o755)
-    (project / "tests").mkdir()
+    (tools / "sn-export").write_text(f'#!/bin/sh\nexec {sys.executable} -m sn_export "$@"\n')
+    (tools / "sn-export").chmod(0o755)
+    cases = project / "tests" / "cases"
+    cases.mkdir(parents=True)
+    export_onnx(Head(), rows(), cases / "head.onnx", save_case=cases / "head.npz", samples=1)
     (project / "tests" / "test_onnx.py").write_text(TEST.format(lie=int(failed)))
     summary = project / "summary.md"
     environment = {
@@ -77,10 +84,17 @@ def _run(project: Path, failed: bool) -> tuple[dict[str, int], str]:
 def test_commands(tmp_path: Path, failed: bool) -> None:
     """The job is red where parity fails, and the summary is written either way."""
     codes, summary = _run(tmp_path, failed)
-    assert codes == {"Export, prove, restore": int(failed), "Summary": 0}
+    # A step that fails is the end of those that do not say otherwise.
+    cases = {} if failed else {"Committed cases": 0}
+    assert codes == {"Export, prove, restore": int(failed), **cases, "Summary": 0}
     assert ("❌ Not proved" if failed else "✅ Proved") in summary
     assert "`head.weight`" in summary or failed
     (upload,) = (s for s in _steps() if str(s.get("uses")).startswith("actions/upload-artifact@"))
     assert upload["if"] == "${{ !cancelled() }}"
     made = {path.suffix for path in (tmp_path / upload["with"]["path"]).iterdir()}
     assert made == {".html", ".json", ".md"}
+
+
+def test_readme_has_the_recipe() -> None:
+    """What users copy is what is tested."""
+    assert f"```yaml\n{RECIPE.read_text()}```" in (ROOT / "README.md").read_text()
