@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -228,38 +227,6 @@ def test_same_bytes_every_time(tmp_path: Path, kind: str, exporter: str, externa
         )
         written.append(contents_of(folder))
     assert written[0] == written[1] == written[2]
-
-
-_SCRIPT = """
-import sys
-sys.path[:0] = sys.argv[2:]
-import torch
-from export_models import images, small_net
-from sn_export import export_onnx
-torch.manual_seed(4)
-model = small_net("parametrization")
-for exporter in ("dynamo", "torchscript"):
-    export_onnx(model, images(), sys.argv[1] + "/" + exporter + ".onnx", exporter=exporter)
-"""
-
-
-def test_same_bytes_in_another_process(tmp_path: Path) -> None:
-    """Another process, with other hashes and another current folder, writes the same bytes."""
-    here, there = tmp_path / "here", tmp_path / "there"
-    here.mkdir()
-    there.mkdir()
-    tests = Path(__file__).parent
-    subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(there), str(tests), str(tests.parent)],
-        cwd=there,
-        env={**os.environ, "PYTHONHASHSEED": "12345"},
-        check=True,
-    )
-    torch.manual_seed(4)
-    model = small_net("parametrization")
-    for exporter in EXPORTERS:
-        export_onnx(model, images(), here / f"{exporter}.onnx", exporter=exporter)
-    assert contents_of(here) == contents_of(there)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)

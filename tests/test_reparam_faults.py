@@ -76,7 +76,8 @@ def test_fault_at_any_step(part: str, moment: str, again: int) -> None:
     run(model, dry, moment)
     steps = dry.steps()
     failures: list[str] = []
-    for step in steps:
+    # Entering is long: every third line of it here, every line for spectral norm elsewhere.
+    for step in steps[:: 3 if moment == "entering" else 1]:
         fault = Fault(KeyboardInterrupt, step, again)
         came_out = run(model, fault, moment)
         assert fault.struck
