@@ -16,6 +16,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .compiled import original_of
 from .watching import Watch
 
 T = TypeVar("T")
@@ -94,7 +95,7 @@ class Preserved:
         """Switch to eval mode and to copies of the buffers."""
         # Exporters take no compiled code, and nothing is to be compiled on the way.
         copies: dict[int, Any] = {
-            id(m): m._modules["_orig_mod"] for m in self._modules if "_orig_mod" in m._modules
+            id(m): original for m in self._modules if (original := original_of(m)) is not None
         } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
         for tensor in (*self._attributes, *(b for _, c in self._originals for b in c.values())):
             if tensor is not None and id(tensor) not in copies:

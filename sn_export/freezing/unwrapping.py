@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from torch import nn
-from torch._dynamo import OptimizedModule
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..compiled import original_of
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -19,8 +20,9 @@ def unwrapped(model: nn.Module) -> nn.Module:
         model: any module. It is not changed, and nothing is compiled.
     """
     while True:
-        if isinstance(model, OptimizedModule):
-            model = model._orig_mod
+        original = original_of(model)
+        if original is not None:
+            model = original
         elif isinstance(model, (DataParallel, DistributedDataParallel)):
             model = model.module
         else:
