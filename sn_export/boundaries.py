@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import onnx
 from torch import nn
 
+from .words import qualified
+
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -118,7 +120,7 @@ def _from_name(model: nn.Module, parts: list[str]) -> list[nn.Module]:
                 relative = name.removeprefix(f"{base}.") if base else name
                 child = _child(module, relative)
                 if child is not None:
-                    below.append((f"{base}.{relative}" if base else relative, child))
+                    below.append((qualified(base, relative), child))
         found += [module for _, module in below]
         reached = below
     return found

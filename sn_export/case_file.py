@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ExportError, SnExportError
-from .tolerances import dtype_name
+from .words import dtype_name
 
 _FORMAT, _VERSION = "sn_export.case", 1
 # What each dtype is stored as.

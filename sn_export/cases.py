@@ -21,7 +21,8 @@ from .parity import (
     results,
     running_errors,
 )
-from .tolerances import Tolerance, applied, dtype_name, tolerance_of
+from .tolerances import Tolerance, applied, tolerance_of
+from .words import dtype_name
 
 
 def check_case(

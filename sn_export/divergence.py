@@ -14,7 +14,6 @@ import onnx
 import torch
 from google.protobuf.message import EncodeError
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from .boundaries import module_values
 from .errors import ExportError, SnExportError
@@ -26,10 +25,13 @@ from .module_parity import (
     compare_whole,
     nearest,
 )
-from .module_trace import first_random, trace, trace_inputs
+from .module_trace import first_random, trace, trace_inputs, type_name
 from .onnx_session import named_inputs, open_session, run_session
 from .preserving import Preserved
 from .samples import InputSet
+from .words import listed
+
+_SHOWN = 4  # how many modules a finding names
 
 __all__ = ["Divergence", "ModuleParity", "Strictness", "locate"]
 
@@ -118,8 +120,8 @@ def locate(
     if hidden:
         return replace(
             found,
-            reason=f"{found.reason}; nothing can be told of {_listed(hidden)} before it, for want "
-            "of a value in the file",
+            reason=f"{found.reason}; nothing can be told of {listed(hidden, _SHOWN)} before it, "
+            "for want of a value in the file",
         )
     given = trace_inputs(model, state, inputs, bad.module, bad.call)
     call = ModuleCall(bad.module, bad.type, bad.call, given)
@@ -132,7 +134,7 @@ def locate(
     return replace(
         found,
         reason=f"{found.reason}; what it is given differs already, so the cause lies before it, in "
-        f"the forward of {_title(around, _kind(model, around))}",
+        f"the forward of {_title(around, type_name(model.get_submodule(around)))}",
     )
 
 
@@ -185,7 +187,7 @@ def _judged(found: Divergence, failed: bool) -> Divergence:
             "it that has a value in the file agrees"
         )
         if found.unmatched:
-            reason += f", which cannot be told of {_listed(found.unmatched)}"
+            reason += f", which cannot be told of {listed(found.unmatched, _SHOWN)}"
         return replace(found, first="", reason=reason)
     return replace(
         found,
@@ -213,12 +215,3 @@ def _with_all_values(file: onnx.ModelProto) -> bytes:
 
 def _title(path: str, kind: str) -> str:
     return f"'{path}' ({kind})" if path else f"the model itself ({kind})"
-
-
-def _kind(model: nn.Module, path: str) -> str:
-    return parametrize.type_before_parametrizations(model.get_submodule(path)).__name__
-
-
-def _listed(paths: Sequence[str], most: int = 4) -> str:
-    shown = ", ".join(f"'{path}'" for path in paths[:most])
-    return shown + (f" and {len(paths) - most} more" if len(paths) > most else "")

@@ -59,18 +59,19 @@ from .parity import (
     require_tolerances,
     run_reference,
 )
+from .places import require_place, side_file
 from .preserving import Preserved, preserved
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets
 from .sizes import require_dynamic, resized_references
 from .tolerances import Tolerance
+from .words import listed
 
 __all__ = ["ExportReport", "export_onnx", "versions"]
 
 Freeze = Literal["spectral_norm", "all"]
 
 _logger = logging.getLogger("sn_export")
-_NAMED = 5  # how many weights a warning names
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
@@ -358,10 +359,8 @@ def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
     weights = [entry for entry in folded if entry.is_weight]
     if not weights:
         return
-    names = [f"'{entry.name}'" for entry in weights[:_NAMED]]
-    more = f" and {len(weights) - _NAMED} more" if len(weights) > _NAMED else ""
     warnings.warn(
-        f"the model computes {', '.join(names)}{more} by itself, in a way that "
+        f"the model computes {listed(entry.name for entry in weights)} by itself, in a way that "
         "frozen_spectral_norm does not know. The file holds the computed values and is proved, "
         "but a with-block of your own leaves these modules as they are. If it is spectral norm, "
         "register_spectral_norm teaches the block; what was folded is in the report's 'folded'",
@@ -405,10 +404,7 @@ def _require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
     target = Path(path)
     if not target.name:
         raise ValueError(f"{option} must name a file, got '{path}'")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+    require_place(target)
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
     return target
@@ -416,7 +412,7 @@ def _require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
 
 def _require_case(path: str | os.PathLike[str], target: Path) -> Path:
     case = _require_target(path, "save_case")
-    if case.resolve() in (target.resolve(), target.with_name(target.name + ".data").resolve()):
+    if case.resolve() in (target.resolve(), side_file(target).resolve()):
         raise ValueError(f"save_case must be another file than path, got '{path}'")
     return case
 

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
+
+from .module_trace import type_name
 
 _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -106,7 +107,7 @@ def _place(chain: list[BaseException], model: nn.Module) -> _Place:
         for frame, line in frames:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in paths:
-                place = _Place(paths[id(module)], _type_name(module))
+                place = _Place(paths[id(module)], type_name(module))
             if place.module is not None and _is_users(frame.f_code.co_filename):
                 place.file, place.line = frame.f_code.co_filename, line
         for frame, _ in reversed(frames):
@@ -135,16 +136,12 @@ def _place_of_node(node: Any, model: nn.Module) -> _Place | None:
     place = _Place()
     module = dict(model.named_modules()).get(path) if path is not None else None
     if module is not None:
-        place = _Place(path, _type_name(module))
+        place = _Place(path, type_name(module))
     if users:
         # torch.fx tells the outermost call first, TorchScript last.
         last = users[-1] if isinstance(node, torch.fx.Node) else users[0]
         place.file, place.line = last["file"], int(last["line"])
     return place if place.module is not None or place.file is not None else None
-
-
-def _type_name(module: nn.Module) -> str:
-    return parametrize.type_before_parametrizations(module).__name__
 
 
 def _is_users(file: str) -> bool:

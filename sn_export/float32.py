@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from .places import side_file
 from .samples import InputSet
 
 _OTHERS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
@@ -31,7 +32,7 @@ def write_float32(source: Path, target: Path) -> None:
         for inner in (graph, *graph.subgraphs()):
             _convert(inner)
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    ir.save(model, target, external_data=target.name + ".data" if size > _INLINE else None)
+    ir.save(model, target, external_data=side_file(target).name if size > _INLINE else None)
 
 
 def float32_inputs(inputs: InputSet) -> InputSet:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .boundaries import ModuleValues
 from .output_parity import OutputParity, RunningErrors
-from .tolerances import DEFAULT_TOLERANCES, dtype_name
+from .tolerances import DEFAULT_TOLERANCES
+from .words import dtype_name
 
 _SAMPLED = 4096  # elements that tell most values apart
 _CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full

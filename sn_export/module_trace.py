@@ -30,8 +30,13 @@ def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCa
     calls: list[ModuleCall] = []
     with _recording(model, calls):
         reference = run_reference(model, state, inputs)
-    kind = parametrize.type_before_parametrizations(model).__name__
+    kind = type_name(model)
     return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
+
+
+def type_name(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before something was parametrized."""
+    return parametrize.type_before_parametrizations(module).__name__
 
 
 def trace_inputs(
@@ -75,7 +80,7 @@ def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
         for path, module in model.named_modules():
             inside = "parametrizations" in path.split(".")
             if path and not inside and not isinstance(module, torch.jit.ScriptModule):
-                kind = parametrize.type_before_parametrizations(module).__name__
+                kind = type_name(module)
                 handles.append(module.register_forward_hook(watch(path, kind)))
         yield
     finally:

@@ -21,11 +21,13 @@ from .dynamic import DynamicDim, dynamic_axes, flat_shapes
 from .errors import ExportError
 from .failures import told
 from .flat_call import FlatCall, flat_call
-from .folding import FoldedInitializer, fold_initializers, joined
+from .folding import FoldedInitializer, fold_initializers
 from .interface import rename
 from .opset import set_opset
+from .places import side_file
 from .quiet import no_fused_attention, quiet
 from .reference import Reference
+from .words import qualified
 
 ExternalData = Literal["auto"] | bool
 Exporter = Literal["dynamo", "torchscript"]
@@ -161,7 +163,7 @@ def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) 
     """
     pairs = [
         (source, target.with_name(source.name))
-        for source in (made.with_name(made.name + ".data"), made)
+        for source in (side_file(made), made)
         if source.exists()
     ]
     pairs += beside
@@ -192,7 +194,7 @@ def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) 
 
 def _orphan(made: Path, target: Path) -> Path | None:
     """Return the external data of the file at ``target`` if nothing will read it any more."""
-    data = target.with_name(target.name + ".data")
+    data = side_file(target)
     if made.with_name(data.name).exists() or not data.is_file() or not target.is_file():
         return None
     try:
@@ -247,7 +249,7 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
 def _state(model: nn.Module) -> dict[str, Tensor]:
     # In the order of the state dict, module by module, with buffers that it leaves out.
     return {
-        joined(path, name): tensor
+        qualified(path, name): tensor
         for path, module in model.named_modules(remove_duplicate=False)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None
@@ -275,7 +277,7 @@ def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    ir.save(model, path, external_data=path.name + ".data" if outside else None)
+    ir.save(model, path, external_data=side_file(path).name if outside else None)
 
 
 def _check(path: Path) -> None:

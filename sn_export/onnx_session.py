@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from .errors import ExportError
 from .float32 import missing_kernel
+from .places import side_file
 from .samples import InputSet
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
@@ -74,8 +75,7 @@ def open_session(path: Path, providers: Sequence[str], content: bytes | None = N
 
 
 def _size(path: Path) -> int:
-    data = path.with_name(path.name + ".data")
-    return sum(file.stat().st_size for file in (path, data) if file.is_file())
+    return sum(file.stat().st_size for file in (path, side_file(path)) if file.is_file())
 
 
 def named_inputs(

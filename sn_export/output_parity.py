@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from .spread import Histogram, Spread
-from .tolerances import applied, dtype_name
+from .tolerances import applied
+from .words import dtype_name
 
 
 @dataclass(frozen=True)

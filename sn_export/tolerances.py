@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .words import dtype_name
+
 # rtol, and atol in units of the largest reference value of the output.
 DEFAULT_TOLERANCES: dict[str, tuple[float, float]] = {
     "float64": (1e-9, 1e-9),
@@ -86,11 +88,6 @@ def applied(
     finite = wide[torch.isfinite(wide)]
     scale = float(finite.abs().max()) if finite.numel() else 0.0
     return rtol, scaled * scale
-
-
-def dtype_name(tensor: Tensor) -> str:
-    """Return the name of the dtype, such as ``"float32"``."""
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def _require_number(name: str, value: object) -> None:

@@ -9,7 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from .errors import CheckpointError, listed
+from ..words import listed
+from .errors import CheckpointError
 
 _DEPTH = 4
 # Where several fit equally badly, what these names hold is the network.

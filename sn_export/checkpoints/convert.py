@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from ..words import listed
 from .content import Checkpoint, StateDict
 from .dims import require_known
-from .errors import CheckpointError, listed
+from .errors import CheckpointError
 from .handwritten import handwritten_notes
 from .lazy import LazyTensors
 from .publishing import drafts, publish

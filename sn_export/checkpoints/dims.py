@@ -8,7 +8,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, listed
+from ..words import listed
+from .errors import CheckpointError
 from .sites import StoredNorm
 from .torch_norm import TorchNorm
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from ..sigma import exact_sigma, stored_sigma
+from ..words import dtype_name
 from .content import Checkpoint, StateDict
 from .dims import decide_dim, fitting_dims, require_known
 from .errors import CheckpointError
@@ -168,7 +169,7 @@ def _describe(norm: TorchNorm, dims: Mapping[str, int], key: str) -> StoredLayer
         site.tensor,
         site.kind,
         site.shape,
-        str(norm.weight.dtype).removeprefix("torch."),
+        dtype_name(norm.weight),
         dim,
         sigma,
         exact,

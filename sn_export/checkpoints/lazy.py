@@ -13,7 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, listed
+from ..words import listed
+from .errors import CheckpointError
 
 DTYPES = {
     "BOOL": torch.bool,

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from ..freezing import described
 from ..sigma import stored_sigma
+from ..words import listed
 from .content import Checkpoint, StateDict
 from .dims import require_known
-from .errors import CheckpointError, listed
+from .errors import CheckpointError
 from .fit import fit_names, overlap, require_equal
 from .sites import Spelling, find_sites
 from .spelling import require_finite, respell, zero_sigma

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ..words import qualified
 from .errors import CheckpointError
 from .lazy import spec_of
 
@@ -45,7 +46,7 @@ class StoredNorm:
     @property
     def name(self) -> str:
         """Qualified name of the tensor, its key in the plain network."""
-        return join(self.module, self.tensor)
+        return qualified(self.module, self.tensor)
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -71,11 +72,6 @@ def find_sites(tensors: Mapping[str, Any]) -> list[StoredNorm]:
         if site is not None:
             sites.append(site)
     return sites
-
-
-def join(module: str, name: str) -> str:
-    """Join a module's path and a name as `torch.nn.Module.state_dict` does."""
-    return f"{module}.{name}" if module else name
 
 
 def _hook(tensors: Mapping[str, Any], key: str) -> StoredNorm | None:
@@ -118,7 +114,7 @@ def _parametrization(
     u, v = f"{chain}.{index}._u", f"{chain}.{index}._v"
     if v not in tensors:
         raise CheckpointError(
-            f"the spectral norm of '{join(match['module'] or '', match['tensor'])}' is "
+            f"the spectral norm of '{qualified(match['module'] or '', match['tensor'])}' is "
             f"incomplete: there is '{u}' without '{v}'"
         )
     blocked = ""

@@ -10,11 +10,12 @@ from typing import Any
 
 import torch
 
+from ..words import qualified
 from .content import StateDict
 from .dims import decide_dim, fitting_dims
 from .errors import CheckpointError
 from .lazy import Spec, spec_of
-from .sites import Spelling, StoredNorm, find_sites, join
+from .sites import Spelling, StoredNorm, find_sites
 from .torch_norm import TorchNorm
 
 
@@ -137,7 +138,7 @@ def _entries(
     if to == "hook":
         names = [f"{site.name}_{part}" for part in ("orig", "u", "v")]
     else:
-        chain = join(site.module, f"parametrizations.{site.tensor}")
+        chain = qualified(site.module, f"parametrizations.{site.tensor}")
         names = [f"{chain}.original", f"{chain}.0._u", f"{chain}.0._v"]
     reads = (
         lambda: _finite(site, tensors, site.weight),
@@ -205,7 +206,7 @@ def _finite(site: StoredNorm, tensors: Mapping[str, Any], key: str) -> Any:
 def _successor(site: StoredNorm) -> str:
     # A plain network's weight stands before its bias; a normalised one's was added last.
     name = site.tensor.replace("weight", "bias")
-    return join(site.module, name) if name != site.tensor else ""
+    return qualified(site.module, name) if name != site.tensor else ""
 
 
 def _versions(
@@ -222,7 +223,7 @@ def _versions(
             own = after.setdefault(site.module, {}).setdefault("spectral_norm", {})
             own[f"{site.tensor}.version"] = 1
         elif wanted[site.name] == "parametrization":
-            chains = join(site.module, "parametrizations")
+            chains = qualified(site.module, "parametrizations")
             paths = (chains, f"{chains}.{site.tensor}", f"{chains}.{site.tensor}.0")
             _insert(after, site.module, [path for path in paths if path not in after])
         if not after.get(site.module, {}).get("spectral_norm", True):
@@ -245,7 +246,7 @@ def _insert(versions: dict[str, Any], module: str, paths: list[str]) -> None:
 def _forgotten(versions: Mapping[str, Any], site: StoredNorm) -> Iterator[str]:
     if site.kind != "parametrization":
         return
-    chains = join(site.module, "parametrizations")
+    chains = qualified(site.module, "parametrizations")
     own = f"{chains}.{site.tensor}"
     gone = [path for path in versions if path == own or path.startswith(own + ".")]
     yield from gone

@@ -18,6 +18,7 @@ from ..exporting import export_onnx
 from ..freezing import find_suspects
 from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
+from ..places import side_file
 from ..report import ExportReport
 from ..samples import random_sets
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
@@ -92,7 +93,7 @@ class Export:
         require_apart(
             {
                 "-o": self.output,
-                "the external data of -o": self.output.with_name(self.output.name + ".data"),
+                "the external data of -o": side_file(self.output),
                 "--report": self.report,
                 "--save-case": self.save_case,
             },

@@ -1,6 +1,5 @@
 """The safety net: no exported graph keeps arithmetic that depends on initializers alone."""
 
 from .fold import FoldedInitializer, fold_initializers
-from .naming import joined
 
-__all__ = ["FoldedInitializer", "fold_initializers", "joined"]
+__all__ = ["FoldedInitializer", "fold_initializers"]

@@ -8,6 +8,8 @@ from collections.abc import Container, Iterable, Sequence
 
 import onnx_ir as ir
 
+from ..words import qualified
+
 # What handwritten and torch's own reparametrizations append to the name of the raw weight.
 _RAW = re.compile(r"(?<=.)_(orig|original|bar|raw|v|param|parameter)$")
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
@@ -23,9 +25,9 @@ def plain_name(raw: str) -> str:
     """Return the plain name behind that of a raw tensor: ``a.weight`` for ``a.weight_orig``."""
     parametrized = _PARAMETRIZED.match(raw)
     if parametrized:
-        return joined(parametrized[1] or "", parametrized[2])
+        return qualified(parametrized[1] or "", parametrized[2])
     module, _, tensor = raw.rpartition(".")
-    return joined(module, _RAW.sub("", tensor))
+    return qualified(module, _RAW.sub("", tensor))
 
 
 def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) -> str:
@@ -38,20 +40,15 @@ def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) ->
     """
     user = users[0] if len(users) == 1 else None
     if raw is None:
-        wanted = joined(user or "", "weight")
+        wanted = qualified(user or "", "weight")
     else:
         wanted = plain_name(raw)
         module, _, tensor = wanted.rpartition(".")
         # A module above merely computes in the place of the one that holds the weight.
         if user is not None and not _is_within(module, user):
-            wanted = joined(user, tensor)
-    candidates = [wanted, joined(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
+            wanted = qualified(user, tensor)
+    candidates = [wanted, qualified(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
     return next(name for name in (*candidates, *_numbered(wanted, taken)) if name not in taken)
-
-
-def joined(module: str, tensor: str) -> str:
-    """Return the qualified name of a tensor of a module; the root's path is empty."""
-    return f"{module}.{tensor}" if module else tensor
 
 
 def _numbered(name: str, taken: Container[str]) -> Iterable[str]:
@@ -73,6 +70,6 @@ def _module_of(node: ir.Node) -> str:
     path = before = ""
     for part in (node.name or "").split("/")[1:-1]:
         nested = before and part.startswith(before + ".")
-        path = path.removesuffix(before) + part if nested else joined(path, part)
+        path = path.removesuffix(before) + part if nested else qualified(path, part)
         before = part
     return path

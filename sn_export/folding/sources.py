@@ -10,7 +10,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .naming import joined, using_modules
+from ..words import qualified
+from .naming import using_modules
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
@@ -72,7 +73,7 @@ class Sources:
         near = [
             name
             for name in self._state
-            if any(name == joined(user, name.rpartition(".")[2]) for user in users)
+            if any(name == qualified(user, name.rpartition(".")[2]) for user in users)
         ]
         if self._are_elements(tensor, near) or self._are_elements(tensor, self._state):
             return None

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
+from ..words import listed
 from .debris import keep_other_chains, plan_debris
 from .plan import Plan
 from .site import GROUPS, Group, Site
@@ -44,7 +45,7 @@ def _unused(group: Group, names: list[str], reader: str) -> str:
         else f"Apply torch.nn.utils.parametrizations.{group} to {where} instead"
     )
     return (
-        f"the {group.replace('_', ' ')} of {_list(names)} is never applied: {reader}, so the "
+        f"the {group.replace('_', ' ')} of {listed(names)} is never applied: {reader}, so the "
         f"hook does not run. It is frozen at the weight in use. {remedy}"
     )
 
@@ -62,18 +63,13 @@ def complaints(plan: Plan) -> list[str]:
     messages = []
     if moved:
         messages.append(
-            f"the model was moved to another dtype or device while {_list(moved)} was frozen; "
+            f"the model was moved to another dtype or device while {listed(moved)} was frozen; "
             "it is back as it was. Move it before entering the block, or move a copy made "
             "inside it"
         )
     if edited:
         messages.append(
-            f"the frozen {_list(edited)} was changed inside the block; the change is "
+            f"the frozen {listed(edited)} was changed inside the block; the change is "
             "discarded. Change the model outside the block instead"
         )
     return messages
-
-
-def _list(names: list[str]) -> str:
-    shown = ", ".join(f"'{name}'" for name in names[:5])
-    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

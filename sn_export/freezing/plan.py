@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError, SnExportError
+from ..words import qualified
 from .frozen import FrozenWeight
 from .moved import Residence
 from .recurrent import plan_flat_weights
@@ -159,7 +160,7 @@ def _refuse_scripted(path: str, module: torch.jit.ScriptModule) -> None:
             n.startswith(f"{stem}.") and n.endswith("._u") for n in names
         ):
             raise FreezeError(
-                f"{path}.{name}" if path else name,
+                qualified(path, name),
                 "it belongs to a ScriptModule, whose spectral norm is compiled code",
                 "Freeze the Python module first, then script or trace it inside the block",
             )

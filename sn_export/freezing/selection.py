@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
+from ..words import first_few
 from .kinds import ALL, SPECTRAL_NORM
 from .plan import Found, walk
 from .site import GROUPS, Group, Kind, Site
@@ -104,9 +105,8 @@ def _fits_nothing(name: str, model: nn.Module) -> str:
     there: dict[str, Group] = {
         site.name: site.group for _, sites in walk(model, ALL) for site in sites
     }
-    shown = [f"'{tensor}' ({group})" for tensor, group in list(there.items())[:20]]
-    more = f" and {len(there) - 20} more" if len(there) > 20 else ""
+    shown = first_few((f"'{tensor}' ({group})" for tensor, group in there.items()), most=20)
     return (
         f"only={name!r} is no kind ({', '.join(GROUPS)}), and no name of a reparametrized tensor "
-        f"or of a module that holds one. The model has {', '.join(shown) or 'none'}{more}"
+        f"or of a module that holds one. The model has {shown or 'none'}"
     )

@@ -10,6 +10,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
+from ..words import qualified
 from .undo import Edits
 
 M = TypeVar("M", bound=nn.Module)
@@ -167,11 +168,6 @@ class Kind(Protocol):
     def __call__(self, path: str, module: nn.Module) -> Iterable[Site]:
         """Return the sites of ``module`` itself, not of its children."""
         ...
-
-
-def qualified(path: str, name: str) -> str:
-    """Join a module path and a name as `torch.nn.Module.state_dict` does."""
-    return f"{path}.{name}" if path else name
 
 
 def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..words import first_few
 from .code import Code, code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
 from .kinds.raw import missing_weights
@@ -65,12 +66,10 @@ def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSu
 def describe_suspects(suspects: Iterable[SpectralNormSuspect]) -> str:
     """Return the text of the warning about ``suspects``."""
     suspects = list(suspects)
-    shown = ", ".join(map(str, suspects[:5]))
-    more = f" and {len(suspects) - 5} more" if len(suspects) > 5 else ""
     verb = "looks" if len(suspects) == 1 else "look"
     return (
-        f"{shown}{more} {verb} like a spectral norm that is not known, and is left as it is. "
-        "Describe it by an adapter, see sn_export.register_spectral_norm"
+        f"{first_few(map(str, suspects))} {verb} like a spectral norm that is not known, and is "
+        "left as it is. Describe it by an adapter, see sn_export.register_spectral_norm"
     )
 
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from ..words import qualified
 from .content import as_content
 from .view import FrozenView, HistogramView, ModuleView, OutputView, ReportView
 
@@ -97,9 +98,8 @@ def _histogram(entry: Any) -> HistogramView | None:
 
 
 def _frozen(entry: Mapping[str, Any]) -> FrozenView:
-    module, tensor = str(entry["module"]), str(entry["tensor"])
     return FrozenView(
-        name=f"{module}.{tensor}" if module else tensor,
+        name=qualified(str(entry["module"]), str(entry["tensor"])),
         kind=str(entry["kind"]),
         shape=_shape(entry["shape"]),
         dtype=str(entry["dtype"]),

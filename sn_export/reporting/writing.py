@@ -9,6 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+from ..places import require_place, side_file
 from .content import as_content
 from .html import to_html
 from .markdown import to_markdown
@@ -57,10 +58,7 @@ def require_report_path(path: str | os.PathLike[str]) -> Path:
     if target.suffix not in REPORT_SUFFIXES:
         wanted = ", ".join(REPORT_SUFFIXES)
         raise ValueError(f"the name of a report must end in one of {wanted}, got '{target}'")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+    require_place(target)
     return target
 
 
@@ -71,7 +69,7 @@ def file_facts(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.is_file():
         return {}
-    data = path.with_name(path.name + ".data")
+    data = side_file(path)
     # A data file that the model does not name is left over from an earlier export.
     facts, has_data = _facts(path, data.name.encode())
     found = {path.name: facts}

@@ -10,9 +10,10 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
 from ...preserving import Guarded, Preserved
+from ...words import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..asking import ask
-from ..site import Site, SpectralNormInfo, qualified
+from ..site import Site, SpectralNormInfo
 from ..undo import Edits
 
 T = TypeVar("T")

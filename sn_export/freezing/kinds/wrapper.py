@@ -23,10 +23,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...words import qualified
 from ..asking import ask
 from ..code import Code, Member, mentioned
 from ..frozen_class import How, Override, frozen_class
-from ..site import plan_registration, qualified
+from ..site import plan_registration
 from ..undo import Edits
 from ..vectors import fits, is_named_as_vector, small_state
 from .handwritten import Answer, HandwrittenSite

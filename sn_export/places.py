@@ -1,0 +1,23 @@
+"""Where files go: the file beside an ONNX file, and folders that have to be there. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+
+def side_file(path: Path) -> Path:
+    """Return where the external data of an ONNX file lies: ``net.onnx.data`` of ``net.onnx``."""
+    return path.with_name(path.name + ".data")
+
+
+def require_place(target: Path) -> None:
+    """Raise if no file can be at ``target``.
+
+    Raises:
+        FileNotFoundError: if its folder does not exist.
+        IsADirectoryError: if it is a folder.
+    """
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
+    if target.is_dir():
+        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
