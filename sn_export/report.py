@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from torch.export import ExportedProgram
 from torch.onnx import ONNXProgram
@@ -18,6 +16,7 @@ from .folding import FoldedInitializer
 from .freezing import ParametrizationInfo, SpectralNormInfo
 from .onnx_file import Exporter
 from .parity import ParityReport
+from .plain import plain
 
 REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 
@@ -79,25 +78,12 @@ class ExportReport:
 
         ``sn_export/report.schema.json`` describes it; ``"schema"`` is the version of that.
         """
-        told = dataclasses.replace(self, onnx_program=None)  # it cannot be copied
-        content = {"schema": REPORT_SCHEMA, **dataclasses.asdict(told)}
-        del content["onnx_program"]
-        content["path"] = str(self.path)
-        content["parity"] = self.parity.content()
-        return json.dumps(_plain(content), indent=indent, allow_nan=False)
+        names = [entry.name for entry in dataclasses.fields(self) if entry.name != "onnx_program"]
+        content = {"schema": REPORT_SCHEMA, **{name: getattr(self, name) for name in names}}
+        return json.dumps(plain(content), indent=indent, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
         """Write the report as ``.json``, ``.html`` or ``.md``; see `sn_export.reporting`."""
         from .reporting import save_report  # its templates take a moment to load
 
         return save_report(self, path, command=command)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return {key: _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value

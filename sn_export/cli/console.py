@@ -21,6 +21,7 @@ from ..errors import (
     SpectralNormNotAppliedWarning,
     SpectralNormNotRecognisedWarning,
 )
+from ..plain import plain
 from .errors import UsageError
 
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -60,7 +61,7 @@ def answer(content: Mapping[str, Any]) -> None:
 
 def as_text(content: Mapping[str, Any]) -> str:
     """Return JSON; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
-    return json.dumps(_plain(content), indent=2, allow_nan=False)
+    return json.dumps(plain(content), indent=2, allow_nan=False)
 
 
 @contextlib.contextmanager
@@ -159,13 +160,3 @@ def _message(error: Exception) -> str:
         named = f"'{error.filename}': " if error.filename else ""
         return f"{named}{error.strerror or error}"
     return f"unexpected {type(error).__name__}: {error}; --debug shows where"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
-    if isinstance(value, Mapping):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    return value

@@ -1,0 +1,37 @@
+"""Values as JSON holds them. It needs no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from os import PathLike, fspath
+from typing import Any
+
+
+def plain(value: Any) -> Any:
+    """Return ``value`` as JSON holds it: NaN becomes None, infinities become texts.
+
+    Dataclasses become mappings of their fields; a comparison says itself what its JSON holds.
+    """
+    if hasattr(value, "outputs") and hasattr(value, "passed"):  # passed is no field of its own
+        return plain_parity(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)
+        }
+    if isinstance(value, Mapping):
+        return {str(key): plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    return fspath(value) if isinstance(value, PathLike) else value
+
+
+def plain_parity(parity: Any) -> dict[str, Any]:
+    """Return what the JSON of an `sn_export.ParityReport` holds."""
+    if hasattr(parity, "content"):
+        return dict(plain(parity.content()))
+    fields = {entry.name: getattr(parity, entry.name) for entry in dataclasses.fields(parity)}
+    return {**plain(fields), "passed": bool(parity.passed)}
