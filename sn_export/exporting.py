@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import logging
 import os
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
+from .arguments import as_args, require_case, require_options, require_target
 from .case_file import write_case
-from .cases import case_of
-from .dynamic import DynamicDim, dynamic_dims
+from .dynamic import dynamic_dims
 from .errors import (
     ExportError,
     ParityError,
@@ -34,7 +31,7 @@ from .freezing import (
     with_exact_sigma,
 )
 from .interface import names_of_inputs, names_of_outputs
-from .metadata import file_metadata, require_metadata, require_source
+from .metadata import file_metadata, require_metadata, require_source, versions
 from .onnx_file import (
     EXPORTERS,
     Exporter,
@@ -47,32 +44,27 @@ from .onnx_file import (
 )
 from .opset import default_opset, require_opset
 from .parity import (
-    ParityReport,
     ProofDtype,
     Reference,
     coarsest_of,
-    compare,
-    explained,
-    proof_session,
     require_proof_dtype,
     require_providers,
     require_tolerances,
     run_reference,
 )
-from .places import require_place, side_file
 from .preserving import Preserved, preserved
+from .proof import Proof
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets
-from .sizes import require_dynamic, resized_references
+from .sizes import resized_references
 from .tolerances import Tolerance
 from .words import listed
 
-__all__ = ["ExportReport", "export_onnx", "versions"]
+__all__ = ["ExportReport", "export_onnx"]
 
 Freeze = Literal["spectral_norm", "all"]
 
 _logger = logging.getLogger("sn_export")
-_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
 def export_onnx(
@@ -179,17 +171,17 @@ def export_onnx(
             block does not know, so that the value had to be folded in the file.
     """
     model = unwrapped(require_module(model))
-    target = _require_target(path)
-    exporters = _require_options(exporter, samples, external_data, freeze)
+    target = require_target(path)
+    exporters = require_options(exporter, samples, external_data, freeze)
     require_opset(opset_version)
     require_tolerances(rtol, atol)
     require_providers(providers)
     require_proof_dtype(proof_dtype)
     require_metadata(metadata)
-    case = _require_case(save_case, target) if save_case is not None else None
+    case = require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
     # A copy, in which no tensor stands twice.
-    example = InputSet(_as_args(args), dict(kwargs or {}), "the example input").clone()
+    example = InputSet(as_args(args), dict(kwargs or {}), "the example input").clone()
     example = example.in_order(model)
     own = as_input_sets(inputs, len(example.args), "inputs", example)
     dims = dynamic_dims(model, example, dynamic_shapes)
@@ -212,8 +204,18 @@ def export_onnx(
             model, example, dims, lambda one: run_reference(model, state, one)
         )
         block = frozen_parametrizations(model, only)
-        proof = _Proof(
-            model, state, names, dims, tuple(providers), rtol, atol, per_module, proof_dtype
+        proof = Proof(
+            model=model,
+            state=state,
+            references=references,
+            input_names=names,
+            dims=dims,
+            providers=providers,
+            rtol=rtol,
+            atol=atol,
+            per_module=per_module,
+            proof_dtype=proof_dtype,
+            keeps_case=case is not None,
         )
         other = next((e for e in EXPORTERS if e not in exporters), None)
         made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
@@ -228,7 +230,7 @@ def export_onnx(
                 written = _write(proof, block, first, chosen, options, draft, target, other)
                 if not keep_programs:
                     written = written.without_program()
-                parity = proof.of(draft, references, chosen)
+                proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 attempts.append((chosen, error))
                 if _is_hopeless(error):
@@ -241,19 +243,16 @@ def export_onnx(
             _raise(attempts)
         _warn_of_folded(written.folded)
         beside = []
-        if case is not None:
+        if case is not None and proved.case is not None:
             beside = [(stack.enter_context(workspace(case)), case)]
-            session = proof_session(draft, providers, proof_dtype)
-            runnable = proof.runnable(session, references)
-            write_case(beside[0][0], case_of(model, session, runnable, rtol, atol, names))
-            del session
+            write_case(beside[0][0], proved.case)
         publish(draft, target, beside)
     _logger.info("wrote %s", target)
     return ExportReport(
         target,
         made,
         written.opset,
-        parity,
+        proved.parity,
         frozen,
         dict(versions()),
         props,
@@ -263,63 +262,8 @@ def export_onnx(
     )
 
 
-@dataclass(frozen=True)
-class _Proof:
-    """What a file is held against."""
-
-    model: nn.Module
-    state: Preserved
-    input_names: Mapping[str, str]
-    dims: Sequence[DynamicDim]
-    providers: Sequence[str]
-    rtol: Tolerance
-    atol: Tolerance
-    per_module: bool
-    proof_dtype: ProofDtype | None
-
-    def of(self, draft: Path, references: Sequence[Reference], exporter: Exporter) -> ParityReport:
-        """Return the proof of a file, or raise a ParityError or ExportError."""
-        _logger.info("comparing %d input sets with onnxruntime", len(references))
-        session = proof_session(draft, self.providers, self.proof_dtype)
-        require_dynamic(self._shapes(session), self.dims)
-        runnable = self.runnable(session, references)
-        tolerances = self.rtol, self.atol
-        parity = compare(
-            self.model, session, runnable, *tolerances, self.input_names, self.proof_dtype
-        )
-        del session
-        if self.per_module or not parity.passed:
-            _logger.info("comparing module by module")
-            parity = explained(
-                parity, self.model, self.state, draft, runnable, *tolerances, self.input_names
-            )
-        parity.require_passed(f"the file made by the {exporter} exporter")
-        return parity
-
-    def runnable(self, session: Any, references: Sequence[Reference]) -> list[Reference]:
-        """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
-        shapes = self._shapes(session)
-        kept = []
-        for reference in references:
-            named = reference.inputs.named_tensors(self.model)
-            fixed = reference.inputs.label.startswith("size ") and any(
-                isinstance(wanted, int) and wanted != size
-                for name, tensor in named
-                for wanted, size in zip(shapes.get(name, ()), tensor.shape, strict=False)
-            )
-            if fixed:
-                _logger.info("the file has fixed shapes; not run at %s", reference.inputs.label)
-            else:
-                kept.append(reference)
-        return kept
-
-    def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
-        shapes = {entry.name: entry.shape for entry in session.get_inputs()}
-        return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
-
-
 def _write(
-    proof: _Proof,
+    proof: Proof,
     block: AbstractContextManager[nn.Module],
     reference: Reference,
     exporter: Exporter,
@@ -369,18 +313,6 @@ def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
     )
 
 
-@functools.cache
-def versions() -> dict[str, str]:
-    """Return the versions of sn_export and of the packages behind it."""
-    found = {}
-    for package in ("sn-export", *_PACKAGES):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "unknown"
-    return found
-
-
 def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
     try:
         return run_reference(model, state, inputs)
@@ -390,42 +322,3 @@ def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Refere
         raise SnExportError(
             f"{error}. If it takes only certain values, pass samples=0 and real inputs=[...]"
         ) from error.__cause__
-
-
-def _as_args(args: Any) -> tuple[Any, ...]:
-    if isinstance(args, Tensor):
-        return (args,)
-    if isinstance(args, (tuple, list)):
-        return tuple(args)
-    raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
-
-
-def _require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
-    target = Path(path)
-    if not target.name:
-        raise ValueError(f"{option} must name a file, got '{path}'")
-    require_place(target)
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
-    return target
-
-
-def _require_case(path: str | os.PathLike[str], target: Path) -> Path:
-    case = _require_target(path, "save_case")
-    if case.resolve() in (target.resolve(), side_file(target).resolve()):
-        raise ValueError(f"save_case must be another file than path, got '{path}'")
-    return case
-
-
-def _require_options(
-    exporter: Any, samples: int, external_data: Any, freeze: Any
-) -> tuple[Exporter, ...]:
-    if exporter not in ("auto", *EXPORTERS):
-        raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
-    if external_data not in ("auto", True, False):
-        raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
-    if freeze not in ("spectral_norm", "all"):
-        raise ValueError(f"freeze must be 'spectral_norm' or 'all', got {freeze!r}")
-    return EXPORTERS if exporter == "auto" else (exporter,)

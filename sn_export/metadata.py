@@ -6,17 +6,20 @@ torch stays the file's ``producer_name``, since tools go by it; the keys of sn_e
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import os
 from collections.abc import Mapping, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .freezing import ParametrizationInfo, SpectralNormInfo
 
 PREFIX = "sn_export."
 _CHUNK = 2**20
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
 def require_metadata(metadata: Mapping[str, str] | None) -> None:
@@ -91,6 +94,18 @@ def require_source(source: str | os.PathLike[str] | None) -> Path | None:
     if not path.is_file():
         raise FileNotFoundError(f"source must be a file, there is none at '{path}'")
     return path
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of sn_export and of the packages behind it."""
+    found = {}
+    for package in ("sn-export", *_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
 
 
 def file_sha256(path: Path) -> str:

@@ -78,7 +78,9 @@ def as_input_sets(
     if inputs is None:
         return []
     if isinstance(inputs, tuple) and _is_several(inputs, arity):
-        is_call = example is not None and _structure(inputs) == _structure(example.args)
+        is_call = example is not None and (
+            pytree.tree_structure(inputs) == pytree.tree_structure(example.args)
+        )
         inputs = inputs if is_call else list(inputs)
     if isinstance(inputs, list):
         return [
@@ -130,10 +132,6 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor)
     uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
     return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
-
-
-def _structure(value: Any) -> Any:
-    return pytree.tree_structure(value)
 
 
 def _is_several(inputs: Sequence[Any], arity: int | None) -> bool:

@@ -1,0 +1,107 @@
+"""The proof of one file: against the unfrozen model, on every input set that fits the file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from .case_file import Case
+from .cases import case_of
+from .dynamic import DynamicDim
+from .parity import ParityReport, ProofDtype, compare, explained, proof_session
+from .preserving import Preserved
+from .reference import Reference
+from .sizes import require_dynamic
+from .tolerances import Tolerance
+
+_logger = logging.getLogger("sn_export")
+
+
+class Proved(NamedTuple):
+    """What a proof gives: the comparison, and its inputs and outputs where those were asked for."""
+
+    parity: ParityReport
+    case: Case | None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What files are held against.
+
+    Attributes:
+        model: the unfrozen model.
+        state: what puts it back after a forward pass.
+        references: what it said, for each input set.
+        input_names: what a file calls its inputs, by their names in the forward's signature.
+        dims: the dimensions that may vary.
+        providers: onnxruntime execution providers.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        per_module: whether modules are compared though all outputs pass.
+        proof_dtype: dtype of the copy that is run in the place of the file.
+        keeps_case: whether inputs and outputs are kept.
+    """
+
+    model: nn.Module
+    state: Preserved
+    references: Sequence[Reference]
+    input_names: Mapping[str, str]
+    dims: Sequence[DynamicDim]
+    providers: Sequence[str]
+    rtol: Tolerance
+    atol: Tolerance
+    per_module: bool
+    proof_dtype: ProofDtype | None
+    keeps_case: bool
+
+    def of(self, draft: Path, maker: str) -> Proved:
+        """Return the proof of a file.
+
+        Args:
+            draft: the file.
+            maker: who made it, for the message.
+
+        Raises:
+            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named.
+            ParityError: if it does not reproduce the model.
+        """
+        _logger.info("comparing %d input sets with onnxruntime", len(self.references))
+        session = proof_session(draft, self.providers, self.proof_dtype)
+        shapes = self._shapes(session)
+        require_dynamic(shapes, self.dims)
+        runnable = self._runnable(shapes)
+        tolerances = self.rtol, self.atol
+        names = self.input_names
+        parity = compare(self.model, session, runnable, *tolerances, names, self.proof_dtype)
+        keeps = self.keeps_case and parity.passed
+        case = case_of(self.model, session, runnable, *tolerances, names) if keeps else None
+        del session
+        if self.per_module or not parity.passed:
+            _logger.info("comparing module by module")
+            parity = explained(parity, self.model, self.state, draft, runnable, *tolerances, names)
+        parity.require_passed(f"the file made by {maker}")
+        return Proved(parity, case)
+
+    def _runnable(self, shapes: Mapping[str, Sequence[Any]]) -> list[Reference]:
+        """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
+        kept = []
+        for reference in self.references:
+            fixed = reference.inputs.label.startswith("size ") and any(
+                isinstance(wanted, int) and wanted != size
+                for name, tensor in reference.inputs.named_tensors(self.model)
+                for wanted, size in zip(shapes.get(name, ()), tensor.shape, strict=False)
+            )
+            if fixed:
+                _logger.info("the file has fixed shapes; not run at %s", reference.inputs.label)
+            else:
+                kept.append(reference)
+        return kept
+
+    def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
+        shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+        return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
