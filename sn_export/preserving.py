@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .compiled import original_of
+from .uncalled import is_never_called
 from .watching import Watch
 
 T = TypeVar("T")
@@ -161,8 +161,8 @@ class Preserved:
 def _replaced_by_hooks(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Yield the normalised weights that torch's hooks set anew on each call: copies for nothing."""
     for module in modules:
-        if isinstance(module, NonDynamicallyQuantizableLinear):
-            continue  # attention reads its weight and never calls it
+        if is_never_called(module):
+            continue  # its attribute is what the network reads
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
                 value = module.__dict__.get(hook.name)

@@ -16,12 +16,11 @@ from torch import nn
 from ..errors import (
     FreezeError,
     FrozenWeightChangedWarning,
-    SpectralNormNotRecognisedWarning,
 )
 from .complaints import complaints, unused
 from .plan import Found, Plan
 from .selection import Selection
-from .suspects import describe_suspects, suspects_in
+from .suspects import warn_of_suspects
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -110,7 +109,8 @@ class _Freezing:
         self._plan = plan
         for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
             warnings.warn(text, category, stacklevel=_CALLER)
-        self._warn_of_suspects(found)
+        if self._selection.includes_spectral_norm:
+            warn_of_suspects(self._model, found, stacklevel=_CALLER)
         plan.edits.apply()
         self._is_frozen = True
         _logger.debug("froze %d tensors", len(plan.weights))
@@ -156,12 +156,6 @@ class _Freezing:
     def _carries(self, later: _Freezing) -> bool:
         claimed = set(self._claimed)
         return later.thread == self.thread and any(id(m) in claimed for m in later._modules)
-
-    def _warn_of_suspects(self, found: list[Found]) -> None:
-        suspects = suspects_in(self._model, found) if self._selection.includes_spectral_norm else []
-        if suspects:
-            text = describe_suspects(suspects)
-            warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=_CALLER + 1)
 
     def complain(self) -> None:
         """Warn about changes that were discarded."""

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable
 from typing import cast, overload
 
 import torch
 from torch import nn
 
-from ..errors import SpectralNormNotRecognisedWarning
 from .kinds import SPECTRAL_NORM
 from .plan import Found, computed, walk
 from .selection import Only, Selection
 from .site import ParametrizationInfo, Site, SpectralNormInfo, require_module
-from .suspects import SpectralNormSuspect, describe_suspects, suspects_in
+from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects
 
 
 def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
@@ -36,7 +34,7 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
             is not known (`find_suspects`); it is not in the list.
     """
     found = list(walk(require_module(model), SPECTRAL_NORM))
-    _warn_of_suspects(model, found, stacklevel=2)
+    warn_of_suspects(model, found, stacklevel=2)
     return _described(found)
 
 
@@ -62,7 +60,7 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
     selection = Selection(only)
     found = selection.find(require_module(model))
     if selection.includes_spectral_norm:
-        _warn_of_suspects(model, found, stacklevel=2)
+        warn_of_suspects(model, found, stacklevel=2)
     with torch.inference_mode(False), torch.no_grad():
         return [site.outline(computed(site)) for _, sites in found for site in sites]
 
@@ -115,10 +113,3 @@ def _info(site: Site) -> SpectralNormInfo | ParametrizationInfo:
 
 def _described(found: Iterable[Found]) -> list[SpectralNormInfo]:
     return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
-
-
-def _warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
-    suspects = suspects_in(model, found)
-    if suspects:
-        text = describe_suspects(suspects)
-        warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from ..words import qualified
+from ..words import dtype_name, qualified
 from .undo import Edits
 
 M = TypeVar("M", bound=nn.Module)
@@ -143,6 +143,28 @@ class Site(ABC):
         """Return what `find_spectral_norm` lists; of other groups what `outline` returns."""
         return self.outline(self.value())
 
+    def norm_info(
+        self,
+        tensor: Tensor,
+        dim: int = 0,
+        eps: float | None = None,
+        n_power_iterations: int | None = None,
+        sigma: float = math.nan,
+    ) -> SpectralNormInfo:
+        """Return what `find_spectral_norm` lists, with shape and dtype of ``tensor``."""
+        return SpectralNormInfo(
+            module=self.path,
+            tensor=self.tensor,
+            kind=self.kind,
+            shape=tuple(tensor.shape),
+            dtype=dtype_name(tensor),
+            dim=dim,
+            eps=eps,
+            n_power_iterations=n_power_iterations,
+            sigma=sigma,
+            is_applied=self.is_applied,
+        )
+
     def outline(self, value: Tensor) -> ParametrizationInfo:
         """Return what `find_parametrizations` lists.
 
@@ -154,7 +176,7 @@ class Site(ABC):
             tensor=self.tensor,
             kind=self.group,
             shape=tuple(value.shape),
-            dtype=str(value.dtype).removeprefix("torch."),
+            dtype=dtype_name(value),
             is_applied=self.is_applied,
         )
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from ..errors import SpectralNormNotRecognisedWarning
 from ..words import first_few
 from .code import Code, code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
@@ -63,9 +65,15 @@ def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSu
     ]
 
 
-def describe_suspects(suspects: Iterable[SpectralNormSuspect]) -> str:
-    """Return the text of the warning about ``suspects``."""
-    suspects = list(suspects)
+def warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
+    """Warn of the modules that `suspects_in` returns, as from ``stacklevel`` above the caller."""
+    suspects = suspects_in(model, found)
+    if suspects:
+        text = _description(suspects)
+        warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)
+
+
+def _description(suspects: Sequence[SpectralNormSuspect]) -> str:
     verb = "looks" if len(suspects) == 1 else "look"
     return (
         f"{first_few(map(str, suspects))} {verb} like a spectral norm that is not known, and is "

@@ -94,17 +94,7 @@ class AdaptedSite(Site):
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; only the adapter knows sigma."""
-        value = self.value()
-        return SpectralNormInfo(
-            module=self.path,
-            tensor=self.tensor,
-            kind=self.kind,
-            shape=tuple(value.shape),
-            dtype=str(value.dtype).removeprefix("torch."),
-            dim=0,
-            eps=None,
-            n_power_iterations=None,
-        )
+        return self.norm_info(self.value())
 
 
 def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:

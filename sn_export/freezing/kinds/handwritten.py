@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..site import Site, SpectralNormInfo
+from ..undo import Edits
 from ..vectors import proportion
 
 _ITERATIONS = ("power_iterations", "n_power_iterations", "num_iters", "num_itrs", "n_iter", "Ip")
@@ -55,18 +56,21 @@ class HandwrittenSite(Site):
         """Return what the module answered when it was found."""
         return self.answer.value
 
+    def take_away(self, edits: Edits) -> None:
+        """Plan to remove what the weight is computed from, and the one that code has set."""
+        module = self.module
+        for container in (module._parameters, module._buffers):
+            edits.remove(container, (self.answer.raw, *self.answer.state))
+        for container in (module.__dict__, module._buffers):
+            edits.remove(container, (self.tensor,))
+
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; sigma is what an eval forward divides by."""
         raw = next(iter(self.sources))
         value = self.answer.value
-        return SpectralNormInfo(
-            module=self.path,
-            tensor=self.tensor,
-            kind=self.kind,
-            shape=tuple(value.shape),
-            dtype=str(value.dtype).removeprefix("torch."),
+        return self.norm_info(
+            value,
             dim=self._dim(raw),
-            eps=None,
             n_power_iterations=self._iterations(),
             sigma=_sigma(raw, value),
         )

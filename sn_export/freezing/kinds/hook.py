@@ -8,12 +8,12 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
 from ...preserving import without_trace
 from ...sigma import stored_sigma
+from ...uncalled import is_never_called
 from ..asking import copied_attributes
 from ..site import Site, SpectralNormInfo, plan_registration
 from ..undo import Edits
@@ -101,19 +101,13 @@ class HookSite(Site):
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
-        weight = self.sources[0]
         hook = self.hook
-        return SpectralNormInfo(
-            module=self.path,
-            tensor=self.tensor,
-            kind=self.kind,
-            shape=tuple(weight.shape),
-            dtype=str(weight.dtype).removeprefix("torch."),
+        return self.norm_info(
+            self.sources[0],
             dim=getattr(hook, "dim", 0),
             eps=getattr(hook, "eps", None),
             n_power_iterations=getattr(hook, "n_power_iterations", None),
             sigma=self._sigma(),
-            is_applied=self.is_applied,
         )
 
     def matrix(self) -> Tensor | None:
@@ -130,11 +124,6 @@ class HookSite(Site):
         # Norms of the convolution operator keep vectors of another size, and sigma itself.
         recorded = self.module._buffers.get(self.tensor + "_sigma")
         return float(recorded) if recorded is not None and recorded.numel() == 1 else math.nan
-
-
-def is_never_called(module: nn.Module) -> bool:
-    """Whether networks use the tensors of ``module`` without calling it, so that no hook runs."""
-    return isinstance(module, _NEVER_CALLED)
 
 
 def value_in_use(site: Site) -> Tensor:
@@ -160,9 +149,6 @@ def refuse_stacked(site: Site) -> None:
                 f"the hook of '{name}' computes from it, one forward behind its own hook",
                 "Remove one of the two hooks first",
             )
-
-
-_NEVER_CALLED = (NonDynamicallyQuantizableLinear, nn.ParameterList, nn.ParameterDict)
 
 
 def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:

@@ -25,12 +25,8 @@ class ParametrizationSite(ChainSite):
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
         norm = self._norm()
         weight = self._input_of(norm)
-        return SpectralNormInfo(
-            module=self.path,
-            tensor=self.tensor,
-            kind=self.kind,
-            shape=tuple(weight.shape),
-            dtype=str(weight.dtype).removeprefix("torch."),
+        return self.norm_info(
+            weight,
             dim=getattr(norm, "dim", 0),
             eps=getattr(norm, "eps", None),
             n_power_iterations=getattr(norm, "n_power_iterations", None),

@@ -43,11 +43,7 @@ class PrehookSite(HandwrittenSite):
         edits.remove(module._forward_pre_hooks, (self.key,))
         if self.key in module._forward_pre_hooks_with_kwargs:
             edits.remove(module._forward_pre_hooks_with_kwargs, (self.key,))
-        names = (self.answer.raw, *self.answer.state)
-        for container in (module._parameters, module._buffers):
-            edits.remove(container, names)
-        for container in (module.__dict__, module._buffers):
-            edits.remove(container, (self.tensor,))
+        self.take_away(edits)
         plan_registration(edits, module, self.tensor, frozen)
 
 

@@ -11,10 +11,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
 from ...preserving import without_trace
+from ...uncalled import is_never_called
 from ..asking import copied_attributes
 from ..site import Group, Site, plan_registration
 from ..undo import Edits
-from .hook import is_never_called, refuse_stacked, value_in_use
+from .hook import refuse_stacked, value_in_use
 
 
 class WeightHookSite(Site):

@@ -57,13 +57,9 @@ class WrapperSite(HandwrittenSite):
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Give the layer its weight, and the wrapper a class that does not touch it."""
         layer, wrapper = self.module, self.owner
-        names = (self.answer.raw, *self.answer.state)
-        for container in (layer._parameters, layer._buffers):
-            edits.remove(container, names)
+        self.take_away(edits)
         for container in (wrapper._parameters, wrapper._buffers):
             edits.remove(container, self.answer.state)
-        for container in (layer.__dict__, layer._buffers):
-            edits.remove(container, (self.tensor,))
         edits.set_class(wrapper, frozen_class(edits.planned_class(wrapper), self.overrides))
         plan_registration(edits, layer, self.tensor, frozen)
 
