@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from export_models import KINDS, assert_as_before, small_net
+from export_models import KINDS, assert_as_before, images, small_net
 from fingerprint import fingerprint
 from torch import nn
 
@@ -14,6 +14,7 @@ ROUND_TRIPS = {
     "half": lambda model: model.half().float(),
     "bfloat16": lambda model: model.bfloat16().float(),
     "double and half": lambda model: model.double().half().float(),
+    "half and bfloat16": lambda model: model.half().bfloat16().float(),
 }
 
 
@@ -30,6 +31,36 @@ def test_there_and_back(kind: str, trip: str) -> None:
     with pytest.warns(FrozenWeightChangedWarning), frozen_spectral_norm(model):
         ROUND_TRIPS[trip](model)
     assert_as_before(before, model)
+
+
+@pytest.mark.parametrize("trip", ROUND_TRIPS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_there_and_back(kind: str, trip: str) -> None:
+    """Pending gradients are the same objects, in the same memory, with the same bits."""
+    model = _net(kind)
+    model(images()).square().sum().backward()
+    before = fingerprint(model)
+    with pytest.warns(FrozenWeightChangedWarning), frozen_spectral_norm(model):
+        ROUND_TRIPS[trip](model)
+    assert_as_before(before, model)
+
+
+@pytest.mark.parametrize("trip", ["half", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_gradients_stay(kind: str, trip: str) -> None:
+    """What becomes of gradients inside stays: set to None, replaced, written in place."""
+    model = _net(kind)
+    other, norm = model[1], model[2]
+    model(images()).square().sum().backward()
+    with pytest.warns(FrozenWeightChangedWarning), frozen_spectral_norm(model):
+        other.weight.grad = None
+        other.bias.grad = new = torch.full((3,), 7.0)
+        with torch.no_grad():
+            norm.weight.grad.fill_(0.1)  # type: ignore[union-attr, operator]
+        ROUND_TRIPS[trip](model)
+    assert other.weight.grad is None
+    assert other.bias.grad is new and (new == 7).all()
+    assert (norm.weight.grad == torch.tensor(0.1)).all()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -7,11 +7,14 @@ the memory, without copying it, is enough to bring every bit back.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import product
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 class Residence:
@@ -43,8 +46,12 @@ class Residence:
                 tensor.data = memory
             cast("dict[str, Tensor]", container)[name] = tensor
         for tensor, grad, memory in self._grads:
-            if tensor.grad is not None and _differs(tensor.grad, memory):
-                if _differs(grad, memory):
+            now = tensor.grad
+            if now is None:
+                continue
+            # torch keeps the object here too; another one is a gradient of its own, and stays.
+            if _differs(now, memory) or (now is grad and _went_and_came(now, memory)):
+                if _differs(grad, memory) or grad.data_ptr() != memory.data_ptr():
                     grad.data = memory
                 tensor.grad = grad
 
@@ -56,9 +63,10 @@ def _went_and_came(now: Tensor, memory: Tensor) -> bool:
     if type(now) not in (Tensor, nn.Parameter) or now.data_ptr() == memory.data_ptr():
         return False
     content = torch.nan_to_num(now.detach())
+    # By way of two dtypes: rounded twice is not always rounded once.
     return any(
-        torch.equal(content, torch.nan_to_num(memory.to(dtype).to(now.dtype)))
-        for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+        torch.equal(content, torch.nan_to_num(memory.to(first).to(second).to(now.dtype)))
+        for first, second in product(_DTYPES, repeat=2)
     )
 
 
