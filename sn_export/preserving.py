@@ -16,6 +16,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .compiled import original_of
+from .copying import Copies, is_in_place, same_bits
 from .uncalled import is_never_called
 from .watching import Watch
 
@@ -49,8 +50,8 @@ class Preserved:
     Forward passes and exporters replace attributes by equal copies, write buffers, append
     to lists. All that lives in containers that the modules reach, which are remembered entry
     by entry. Buffers and tensors in attributes are swapped for copies, so nothing ever writes
-    to the originals. Parameters are written by very few forwards: `guard_parameters` and
-    `settle` find out whether this is one.
+    to the originals; where those are views of each other, so are the copies. Parameters are
+    written by very few forwards: `guard_parameters` and `settle` find out whether this is one.
 
     Args:
         modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
@@ -70,7 +71,7 @@ class Preserved:
         replaced = set(map(id, _replaced_by_hooks(self._modules)))
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
-        self._working: list[tuple[Tensor, Tensor]] = []  # a copy of a buffer, and the buffer
+        self._copies = Copies(())
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._guarded: list[Guarded] = []
         self._watch: Watch | None = None
@@ -94,15 +95,14 @@ class Preserved:
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
         # Exporters take no compiled code, and nothing is to be compiled on the way.
-        copies: dict[int, Any] = {
+        replaced: dict[int, Any] = {
             id(m): original for m in self._modules if (original := original_of(m)) is not None
         } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
-        for tensor in (*self._attributes, *(b for _, c in self._originals for b in c.values())):
-            if tensor is not None and id(tensor) not in copies:
-                copies[id(tensor)] = tensor.detach().clone()
-                self._working.append((copies[id(tensor)], tensor))
+        buffers = (b for _, content in self._originals for b in content.values())
+        self._copies = Copies(t for t in (*self._attributes, *buffers) if t is not None)
+        replaced |= self._copies.of
         self._swapped = [
-            (container, _replaced(content, copies))
+            (container, _replaced(content, replaced))
             for container, content in (*self._containers, *self._originals)
         ]
         self._start_over()
@@ -129,10 +129,7 @@ class Preserved:
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
-        with torch.no_grad():
-            for copy, original in self._working:
-                if not _same(copy, original):
-                    copy.copy_(original)
+        self._copies.reset()
         self._restore_tensors()
         self._start_over()
 
@@ -192,20 +189,12 @@ class Guarded:
 
     def restore(self) -> None:
         """Put memory and content back, and note whether that was needed."""
-        if not self._is_in_place():
+        if not is_in_place(self.tensor, self.memory):
             self.was_written = True
             self.tensor.data = self.memory
-        if self.content is not None and not _same(self.memory, self.content):
+        if self.content is not None and not same_bits(self.memory, self.content):
             self.was_written = True
             self.memory.data.copy_(self.content)
-
-    def _is_in_place(self) -> bool:
-        now = self.tensor
-        return (now.dtype, now.shape, now.data_ptr()) == (
-            self.memory.dtype,
-            self.memory.shape,
-            self.memory.data_ptr(),
-        )
 
 
 @contextmanager
@@ -240,20 +229,6 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
 
 def _cuda_is_used() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
-
-
-def _same(left: Tensor, right: Tensor) -> bool:
-    if left.is_meta or right.is_meta:
-        return True
-    if left.shape != right.shape or left.dtype != right.dtype:
-        return False
-    return torch.equal(_bits(left), _bits(right))
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    # NaN equals itself bit for bit.
-    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return real.flatten().view(torch.uint8)
 
 
 def _replaced(content: Any, copies: dict[int, Any]) -> Any:

@@ -1,0 +1,122 @@
+"""Copies of tensors that share memory with each other wherever the originals do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor
+
+_ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
+
+
+class Copies:
+    """Copies of tensors to write to, as often as needed from the old content.
+
+    A tensor that shares no byte with another one is cloned. Those that do, as views of each
+    other, are laid over one copy of the bytes that they span: a write to one is read in the others.
+
+    Args:
+        tensors: of any dtype and device. Nothing is written to them.
+    """
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self.of: dict[int, Tensor] = {}  # id of an original -> its copy
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # a copy, and what it is a copy of
+        self._views: list[tuple[Tensor, Tensor]] = []  # a copy, and the memory that it belongs on
+        originals = {id(tensor): tensor for tensor in tensors}
+        for group in _sharing(originals.values()):
+            if len(group) > 1:
+                self._copy_together(group)
+        for key, tensor in originals.items():
+            if key not in self.of:
+                copy = self.of[key] = tensor.detach().clone()
+                self._pairs.append((copy, tensor))
+
+    def _copy_together(self, group: list[Tensor]) -> None:
+        start = min(_first(tensor) for tensor in group) // _ALIGNMENT * _ALIGNMENT
+        stop = max(_end(tensor) for tensor in group)
+        span = torch.empty(0, dtype=torch.uint8, device=group[0].device)
+        span.set_(group[0].untyped_storage(), start, (stop - start,), (1,))
+        content = span.clone()
+        self._pairs.append((content, span))
+        for tensor in group:
+            offset = (_first(tensor) - start) // tensor.itemsize
+            view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+            view.set_(content.untyped_storage(), offset, tensor.shape, tensor.stride())
+            self.of[id(tensor)] = view
+            self._views.append((view, view.detach()))
+
+    def reset(self) -> None:
+        """Give every copy the content of its original again."""
+        with torch.no_grad():
+            for copy, original in self._pairs:
+                if not same_bits(copy, original):
+                    copy.copy_(original)
+            for view, memory in self._views:
+                if not is_in_place(view, memory):
+                    view.data = memory
+
+
+def is_in_place(tensor: Tensor, memory: Tensor) -> bool:
+    """Whether ``tensor`` still lies on ``memory``, with its dtype and shape."""
+    return (tensor.dtype, tensor.shape, tensor.data_ptr()) == (
+        memory.dtype,
+        memory.shape,
+        memory.data_ptr(),
+    )
+
+
+def same_bits(left: Tensor, right: Tensor) -> bool:
+    """Whether two tensors agree in shape, dtype and every bit; on the meta device they do."""
+    if left.is_meta or right.is_meta:
+        return True
+    if left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    return torch.equal(_bits(left), _bits(right))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    # NaN equals itself bit for bit.
+    real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+    return real.flatten().view(torch.uint8)
+
+
+def _sharing(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Yield the tensors in groups, one for each range of bytes that hangs together."""
+    storages: dict[tuple[torch.device, int], list[Tensor]] = {}
+    for tensor in tensors:
+        if _has_plain_memory(tensor):
+            key = (tensor.device, tensor.untyped_storage().data_ptr())
+            storages.setdefault(key, []).append(tensor)
+    for group in storages.values():
+        group.sort(key=_first)
+        together, end = group[:1], _end(group[0])
+        for tensor in group[1:]:
+            if _first(tensor) >= end:
+                yield together
+                together = []
+            together.append(tensor)
+            end = max(end, _end(tensor))
+        yield together
+
+
+def _has_plain_memory(tensor: Tensor) -> bool:
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and tensor.numel() > 0
+    )
+
+
+def _first(tensor: Tensor) -> int:
+    """The first byte of the tensor in its storage."""
+    return int(tensor.storage_offset()) * tensor.itemsize
+
+
+def _end(tensor: Tensor) -> int:
+    """The byte after its last one."""
+    steps = zip(tensor.shape, tensor.stride(), strict=True)
+    last = sum((size - 1) * stride for size, stride in steps)
+    return _first(tensor) + (last + 1) * tensor.itemsize
