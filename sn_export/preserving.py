@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
+from .belongings import Belongings
 from .compiled import original_of
 from .copying import Copies, is_in_place, same_bits
 from .uncalled import is_never_called
@@ -56,9 +57,12 @@ class Preserved:
     Args:
         modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
             are not called, since overrides of them may fuse or fold weights.
+        belongings: also remember numpy arrays, and the attributes of plain objects, that the
+            modules hold. Arrays are restored in place. Past 512 MB the rest of the arrays, and
+            of the tensors in such objects, is left alone.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], belongings: bool = False) -> None:
         modules = list(modules)
         self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         # Compiled code keeps its attributes elsewhere.
@@ -66,8 +70,13 @@ class Preserved:
         self._containers: list[tuple[Any, Any]] = []
         self._attributes: list[Tensor] = []
         seen = {id(m._buffers) for m in self._modules}
+        others: list[Any] = []
         for module in self._modules:
-            self._remember(module.__dict__, seen)
+            self._remember(module.__dict__, seen, others)
+        held = Belongings(others if belongings else (), seen)
+        self._containers += held.containers
+        self._attributes += held.tensors
+        self._arrays = held.arrays
         replaced = set(map(id, _replaced_by_hooks(self._modules)))
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
@@ -76,20 +85,25 @@ class Preserved:
         self._guarded: list[Guarded] = []
         self._watch: Watch | None = None
 
-    def _remember(self, container: Any, seen: set[int]) -> None:
+    def _remember(self, container: Any, seen: set[int], others: list[Any]) -> None:
         if id(container) in seen:
             return
         seen.add(id(container))
         self._containers.append((container, container.copy()))
         for value in container.values() if isinstance(container, dict) else container:
             if isinstance(value, (dict, list, set, deque)):
-                self._remember(value, seen)
-            elif isinstance(value, Tensor) and not isinstance(value, nn.Parameter):
+                self._remember(value, seen, others)
+            elif not isinstance(value, Tensor):
+                others.append(value)
+            elif not isinstance(value, nn.Parameter):
                 self._attributes.append(value)
 
     @property
     def containers(self) -> list[tuple[Any, Any]]:
-        """Every dict, list, set and deque that the modules reach, each with its old content."""
+        """Every dict, list, set and deque that the modules reach, each with its old content.
+
+        With ``belongings`` those of plain objects, too.
+        """
         return [*self._containers, *self._originals]
 
     def begin(self) -> None:
@@ -130,7 +144,7 @@ class Preserved:
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""
         self._copies.reset()
-        self._restore_tensors()
+        self._restore_memory()
         self._start_over()
 
     def restore(self) -> None:
@@ -140,7 +154,7 @@ class Preserved:
             restore_container(container, content)
         for scripted, training in self._scripted:
             scripted.training = training
-        self._restore_tensors()
+        self._restore_memory()
 
     def _start_over(self) -> None:
         for container, content in self._swapped:
@@ -150,9 +164,11 @@ class Preserved:
         for scripted, _ in self._scripted:
             scripted.training = False
 
-    def _restore_tensors(self) -> None:
+    def _restore_memory(self) -> None:
         for guarded in self._guarded:
             guarded.restore()
+        for array in self._arrays:
+            array.restore()
 
 
 def _replaced_by_hooks(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -201,7 +217,7 @@ class Guarded:
 def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
     with preserved_rng():
-        state = Preserved(model.modules())
+        state = Preserved(model.modules(), belongings=True)
         try:  # twice: an interrupt may stop the first
             try:
                 state.begin()
@@ -216,7 +232,7 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
 def without_trace(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     """Return ``run()``, with ``modules`` in eval mode, and put back everything but parameters."""
     with preserved_rng():
-        state = Preserved(modules)
+        state = Preserved(modules, belongings=True)
         try:  # twice: an interrupt may stop the first
             try:
                 state.begin()
