@@ -58,6 +58,19 @@ class Copies:
                     view.data = memory
 
 
+def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Return those that share a byte with one of ``fixed``, or with another that does."""
+    aliases = {id(alias): alias for alias in (tensor.detach() for tensor in fixed)}
+    others = {id(tensor): tensor for tensor in tensors}
+    return [
+        tensor
+        for group in _sharing([*aliases.values(), *others.values()])
+        if any(id(tensor) in aliases for tensor in group)
+        for tensor in group
+        if id(tensor) in others
+    ]
+
+
 def is_in_place(tensor: Tensor, memory: Tensor) -> bool:
     """Whether ``tensor`` still lies on ``memory``, with its dtype and shape."""
     return (tensor.dtype, tensor.shape, tensor.data_ptr()) == (

@@ -17,7 +17,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .belongings import Belongings
 from .compiled import original_of
-from .copying import Copies, is_in_place, same_bits
+from .copying import Copies, is_in_place, on_memory_of, same_bits
 from .uncalled import is_never_called
 from .watching import Watch
 
@@ -52,7 +52,8 @@ class Preserved:
     to lists. All that lives in containers that the modules reach, which are remembered entry
     by entry. Buffers and tensors in attributes are swapped for copies, so nothing ever writes
     to the originals; where those are views of each other, so are the copies. Parameters are
-    written by very few forwards: `guard_parameters` and `settle` find out whether this is one.
+    written by very few forwards: `guard_parameters` and `settle` find out whether this is one, and
+    leave tensors that share memory with a parameter on it.
 
     Args:
         modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
@@ -106,14 +107,25 @@ class Preserved:
         """
         return [*self._containers, *self._originals]
 
+    def guard_parameters(self) -> None:
+        """Before `begin`: keep a copy of every parameter; of a large model, of those written."""
+        parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
+        tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
+        is_large = sum(p.nbytes for p in tensors) > _LARGE
+        views = on_memory_of(tensors, self._tensors())
+        self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
+        if is_large:
+            self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
+            self._watch.__enter__()  # type: ignore[no-untyped-call]
+
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
         # Exporters take no compiled code, and nothing is to be compiled on the way.
         replaced: dict[int, Any] = {
             id(m): original for m in self._modules if (original := original_of(m)) is not None
         } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
-        buffers = (b for _, content in self._originals for b in content.values())
-        self._copies = Copies(t for t in (*self._attributes, *buffers) if t is not None)
+        guarded = {id(g.tensor) for g in self._guarded}
+        self._copies = Copies(tensor for tensor in self._tensors() if id(tensor) not in guarded)
         replaced |= self._copies.of
         self._swapped = [
             (container, _replaced(content, replaced))
@@ -121,15 +133,9 @@ class Preserved:
         ]
         self._start_over()
 
-    def guard_parameters(self) -> None:
-        """Keep a copy of every parameter from here on; of a large model, of those written."""
-        parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
-        tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
-        is_large = sum(p.nbytes for p in tensors) > _LARGE
-        self._guarded = [Guarded(p, later=is_large) for p in tensors]
-        if is_large:
-            self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
-            self._watch.__enter__()  # type: ignore[no-untyped-call]
+    def _tensors(self) -> list[Tensor]:
+        buffers = (b for _, content in self._originals for b in content.values())
+        return [tensor for tensor in (*self._attributes, *buffers) if tensor is not None]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""
@@ -196,6 +202,8 @@ class Guarded:
         self.memory = tensor.detach()
         self.content: Tensor | None = None if later else self.memory.clone()
         self.was_written = False
+        # A backward of the user's own may be pending, which checks it.
+        self._version = None if tensor.is_inference() else tensor._version
 
     def keep(self) -> None:
         """Copy the content, unless that is done."""
@@ -211,6 +219,8 @@ class Guarded:
         if self.content is not None and not same_bits(self.memory, self.content):
             self.was_written = True
             self.memory.data.copy_(self.content)
+        if self._version not in (None, self.tensor._version):
+            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
 
 
 @contextmanager
@@ -220,8 +230,8 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
         state = Preserved(model.modules(), belongings=True)
         try:  # twice: an interrupt may stop the first
             try:
-                state.begin()
                 state.guard_parameters()
+                state.begin()
                 yield state
             finally:
                 state.restore()

@@ -96,6 +96,69 @@ def test_views_at_any_offset(dtype: torch.dtype, start: int) -> None:
     assert contents(new_within) == contents(within)
 
 
+class OnAParameter(nn.Module):
+    """Writes a parameter and reads a buffer on its memory, or the other way round."""
+
+    def __init__(self, parameter_first: bool) -> None:
+        super().__init__()
+        self.parameter_first = parameter_first
+        torch.manual_seed(0)
+        self.layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3))
+        memory = torch.randn(5)
+        self.scale = nn.Parameter(memory[:3])
+        self.register_buffer("rest", memory[1:])
+
+    def forward(self, x: Tensor) -> Tensor:
+        tensors = [self.scale.data[1:], self.rest[:2]]
+        written, read = tensors if self.parameter_first else reversed(tensors)
+        written.add_(1)
+        y: Tensor = self.layer(x) * read.sum() + self.rest.sum()
+        return y
+
+
+@pytest.mark.parametrize("parameter_first", [True, False])
+@pytest.mark.parametrize("limit", [2**29, 0])
+def test_a_buffer_on_a_parameter(
+    parameter_first: bool, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written to a parameter is read from a buffer on its memory, and back, in each run."""
+    monkeypatch.setattr("sn_export.preserving._LARGE", limit)
+    model = OnAParameter(parameter_first)
+    with torch.no_grad():  # a deep copy would part them
+        right = OnAParameter(parameter_first).eval()(rows())
+    before = fingerprint(model)
+    with torch.no_grad(), preserved(model) as state:
+        for _ in range(3):
+            assert torch.equal(model(rows()), right)
+            state.reset()
+            state.settle()
+    assert_as_before(before, model)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("parameter_first", [True, False])
+def test_a_file_without_the_write_to_a_parameter_is_refused(
+    tmp_path: Path, exporter: str, parameter_first: bool
+) -> None:
+    """No exporter keeps such a write, and the reference of the proof has it."""
+    model = OnAParameter(parameter_first)
+    before = fingerprint(model)
+    with pytest.raises((ExportError, ParityError)):
+        export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
+    assert list(tmp_path.iterdir()) == []
+    assert_as_before(before, model)
+
+
+def test_a_pending_backward_can_go_on(tmp_path: Path) -> None:
+    """A graph over a parameter that an export writes is still good for its backward."""
+    model = OnAParameter(parameter_first=False)
+    loss = model.scale.square().sum()
+    with pytest.raises((ExportError, ParityError)):
+        export_onnx(model, rows(), tmp_path / "net.onnx", exporter="torchscript")
+    loss.backward()
+    assert torch.equal(model.scale.grad, 2 * model.scale.detach())
+
+
 class ReadingViews(nn.Module):
     """Reads two halves of one table, and the table."""
 
