@@ -130,6 +130,31 @@ class OwnVectorsWrapper(nn.Module):
         return self.module(x)
 
 
+class OwnWeightWrapper(nn.Module):
+    """Keeps u, v and the raw weight itself, as torchgan does: parameters, iterated in eval too."""
+
+    def __init__(self, module: nn.Module, name: str = "weight", power_iterations: int = 1) -> None:
+        super().__init__()
+        self.module = module
+        self.name = name
+        self.power_iterations = power_iterations
+        w = cast(nn.Parameter, getattr(module, name))
+        matrix = w.data.flatten(1)
+        self.u = nn.Parameter(l2normalize(torch.randn(matrix.shape[0])), requires_grad=False)
+        self.v = nn.Parameter(l2normalize(torch.randn(matrix.shape[1])), requires_grad=False)
+        self.w_bar = nn.Parameter(w.data)
+        del module._parameters[name]
+
+    def forward(self, *args: Any) -> Any:
+        matrix = self.w_bar.flatten(1)
+        for _ in range(self.power_iterations):
+            self.v.data = l2normalize(torch.mv(matrix.t(), self.u))
+            self.u.data = l2normalize(torch.mv(matrix, self.v))
+        sigma = self.u.dot(matrix.mv(self.v))
+        setattr(self.module, self.name, self.w_bar / sigma)
+        return self.module.forward(*args)
+
+
 # ------------------------------------------------------------------ set by a pre-hook
 
 
@@ -509,6 +534,10 @@ CASES: dict[str, Case] = {
     "wrapper-buffers": _wrapped(BufferWrapper, _conv, _image, "layer"),
     "wrapper-activated": _wrapped(ActivatedWrapper, _conv, _image),
     "wrapper-own-vectors": _wrapped(OwnVectorsWrapper, _conv, _image),
+    "wrapper-own-weight": _wrapped(OwnWeightWrapper, _conv, _image),
+    "wrapper-own-weight-linear": _wrapped(
+        OwnWeightWrapper, lambda: nn.Linear(3, 1, bias=False), _row
+    ),
     "wrapper-lstm": _wrapped(
         _recurrent,
         lambda: nn.LSTM(3, 4),

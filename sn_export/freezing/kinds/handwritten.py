@@ -45,8 +45,9 @@ class HandwrittenSite(Site):
     def sources(self) -> Iterable[Tensor]:
         """The raw weight, and what is kept of its singular vectors."""
         module, owner = self.module, self.owner
+        places = (module._parameters, module._buffers, owner._parameters, owner._buffers)
         for name in (self.answer.raw, *self.answer.state):
-            for container in (module._parameters, module._buffers, owner._buffers):
+            for container in places:
                 tensor = container.get(name)
                 if tensor is not None:
                     yield tensor

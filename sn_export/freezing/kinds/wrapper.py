@@ -9,7 +9,8 @@
             return self.module.forward(*args)
 
 Names vary: what counts is a child without ``<name>`` but with ``<name>_bar`` or the like and
-``<name>_u``, and a forward that, when run, has set ``<name>`` by the time it runs the child.
+``<name>_u``, and a forward that, when run, has set ``<name>`` by the time it runs the child. All
+that ``<name>`` is computed from may also be in the wrapper, under any names.
 """
 
 from __future__ import annotations
@@ -25,13 +26,13 @@ from torch import Tensor, nn
 
 from ...words import qualified
 from ..asking import ask
-from ..code import Code, Member, mentioned
+from ..code import Code, Member, is_torch_layer, mentioned
 from ..frozen_class import How, Override, frozen_class
 from ..site import plan_registration
 from ..undo import Edits
-from ..vectors import fits, is_named_as_vector, small_state
+from ..vectors import fits, is_named_as_vector, matrices, small_state
 from .handwritten import Answer, HandwrittenSite
-from .raw import missing_weights
+from .raw import MissingWeight, missing_weights
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
@@ -59,19 +60,20 @@ class WrapperSite(HandwrittenSite):
         layer, wrapper = self.module, self.owner
         self.take_away(edits)
         for container in (wrapper._parameters, wrapper._buffers):
-            edits.remove(container, self.answer.state)
+            edits.remove(container, (self.answer.raw, *self.answer.state))
         edits.set_class(wrapper, frozen_class(edits.planned_class(wrapper), self.overrides))
         plan_registration(edits, layer, self.tensor, frozen)
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer that lacks a weight and has what one is computed from."""
+    """A layer that lacks a weight, and the names of what that is computed from."""
 
     child: str
     module: nn.Module
     tensor: str
     raw: str
+    value: Tensor  # of raw
     state: tuple[str, ...]
 
 
@@ -89,17 +91,25 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
     for child, layer in wrapper._modules.items():
         if layer is None or isinstance(layer, torch.jit.ScriptModule):
             continue
-        for missing in missing_weights(layer):
+        own = {**wrapper._parameters, **wrapper._buffers}
+        beside = [(n, t) for n, t in small_state(wrapper) if n in own]
+        for missing in (*missing_weights(layer), *_kept_in(wrapper, layer)):
             if not mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
-            own = {**wrapper._parameters, **wrapper._buffers}
-            beside = [(n, t) for n, t in small_state(wrapper) if n in own]
             state = list(missing.state)
             state += [n for n, t in beside if fits(n, t, missing.value)]
             if any(map(is_named_as_vector, state)):
                 state += [n for n, t in beside if t.numel() == 1]
                 names = tuple(dict.fromkeys(state))
-                yield _Layer(child, layer, missing.tensor, missing.raw, names)
+                yield _Layer(child, layer, missing.tensor, missing.raw, missing.value, names)
+
+
+def _kept_in(wrapper: nn.Module, layer: nn.Module) -> Iterator[MissingWeight]:
+    """Yield the wrapper's matrices, if the layer is one of torch's without its weight."""
+    if not is_torch_layer(type(layer)) or layer._parameters.get("weight") is not None:
+        return
+    for raw, value in matrices(wrapper).items():
+        yield MissingWeight("weight", raw, value, ())
 
 
 def _has_hook(layer: nn.Module, tensor: str) -> bool:
@@ -131,8 +141,7 @@ def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSit
         rest = code.mentions(code.forward, {m.name for m in setters})
         if not setters or any(mentioned(n, rest) for n in (layer.raw, *layer.state)):
             return None
-    raw = layer.module._parameters[layer.raw]
-    if value is None or raw is None or value.shape != raw.shape:
+    if value is None or value.shape != layer.value.shape:
         return None
     answer = Answer(layer.raw, value.clone(), layer.state)
     inner = qualified(path, layer.child)
