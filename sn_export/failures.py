@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from .module_trace import type_name
 
@@ -23,6 +24,7 @@ _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
+_NO_OPERATOR = "write that operator with others that ONNX has"
 _ADVICE = (
     (
         r"data-dependent|GuardOnDataDependent|DataDependentOutput",
@@ -34,7 +36,7 @@ _ADVICE = (
     ),
     (
         r"No ONNX function|UnsupportedOperator|not supported|No decompos",
-        "write that operator with others that ONNX has",
+        _NO_OPERATOR,
     ),
 )
 
@@ -64,6 +66,10 @@ def told(error: BaseException, model: nn.Module, other: str | None) -> str:
     advice = [
         text for pattern, text in _ADVICE if any(re.search(pattern, _named(e)) for e in chain)
     ][:1]
+    if advice == [_NO_OPERATOR] and any(
+        isinstance(m, ParametrizationList) for m in model.modules()
+    ):
+        advice.insert(0, "export with freeze='all', so that no parametrization is in the graph")
     if other is not None:
         advice.append(f"try exporter='{other}'")
     return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")

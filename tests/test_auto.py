@@ -142,6 +142,16 @@ def test_missing_operator_is_named_with_its_place(tmp_path: Path, exporter: str)
     assert "linalg_eig" in text
     assert f"at {__file__}:" in text and "torch.linalg.eigvals(self.layer(x)).real" in text
     assert "write that operator with others" in text
+    assert "freeze=" not in text
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_other_parametrizations_are_frozen_on_request(tmp_path: Path, exporter: str) -> None:
+    """Where one that is left in stops the exporter, the option that takes it out is told."""
+    model = nn.Sequential(nn.utils.parametrizations.orthogonal(nn.Linear(3, 3)), Head())
+    with pytest.raises(ExportError, match="freeze='all'"):
+        export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
+    assert export_onnx(model, rows(), tmp_path / "net.onnx", freeze="all").parity.passed
 
 
 def test_fixed_dimension_says_what_to_try(tmp_path: Path) -> None:

@@ -280,6 +280,21 @@ class SNResBlock(nn.Module):
         return x + self.gain * cast(Tensor, self.conv(x))
 
 
+class SNGP(nn.Module):
+    """Named after spectral norm, which it has; its random features have shapes that fit vectors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = spectral_norm(nn.Linear(3, 4))
+        self.register_buffer("frequencies", torch.randn(4, 8))
+        self.register_buffer("b", torch.rand(8))
+        self.beta = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.beta(torch.cos(self.hidden(x) @ self.frequencies + self.b))
+        return y
+
+
 class Masked(nn.Linear):
     """Methods that no look must call, on a layer with a buffer of a fitting shape."""
 
@@ -309,6 +324,7 @@ INNOCENT = {
     "fourier": SpectralConv1d,
     "standardized": lambda: StandardizedConv2d(2, 3, 3),
     "block": SNResBlock,
+    "features": SNGP,
     "masked": Masked,
     "batch-norm": lambda: Tagged(4),
     "attention": lambda: nn.TransformerEncoderLayer(4, 2, 8),

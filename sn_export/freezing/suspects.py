@@ -93,10 +93,11 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         return None
     named = bool(_NAMED.search(type(module).__name__))
     for pair in _pairs(module, claimed, code):
+        signs = (named, is_named_as_vector(pair.vector), not NORMS.isdisjoint(pair.names))
         if (
-            fits(pair.vector, pair.state, pair.weight)
+            sum(signs) >= 2
+            and fits(pair.vector, pair.state, pair.weight)
             and mentioned(pair.vector, pair.names)
-            and (named or (is_named_as_vector(pair.vector) and not NORMS.isdisjoint(pair.names)))
         ):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own = matrices(module)
