@@ -17,6 +17,7 @@ from sn_export.cli.arguments import (
     parse_dynamic,
     parse_kwargs,
     parse_size,
+    parse_tolerance,
 )
 from sn_export.cli.errors import UsageError
 from sn_export.cli.factories import build_model
@@ -71,6 +72,23 @@ def test_dims() -> None:
     for text in ("w", "w=", "=1", "w=x"):
         assert _message(parse_dims, [text]) == (
             f"--dim must be NAME=D such as body.0.weight=1, got '{text}'"
+        )
+
+
+def test_tolerances() -> None:
+    """One number for all outputs, or numbers by name or position."""
+    assert parse_tolerance("--rtol", []) is None
+    assert parse_tolerance("--rtol", ["1e-3"]) == 1e-3
+    named = parse_tolerance("--atol", ["score=1e-3", "1=0", "a=b=2"])
+    assert named == {"score": 1e-3, 1: 0.0, "a=b": 2.0}
+    for text in ("much", "score=", "score=much"):
+        assert _message(parse_tolerance, "--rtol", [text]) == (
+            f"--rtol must be a number, or OUTPUT=NUMBER such as score=1e-3, got '{text}'"
+        )
+    for texts in (["1", "2"], ["1", "score=2"], ["score=1", "score=2"], ["=1"]):
+        assert _message(parse_tolerance, "--atol", texts) == (
+            "--atol must be one number for all outputs, or one OUTPUT=NUMBER for each, "
+            f"got {' and '.join(texts)}"
         )
 
 

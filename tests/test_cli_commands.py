@@ -99,6 +99,16 @@ def test_onnx_parity_failure(run: Run) -> None:
     assert names() == ["a.pt", "o.onnx"]
 
 
+def test_tolerance_of_one_output(run: Run) -> None:
+    """A tolerance by the output's name decides, in an export and when a case is replayed."""
+    assert run(*ONNX, "--atol", "output=0", "--rtol", "0=0").code == 1
+    assert run(*ONNX, "--atol", "output=1", "--save-case", "o.npz").code == 0
+    replay = ("check", "o.onnx", "--case", "o.npz")
+    assert run(*replay).code == 0
+    ran = run(*replay, "--atol", "output=0", "--rtol", "output=0")
+    assert ran.code == 1 and "NOT EQUAL" in ran.out
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "absent": (["onnx", "no.pt", *CRITIC], "there is no checkpoint at 'no.pt'"),
     "shape": (
@@ -126,6 +136,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         "cannot write 'no/r.json': no folder 'no'",
     ),
     "tolerance": (["onnx", "a.pt", *CRITIC, "--rtol", "-1"], "rtol must be 0 or more, got -1.0"),
+    "tolerance of no output": (
+        ["onnx", "a.pt", *CRITIC, "--atol", "score=1e-3"],
+        "atol names the output 'score', the file has ['output']",
+    ),
+    "tolerance that is no number": (
+        ["check", "a.onnx", "--rtol", "much"],
+        "--rtol must be a number, or OUTPUT=NUMBER such as score=1e-3, got 'much'",
+    ),
     "inspect": (["inspect", "no.pt"], "there is no checkpoint at 'no.pt'"),
     "convert": (
         ["convert", "a.pt", "--to", "plain", "-o", "o.txt"],

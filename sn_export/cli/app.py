@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from .arguments import parse_tolerance
 from .console import answering
 from .errors import UsageError
 from .usage import run
@@ -75,8 +76,14 @@ Input = Annotated[
 InputFile = Annotated[
     list[Path], typer.Option("--input-file", help="An .npz of real inputs; part of the proof.")
 ]
-Rtol = Annotated[float | None, typer.Option(help="Relative tolerance; by default by dtype.")]
-Atol = Annotated[float | None, typer.Option(help="Absolute tolerance; by default by dtype.")]
+Rtol = Annotated[
+    list[str],
+    typer.Option(help="Relative tolerance, OUTPUT=NUMBER for one output; by default by dtype."),
+]
+Atol = Annotated[
+    list[str],
+    typer.Option(help="Absolute tolerance, OUTPUT=NUMBER for one output; by default by dtype."),
+]
 ProofType = Annotated[
     ProofDtype | None,
     typer.Option(help="Prove a copy of the file in this dtype, where onnxruntime lacks operators."),
@@ -137,8 +144,8 @@ def onnx(
         Freeze, typer.Option(help="Spectral norm alone, or every reparametrization.")
     ] = Freeze.spectral_norm,
     opset: Annotated[int | None, typer.Option(help="ONNX opset; torch's by default.")] = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    rtol: Rtol = [],  # noqa: B006
+    atol: Atol = [],  # noqa: B006
     proof_dtype: ProofType = None,
     samples: Samples = 3,
     external_data: Annotated[
@@ -171,8 +178,9 @@ def onnx(
     with answering(debug):
         from .proving import Export, Request, run_onnx
 
+        tolerances = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         request = Request(
-            checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
+            checkpoint, model, model_kwargs, inputs, input_files, *tolerances, samples
         ).choosing(key, prefix, dim, trust_pickle)
         side_file = {"auto": "auto", "always": True, "never": False}[external_data.value]
         export = Export(
@@ -258,8 +266,8 @@ def check(
     inputs: Input = [],  # noqa: B006
     input_files: InputFile = [],  # noqa: B006
     model_kwargs: ModelKwargs = None,
-    rtol: Rtol = None,
-    atol: Atol = None,
+    rtol: Rtol = [],  # noqa: B006
+    atol: Atol = [],  # noqa: B006
     proof_dtype: ProofType = None,
     samples: Samples = 3,
     key: Key = None,
@@ -276,6 +284,7 @@ def check(
     Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
     """
     with answering(debug):
+        tolerances = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         given = {
             "CHECKPOINT": checkpoint,
             "--model": model,
@@ -295,9 +304,9 @@ def check(
             from .replaying import run_case, run_folder
 
             if case is not None:
-                run_case(file, case, rtol, atol, as_json)
+                run_case(file, case, *tolerances, as_json)
             else:
-                run_folder(file, rtol, atol, as_json)
+                run_folder(file, *tolerances, as_json)
             return
         if not file.exists():
             raise UsageError(f"there is no file or folder '{file}'")
@@ -307,7 +316,7 @@ def check(
         from .proving import Request, run_check
 
         request = Request(
-            checkpoint, model, model_kwargs, inputs, input_files, rtol, atol, samples
+            checkpoint, model, model_kwargs, inputs, input_files, *tolerances, samples
         ).choosing(key, prefix, dim, trust_pickle)
         run_check(request, file, as_json, proof_dtype.value if proof_dtype else None)
 

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..samples import InputSet
+    from ..tolerances import Tolerance
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
 _SHAPE = re.compile(r"\d+(?:x\d+)*")
@@ -79,6 +80,29 @@ def parse_metadata(texts: list[str]) -> dict[str, str]:
             raise UsageError(f"--metadata gives '{key}' twice: '{found[key]}' and '{value}'")
         found[key] = value
     return found
+
+
+def parse_tolerance(option: str, texts: list[str]) -> Tolerance:
+    """Return what ``--rtol`` or ``--atol`` gives: a number, or numbers by OUTPUT=NUMBER."""
+    entries: dict[str | int, float] = {}
+    for text in texts:
+        output, equals, number = text.rpartition("=")
+        try:
+            value = float(number)
+        except ValueError:
+            raise UsageError(
+                f"{option} must be a number, or OUTPUT=NUMBER such as score=1e-3, got '{text}'"
+            ) from None
+        if not equals and len(texts) == 1:
+            return value
+        key = int(output) if output.isdecimal() else output
+        if not output or key in entries:
+            raise UsageError(
+                f"{option} must be one number for all outputs, or one OUTPUT=NUMBER for each, "
+                f"got {' and '.join(texts)}"
+            )
+        entries[key] = value
+    return entries or None
 
 
 def parse_dynamic(texts: list[str], names: list[str]) -> dict[str, dict[int, str] | None] | None:

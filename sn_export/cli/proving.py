@@ -21,6 +21,7 @@ from ..parity import ParityReport, check_parity
 from ..places import side_file
 from ..report import ExportReport
 from ..samples import random_sets
+from ..tolerances import Tolerance
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
 from .console import FAILED, answer, noted, progress, say
 from .factories import build_model
@@ -38,8 +39,8 @@ class Request:
     model_kwargs: str | None
     inputs: list[str]
     input_files: list[Path]
-    rtol: float | None
-    atol: float | None
+    rtol: Tolerance
+    atol: Tolerance
     samples: int
     key: str | None = None
     prefix: str | None = None

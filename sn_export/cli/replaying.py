@@ -12,13 +12,14 @@ from ..case_file import opened_case
 from ..cases import check_case
 from ..errors import SnExportError
 from ..parity import ParityReport
+from ..tolerances import Tolerance
 from .console import BAD_INPUT, FAILED, answer, number, progress, say
 from .errors import UsageError
 from .proving import require_comparable
 from .showing import show_parity
 
 
-def run_case(file: Path, case: Path, rtol: float | None, atol: float | None, as_json: bool) -> None:
+def run_case(file: Path, case: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) -> None:
     """Replay one case; raise `typer.Exit` with code 1 if the outputs differ."""
     with progress() as show:
         show(f"replaying {case}")
@@ -67,7 +68,7 @@ class Replayed:
         }
 
 
-def run_folder(folder: Path, rtol: float | None, atol: float | None, as_json: bool) -> None:
+def run_folder(folder: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) -> None:
     """Replay each ``NAME.npz`` beside ``NAME.onnx``; raise `typer.Exit` if one is not equal."""
     files = _files(folder)
     if not files:
@@ -114,7 +115,7 @@ def _is_case(path: Path) -> bool:
         return False
 
 
-def _replay(file: Path, rtol: float | None, atol: float | None) -> Replayed:
+def _replay(file: Path, rtol: Tolerance, atol: Tolerance) -> Replayed:
     case = file.with_suffix(".npz")
     if not case.is_file():
         return Replayed(file, None, f"no case '{case.name}' beside '{file}'")
