@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ExportError, SnExportError
+from .float32 import PROOF_DTYPES, ProofDtype
 from .words import dtype_name
 
 _FORMAT, _VERSION = "sn_export.case", 1
@@ -47,6 +48,7 @@ class Case:
         rtol: relative tolerance of each output, None for the default of its dtype.
         atol: absolute tolerance of each output, in units of the output, likewise.
         sets: label, inputs and outputs of each input set.
+        proof_dtype: dtype of the copy that was run in the place of the file.
     """
 
     inputs: tuple[str, ...]
@@ -54,6 +56,7 @@ class Case:
     rtol: tuple[float | None, ...]
     atol: tuple[float | None, ...]
     sets: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
+    proof_dtype: ProofDtype | None = None
 
 
 def write_case(path: Path, case: Case) -> None:
@@ -83,6 +86,7 @@ def write_case(path: Path, case: Case) -> None:
         "rtol": case.rtol,
         "atol": case.atol,
         "sets": sets,
+        "proof_dtype": case.proof_dtype,
     }
     text = json.dumps(content).encode()
     with path.open("wb") as file:
@@ -114,6 +118,7 @@ def opened_case(path: Path) -> Iterator[tuple[Case, Sets]]:
             tuple(content["rtol"]),
             tuple(content["atol"]),
             [(entry["label"], (), ()) for entry in content["sets"]],
+            content.get("proof_dtype"),
         )
         yield case, _read_sets(path, archive, content)
 
@@ -140,6 +145,7 @@ def _content(path: Path, archive: Mapping[str, Any]) -> Any:
         and _all(sets, lambda entry: _is_set(entry, len(names), len(results)))
         and len(sets) > 0
         and len(results) > 0
+        and content.get("proof_dtype") in PROOF_DTYPES
     )
     if not is_sound:
         raise _unreadable(path, "'case' lacks names, tolerances or sets, or they do not fit")

@@ -11,12 +11,15 @@ from torch import nn
 
 from .case_file import Case, opened_case
 from .errors import ExportError
-from .onnx_session import DEFAULT_PROVIDERS, named_inputs, open_session
+from .float32 import ProofDtype, as_float32
+from .onnx_session import DEFAULT_PROVIDERS, named_inputs
 from .parity import (
     ParityReport,
     Reference,
     add_results,
     coarsest_of,
+    proof_session,
+    require_proof_dtype,
     require_tolerances,
     results,
     running_errors,
@@ -32,6 +35,7 @@ def check_case(
     rtol: Tolerance = None,
     atol: Tolerance = None,
     providers: Sequence[str] = DEFAULT_PROVIDERS,
+    proof_dtype: ProofDtype | None = None,
 ) -> ParityReport:
     """Compare an ONNX file with the outputs in a saved case; no model is needed.
 
@@ -46,6 +50,7 @@ def check_case(
         rtol: relative tolerance in the place of the saved one, as for `sn_export.check_parity`.
         atol: absolute tolerance in the place of the saved one, likewise.
         providers: onnxruntime execution providers, in order of preference.
+        proof_dtype: as for `sn_export.check_parity`; by default that of the proof that was saved.
 
     Returns:
         The report, passed or not, without modules.
@@ -59,12 +64,14 @@ def check_case(
             are not those of the case.
     """
     require_tolerances(rtol, atol)
+    require_proof_dtype(proof_dtype)
     path, saved = Path(onnx_path), Path(case_path)
     for kind, file in (("ONNX file", path), ("case", saved)):
         if not file.is_file():
             raise FileNotFoundError(f"no {kind} at '{file}'")
     with opened_case(saved) as (case, sets):
-        session = open_session(path, providers)
+        proof_dtype = proof_dtype or case.proof_dtype
+        session = proof_session(path, providers, proof_dtype)
         names = [output.name for output in session.get_outputs()]
         if len(names) != len(case.outputs):
             raise ExportError(
@@ -82,12 +89,14 @@ def check_case(
             )
         known = case.inputs if set(wanted) == set(case.inputs) else wanted
         for label, inputs, outputs in sets:
-            feed = dict(zip(known, inputs, strict=True))
-            add_results(running, session, feed, label, outputs)
+            given = map(as_float32, inputs) if proof_dtype else inputs
+            feed = dict(zip(known, given, strict=True))
+            add_results(running, session, feed, label, outputs, proof_dtype)
     return ParityReport(
         results(running),
         len(case.sets),
         tuple(session.get_providers()),
+        proof_dtype=proof_dtype,
     )
 
 
@@ -98,6 +107,7 @@ def case_of(
     rtol: Tolerance,
     atol: Tolerance,
     input_names: Mapping[str, str] | None,
+    proof_dtype: ProofDtype | None = None,
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
     coarsest = coarsest_of(model, references)
@@ -113,6 +123,7 @@ def case_of(
         tuple(_saved(rtol, 0, i, name, references, coarsest) for i, name in enumerate(outputs)),
         tuple(_saved(atol, 1, i, name, references, coarsest) for i, name in enumerate(outputs)),
         sets,
+        proof_dtype,
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from .places import side_file
 from .samples import InputSet
+
+ProofDtype = Literal["float32"]
+PROOF_DTYPES: tuple[ProofDtype | None, ...] = (None, "float32")
 
 _OTHERS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)
 _DTYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")  # of Cast, RandomNormal, QuantizeLinear ...
@@ -35,9 +39,14 @@ def write_float32(source: Path, target: Path) -> None:
     ir.save(model, target, external_data=side_file(target).name if size > _INLINE else None)
 
 
+def as_float32(tensor: Tensor) -> Tensor:
+    """Return a floating tensor in float32, and any other as it is."""
+    return tensor.float() if tensor.is_floating_point() else tensor
+
+
 def float32_inputs(inputs: InputSet) -> InputSet:
     """Return an input set with floating tensors in float32."""
-    return inputs.map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
+    return inputs.map(as_float32)
 
 
 def comparable(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,13 +7,19 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import nn
 
 from .divergence import Divergence, ModuleParity, Strictness, locate
 from .errors import ExportError, ParityError
-from .float32 import comparable, float32_inputs, write_float32
+from .float32 import (
+    PROOF_DTYPES,
+    ProofDtype,
+    comparable,
+    float32_inputs,
+    write_float32,
+)
 from .freezing import unwrapped
 from .onnx_session import (
     DEFAULT_PROVIDERS,
@@ -52,9 +58,6 @@ __all__ = [
     "require_tolerances",
     "run_reference",
 ]
-
-
-ProofDtype = Literal["float32"]
 
 
 @dataclass(frozen=True)
@@ -186,7 +189,7 @@ def check_parity(
 
 def require_proof_dtype(proof_dtype: object) -> None:
     """Raise a ValueError for a dtype in which no proof can be made."""
-    if proof_dtype not in (None, "float32"):
+    if proof_dtype not in PROOF_DTYPES:
         raise ValueError(f"proof_dtype must be None or 'float32', got {proof_dtype!r}")
 
 

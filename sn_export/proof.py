@@ -79,7 +79,11 @@ class Proof:
         names = self.input_names
         parity = compare(self.model, session, runnable, *tolerances, names, self.proof_dtype)
         keeps = self.keeps_case and parity.passed
-        case = case_of(self.model, session, runnable, *tolerances, names) if keeps else None
+        case = (
+            case_of(self.model, session, runnable, *tolerances, names, self.proof_dtype)
+            if keeps
+            else None
+        )
         del session
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")

@@ -109,6 +109,16 @@ def test_tolerance_of_one_output(run: Run) -> None:
     assert ran.code == 1 and "NOT EQUAL" in ran.out
 
 
+def test_proof_dtype_of_a_case(run: Run) -> None:
+    """A case, alone or in a folder, is replayed in the dtype that is asked for."""
+    assert run(*ONNX, "--save-case", "o.npz").code == 0
+    for what in (("o.onnx", "--case", "o.npz"), (".",)):
+        ran = run("check", *what, "--proof-dtype", "float32", "--json")
+        answered = json.loads(ran.out)
+        (one,) = answered["cases"] if "cases" in answered else [answered]
+        assert (ran.code, one["parity"]["proof_dtype"]) == (0, "float32")
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "absent": (["onnx", "no.pt", *CRITIC], "there is no checkpoint at 'no.pt'"),
     "shape": (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -85,6 +85,30 @@ def test_proof_in_float32_finds_a_wrong_weight(tmp_path: Path, dtype: torch.dtyp
     export_onnx(small_net("hook").to(dtype), x, path, proof_dtype="float32")
     other = small_net("hook").to(dtype)
     assert not check_parity(other, path, x, proof_dtype="float32").passed
+
+
+@pytest.mark.parametrize("dtype", _LACKING)
+def test_case_of_a_proof_in_float32(tmp_path: Path, dtype: torch.dtype) -> None:
+    """A saved case says in which dtype it was proved, and is replayed in that."""
+    path, case, x = tmp_path / "net.onnx", tmp_path / "net.npz", images().to(dtype)
+    model = small_net("hook").to(dtype)
+    made = export_onnx(model, x, path, proof_dtype="float32", save_case=case)
+    replayed = check_case(path, case)
+    assert replayed.passed and replayed.proof_dtype == "float32"
+    assert [o.max_abs for o in replayed.outputs] == [o.max_abs for o in made.parity.outputs]
+    export_onnx(small_net("hook").to(dtype), x, path, proof_dtype="float32")
+    assert not check_case(path, case).passed
+
+
+def test_case_in_float32_on_request(tmp_path: Path) -> None:
+    """A case of a proof in the file's own dtype can be replayed in float32 too."""
+    path, case, x = tmp_path / "net.onnx", tmp_path / "net.npz", images().half()
+    export_onnx(small_net("hook").half(), x, path, save_case=case)
+    assert check_case(path, case).proof_dtype is None
+    report = check_case(path, case, proof_dtype="float32")
+    assert report.passed and report.proof_dtype == "float32"
+    with pytest.raises(ValueError, match="proof_dtype must be None or 'float32'"):
+        check_case(path, case, proof_dtype=cast(Any, "float16"))
 
 
 class Casting(Head):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping
 from enum import Enum
+from functools import partial
 from importlib.metadata import PackageNotFoundError
 from importlib.metadata import version as version_of
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -285,6 +286,7 @@ def check(
     """
     with answering(debug):
         tolerances = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
+        dtype: Any = proof_dtype.value if proof_dtype else None
         given = {
             "CHECKPOINT": checkpoint,
             "--model": model,
@@ -295,18 +297,20 @@ def check(
             "--prefix": prefix,
             "--dim": dim,
             "--trust-pickle": trust_pickle,
-            "--proof-dtype": proof_dtype,
         }
         if case is not None or file.is_dir():
             _require_none(given, "--case" if case is not None else "a folder of cases")
             if case is not None and file.is_dir():
                 raise UsageError(f"--case goes with one ONNX file, and '{file}' is a folder")
+            from ..cases import check_case
             from .replaying import run_case, run_folder
 
+            rtols, atols = tolerances
+            replay = partial(check_case, rtol=rtols, atol=atols, proof_dtype=dtype)
             if case is not None:
-                run_case(file, case, *tolerances, as_json)
+                run_case(file, case, replay, as_json)
             else:
-                run_folder(file, *tolerances, as_json)
+                run_folder(file, replay, as_json)
             return
         if not file.exists():
             raise UsageError(f"there is no file or folder '{file}'")
@@ -318,7 +322,7 @@ def check(
         request = Request(
             checkpoint, model, model_kwargs, inputs, input_files, *tolerances, samples
         ).choosing(key, prefix, dim, trust_pickle)
-        run_check(request, file, as_json, proof_dtype.value if proof_dtype else None)
+        run_check(request, file, as_json, dtype)
 
 
 def _require_none(given: Mapping[str, object], instead: str) -> None:

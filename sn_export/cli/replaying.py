@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,21 +10,21 @@ from typing import Any
 import typer
 
 from ..case_file import opened_case
-from ..cases import check_case
 from ..errors import SnExportError
 from ..parity import ParityReport
-from ..tolerances import Tolerance
 from .console import BAD_INPUT, FAILED, answer, number, progress, say
 from .errors import UsageError
 from .proving import require_comparable
 from .showing import show_parity
 
+Check = Callable[[Path, Path], ParityReport]  # `check_case` with its options
 
-def run_case(file: Path, case: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) -> None:
+
+def run_case(file: Path, case: Path, check: Check, as_json: bool) -> None:
     """Replay one case; raise `typer.Exit` with code 1 if the outputs differ."""
     with progress() as show:
         show(f"replaying {case}")
-        parity = check_case(file, case, rtol=rtol, atol=atol)
+        parity = check(file, case)
     require_comparable(parity)
     if as_json:
         answer({"path": str(file), "case": str(case), "parity": parity.content(), "notes": []})
@@ -68,7 +69,7 @@ class Replayed:
         }
 
 
-def run_folder(folder: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) -> None:
+def run_folder(folder: Path, check: Check, as_json: bool) -> None:
     """Replay each ``NAME.npz`` beside ``NAME.onnx``; raise `typer.Exit` if one is not equal."""
     files = _files(folder)
     if not files:
@@ -77,7 +78,7 @@ def run_folder(folder: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) ->
     with progress() as show:
         for count, file in enumerate(files):
             show(f"replaying {file}, {count + 1} of {len(files)}")
-            done.append(_replay(file, rtol, atol))
+            done.append(_replay(file, check))
     unequal = [str(one.file) for one in done if one.parity and not one.parity.passed]
     unknown = [str(one.file) for one in done if one.parity is None]
     if as_json:
@@ -88,7 +89,8 @@ def run_folder(folder: Path, rtol: Tolerance, atol: Tolerance, as_json: bool) ->
         for one in done:
             print(one.line())
         equal = len(done) - len(unequal) - len(unknown)
-        print(f"{len(done)} cases: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")
+        count_of_all = f"{len(done)} case{'' if len(done) == 1 else 's'}"
+        print(f"{count_of_all}: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")
     if unknown:
         say(f"cannot be compared: {', '.join(unknown)}")
     if unequal:
@@ -115,13 +117,13 @@ def _is_case(path: Path) -> bool:
         return False
 
 
-def _replay(file: Path, rtol: Tolerance, atol: Tolerance) -> Replayed:
+def _replay(file: Path, check: Check) -> Replayed:
     case = file.with_suffix(".npz")
     if not case.is_file():
         return Replayed(file, None, f"no case '{case.name}' beside '{file}'")
     try:
-        parity = check_case(file, case, rtol=rtol, atol=atol)
+        parity = check(file, case)
         require_comparable(parity)
-    except (SnExportError, OSError) as error:
+    except (SnExportError, OSError, ValueError) as error:
         return Replayed(file, None, f"{file}, {error}")
     return Replayed(file, parity)
