@@ -115,7 +115,7 @@ def test_proof_dtype_of_a_case(run: Run) -> None:
     for what in (("o.onnx", "--case", "o.npz"), (".",)):
         ran = run("check", *what, "--proof-dtype", "float32", "--json")
         answered = json.loads(ran.out)
-        (one,) = answered["cases"] if "cases" in answered else [answered]
+        (one,) = answered.get("cases", [answered])
         assert (ran.code, one["parity"]["proof_dtype"]) == (0, "float32")
 
 

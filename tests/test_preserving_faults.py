@@ -1,0 +1,96 @@
+"""Interrupts while a forward is taken back: the model is as it was before they come out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from export_models import assert_as_before
+from fingerprint import fingerprint
+from test_freezing_faults import Fault
+from torch import Tensor, nn
+
+from sn_export.preserving import preserved, without_trace
+
+
+class Writing(nn.Module):
+    """Writes whatever a forward can write."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(2))
+        base = torch.ones(3)
+        self.register_buffer("base", base)
+        self.register_buffer("view", base[:2])
+        self.kept: list[Tensor] = []
+        self.array = np.ones(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data.add_(1)
+        self.base.add_(1)
+        self.kept.append(x)
+        self.array += 1
+        np.random.rand()
+        return x * self.view * torch.rand(2)
+
+
+def _leave(model: Writing, fault: Fault) -> bool:
+    tracer = sys.gettrace()
+    try:
+        with preserved(model):
+            model(torch.ones(2))
+            sys.settrace(fault)
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+def _enter(model: Writing, fault: Fault) -> bool:
+    tracer = sys.gettrace()
+    try:
+        sys.settrace(fault)
+        with preserved(model):
+            sys.settrace(tracer)
+            model(torch.ones(2))
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+def _ask(model: Writing, fault: Fault) -> bool:
+    def run() -> None:
+        model.base.add_(1)
+        model.kept.append(model.view)
+
+    tracer = sys.gettrace()
+    try:
+        sys.settrace(fault)
+        without_trace(run, [model])
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(tracer)
+    return False
+
+
+@pytest.mark.parametrize("run", [_enter, _leave, _ask])
+def test_an_interrupt_at_any_step(run: Callable[[Writing, Fault], bool]) -> None:
+    """Whichever line is interrupted, that comes out, and model and random states are as before."""
+    model = Writing()
+    before = fingerprint(model)
+    run(model, Fault())
+    dry = Fault()
+    run(model, dry)
+    assert len(dry.steps()) > 40
+    lost = 0
+    for step in dry.steps():
+        lost += not run(model, Fault(KeyboardInterrupt, step))
+        assert_as_before(before, model)
+    assert lost == 0
