@@ -136,6 +136,15 @@ def test_the_state_dict_that_fits_is_taken(tmp_path: Path) -> None:
     assert _equal(model, trained)
 
 
+def test_of_several_that_do_not_fit_the_usual_one_is_told(tmp_path: Path) -> None:
+    """Where no state dict fits, the one under a usual name is what the message is about."""
+    state = trained_critic().state_dict()
+    del state["body.0.bias"]
+    content = {"ema": nn.Linear(3, 3).state_dict(), "state_dict": state}
+    with pytest.raises(CheckpointError, match=r"does not fit Critic: it lacks 'body\.0\.bias'$"):
+        _load(Critic(), content, tmp_path)
+
+
 def _message(model: nn.Module, state: dict[str, Any], folder: Path, **options: Any) -> str:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:

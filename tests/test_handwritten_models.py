@@ -100,6 +100,15 @@ def copy_of(model: Critic) -> Critic:
     return twin
 
 
+def test_what_else_a_wrapper_holds_stays() -> None:
+    """Inside, a wrapper keeps the buffers and parameters that are no singular vectors."""
+    wrapper = Wrapper(nn.Linear(3, 4))
+    wrapper.register_buffer("seen", torch.zeros(7, dtype=torch.long))
+    wrapper.gain = nn.Parameter(torch.ones(5))
+    with frozen_spectral_norm(wrapper):
+        assert set(wrapper.state_dict()) == {"gain", "seen", "module.weight", "module.bias"}
+
+
 def test_shared_wrapper_is_frozen_once() -> None:
     """A wrapper that stands in two places comes back in both."""
     shared = Wrapper(nn.Conv2d(2, 2, 3, padding=1))
