@@ -138,10 +138,8 @@ def test_the_state_dict_that_fits_is_taken(tmp_path: Path) -> None:
 
 def test_of_several_that_do_not_fit_the_usual_one_is_told(tmp_path: Path) -> None:
     """Where no state dict fits, the one under a usual name is what the message is about."""
-    state = trained_critic().state_dict()
-    del state["body.0.bias"]
-    content = {"ema": nn.Linear(3, 3).state_dict(), "state_dict": state}
-    with pytest.raises(CheckpointError, match=r"does not fit Critic: it lacks 'body\.0\.bias'$"):
+    content = {"ema": nn.Linear(3, 3).state_dict(), "state_dict": {"other": torch.ones(2)}}
+    with pytest.raises(CheckpointError, match=r"does not fit Critic: .* unknown .other."):
         _load(Critic(), content, tmp_path)
 
 
