@@ -239,12 +239,20 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
             state.restore()
 
 
-def without_trace(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
-    """Return ``run()``, with ``modules`` in eval mode, and put back everything but parameters."""
+def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters: bool = True) -> T:
+    """Return ``run()``, with ``modules`` in eval mode, and put everything back.
+
+    Args:
+        run: uses the modules.
+        modules: those that may be changed.
+        parameters: whether that may happen to their parameters too.
+    """
     with preserved_rng():
         state = Preserved(modules, belongings=True)
         try:  # twice: an interrupt may stop the first
             try:
+                if parameters:
+                    state.guard_parameters()
                 state.begin()
                 return run()
             finally:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import onnx
 import pytest
@@ -28,6 +30,7 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from sn_export import (
     FreezeError,
     find_parametrizations,
+    find_spectral_norm,
     frozen_parametrizations,
     frozen_spectral_norm,
 )
@@ -320,6 +323,66 @@ class Failing(nn.Module):
         if self.fails:
             raise ArithmeticError("out of order")
         return weight
+
+
+def _in_place(link: VectorsInParameters, u: Tensor) -> None:
+    link.u.data.copy_(u)
+
+
+def _by_other_memory(link: VectorsInParameters, u: Tensor) -> None:
+    link.u.data = u
+
+
+def _by_its_right_inverse(link: VectorsInParameters, u: Tensor) -> None:
+    link.u = cast(nn.Parameter, u)
+
+
+class VectorsInParameters(nn.Module):
+    """Iterates in eval mode too, and keeps its vector as a parameter, as orthogonium does."""
+
+    def __init__(self, write: Callable[[VectorsInParameters, Tensor], None]) -> None:
+        super().__init__()
+        self.write = write
+        self.u = nn.Parameter(torch.ones(4, 1), requires_grad=False)
+        if write is _by_its_right_inverse:
+            parametrize.register_parametrization(self, "u", Inverted())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        v = weight.detach().t() @ self.u.detach()
+        self.write(self, nn.functional.normalize(weight.detach() @ v, dim=0))
+        return weight / (self.u.detach().t() @ weight @ nn.functional.normalize(v, dim=0))
+
+
+class Inverted(nn.Module):
+    """Lets a parametrized tensor be assigned."""
+
+    def forward(self, value: Tensor) -> Tensor:
+        return nn.functional.normalize(value, dim=0)
+
+    def right_inverse(self, value: Tensor) -> Tensor:
+        return value
+
+
+@pytest.mark.parametrize("write", [_in_place, _by_other_memory, _by_its_right_inverse])
+@pytest.mark.parametrize("limit", [2**29, 0])
+def test_a_link_that_writes_its_parameters(
+    write: Any, limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Looking, freezing and leaving put back parameters that a chain writes in its forward."""
+    monkeypatch.setattr("sn_export.preserving._LARGE", limit)
+    model = nn.Linear(3, 4)
+    link = VectorsInParameters(write)
+    parametrize.register_parametrization(model, "weight", link, unsafe=True)
+    parametrizations.spectral_norm(model)
+    twin = copy.deepcopy(model)
+    before = fingerprint(model)
+    assert [info.kind for info in find_parametrizations(model)] == ["spectral_norm"]
+    assert [info.name for info in find_spectral_norm(model)] == ["weight"]
+    for freeze in (frozen_spectral_norm, frozen_parametrizations):
+        with freeze(model):
+            weight = model.weight.clone()
+        assert_unchanged(before, model)
+    assert same_bits(weight, twin.eval().weight.detach())
 
 
 def test_subclasses_of_the_hooks_are_asked() -> None:

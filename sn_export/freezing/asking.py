@@ -39,7 +39,7 @@ def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
         return run()
 
     with torch.inference_mode(False), torch.no_grad():
-        return without_trace(on_copies, modules)
+        return without_trace(on_copies, modules, parameters=False)
 
 
 @contextmanager
