@@ -117,6 +117,7 @@ def test_proof_dtype_of_a_case(run: Run) -> None:
         answered = json.loads(ran.out)
         (one,) = answered.get("cases", [answered])
         assert (ran.code, one["parity"]["proof_dtype"]) == (0, "float32")
+    assert run("check", ".").out.splitlines()[-1] == "1 case: 1 equal, 0 not, 0 not compared"
 
 
 BAD: dict[str, tuple[list[str], str]] = {
@@ -158,6 +159,14 @@ BAD: dict[str, tuple[list[str], str]] = {
     "convert": (
         ["convert", "a.pt", "--to", "plain", "-o", "o.txt"],
         "cannot write 'o.txt': it must end in .pt, .pth, .ckpt, .bin or .safetensors",
+    ),
+    "check without a checkpoint": (
+        ["check", "a.pt"],
+        "check needs CHECKPOINT, or a saved case with --case",
+    ),
+    "check without a model": (
+        ["check", "a.pt", "a.pt"],
+        "check needs --model, or a saved case with --case",
     ),
     "check": (["check", "no.onnx", "a.pt", *CRITIC], "there is no file or folder 'no.onnx'"),
 }

@@ -164,3 +164,5 @@ def test_unknown_proof_dtype(tmp_path: Path, wanted: Any) -> None:
     """There is one dtype to prove in; others are refused before anything runs."""
     with pytest.raises(ValueError, match="proof_dtype must be None or 'float32'"):
         export_onnx(small_net("hook"), images(), tmp_path / "net.onnx", proof_dtype=wanted)
+    with pytest.raises(ValueError, match="proof_dtype must be None or 'float32'"):
+        check_parity(small_net("hook"), tmp_path / "net.onnx", images(), proof_dtype=wanted)
