@@ -428,6 +428,52 @@ class UpdatingDense(nn.Module):
         return x @ self.normalized_weight().t() + self.bias
 
 
+class AlwaysUpdatingDense(UpdatingDense):
+    """Iterates in eval mode too, before the weight is asked for."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update()
+        return x @ self.normalized_weight().t() + self.bias
+
+
+class OptionalUpdateDense(UpdatingDense):
+    """As residual flows have it: the method iterates unless it is told not to."""
+
+    def normalized_weight(self, update: bool = True) -> Tensor:
+        if update:
+            self.update()
+        return super().normalized_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.normalized_weight(update=self.training).t() + self.bias
+
+
+class OperatorConv2d(nn.Module):
+    """The norm of the convolution as an operator: vectors of the sizes of an input and output."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs, 3, 3))
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.register_buffer("u", torch.randn(1, outputs, 5, 5))
+        self.register_buffer("v", torch.randn(1, inputs, 5, 5))
+
+    def compute_weight(self, update: bool = True) -> Tensor:
+        with torch.no_grad():
+            if update:
+                v = F.conv_transpose2d(self.u, self.weight, padding=1)
+                self.v.copy_(v / torch.linalg.vector_norm(v))
+                u = F.conv2d(self.v, self.weight, padding=1)
+                self.u.copy_(u / torch.linalg.vector_norm(u))
+        return self.weight / (self.u * F.conv2d(self.v, self.weight, padding=1)).sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.compute_weight(update=self.training), self.bias, padding=1)
+
+
 class RawNameLinear(nn.Module):
     """``weight`` is a property over ``weight_orig``; in the plain layer it is the parameter."""
 
@@ -568,6 +614,9 @@ CASES: dict[str, Case] = {
     ),
     "inline": Case(lambda: InlineConv2d(3, 4, 3, padding=1), _conv, _image),
     "updating": Case(lambda: UpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
+    "updating-always": Case(lambda: AlwaysUpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
+    "updating-optional": Case(lambda: OptionalUpdateDense(3, 4), lambda: nn.Linear(3, 4), _row),
+    "operator": Case(lambda: OperatorConv2d(3, 4), _conv, _image),
     "raw-name": Case(lambda: RawNameLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "exact": Case(lambda: ExactLinear(3, 4), lambda: nn.Linear(3, 4), _row),
 }

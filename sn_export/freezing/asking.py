@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -40,6 +41,15 @@ def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
 
     with torch.inference_mode(False), torch.no_grad():
         return without_trace(on_copies, modules, parameters=False)
+
+
+def placeholders(module: nn.Module) -> list[object]:
+    """Return as many objects as ``module`` needs arguments, to run its forward up to their use."""
+    parameters = inspect.signature(module.forward).parameters.values()
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    required = [p for p in positional if p.default is p.empty]
+    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return [object() for _ in range(max(len(required), variadic))]
 
 
 @contextmanager

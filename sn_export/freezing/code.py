@@ -27,6 +27,7 @@ class Member:
         name: its name.
         is_property: whether it is read rather than called.
         required: number of arguments after ``self`` that must be given.
+        has_options: whether it takes more, so that a call without them may mean something else.
         names: attributes, globals and string constants of its code, and of the helper functions
             that it calls by name.
         own: the same without the helpers.
@@ -35,6 +36,7 @@ class Member:
     name: str
     is_property: bool
     required: int
+    has_options: bool
     names: frozenset[str]
     own: frozenset[str]
 
@@ -56,7 +58,7 @@ class Code:
         forward = self.members.get("forward")
         if forward is None:
             forward = _member("forward", getattr(cls, "forward", None))
-        self.forward = forward or Member("forward", False, 0, frozenset(), frozenset())
+        self.forward = forward or Member("forward", False, 0, False, frozenset(), frozenset())
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -155,7 +157,9 @@ def _member(name: str, entry: Any) -> Member | None:
     code = function.__code__
     required = max(0, code.co_argcount - 1 - len(function.__defaults__ or ()))
     own = frozenset(_names(code))
-    return Member(name, is_property, required, own | _helper_names(function), own)
+    has_options = bool(function.__defaults__ or function.__kwdefaults__)
+    names = own | _helper_names(function)
+    return Member(name, is_property, required, has_options, names, own)
 
 
 def _names(code: CodeType) -> Iterator[str]:

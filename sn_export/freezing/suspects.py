@@ -11,7 +11,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from ..errors import SpectralNormNotRecognisedWarning
-from ..words import first_few
+from ..words import first_few, listed
 from .code import Code, code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
 from .kinds.raw import missing_weights
@@ -100,9 +100,13 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
             and mentioned(pair.vector, pair.names)
         ):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
-    own = matrices(module)
-    if named and own and not SIGMA.isdisjoint(code.mentions(code.forward)):
+    own, names = matrices(module), code.mentions(code.forward)
+    if own and named and not SIGMA.isdisjoint(names):
         return f"its name, and it computes with '{next(iter(own))}'"
+    # The norm of a convolution as an operator has vectors of the size of its input and output.
+    vectors = [name for name, _ in small_state(module) if is_named_as_vector(name)]
+    if own and len(vectors) > 1 and not NORMS.isdisjoint(names):
+        return f"{listed(vectors)} are named like singular vectors of '{next(iter(own))}'"
     return None
 
 

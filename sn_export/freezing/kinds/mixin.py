@@ -15,13 +15,14 @@ function is the answer (`sn_export.freezing.kinds.probe`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..asking import ask
+from ..asking import ask, placeholders
 from ..code import Code, Member, mentioned, times_read
 from ..frozen_class import Override, frozen_class
 from ..site import plan_registration
@@ -98,7 +99,9 @@ def _site(
         names = code.mentions(member)
         if member.required > 1 or not _is_normalised(names, raw, vectors, member):
             continue
-        value = _ask(module, member, raw)
+        value = _observe(module, member, raw)
+        if value is None and (used is not None or not member.has_options):
+            value = _ask(module, member, raw)
         if value is None or not _is_multiple(weight, value):
             continue
         if used is not None and not _same(used.value, value):
@@ -142,7 +145,12 @@ def _method_site(
 
 
 def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
-    return tuple(name for name, tensor in small_state(module) if fits(name, tensor, weight))
+    # Those of a convolution as an operator have the sizes of its input and output.
+    return tuple(
+        name
+        for name, tensor in small_state(module)
+        if fits(name, tensor, weight) or (is_named_as_vector(name) and tensor is not weight)
+    )
 
 
 def _is_normalised(
@@ -167,6 +175,28 @@ def _state(
     )
 
 
+def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
+    """Return what ``member`` gives a forward, which may hand it options or change state before."""
+    if member.is_property:
+        return None
+    values: list[Any] = []
+
+    def run() -> None:
+        original = getattr(module, member.name)
+
+        def observed(*args: Any, **kwargs: Any) -> Any:
+            values.append(original(*args, **kwargs))
+            return values[-1]
+
+        module.__dict__[member.name] = observed
+        with contextlib.suppress(Exception):  # there is no input that it could go on with
+            module.forward(*placeholders(module))
+
+    ask(run, [module])
+    first = _weight_in(values[:1], module, raw)
+    return first if all(_is_equal(first, value) for value in values) else None
+
+
 def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     def run() -> Any:
         entry = getattr(module, member.name)
@@ -178,8 +208,17 @@ def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
         value = ask(run, [module])
     except Exception:  # it is not what it looked like, or cannot be run
         return None
+    return _weight_in([value], module, raw)
+
+
+def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
     shape = module._parameters[raw].shape  # type: ignore[union-attr]
-    return value.clone() if isinstance(value, Tensor) and value.shape == shape else None
+    tensors = [v for v in values if isinstance(v, Tensor) and v.shape == shape]
+    return tensors[0].clone() if tensors else None
+
+
+def _is_equal(first: Tensor | None, value: Any) -> bool:
+    return first is not None and isinstance(value, Tensor) and _same(first, value)
 
 
 def _is_multiple(weight: Tensor, value: Tensor) -> bool:

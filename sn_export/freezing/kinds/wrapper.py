@@ -15,7 +15,6 @@ that ``<name>`` is computed from may also be in the wrapper, under any names.
 
 from __future__ import annotations
 
-import inspect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from ...words import qualified
-from ..asking import ask
+from ..asking import ask, placeholders
 from ..code import Code, Member, is_torch_layer, mentioned
 from ..frozen_class import How, Override, frozen_class
 from ..site import plan_registration
@@ -151,7 +150,7 @@ def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSit
 def _run(wrapper: nn.Module, layer: _Layer) -> _Call:
     """Run the wrapper's forward up to that of the layer."""
     call, result = _Call(), object()
-    given = _placeholders(wrapper)
+    given = placeholders(wrapper)
     is_same = False
 
     def forward(*args: Any, **kwargs: Any) -> object:
@@ -178,14 +177,6 @@ def _run(wrapper: nn.Module, layer: _Layer) -> _Call:
 
 def _is(a: object, b: object) -> bool:
     return a is b
-
-
-def _placeholders(wrapper: nn.Module) -> list[object]:
-    parameters = inspect.signature(wrapper.forward).parameters.values()
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    required = [p for p in positional if p.default is p.empty]
-    variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return [object() for _ in range(max(len(required), variadic))]
 
 
 def _setters(code: Code, layer: _Layer) -> list[Member]:
