@@ -99,6 +99,13 @@ def _sngp() -> Built:
     return _First(model), (torch.randn(2, 8),)
 
 
+def _normflows(name: str, *sizes: Any, x: Tensor) -> Built:
+    _without_init("normflows", "normflows.nets")
+    network = _load("normflows.nets.lipschitz", name)
+    options = {"lipschitz_const": 0.9, "max_lipschitz_iter": 5, "lipschitz_tolerance": None}
+    return network(*sizes, **options), (x,)
+
+
 class _First(nn.Module):
     """Hands out the first of several outputs, some of which are None."""
 
@@ -140,5 +147,13 @@ MODELS: dict[str, tuple[str, Callable[[], Built]]] = {
     "DiscriminatorS": ("hifi-gan", _hifi_gan),
     "ConvGRUCell": ("skillful-nowcasting", _nowcasting),
     "SNGP": ("sngp", _sngp),
+    "LipschitzMLP": (
+        "normflows",
+        lambda: _normflows("LipschitzMLP", [4, 16, 4], x=torch.randn(3, 4)),
+    ),
+    "LipschitzCNN": (
+        "normflows",
+        lambda: _normflows("LipschitzCNN", [3, 8, 3], [3, 3], x=torch.randn(2, 3, 8, 8)),
+    ),
     "ConvLayer, SimpleSelfAttention": ("fastai", _fastai),
 }
