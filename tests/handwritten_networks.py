@@ -436,6 +436,18 @@ class AlwaysUpdatingDense(UpdatingDense):
         return x @ self.normalized_weight().t() + self.bias
 
 
+class PropertyDense(UpdatingDense):
+    """Iterates in eval mode too, before it reads the weight as a property."""
+
+    @property
+    def normed(self) -> Tensor:
+        return self.normalized_weight()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.update()
+        return x @ self.normed.t() + self.bias
+
+
 class OptionalUpdateDense(UpdatingDense):
     """As residual flows have it: the method iterates unless it is told not to."""
 
@@ -615,6 +627,7 @@ CASES: dict[str, Case] = {
     "inline": Case(lambda: InlineConv2d(3, 4, 3, padding=1), _conv, _image),
     "updating": Case(lambda: UpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "updating-always": Case(lambda: AlwaysUpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
+    "updating-property": Case(lambda: PropertyDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "updating-optional": Case(lambda: OptionalUpdateDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "operator": Case(lambda: OperatorConv2d(3, 4), _conv, _image),
     "raw-name": Case(lambda: RawNameLinear(3, 4), lambda: nn.Linear(3, 4), _row),

@@ -16,7 +16,8 @@ function is the answer (`sn_export.freezing.kinds.probe`).
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection
+import inspect
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -177,24 +178,43 @@ def _state(
 
 def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     """Return what ``member`` gives a forward, which may hand it options or change state before."""
-    if member.is_property:
-        return None
     values: list[Any] = []
 
     def run() -> None:
-        original = getattr(module, member.name)
-
-        def observed(*args: Any, **kwargs: Any) -> Any:
-            values.append(original(*args, **kwargs))
-            return values[-1]
-
-        module.__dict__[member.name] = observed
-        with contextlib.suppress(Exception):  # there is no input that it could go on with
-            module.forward(*placeholders(module))
+        with _listening(module, member, values), contextlib.suppress(Exception):
+            module.forward(*placeholders(module))  # it ends where it needs an input
 
     ask(run, [module])
     first = _weight_in(values[:1], module, raw)
     return first if all(_is_equal(first, value) for value in values) else None
+
+
+@contextlib.contextmanager
+def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator[None]:
+    """Collect what ``member`` returns; to be used on copies, inside `ask`."""
+
+    def noted(value: Any) -> Any:
+        values.append(value)
+        return value
+
+    if not member.is_property:
+        original = getattr(module, member.name)
+        module.__dict__[member.name] = lambda *args, **kwargs: noted(original(*args, **kwargs))
+        yield
+        return
+    cls = type(module)
+    entry = inspect.getattr_static(cls, member.name)
+    listening = frozen_class(cls, ())
+    if isinstance(entry, property):  # a cached one is asked: forward uses what is cached
+        setattr(listening, member.name, property(lambda self: noted(entry.__get__(self))))
+    try:  # twice: an interrupt may stop the first
+        try:
+            object.__setattr__(module, "__class__", listening)
+            yield
+        finally:
+            object.__setattr__(module, "__class__", cls)
+    finally:
+        object.__setattr__(module, "__class__", cls)
 
 
 def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
