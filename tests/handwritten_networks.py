@@ -457,7 +457,8 @@ class OptionalUpdateDense(UpdatingDense):
         return super().normalized_weight()
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.normalized_weight(update=self.training).t() + self.bias
+        flat = 2 * x.float().view(x.shape[0], -1)
+        return flat @ self.normalized_weight(update=self.training).t() + self.bias
 
 
 class OperatorConv2d(nn.Module):

@@ -43,13 +43,28 @@ def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
         return without_trace(on_copies, modules, parameters=False)
 
 
-def placeholders(module: nn.Module) -> list[object]:
+def placeholders(module: nn.Module, make: Callable[[], object] = object) -> list[object]:
     """Return as many objects as ``module`` needs arguments, to run its forward up to their use."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
     required = [p for p in positional if p.default is p.empty]
     variadic = any(p.kind is p.VAR_POSITIONAL for p in parameters)
-    return [object() for _ in range(max(len(required), variadic))]
+    return [make() for _ in range(max(len(required), variadic))]
+
+
+class Pliant:
+    """An argument whose methods, attributes and products are itself; no function of torch takes it.
+
+    A forward that reshapes or scales its input gets past that with it.
+    """
+
+    __iter__ = None  # it would go on for ever
+
+    def _itself(self, *_: object, **__: object) -> Pliant:
+        return self
+
+    __getattr__ = __getitem__ = __call__ = _itself
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _itself
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..asking import ask, placeholders
+from ..asking import Pliant, ask, placeholders
 from ..code import Code, Member, mentioned, times_read
 from ..frozen_class import Override, frozen_class
 from ..site import plan_registration
@@ -182,7 +182,7 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
 
     def run() -> None:
         with _listening(module, member, values), contextlib.suppress(Exception):
-            module.forward(*placeholders(module))  # it ends where it needs an input
+            module.forward(*placeholders(module, Pliant))  # it ends where it needs an input
 
     ask(run, [module])
     first = _weight_in(values[:1], module, raw)
