@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 from pathlib import Path
 from typing import Any, cast
 
@@ -107,6 +108,15 @@ def test_what_else_a_wrapper_holds_stays() -> None:
     wrapper.gain = nn.Parameter(torch.ones(5))
     with frozen_spectral_norm(wrapper):
         assert set(wrapper.state_dict()) == {"gain", "seen", "module.weight", "module.bias"}
+
+
+def test_watching_a_forward_is_silent() -> None:
+    """What stands for the input is no tensor to torch, which would warn of it."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for name in ("updating", "updating-optional", "operator", "biggan-conv", "property"):
+            find_spectral_norm(CASES[name].make())
+    assert caught == []
 
 
 def test_shared_wrapper_is_frozen_once() -> None:

@@ -63,7 +63,13 @@ class Pliant:
     def _itself(self, *_: object, **__: object) -> Pliant:
         return self
 
-    __getattr__ = __getitem__ = __call__ = _itself
+    def __getattr__(self, name: str) -> Pliant:
+        """Return itself, but no protocol, such as that of tensor subclasses."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self
+
+    __getitem__ = __call__ = _itself
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _itself
 
 
