@@ -181,7 +181,7 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     values: list[Any] = []
 
     def run() -> None:
-        with _listening(module, member, values), contextlib.suppress(Exception):
+        with contextlib.suppress(Exception), _listening(module, member, values):
             module.forward(*placeholders(module, Pliant))  # it ends where it needs an input
 
     ask(run, [module])
@@ -248,7 +248,7 @@ def _is_multiple(weight: Tensor, value: Tensor) -> bool:
 
 
 def _same(left: Tensor, right: Tensor) -> bool:
-    return left.is_meta or torch.equal(left, right)
+    return left.is_meta or (left.dtype == right.dtype and torch.equal(left, right))
 
 
 def _updates(
