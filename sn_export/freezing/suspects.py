@@ -93,12 +93,10 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         return None
     named = bool(_NAMED.search(type(module).__name__))
     for pair in _pairs(module, claimed, code):
+        if not fits(pair.vector, pair.state, pair.weight):
+            continue
         signs = (named, is_named_as_vector(pair.vector), not NORMS.isdisjoint(pair.names))
-        if (
-            sum(signs) >= 2
-            and fits(pair.vector, pair.state, pair.weight)
-            and mentioned(pair.vector, pair.names)
-        ):
+        if sum(signs) >= 2 and mentioned(pair.vector, pair.names):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own, names = matrices(module), code.mentions(code.forward)
     if own and named and not SIGMA.isdisjoint(names):

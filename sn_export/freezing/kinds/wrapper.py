@@ -87,12 +87,16 @@ def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]
 
 
 def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
+    own = {**wrapper._parameters, **wrapper._buffers}
+    beside = [(n, t) for n, t in small_state(wrapper) if n in own]
+    kept = matrices(wrapper)
     for child, layer in wrapper._modules.items():
         if layer is None or isinstance(layer, torch.jit.ScriptModule):
             continue
-        own = {**wrapper._parameters, **wrapper._buffers}
-        beside = [(n, t) for n, t in small_state(wrapper) if n in own]
-        for missing in (*missing_weights(layer), *_kept_in(wrapper, layer)):
+        missing_here = list(missing_weights(layer))
+        if kept and is_torch_layer(type(layer)) and layer._parameters.get("weight") is None:
+            missing_here += [MissingWeight("weight", raw, value, ()) for raw, value in kept.items()]
+        for missing in missing_here:
             if not mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
             state = list(missing.state)
@@ -101,14 +105,6 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
                 state += [n for n, t in beside if t.numel() == 1]
                 names = tuple(dict.fromkeys(state))
                 yield _Layer(child, layer, missing.tensor, missing.raw, missing.value, names)
-
-
-def _kept_in(wrapper: nn.Module, layer: nn.Module) -> Iterator[MissingWeight]:
-    """Yield the wrapper's matrices, if the layer is one of torch's without its weight."""
-    if not is_torch_layer(type(layer)) or layer._parameters.get("weight") is not None:
-        return
-    for raw, value in matrices(wrapper).items():
-        yield MissingWeight("weight", raw, value, ())
 
 
 def _has_hook(layer: nn.Module, tensor: str) -> bool:
