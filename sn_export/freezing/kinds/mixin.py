@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 from collections.abc import Collection, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -178,6 +179,8 @@ def _state(
 
 def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     """Return what ``member`` gives a forward, which may hand it options or change state before."""
+    if isinstance(inspect.getattr_static(type(module), member.name), cached_property):
+        return None  # forward uses what is cached, if anything is
     values: list[Any] = []
 
     def run() -> None:
@@ -203,10 +206,9 @@ def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator
         yield
         return
     cls = type(module)
-    entry = inspect.getattr_static(cls, member.name)
+    entry: property = inspect.getattr_static(cls, member.name)
     listening = frozen_class(cls, ())
-    if isinstance(entry, property):  # a cached one is asked: forward uses what is cached
-        setattr(listening, member.name, property(lambda self: noted(entry.__get__(self))))
+    setattr(listening, member.name, property(lambda self: noted(entry.__get__(self))))
     try:  # twice: an interrupt may stop the first
         try:
             object.__setattr__(module, "__class__", listening)
