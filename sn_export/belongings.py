@@ -15,8 +15,6 @@ from torch import Tensor, nn
 _HARMLESS_BASES = frozenset({object, ABC, Generic, Protocol, SimpleNamespace})
 # Their objects are more than their attributes: locks, files, optimizers, functions, classes.
 _FOREIGN = frozenset({*sys.stdlib_module_names, "torch", "numpy"})
-
-
 _MOST = 2**29  # bytes of arrays, and of tensors in plain objects, that are copied
 _LONG = 100_000  # entries of a container in a plain object; a longer one is data
 

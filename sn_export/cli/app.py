@@ -179,9 +179,9 @@ def onnx(
     with answering(debug):
         from .proving import Export, Request, run_onnx
 
-        tolerances = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
+        relative, absolute = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         request = Request(
-            checkpoint, model, model_kwargs, inputs, input_files, *tolerances, samples
+            checkpoint, model, model_kwargs, inputs, input_files, relative, absolute, samples
         ).choosing(key, prefix, dim, trust_pickle)
         side_file = {"auto": "auto", "always": True, "never": False}[external_data.value]
         export = Export(
@@ -285,7 +285,7 @@ def check(
     Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
     """
     with answering(debug):
-        tolerances = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
+        relative, absolute = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         dtype: Any = proof_dtype.value if proof_dtype else None
         given = {
             "CHECKPOINT": checkpoint,
@@ -305,8 +305,7 @@ def check(
             from ..cases import check_case
             from .replaying import run_case, run_folder
 
-            rtols, atols = tolerances
-            replay = partial(check_case, rtol=rtols, atol=atols, proof_dtype=dtype)
+            replay = partial(check_case, rtol=relative, atol=absolute, proof_dtype=dtype)
             if case is not None:
                 run_case(file, case, replay, as_json)
             else:
@@ -320,7 +319,7 @@ def check(
         from .proving import Request, run_check
 
         request = Request(
-            checkpoint, model, model_kwargs, inputs, input_files, *tolerances, samples
+            checkpoint, model, model_kwargs, inputs, input_files, relative, absolute, samples
         ).choosing(key, prefix, dim, trust_pickle)
         run_check(request, file, as_json, dtype)
 
