@@ -43,6 +43,24 @@ class Fault:
         self.places: list[tuple[str, int]] = []
         self.struck: list[str] = []
 
+    def __enter__(self) -> None:
+        self.tracer = sys.gettrace()  # a debugger's or that of a coverage measurement
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> bool:
+        """Trace no more, and note whether what was raised came out, which is the end of it."""
+        self.stop()
+        sys.setprofile(None)
+        self.came_out = kind is not None and issubclass(kind, self.error)
+        return self.came_out
+
+    def start(self) -> None:
+        """Count from here on, and raise."""
+        sys.settrace(self)
+
+    def stop(self) -> None:
+        """Neither count nor raise from here on."""
+        sys.settrace(self.tracer)
+
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
         if not code.co_filename.startswith(WATCHED):
@@ -87,30 +105,20 @@ FAULTY_KINDS = ("hook", "subclass", "parametrization", "chain-last")
 
 def fault_while_entering(model: nn.Module, fault: Fault) -> None:
     """Enter a block under a fault, and leave it without one if entering was a success."""
-    tracer = sys.gettrace()  # a debugger's or that of a coverage measurement
     try:
-        sys.settrace(fault)
-        with frozen_spectral_norm(model):
-            sys.settrace(tracer)
-    except (fault.error, FreezeError):
+        with fault:
+            fault.start()
+            with frozen_spectral_norm(model):
+                fault.stop()
+    except FreezeError:
         pass
-    finally:
-        sys.settrace(tracer)
-        sys.setprofile(None)
 
 
 def fault_while_leaving(model: nn.Module, fault: Fault) -> bool:
     """Leave a block under a fault; return whether it came out of the with statement."""
-    tracer = sys.gettrace()
-    try:
-        with frozen_spectral_norm(model):
-            sys.settrace(fault)
-    except fault.error:
-        return True
-    finally:
-        sys.settrace(tracer)
-        sys.setprofile(None)
-    return False
+    with fault, frozen_spectral_norm(model):
+        fault.start()
+    return fault.came_out
 
 
 def damage(fault: Fault, before: Fingerprint, model: nn.Module) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 from computed_networks import hooked, pruned, registered
 from fingerprint import Fingerprint, fingerprint
@@ -37,22 +35,19 @@ def spoil(model: nn.Module) -> None:
 
 def run(model: nn.Module, fault: Fault, moment: str) -> bool:
     """Run a block under a fault at a moment; return whether the fault came out."""
-    tracer = sys.gettrace()
     try:
-        if moment == "entering":
-            sys.settrace(fault)
-        with frozen_parametrizations(model):
-            sys.settrace(tracer)
-            if moment == "after edits":
-                spoil(model)
-            if moment != "entering":
-                sys.settrace(fault)
-    except (fault.error, FreezeError):
+        with fault:
+            if moment == "entering":
+                fault.start()
+            with frozen_parametrizations(model):
+                fault.stop()
+                if moment == "after edits":
+                    spoil(model)
+                if moment != "entering":
+                    fault.start()
+    except FreezeError:
         return True
-    finally:
-        sys.settrace(tracer)
-        sys.setprofile(None)
-    return False
+    return fault.came_out
 
 
 def left_over(before: Fingerprint, model: nn.Module, moment: str) -> list[str]:
