@@ -18,7 +18,9 @@ from sn_export import export_onnx
 from sn_export.reporting import as_content, file_facts, save_report, to_html
 
 needs_browser = pytest.mark.skipif(
-    BROWSER is None, reason="no Chromium on PATH (Debian: apt-get install chromium)"
+    BROWSER is None,
+    reason="no Chromium on PATH, and scripts/test could not install it (Debian: apt-get install "
+    "chromium, which it does as root)",
 )
 VOID = {"meta", "br", "img", "link"}
 
