@@ -45,16 +45,17 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
         debris: where to plan.
         weights: the frozen weights of the block.
     """
+    changed = [entry for entry in edits.classes() if type(entry[0]) is not entry[2]]
+    if not changed:
+        return
     lists: dict[int, nn.ModuleDict] = {}
     tensors: dict[int, set[str]] = {}
     for site in (weight.site for weight in weights):
         tensors.setdefault(id(site.module), set()).add(site.tensor)
         if isinstance(site, ChainSite):
             lists[id(site.module)] = site.lists
-    for module, old, planned in edits.classes():
+    for module, old, planned in changed:
         now = type(module)
-        if now is planned:
-            continue
         own = lists.get(id(module))
         if own is None:  # a handwritten layer under a parametrization now
             if now.__bases__ == (planned,):

@@ -21,7 +21,7 @@ class FrozenWeight:
         tensor: the plain `torch.nn.Parameter` (or buffer) that stands there.
     """
 
-    __slots__ = ("_bytes", "_device", "_dtype", "_memory", "_version", "site", "tensor")
+    __slots__ = ("_content", "_device", "_dtype", "_version", "site", "tensor")
 
     def __init__(self, site: Site, value: Tensor) -> None:
         self.site = site
@@ -31,8 +31,7 @@ class FrozenWeight:
         self._dtype = value.dtype
         self._device = value.device
         self._version = value._version
-        self._memory = _address(value)
-        self._bytes = _sample(value)
+        self._content = _content(value)
 
     def change(self) -> Literal["moved", "edited"] | None:
         """Return what was done to the weight since, if anything.
@@ -50,27 +49,23 @@ class FrozenWeight:
         if now.dtype != self._dtype or now.device != self._device:
             return "moved"
         unchanged = (
-            now is self.tensor
-            and now._version == self._version
-            and _address(now) == self._memory
-            and _sample(now) == self._bytes
+            now is self.tensor and now._version == self._version and _content(now) == self._content
         )
         return None if unchanged else "edited"
 
 
-def _address(tensor: Tensor) -> int:
+def _content(tensor: Tensor) -> tuple[int, bytes]:
+    """Return where ``tensor`` lies in memory, and what is there."""
     try:
-        return tensor.data_ptr()
+        start = tensor.data_ptr()
     except RuntimeError:  # tensor subclasses without memory of their own
-        return 0
-
-
-def _sample(tensor: Tensor) -> bytes:
-    # A frozen weight is always dense, so its bytes are contiguous in some order.
+        return 0, b""
     if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
-        return b""
-    start, size = tensor.data_ptr(), tensor.nbytes
+        return start, b""
+    # A frozen weight is always dense, so its bytes are contiguous in some order.
+    size = tensor.nbytes
     if size <= _SAMPLED_WHOLE:
-        return ctypes.string_at(start, size)
+        return start, ctypes.string_at(start, size)
     stride = (size - _CHUNK) // (_CHUNKS - 1)
-    return b"".join(ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))
+    samples = (ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))
+    return start, b"".join(samples)

@@ -85,9 +85,8 @@ class ChainSite(Site):
         cached = parametrize._cache.get((id(self.module), self.tensor))
         if cached is not None:
             return cached.detach().clone()
-        modules = list(self.chain._modules.values())
-        if not _has_hooks(self.chain) and all(type(m) in _PURE and _is_plain(m) for m in modules):
-            return self._value_of_known_chain(modules)
+        if _is_pure(self.chain):
+            return self._value_of_pure_chain()
         # A chain that ends in a view or a cached tensor must not lend us its memory.
         with _nothing_cached():
             value = without_trace(self._run, self.chain.modules())
@@ -97,17 +96,19 @@ class ChainSite(Site):
         value: Tensor = self.chain()
         return value
 
-    def _value_of_known_chain(self, modules: list[nn.Module]) -> Tensor:
-        modes = [m.training for m in modules]
+    def _value_of_pure_chain(self) -> Tensor:
+        modes = [(m, m.training) for m in self.chain._modules.values() if m.training]
+        if not modes:  # the common case, and the fast one
+            return self._run()
 
         def restore_modes() -> None:
-            for m, mode in zip(modules, modes, strict=True):
-                m.__dict__["training"] = mode
+            for link, mode in modes:
+                link.__dict__["training"] = mode
 
         try:  # twice: an interrupt may stop the first
             try:
-                for m in modules:
-                    m.__dict__["training"] = False
+                for link, _ in modes:
+                    link.__dict__["training"] = False
                 return self._run()
             finally:
                 restore_modes()
@@ -171,9 +172,14 @@ def _has_hooks(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
-def _is_plain(link: nn.Module) -> bool:
-    """Whether nothing but torch's own code runs when ``link`` is called."""
-    return not (_has_hooks(link) or link._modules)
+def _is_pure(chain: ParametrizationList) -> bool:
+    """Whether nothing runs in ``chain`` but torch's own code, which leaves no trace."""
+    if _has_hooks(chain):
+        return False
+    for link in chain._modules.values():  # a loop, since this is asked of every chain
+        if type(link) not in _PURE or _has_hooks(link) or link._modules:
+            return False
+    return True
 
 
 def without_property(cls: type, name: str) -> type:
