@@ -29,7 +29,7 @@ x = torch.randn(1, int(width))
 built = peak()
 if side == "ours":
     from sn_export import export_onnx
-    export_onnx(net, (x,), path, exporter="dynamo", samples=1, keep_programs=False)
+    report = export_onnx(net, (x,), path)
 else:
     torch.onnx.export(net, (x,), path, dynamo=True, external_data=True, verbose=False)
 print(json.dumps([built, peak()]))

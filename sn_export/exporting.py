@@ -31,6 +31,7 @@ from .freezing import (
     with_exact_sigma,
 )
 from .interface import names_of_inputs, names_of_outputs
+from .mapped_weights import map_weights
 from .metadata import file_metadata, require_metadata, require_source, versions
 from .onnx_file import (
     EXPORTERS,
@@ -148,7 +149,7 @@ def export_onnx(
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.
         keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
-            weights that they hold in memory.
+            weights that they hold in memory; past 512 MB of external data they lie in the file.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -230,6 +231,8 @@ def export_onnx(
                 written = _write(proof, block, first, chosen, options, draft, target, other)
                 if not keep_programs:
                     written = written.without_program()
+                elif written.program is not None:
+                    map_weights(written.program, model, draft)
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 attempts.append((chosen, error))

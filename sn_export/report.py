@@ -50,7 +50,9 @@ class ExportReport:
             that modules compute in a way the block does not know.
         attempts: exporters that were tried before, and why they did not make it.
         onnx_program: torch's ONNXProgram, for those who go on from there; None where the
-            TorchScript exporter made the file. It is not part of the JSON.
+            TorchScript exporter made the file. It is not part of the JSON. Past 512 MB of
+            external data its frozen weights are mapped from that file, which stays on disk, even
+            when deleted, until the program goes.
     """
 
     path: Path

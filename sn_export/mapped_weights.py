@@ -1,0 +1,49 @@
+"""Weights of torch's programs that lie in the file that was made of them, not in memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from .places import side_file
+
+_LARGE = 2**29  # bytes of external data; less is not worth a file held open
+
+
+def map_weights(program: Any, model: nn.Module, path: Path) -> None:
+    """Let the frozen weights in ``program`` be read from ``path`` when somebody asks for them.
+
+    The mapping is private and belongs to the file, not to its name: it stays good when the file
+    is moved, replaced or deleted, and what is written to the weights does not reach the file.
+
+    Args:
+        program: torch's ONNXProgram, with its ExportedProgram.
+        model: the model, as it was before freezing; its own tensors are left alone.
+        path: the file made of ``program``.
+    """
+    data = side_file(path)
+    # Other systems do not let a file be replaced while it is mapped.
+    if os.name != "posix" or not data.is_file() or data.stat().st_size <= _LARGE:
+        return
+    content = torch.from_file(str(data), shared=False, size=data.stat().st_size, dtype=torch.uint8)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    initializers = program.model.graph.initializers
+    for entry in onnx.load(path, load_external_data=False).graph.initializer:
+        place = {item.key: item.value for item in entry.external_data}
+        value = initializers.get(entry.name)
+        weight = getattr(value.const_value, "raw", None) if value is not None else None
+        if not place or not isinstance(weight, Tensor) or id(weight) in own:
+            continue
+        start, length = int(place["offset"]), int(place["length"])
+        if not _is_as_in_file(weight) or length != weight.nbytes or start % weight.itemsize:
+            continue
+        weight.data = content[start : start + length].view(weight.dtype).view(weight.shape)
+
+
+def _is_as_in_file(weight: Tensor) -> bool:
+    return weight.is_cpu and weight.layout == torch.strided and weight.is_contiguous()
