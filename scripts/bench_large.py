@@ -15,7 +15,7 @@ _LAYERS, _WIDTH = 14, 6400  # 2.3 GB in float32
 _MEASURE = """
 import json, re, sys, torch
 from torch import nn
-_, side, path, layers, width = sys.argv
+_, side, exporter, path, layers, width = sys.argv
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 torch.manual_seed(0)
@@ -29,9 +29,10 @@ x = torch.randn(1, int(width))
 built = peak()
 if side == "ours":
     from sn_export import export_onnx
-    report = export_onnx(net, (x,), path)
+    report = export_onnx(net, (x,), path, exporter=exporter)
+    assert report.exporter == exporter or exporter == "auto"
 else:
-    torch.onnx.export(net, (x,), path, dynamo=True, external_data=True, verbose=False)
+    torch.onnx.export(net, (x,), path, dynamo=exporter == "auto", external_data=True, verbose=False)
 print(json.dumps([built, peak()]))
 """
 
@@ -40,22 +41,27 @@ def exporting(quick: bool) -> list[Row]:
     """Peak resident memory of export and proof, against bare export plus the frozen weights."""
     layers = 4 if quick else _LAYERS
     weights = layers * _WIDTH**2 * 4
+    return [_row(exporter, layers, weights) for exporter in ("auto", "torchscript")]
+
+
+def _row(exporter: str, layers: int, weights: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (_peak(side, Path(folder) / side, layers) for side in ("ours", "bare"))
-    return [
-        Row(
-            f"export of {weights / 1e9:.1f} GB: peak memory / (bare export + frozen weights)",
-            ours / (theirs + weights),
-            1.0,
-            "",
-            {"ours": ours, "bare": theirs, "weights": weights},
+        ours, theirs = (
+            _peak(side, exporter, Path(folder) / side, layers) for side in ("ours", "bare")
         )
-    ]
+    size = f"{weights / 1e9:.1f} GB, exporter {exporter}"
+    return Row(
+        f"export of {size}: peak memory / (bare export + frozen weights)",
+        ours / (theirs + weights),
+        1.0,
+        "",
+        {"ours": ours, "bare": theirs, "weights": weights},
+    )
 
 
-def _peak(side: str, folder: Path, layers: int) -> int:
+def _peak(side: str, exporter: str, folder: Path, layers: int) -> int:
     folder.mkdir()
-    command = [sys.executable, "-c", _MEASURE, side, str(folder / "net.onnx")]
+    command = [sys.executable, "-c", _MEASURE, side, exporter, str(folder / "net.onnx")]
     ran = subprocess.run(
         [*command, str(layers), str(_WIDTH)], check=True, capture_output=True, text=True
     )

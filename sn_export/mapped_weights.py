@@ -28,9 +28,13 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
     """
     data = side_file(path)
     # Other systems do not let a file be replaced while it is mapped.
-    if os.name != "posix" or not data.is_file() or data.stat().st_size <= _LARGE:
+    size = data.stat().st_size if data.is_file() else 0
+    if os.name != "posix" or size <= _LARGE:
         return
-    content = torch.from_file(str(data), shared=False, size=data.stat().st_size, dtype=torch.uint8)
+    try:
+        content = torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8)
+    except RuntimeError:  # a file system that maps nothing: they stay in memory
+        return
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     initializers = program.model.graph.initializers
     for entry in onnx.load(path, load_external_data=False).graph.initializer:

@@ -79,9 +79,7 @@ class Written:
     def without_program(self) -> Written:
         """Return it without the program, whose weights are freed."""
         if self.program is not None:
-            # onnxscript's rewriter holds on to the last graph that it has seen.
-            for value in self.program.model.graph.initializers.values():
-                value.const_value = None
+            _free(self.program.model)
         freed = replace(self, program=None)
         gc.collect()  # torch's graphs are full of cycles
         return freed
@@ -136,6 +134,8 @@ def write_onnx(
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model))
     _save(graph, path, options.external_data)
+    if program is None:
+        _free(graph)
     _check(path)
     return Written(int(graph.opset_imports.get("", 0)), folded, program)
 
@@ -226,7 +226,7 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
         torch.onnx.export(
             model,
             call.tensors,
-            raw,
+            str(raw),  # past 2 GB torch takes no other kind of path
             dynamo=False,
             verbose=options.verbose,
             opset_version=options.opset_version,
@@ -278,6 +278,12 @@ def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
             "pass external_data='auto' or True"
         )
     ir.save(model, path, external_data=side_file(path).name if outside else None)
+
+
+def _free(model: ir.Model) -> None:
+    # onnxscript's rewriter holds on to the last graph that it has seen.
+    for value in model.graph.initializers.values():
+        value.const_value = None
 
 
 def _check(path: Path) -> None:

@@ -144,6 +144,21 @@ def test_past_the_limit_of_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert sorted(contents_of(tmp_path)) == ["net.onnx", "net.onnx.data"]
 
 
+def test_torchscript_exporter_gets_a_text_for_a_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Past 2 GB it takes no other kind; ``scripts/bench --only large`` exports such a network."""
+    real, paths = torch.onnx.export, []
+
+    def export(model: nn.Module, args: object, path: object, **options: object) -> None:
+        paths.append(path)
+        real(model, args, path, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(torch.onnx, "export", export)
+    export_onnx(small_net("hook"), images(), tmp_path / "net.onnx", exporter="torchscript")
+    assert [type(path) for path in paths] == [str]
+
+
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_failing_rename_rolls_both_files_back(

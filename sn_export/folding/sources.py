@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import ast
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from ..words import qualified
@@ -15,6 +17,7 @@ from .naming import using_modules
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
+_CHUNK = 2**20  # elements compared at a time
 
 
 class Sources:
@@ -80,21 +83,34 @@ class Sources:
         return [name for name in near if self._state[name].numel() == tensor.size] or None
 
     def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
-        array = tensor.numpy().ravel()
-        step = max(1, len(array) // _SAMPLES)
-        wanted = np.unique(array[::step].astype(np.float64))
-        missing = wanted[wanted != 0]  # a masked weight has zeros of its own
+        missing, dtype = _sampled(tensor)
         for name in names:
-            if not len(missing):
-                break
             source = self._state[name].detach()
-            if source.is_floating_point() and not source.is_meta:
-                values = source.to("cpu", torch.float64).flatten().numpy()
-                values = values.astype(array.dtype).astype(np.float64)
+            if not source.is_floating_point() or source.is_meta:
+                continue
+            for chunk in torch.split(source.flatten(), _CHUNK):
+                if not len(missing):
+                    return True
+                values = chunk.to("cpu", torch.float64).numpy()
+                values = values.astype(dtype).astype(np.float64)
                 index = np.searchsorted(missing, values).clip(max=len(missing) - 1)
                 found = np.unique(index[missing[index] == values])
                 missing = np.delete(missing, found)
         return not len(missing)
+
+
+def _sampled(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[Any]]:
+    """Return some elements, sorted and without zeros, and the dtype that they have in ``tensor``.
+
+    A masked weight has zeros of its own.
+    """
+    array = tensor.numpy().ravel()
+    wanted = np.unique(array[:: max(1, len(array) // _SAMPLES)].astype(np.float64))
+    dtype = array.dtype
+    del array
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # of a large file, which would stay in memory page by page
+    return wanted[wanted != 0], dtype
 
 
 def _is_fused(value: ir.Value) -> bool:
