@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import os
 import shutil
 import tempfile
@@ -35,6 +36,10 @@ EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
+# Large tensors start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
+# onnx-ir does that by itself before 1.1.
+_PAGE = 2**16
+_PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
 
@@ -277,7 +282,11 @@ def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    ir.save(model, path, external_data=side_file(path).name if outside else None)
+    data = side_file(path).name if outside else None
+    if _PACKS_DENSELY:
+        ir.save(model, path, external_data=data, alignment=_PAGE)
+    else:
+        ir.save(model, path, external_data=data)
 
 
 def _free(model: ir.Model) -> None:

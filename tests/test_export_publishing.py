@@ -159,6 +159,24 @@ def test_torchscript_exporter_gets_a_text_for_a_path(
     assert [type(path) for path in paths] == [str]
 
 
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_large_weights_start_at_a_page(tmp_path: Path, exporter: str) -> None:
+    """Of any length that stands before them in the side file, so that it can be mapped."""
+    model = nn.Sequential(
+        nn.Linear(1001, 300), nn.Tanh(), nn.utils.spectral_norm(nn.Linear(300, 901))
+    )
+    path = tmp_path / "net.onnx"
+    export_onnx(model, (rows(1001),), path, exporter=exporter, external_data=True)
+    offsets = [
+        int(place["offset"])
+        for tensor in onnx.load(path, load_external_data=False).graph.initializer
+        if (place := {entry.key: entry.value for entry in tensor.external_data})
+        and int(place["length"]) > 2**20
+    ]
+    assert len(offsets) == 2
+    assert all(offset % 4096 == 0 for offset in offsets)
+
+
 @pytest.mark.parametrize("earlier", [True, False])
 @pytest.mark.parametrize("fails_at", [1, 2])
 def test_failing_rename_rolls_both_files_back(
