@@ -32,8 +32,6 @@ class Edit:
     def remaining(self) -> list[Any]:
         """Return the keys that will be there once the edit is applied."""
         removed, added = self.removed, self.added
-        if not added and len(removed) == len(self.before):
-            return []
         kept = [key for key in self.before if key not in removed]
         return kept + [key for key in added if key not in self.before or key in removed]
 
@@ -154,7 +152,7 @@ class Edits:
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        edit = self._edits.get(id(target)) or self.of(target)
+        edit = self.of(target)
         before, removed = edit.before, edit.removed
         for key in keys:
             if key in before and key not in removed:

@@ -174,12 +174,10 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_pure(chain: ParametrizationList) -> bool:
     """Whether nothing runs in ``chain`` but torch's own code, which leaves no trace."""
-    if _has_hooks(chain):
-        return False
-    for link in chain._modules.values():  # a loop, since this is asked of every chain
-        if type(link) not in _PURE or _has_hooks(link) or link._modules:
-            return False
-    return True
+    return not _has_hooks(chain) and all(
+        type(link) in _PURE and not _has_hooks(link) and not link._modules
+        for link in chain._modules.values()
+    )
 
 
 def without_property(cls: type, name: str) -> type:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
-from torch.nn.utils.parametrize import ParametrizationList
 
 from ...preserving import without_trace
 from ...sigma import stored_sigma
@@ -64,18 +63,14 @@ class ParametrizationSite(ChainSite):
 
 def find_parametrizations(path: str, module: nn.Module) -> Iterable[ParametrizationSite]:
     """Return the sites of `torch.nn.utils.parametrizations.spectral_norm` in ``module``."""
-    if "parametrizations" not in module._modules:
-        return ()
-    return [
-        ParametrizationSite(path, module, tensor, chain)
-        for tensor, chain in chains(module)
-        if _has_spectral_norm(chain)
-    ]
+    return _sites(path, module) if "parametrizations" in module._modules else ()
 
 
-def _has_spectral_norm(chain: ParametrizationList) -> bool:
-    start = chain._parameters.get("original", chain._buffers.get("original"))
-    return any(is_spectral_norm(link, start) for link in chain._modules.values())
+def _sites(path: str, module: nn.Module) -> Iterator[ParametrizationSite]:
+    for tensor, chain in chains(module):
+        start = chain._parameters.get("original", chain._buffers.get("original"))
+        if any(is_spectral_norm(link, start) for link in chain._modules.values()):
+            yield ParametrizationSite(path, module, tensor, chain)
 
 
 def _sigma(norm: nn.Module, weight: Tensor) -> float:
