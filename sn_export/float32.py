@@ -11,8 +11,8 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .places import side_file
 from .samples import InputSet
+from .saving import save, weight_bytes
 
 ProofDtype = Literal["float32"]
 PROOF_DTYPES: tuple[ProofDtype | None, ...] = (None, "float32")
@@ -35,8 +35,7 @@ def write_float32(source: Path, target: Path) -> None:
     for graph in graphs:
         for inner in (graph, *graph.subgraphs()):
             _convert(inner)
-    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
-    ir.save(model, target, external_data=side_file(target).name if size > _INLINE else None)
+    save(model, target, outside=weight_bytes(model) > _INLINE)
 
 
 def as_float32(tensor: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import inspect
 import os
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from .opset import set_opset
 from .places import side_file
 from .quiet import no_fused_attention, quiet
 from .reference import Reference
+from .saving import save, weight_bytes
 from .words import qualified
 
 ExternalData = Literal["auto"] | bool
@@ -36,10 +36,6 @@ EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
-# Large tensors start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
-# onnx-ir does that by itself before 1.1.
-_PAGE = 2**16
-_PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
 
@@ -140,7 +136,7 @@ def write_onnx(
     folded = fold_initializers(graph, _state(model))
     _save(graph, path, options.external_data)
     if program is None:
-        _free(graph)
+        _free(graph)  # and unmap what the exporter wrote
     _check(path)
     return Written(int(graph.opset_imports.get("", 0)), folded, program)
 
@@ -271,22 +267,14 @@ def _strip(model: ir.Model) -> None:
 
 
 def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
-    size = sum(
-        value.const_value.nbytes
-        for value in model.graph.initializers.values()
-        if value.const_value is not None
-    )
+    size = weight_bytes(model)
     outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
     if not outside and size > _INLINE_LIMIT:
         raise ExportError(
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    data = side_file(path).name if outside else None
-    if _PACKS_DENSELY:
-        ir.save(model, path, external_data=data, alignment=_PAGE)
-    else:
-        ir.save(model, path, external_data=data)
+    save(model, path, outside=outside)
 
 
 def _free(model: ir.Model) -> None:

@@ -1,0 +1,30 @@
+"""Write a graph, with its weights in the file or in one side file."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+
+import onnx_ir as ir
+
+from .places import side_file
+
+# Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
+# onnx-ir does that by itself before 1.1.
+_PAGE = 2**16
+_PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Return how many bytes the initializers of ``model`` take."""
+    values = model.graph.initializers.values()
+    return sum(value.const_value.nbytes for value in values if value.const_value is not None)
+
+
+def save(model: ir.Model, path: Path, *, outside: bool) -> None:
+    """Write ``model`` to ``path``, with the weights in its side file if they go ``outside``."""
+    data = side_file(path).name if outside else None
+    if _PACKS_DENSELY:
+        ir.save(model, path, external_data=data, alignment=_PAGE)
+    else:
+        ir.save(model, path, external_data=data)
