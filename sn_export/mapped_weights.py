@@ -27,8 +27,8 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
         path: the file made of ``program``.
     """
     data = side_file(path)
-    # Other systems do not let a file be replaced while it is mapped.
     size = data.stat().st_size if data.is_file() else 0
+    # Other systems do not let a file be replaced while it is mapped.
     if os.name != "posix" or size <= _LARGE:
         return
     try:

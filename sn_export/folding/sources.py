@@ -78,7 +78,7 @@ class Sources:
             for name in self._state
             if any(name == qualified(user, name.rpartition(".")[2]) for user in users)
         ]
-        if self._are_elements(tensor, near) or self._are_elements(tensor, self._state):
+        if self._are_elements(tensor, dict.fromkeys((*near, *self._state))):  # the near ones first
             return None
         return [name for name in near if self._state[name].numel() == tensor.size] or None
 
