@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 import tempfile
@@ -13,7 +12,7 @@ from bench_common import Row
 _LAYERS, _WIDTH = 14, 6400  # 2.3 GB in float32
 # Not ru_maxrss: that starts at what the parent had when it started the process.
 _MEASURE = """
-import json, re, sys, torch
+import re, sys, torch
 from torch import nn
 _, side, exporter, path, layers, width = sys.argv
 def peak():
@@ -26,14 +25,13 @@ for module in net:
         torch.nn.utils.spectral_norm(module, n_power_iterations=1)
 net.eval()
 x = torch.randn(1, int(width))
-built = peak()
 if side == "ours":
     from sn_export import export_onnx
     report = export_onnx(net, (x,), path, exporter=exporter)
     assert report.exporter == exporter or exporter == "auto"
 else:
     torch.onnx.export(net, (x,), path, dynamo=exporter == "auto", external_data=True, verbose=False)
-print(json.dumps([built, peak()]))
+print(peak())
 """
 
 
@@ -67,5 +65,4 @@ def _peak(side: str, exporter: str, folder: Path, layers: int) -> int:
     )
     for file in folder.iterdir():
         file.unlink()
-    _, peak = json.loads(ran.stdout.splitlines()[-1])
-    return int(peak)
+    return int(ran.stdout.splitlines()[-1])
