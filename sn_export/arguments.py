@@ -6,8 +6,10 @@ import os
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
+from .errors import SnExportError
 from .onnx_file import EXPORTERS, Exporter
 from .places import require_place, side_file
 
@@ -25,17 +27,27 @@ def as_args(args: Any) -> tuple[Any, ...]:
     raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
 
 
+def require_initialized(model: nn.Module) -> None:
+    """Raise a `SnExportError` for a parameter or buffer of a lazy module that has not run yet."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise SnExportError(
+                f"'{name}' has no shape yet, since its lazy module never ran: run the model once"
+            )
+
+
 def require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
     """Return the path of a file to write.
 
     Raises:
         ValueError: if it names no file.
-        OSError: if it cannot be there.
+        OSError: if it cannot be there, or its external data beside it.
     """
     target = Path(path)
     if not target.name:
         raise ValueError(f"{option} must name a file, got '{path}'")
     require_place(target)
+    require_place(side_file(target))
     if not os.access(target.parent, os.W_OK):
         raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
     return target

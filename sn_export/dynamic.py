@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .samples import InputSet, bound_arguments, flat_arguments, keyword_parameter
-from .structure import is_record, record_fields
+from .structure import entries_of
 
 _FAR = 1 << 30
 _Dim = torch.export.Dim
@@ -38,12 +39,17 @@ class DynamicDim:
     @property
     def range(self) -> tuple[int, int]:
         """Smallest and largest size of the root that the spec allows."""
-        return _bound(self.spec, "min", 1), _bound(self.spec, "max", _FAR)
+        return _bound(self.spec, "min", 0), _bound(self.spec, "max", _FAR)
 
     @property
     def is_promised(self) -> bool:
         """Whether the user names it; ``Dim.AUTO`` leaves it to the exporter."""
         return _hint(self.spec) != "AUTO"
+
+    @property
+    def is_named(self) -> bool:
+        """Whether it has a name, that of its root; ``Dim.AUTO`` and ``Dim.DYNAMIC`` have none."""
+        return _hint(self.spec) not in ("AUTO", "DYNAMIC")
 
     def size_for(self, root_size: int) -> int:
         """Return the size when the root has ``root_size`` (they differ for ``2 * dim``)."""
@@ -78,12 +84,13 @@ def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> li
     declared: dict[str, dict[int, Any]] = {}
     for name, value, spec in _by_argument(model, example, dynamic_shapes):
         declared.update(_declared(name, value, spec))
-    found = []
+    found: list[DynamicDim] = []
     for name, tensor in example.named_tensors(model):
         for position, entry in declared.get(name, {}).items():
             size = int(tensor.shape[position])
             dim = DynamicDim(name, position, _root(entry, size), size, entry)
             _require_in_range(dim)
+            _require_one_size(dim, found)
             found.append(dim)
     return found
 
@@ -164,24 +171,28 @@ def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
             if not _is_fixed(f"dimension {position} of '{name}'", entry, value.shape[position])
         }
         return {name: entries}
-    content = record_fields(value) if is_record(value) else value
-    if isinstance(content, Mapping) and isinstance(spec, Mapping):
-        unknown = [key for key in spec if key not in content]
+    content = entries_of(value)
+    if content is None:
+        kind = type(value).__name__
+        raise ValueError(f"dynamic_shapes names '{name}', which is no tensor but of type {kind}")
+    is_ordered = isinstance(value, (tuple, list))
+    if isinstance(spec, Mapping) and not is_ordered:
+        held = dict(content)
+        names = {*held, *(field.name for field in _fields(value))}
+        unknown = [key for key in spec if str(key) not in names]
         if unknown:
             raise ValueError(
                 f"dynamic_shapes of '{name}' has the key {unknown[0]!r}, the input "
-                f"{', '.join(map(repr, content))}"
+                f"{', '.join(map(repr, held))}"
             )
-        pairs = [(key, content[key], inner) for key, inner in spec.items()]
-    elif isinstance(content, (tuple, list)) and isinstance(spec, (tuple, list)):
+        # Of a registered dataclass fields that are None are left out.
+        pairs = [(str(key), held.get(str(key)), inner) for key, inner in spec.items()]
+    elif isinstance(spec, (tuple, list)) and not isinstance(value, dict):
         if len(content) != len(spec):
             raise ValueError(
                 f"dynamic_shapes of '{name}' has {len(spec)} entries, the input {len(content)}"
             )
-        fields = getattr(content, "_fields", range(len(content)))
-        pairs = list(zip(fields, content, spec, strict=True))
-    elif not isinstance(content, (Mapping, tuple, list)):
-        raise ValueError(f"dynamic_shapes names '{name}', which is no tensor but {value!r}")
+        pairs = [(key, item, inner) for (key, item), inner in zip(content, spec, strict=True)]
     else:
         raise TypeError(
             f"dynamic_shapes of '{name}' must be nested like the input, a "
@@ -191,6 +202,10 @@ def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
     for key, item, inner in pairs:
         found.update(_declared(f"{name}_{key}", item, inner))
     return found
+
+
+def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 def _entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
@@ -239,6 +254,16 @@ def _require_in_range(dim: DynamicDim) -> None:
         raise ValueError(
             f"dimension {dim.position} of '{dim.tensor}' is {dim.size} in the example, outside "
             f"the range {low} to {high} of {dim.root}"
+        )
+
+
+def _require_one_size(dim: DynamicDim, others: Sequence[DynamicDim]) -> None:
+    other = next((one for one in others if one.root == dim.root), dim)
+    if other.root_size() != dim.root_size():
+        raise ValueError(
+            f"dynamic_shapes calls dimension {other.position} of '{other.tensor}' and dimension "
+            f"{dim.position} of '{dim.tensor}' both {dim.root}, and the example has {other.size} "
+            f"in the one and {dim.size} in the other"
         )
 
 

@@ -13,7 +13,13 @@ from typing import Any, Literal, NoReturn
 
 from torch import Tensor, nn
 
-from .arguments import as_args, require_case, require_options, require_target
+from .arguments import (
+    as_args,
+    require_case,
+    require_initialized,
+    require_options,
+    require_target,
+)
 from .case_file import write_case
 from .dynamic import dynamic_dims
 from .errors import (
@@ -56,7 +62,7 @@ from .parity import (
 from .preserving import Preserved, preserved
 from .proof import Proof
 from .report import Attempt, ExportReport
-from .samples import InputSet, as_input_sets, random_sets
+from .samples import InputSet, as_input_sets, random_sets, require_seen
 from .sizes import resized_references
 from .tolerances import Tolerance
 from .words import listed
@@ -156,15 +162,18 @@ def export_onnx(
         The report.
 
     Raises:
-        TypeError: for a model that is no module, or arguments of a wrong type.
+        TypeError: for a model that is no module, or arguments of a wrong type, such as objects
+            whose tensors no exporter sees.
         ValueError: for an option outside its range, dynamic shapes or names that do not fit the
-            inputs or outputs, or a tolerance for an output that the file does not have.
+            inputs or outputs, a tolerance for an output that the file does not have, or a tensor
+            in ``inputs`` that the example does not have.
         FileNotFoundError: if the folder of ``path`` or ``save_case``, or the file ``source``,
             does not exist.
         FreezeError: if a tensor cannot be frozen.
-        SnExportError: if the model rejects an input.
+        SnExportError: if the model rejects an input, or a lazy module of it never ran.
         ExportError: if torch cannot export the model, or onnxruntime not run the file; if a
-            dimension that is declared dynamic by name takes one size only.
+            dimension that is declared dynamic by name takes one size only, or is made one with
+            another that has its own size in the model.
         ParityError: if outputs differ, or are NaN. No file is written then.
 
     Warns:
@@ -172,6 +181,7 @@ def export_onnx(
             block does not know, so that the value had to be folded in the file.
     """
     model = unwrapped(require_module(model))
+    require_initialized(model)
     target = require_target(path)
     exporters = require_options(exporter, samples, external_data, freeze)
     require_opset(opset_version)
@@ -181,10 +191,12 @@ def export_onnx(
     require_metadata(metadata)
     case = require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
-    # A copy, in which no tensor stands twice.
-    example = InputSet(as_args(args), dict(kwargs or {}), "the example input").clone()
-    example = example.in_order(model)
+    given = InputSet(as_args(args), dict(kwargs or {}), "the example input")
+    require_seen(model, given)
+    example = given.clone().in_order(model)  # a copy, in which no tensor stands twice
     own = as_input_sets(inputs, len(example.args), "inputs", example)
+    for one in own:
+        require_seen(model, one, example)
     dims = dynamic_dims(model, example, dynamic_shapes)
     names = names_of_inputs(model, example, input_names)
     only = "spectral_norm" if freeze == "spectral_norm" else None
@@ -202,7 +214,7 @@ def export_onnx(
         for one in (*random_sets(example, samples), *own):
             references.append(_run_further(model, state, one))
         references += resized_references(
-            model, example, dims, lambda one: run_reference(model, state, one)
+            model, example, dims, lambda one: run_reference(model, state, one), own
         )
         block = frozen_parametrizations(model, only)
         proof = Proof(

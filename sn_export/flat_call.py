@@ -73,8 +73,10 @@ def flat_call(model: nn.Module, reference: Reference) -> Iterator[FlatCall]:
 
 def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> bool:
     # A parameter left at its default would be filled in by the TorchScript exporter.
+    parameters = inspect.signature(model.forward).parameters.values()
     return (
-        len(tensors) == len(example.args) == len(inspect.signature(model.forward).parameters)
+        len(tensors) == len(example.args) == len(parameters)
+        and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
         and not example.kwargs
         and all(tensor is arg for tensor, arg in zip(tensors, example.args, strict=True))
     )

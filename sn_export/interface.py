@@ -126,9 +126,11 @@ def _require_names(
 ) -> list[str]:
     if chosen is None:
         return []
-    if isinstance(chosen, str) or not all(isinstance(name, str) and name for name in chosen):
+    if isinstance(chosen, str) or not isinstance(chosen, Iterable):
         raise TypeError(f"{option} must be a sequence of names, got {chosen!r}")
     names = list(chosen)
+    if not all(isinstance(name, str) and name for name in names):
+        raise TypeError(f"{option} must be a sequence of names, got {names!r}")
     if len(names) > len(found):
         raise ValueError(
             f"{option} has {len(names)} names, and there are {len(found)} {what}: "

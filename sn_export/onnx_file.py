@@ -144,7 +144,7 @@ def write_onnx(
 @contextlib.contextmanager
 def workspace(target: Path) -> Iterator[Path]:
     """Yield a path in a new folder beside ``target``; the folder is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
     try:
         yield folder / target.name
     finally:

@@ -119,8 +119,8 @@ def run_session(
     Raises:
         ExportError: if onnxruntime cannot run the inputs, which ``label`` describes.
     """
-    values = {name: _to_ort(tensor) for name, tensor in feed.items()}
     try:
+        values = {name: _to_ort(tensor) for name, tensor in feed.items()}
         results = session.run_with_ort_values(outputs, values)
     except Exception as error:
         raise ExportError(f"onnxruntime fails on {label}: {error}") from error

@@ -16,8 +16,11 @@ def require_place(target: Path) -> None:
     Raises:
         FileNotFoundError: if its folder does not exist.
         IsADirectoryError: if it is a folder.
+        FileExistsError: if it is a device or a pipe.
     """
     if not target.parent.is_dir():
         raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
     if target.is_dir():
         raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+    if target.exists() and not target.is_file():  # it would be replaced, not written to
+        raise FileExistsError(f"cannot write '{target}': it is no regular file")

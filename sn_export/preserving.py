@@ -57,7 +57,9 @@ class Preserved:
 
     Args:
         modules: they are in eval mode from `begin` to `restore`. ``train()`` and ``eval()``
-            are not called, since overrides of them may fuse or fold weights.
+            are not called, since overrides of them may fuse or fold weights. Modules that stand
+            in their attributes and lists without being registered are remembered too; as
+            ``model.eval()`` does, `begin` leaves these in their mode.
         belongings: also remember numpy arrays, and the attributes of plain objects, that the
             modules hold. Arrays are restored in place. Past 512 MB the rest of the arrays, and
             of the tensors in such objects, is left alone.
@@ -66,18 +68,27 @@ class Preserved:
     def __init__(self, modules: Iterable[nn.Module], belongings: bool = False) -> None:
         modules = list(modules)
         self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
+        self._own = len(self._modules)  # those within attributes and lists keep their mode
         # Compiled code keeps its attributes elsewhere.
         self._scripted = [(m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)]
         self._containers: list[tuple[Any, Any]] = []
         self._attributes: list[Tensor] = []
         seen = {id(m._buffers) for m in self._modules}
         others: list[Any] = []
-        for module in self._modules:
+        known = set(map(id, modules))
+        for module in self._modules:  # grows on the way
             self._remember(module.__dict__, seen, others)
-        held = Belongings(others if belongings else (), seen)
-        self._containers += held.containers
-        self._attributes += held.tensors
-        self._arrays = held.arrays
+            for held in [thing for thing in others if isinstance(thing, nn.Module)]:
+                for inner in held.modules():
+                    if id(inner) not in known and not isinstance(inner, torch.jit.ScriptModule):
+                        known.add(id(inner))
+                        seen.add(id(inner._buffers))
+                        self._modules.append(inner)
+            others = [thing for thing in others if not isinstance(thing, nn.Module)]
+        belonging = Belongings(others if belongings else (), seen)
+        self._containers += belonging.containers
+        self._attributes += belonging.tensors
+        self._arrays = belonging.arrays
         replaced = set(map(id, _replaced_by_hooks(self._modules)))
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
@@ -165,7 +176,7 @@ class Preserved:
     def _start_over(self) -> None:
         for container, content in self._swapped:
             restore_container(container, content)
-        for module in self._modules:
+        for module in self._modules[: self._own]:
             module.__dict__["training"] = False
         for scripted, _ in self._scripted:
             scripted.training = False
@@ -219,7 +230,7 @@ class Guarded:
         if self.content is not None and not same_bits(self.memory, self.content):
             self.was_written = True
             self.memory.data.copy_(self.content)
-        if self._version not in (None, self.tensor._version):
+        if self._version is not None and self._version != self.tensor._version:
             torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
 
 

@@ -16,7 +16,8 @@ from .dynamic import DynamicDim
 from .parity import ParityReport, ProofDtype, compare, explained, proof_session
 from .preserving import Preserved
 from .reference import Reference
-from .sizes import require_dynamic
+from .samples import InputSet
+from .sizes import require_apart, require_dynamic, sizes_of, tied
 from .tolerances import Tolerance
 
 _logger = logging.getLogger("sn_export")
@@ -67,7 +68,8 @@ class Proof:
             maker: who made it, for the message.
 
         Raises:
-            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named.
+            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named,
+                or made one of two.
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
@@ -95,16 +97,24 @@ class Proof:
         """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
         kept = []
         for reference in self.references:
-            fixed = reference.inputs.label.startswith("size ") and any(
-                isinstance(wanted, int) and wanted != size
-                for name, tensor in reference.inputs.named_tensors(self.model)
-                for wanted, size in zip(shapes.get(name, ()), tensor.shape, strict=False)
-            )
-            if fixed:
-                _logger.info("the file has fixed shapes; not run at %s", reference.inputs.label)
+            label = reference.inputs.label
+            if label.startswith("size ") and not self._fits(shapes, reference.inputs):
+                _logger.info("the file has fixed shapes; not run at %s", label)
             else:
                 kept.append(reference)
         return kept
+
+    def _fits(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
+        sizes = sizes_of(self.model, inputs)
+        one_for_two = tied(shapes, self.dims, sizes)
+        if one_for_two is not None:
+            require_apart(one_for_two, inputs.label)
+            return False
+        return not any(
+            isinstance(wanted, int) and sizes.get((name, position), wanted) != wanted
+            for name, shape in shapes.items()
+            for position, wanted in enumerate(shape)
+        )
 
     def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
         shapes = {entry.name: entry.shape for entry in session.get_inputs()}

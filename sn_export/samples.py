@@ -11,9 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .structure import distinct, map_tensors, paths_of_tensors
+from .structure import distinct, map_tensors, paths_of_tensors, unseen_tensors
 
 _SEED = 0
+# torch computes next to nothing in these; what does not fit int64 wraps.
+_NO_ARITHMETIC = (torch.uint16, torch.uint32, torch.uint64)
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,42 @@ def as_input_sets(
     )
 
 
+def require_seen(model: nn.Module, inputs: InputSet, example: InputSet | None = None) -> None:
+    """Raise unless every tensor of ``inputs`` can become an input of a file.
+
+    Args:
+        model: gives the names of its forward's parameters.
+        inputs: arguments of a call.
+        example: the call whose tensors are the file's inputs, if these are others.
+
+    Raises:
+        TypeError: for a sparse tensor, a numpy array, or an object whose tensors no exporter
+            sees: they would be constants of the file.
+        ValueError: for a tensor that ``example`` does not have.
+    """
+    for name, value in flat_arguments(model, inputs).items():
+        for path, kind in unseen_tensors(value):
+            raise TypeError(
+                f"{'_'.join((name, *path))!r} in {inputs.label} is of type {kind}, whose content "
+                "would be a constant of the file: pass tensors, in tuples, lists, dicts or "
+                "dataclasses, or register the type with torch.utils._pytree"
+            )
+    tensors = inputs.named_tensors(model)
+    for name, tensor in tensors:
+        if tensor.layout != torch.strided:
+            raise TypeError(
+                f"'{name}' in {inputs.label} has the layout {tensor.layout}; a file takes dense "
+                "tensors alone"
+            )
+    known = {name for name, _ in (example or inputs).named_tensors(model)}
+    for name, _ in tensors:
+        if name not in known:
+            raise ValueError(
+                f"{inputs.label} has the tensor '{name}', which the example input does not have; "
+                f"it has {', '.join(sorted(known))}"
+            )
+
+
 def random_sets(example: InputSet, count: int) -> list[InputSet]:
     """Return ``count`` random sets like ``example``, the same ones at every call."""
     generator = torch.Generator().manual_seed(_SEED)
@@ -119,18 +157,23 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.numel() == 0:
         return tensor.detach().clone()
     if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=generator).to(tensor)
+        return torch.randint(0, 2, shape, generator=generator, device="cpu").to(tensor)
     if dtype.is_complex:
-        return torch.randn(shape, generator=generator, dtype=torch.complex64).to(tensor)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.complex64, device="cpu")
+        return drawn.to(tensor)
     if not dtype.is_floating_point:
-        smallest, largest = (int(bound) for bound in torch.aminmax(tensor.detach().cpu()))
+        values = tensor.detach().cpu()
+        if dtype in _NO_ARITHMETIC:
+            values = values.to(torch.int64)
+        smallest, largest = (int(bound) for bound in torch.aminmax(values))
         end = None if largest == 2**63 - 1 else largest + 1
-        drawn = torch.empty(shape, dtype=torch.int64)
+        drawn = torch.empty(shape, dtype=torch.int64, device="cpu")
         return drawn.random_(smallest, end, generator=generator).to(tensor)
     low, high = (bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double()))
     if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(tensor)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64)
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
+        return drawn.to(tensor)
+    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
     return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
 
 
@@ -166,5 +209,6 @@ def flat_arguments(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
     arguments = dict(bound_arguments(model, inputs))
     collected = keyword_parameter(model)
     if collected is not None:
-        arguments.update(arguments.pop(collected, {}))
+        for key, value in arguments.pop(collected, {}).items():
+            arguments[f"{collected}_{key}" if key in arguments else key] = value
     return arguments

@@ -1,16 +1,19 @@
 """Nested inputs and outputs: their tensors in order, with the names that they have in a file.
 
 Tuples, lists, dicts, named tuples and whatever is registered with torch's pytree are containers,
-and so are dataclasses, registered or not.
+and so are dataclasses and subclasses of dict, registered or not.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,41 +21,71 @@ Path = tuple[str, ...]  # keys, indices and field names
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """Return ``value`` with every tensor replaced; dataclasses are copied, the originals stay."""
+    """Return ``value`` with every tensor replaced; containers are copied, the originals stay."""
 
     def change_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
-        if not is_record(leaf):
-            return leaf
-        changed = copy.copy(leaf)
-        for name, content in record_fields(leaf).items():
-            object.__setattr__(changed, name, map_tensors(change, content))  # it may be frozen
-        return changed
+        return _rebuilt(change, leaf) if _is_unregistered(leaf) else leaf
 
     return pytree.tree_map(change_leaf, value)
 
 
 def tensor_leaves(value: Any) -> list[Tensor]:
-    """Return the tensors in a nested value, in the order of pytree."""
+    """Return the tensors in a nested value, in the order of `paths_of_tensors`."""
     return [leaf for _, leaf in paths_of_tensors(value)]
 
 
 def paths_of_tensors(value: Any) -> list[tuple[Path, Tensor]]:
     """Return the tensors with keys, indices and field names on the way to them."""
-    found = []
-    for path, leaf in pytree.tree_flatten_with_path(value)[0]:
-        keys = tuple(map(_key, path))
-        if isinstance(leaf, Tensor):
-            found.append((keys, leaf))
-        elif is_record(leaf):
-            found += [(keys + inner, t) for inner, t in paths_of_tensors(record_fields(leaf))]
-    return found
+    return [(path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor)]
+
+
+def unseen_tensors(value: Any) -> list[tuple[Path, str]]:
+    """Return where ``value`` holds tensors that are none of `paths_of_tensors`.
+
+    Returns:
+        The way to each object, and what it is: a numpy array, an object with tensors in its
+        attributes, a dataclass with tensors in attributes that are no fields. Modules are not
+        among them: their tensors are weights.
+    """
+    found = [(path, type(leaf).__name__) for path, leaf in _leaves(value) if _holds_tensors(leaf)]
+    return found + [
+        (path, type(record).__name__)
+        for path, record in _records(value)
+        if _has_tensor(_further_attributes(record))
+    ]
+
+
+def entries_of(value: Any) -> list[tuple[str, Any]] | None:
+    """Return what a container holds, by key, index or field; None of what is no container."""
+    if _is_unregistered(value):
+        return [*_own_entries(value).items()]
+
+    def is_within(node: Any) -> bool:
+        return node is not value
+
+    content, spec = pytree.tree_flatten(value, is_leaf=is_within)
+    if spec.is_leaf():
+        return None
+    try:
+        paths, _ = pytree.tree_flatten_with_path(value, is_leaf=is_within)
+        return [(_key(path[0]), entry) for path, entry in paths]
+    except ValueError:  # registered without names, as transformers does
+        names = [*value] if isinstance(value, Mapping) else []
+        keys = names if len(names) == len(content) else range(len(content))
+        return [(str(key), entry) for key, entry in zip(keys, content, strict=True)]
 
 
 def is_plain(value: Any) -> bool:
-    """Whether an exporter takes it as it is: tensors and None in containers that torch knows."""
-    return all(leaf is None or isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(value))
+    """Whether both exporters take it as it is: tensors and None in containers of Python."""
+    if value is None or isinstance(value, Tensor):
+        return True
+    if type(value) in (dict, OrderedDict):
+        return all(isinstance(key, str) and is_plain(item) for key, item in value.items())
+    if type(value) in (tuple, list) or (isinstance(value, tuple) and hasattr(value, "_fields")):
+        return all(map(is_plain, value))
+    return False
 
 
 def output_names(paths: Iterable[Path]) -> list[str]:
@@ -63,8 +96,9 @@ def output_names(paths: Iterable[Path]) -> list[str]:
     """
     names = []
     for path in paths:
-        by_number = not path or path[0].lstrip("-").isdigit()
-        names.append("_".join(("output", *path) if by_number else path))
+        keys = [key for key in path if key]
+        by_number = not keys or keys[0].lstrip("-").isdigit()
+        names.append("_".join(("output", *keys) if by_number else keys))
     return distinct(names)
 
 
@@ -81,18 +115,95 @@ def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     return found
 
 
-def is_record(value: Any) -> bool:
-    """Whether it is an instance of a dataclass that torch's pytree does not know."""
+def _leaves(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
+    entries = None if value is None or isinstance(value, Tensor) else entries_of(value)
+    if entries is None:
+        yield path, value
+    else:
+        for key, entry in entries:
+            yield from _leaves(entry, (*path, key))
+
+
+def _records(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
+    if _is_unregistered(value):
+        yield path, value
+    for key, entry in (None if isinstance(value, Tensor) else entries_of(value)) or ():
+        yield from _records(entry, (*path, key))
+
+
+def _is_unregistered(value: Any) -> bool:
+    """Whether it is a dataclass or a dict that torch's pytree does not know."""
     return (
-        dataclasses.is_dataclass(value)
+        (dataclasses.is_dataclass(value) or isinstance(value, dict))
         and not isinstance(value, (type, Tensor, nn.Module))
         and pytree.tree_structure(value).is_leaf()
     )
 
 
-def record_fields(record: Any) -> dict[str, Any]:
-    """Return the fields of a dataclass by name."""
-    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
+def _own_entries(value: Any) -> dict[str, Any]:
+    # Some classes are both, and keep their fields among their items.
+    entries = _fields(value)
+    if isinstance(value, dict):
+        held = set(map(id, entries.values()))
+        entries |= {str(key): item for key, item in value.items() if id(item) not in held}
+    return entries
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    if not dataclasses.is_dataclass(value):
+        return {}
+    names = [field.name for field in dataclasses.fields(value)]
+    return {name: getattr(value, name) for name in names if hasattr(value, name)}
+
+
+def _further_attributes(value: Any) -> dict[str, Any]:
+    """Return what an unregistered container holds beside its entries, but what it caches."""
+    return {
+        name: item
+        for name, item in getattr(value, "__dict__", {}).items()
+        if name not in _fields(value) and not _is_cached(value, name)
+    }
+
+
+def _is_cached(value: Any, name: str) -> bool:
+    return isinstance(getattr(type(value), name, None), cached_property)
+
+
+def _rebuilt(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    # Past __init__, __post_init__ and __setattr__: the object may be frozen, or compute from its
+    # fields what is computed already.
+    changed: Any
+    if isinstance(value, dict):
+        changed = type(value).__new__(type(value))
+        getattr(changed, "__dict__", {}).update(getattr(value, "__dict__", {}))
+    else:
+        changed = copy.copy(value)
+    for name in [name for name in getattr(changed, "__dict__", {}) if _is_cached(changed, name)]:
+        del changed.__dict__[name]
+    done = {}
+    for name, item in _fields(value).items():
+        done[id(item)] = map_tensors(change, item)
+        object.__setattr__(changed, name, done[id(item)])
+    if isinstance(value, dict):
+        kind = OrderedDict if isinstance(value, OrderedDict) else dict
+        for key, item in value.items():
+            new = done[id(item)] if id(item) in done else map_tensors(change, item)
+            kind.__setitem__(changed, key, new)
+    return changed
+
+
+def _holds_tensors(leaf: Any) -> bool:
+    if isinstance(leaf, np.ndarray):
+        return leaf.ndim > 0
+    if isinstance(leaf, (Tensor, nn.Module, type)):
+        return False
+    if isinstance(leaf, (tuple, list, set, frozenset)) and _has_tensor(list(leaf)):
+        return True
+    return _has_tensor(getattr(leaf, "__dict__", {}))
+
+
+def _has_tensor(content: Any) -> bool:
+    return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(content))
 
 
 def _key(entry: Any) -> str:
