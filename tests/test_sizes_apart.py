@@ -103,7 +103,8 @@ def test_an_empty_tensor_grows(tmp_path: Path) -> None:
     )
     assert report.parity.samples > 4
     past = rows(height=5)
-    torch.testing.assert_close(torch.from_numpy(run_file(path, rows(), past)[0]), model.eval()(rows(), past).detach())
+    found = torch.from_numpy(run_file(path, rows(), past)[0])
+    torch.testing.assert_close(found, model.eval()(rows(), past).detach())
 
 
 def test_a_branch_on_an_empty_tensor_is_found(tmp_path: Path) -> None:
