@@ -12,6 +12,7 @@ if TYPE_CHECKING:
         ExportError,
         FreezeError,
         FrozenWeightChangedWarning,
+        OutputNotExportedWarning,
         ParityError,
         ReparametrizationNotAppliedWarning,
         ReparametrizationNotRecognisedWarning,
@@ -69,6 +70,7 @@ __all__ = [
     "ParityError",
     # Warnings
     "FrozenWeightChangedWarning",
+    "OutputNotExportedWarning",
     "ReparametrizationNotAppliedWarning",
     "ReparametrizationNotRecognisedWarning",
     "SpectralNormNotAppliedWarning",
@@ -82,6 +84,7 @@ _HOMES = {
         "ExportError",
         "FreezeError",
         "FrozenWeightChangedWarning",
+        "OutputNotExportedWarning",
         "ParityError",
         "ReparametrizationNotAppliedWarning",
         "ReparametrizationNotRecognisedWarning",

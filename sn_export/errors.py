@@ -49,6 +49,10 @@ class ReparametrizationNotRecognisedWarning(UserWarning):
     """A module computes its weight itself; the file holds the result, the block changes nothing."""
 
 
+class OutputNotExportedWarning(UserWarning):
+    """The model returns tensors within an object that no exporter looks into."""
+
+
 class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 

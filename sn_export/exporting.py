@@ -24,6 +24,7 @@ from .case_file import write_case
 from .dynamic import dynamic_dims
 from .errors import (
     ExportError,
+    OutputNotExportedWarning,
     ParityError,
     ReparametrizationNotRecognisedWarning,
     SnExportError,
@@ -179,6 +180,7 @@ def export_onnx(
     Warns:
         ReparametrizationNotRecognisedWarning: if a module computes its weight in a way that the
             block does not know, so that the value had to be folded in the file.
+        OutputNotExportedWarning: if the model returns objects with tensors that no exporter sees.
     """
     model = unwrapped(require_module(model))
     require_initialized(model)
@@ -257,6 +259,7 @@ def export_onnx(
         if made is None:
             _raise(attempts)
         _warn_of_folded(written.folded)
+        _warn_of_unseen(first.unseen)
         beside = []
         if case is not None and proved.case is not None:
             beside = [(stack.enter_context(workspace(case)), case)]
@@ -326,6 +329,16 @@ def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
         ReparametrizationNotRecognisedWarning,
         stacklevel=3,
     )
+
+
+def _warn_of_unseen(unseen: Sequence[str]) -> None:
+    if unseen:
+        warnings.warn(
+            f"the file lacks the tensors within {listed(unseen)}, which the model returns: return "
+            "them as tensors, in tuples, lists, dicts or dataclasses",
+            OutputNotExportedWarning,
+            stacklevel=3,
+        )
 
 
 def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:

@@ -145,9 +145,7 @@ class RunningErrors:
         outside = ~(equal | (finite & (difference <= atol + rtol * magnitude)))
         self.outside += int(outside.sum())
         if bool(nan.any()):
-            self._blame(
-                math.inf, f"{int(nan.sum())} of {expected.numel()} elements are NaN on {label}"
-            )
+            self._blame(math.inf, _nan_reason(nan, torch.isnan(left), label))
         elif bool(outside.any()):
             at = int(torch.where(outside, difference, -1.0).argmax())
             self._blame(
@@ -223,6 +221,18 @@ def _value(tensor: Tensor, at: int) -> float | None:
 
 def _index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
+
+
+def _nan_reason(nan: Tensor, own: Tensor, label: str) -> str:
+    reason = f"{int(nan.sum())} of {nan.numel()} elements are NaN on {label}"
+    if not bool(own.any()):
+        return reason
+    advice = (
+        "; with samples=0 and inputs=[...] it is proved on yours"
+        if label.startswith("random")
+        else ""
+    )
+    return f"{reason}, {int(own.sum())} of them in the model itself{advice}"
 
 
 def _larger(left: float, right: float) -> float:

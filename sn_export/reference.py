@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .errors import SnExportError
 from .preserving import Preserved
 from .samples import InputSet
-from .structure import is_plain, paths_of_tensors
+from .structure import is_plain, paths_of_tensors, unseen_tensors
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,14 @@ class Reference:
         outputs: the tensors that it returned.
         paths: where each stood in the result.
         is_plain: whether the result had nothing but tensors in containers that torch knows.
+        unseen: what else held tensors in the result, which are not among the outputs.
     """
 
     inputs: InputSet
     outputs: tuple[Tensor, ...]
     paths: tuple[tuple[str, ...], ...] = ()
     is_plain: bool = True
+    unseen: tuple[str, ...] = ()
 
 
 def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
@@ -52,4 +54,7 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
             f"the model returns no tensor for {inputs.label}: got {type(result).__name__}"
         )
     paths = tuple(path for path, _ in found)
-    return Reference(inputs.clone(), outputs, paths, is_plain(result))
+    unseen = tuple(
+        f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in unseen_tensors(result)
+    )
+    return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)

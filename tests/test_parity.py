@@ -183,6 +183,12 @@ def test_nan_is_counted(identity: Identity) -> None:
     assert (output.worst_index, output.worst_sample) == ((1,), "input 1")
 
 
+def test_nan_of_the_model_itself_is_told(identity: Identity) -> None:
+    """Where the model says NaN, the export is not the one to blame."""
+    output = _compare(identity, [([math.nan, 2.0, math.nan], [math.nan, 2.0, math.nan])])
+    assert output.reason == "2 of 3 elements are NaN on input 0, 2 of them in the model itself"
+
+
 def test_reason_in_words(identity: Identity) -> None:
     """A failure is told word for word: how many, the bound, where, and both values."""
     output = _compare(identity, [([[1.0, 2.0, 4.0]], [[1.0, 2.5, 4.0]])], rtol=0.0, atol=0.25)

@@ -17,7 +17,7 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sn_export import SnExportError, export_onnx
+from sn_export import OutputNotExportedWarning, SnExportError, export_onnx
 from sn_export.samples import random_like
 from sn_export.structure import entries_of
 
@@ -161,6 +161,14 @@ def test_results_of_other_classes(
     model = Reads(lambda b: b, result)
     report = export_onnx(model, (rows(), rows(seed=1)), path, exporter=exporter)
     assert [output.name for output in report.parity.outputs] == names
+
+
+def test_a_result_that_no_exporter_sees(tmp_path: Path) -> None:
+    """Tensors within an object are left out of the file, and that is said."""
+    model = Reads(lambda b: b, lambda y: (y, torch.distributions.Normal(y, y.exp())))
+    with pytest.warns(OutputNotExportedWarning, match="Normal at 'output_1'"):
+        report = export_onnx(model, (rows(), rows(seed=1)), tmp_path / "net.onnx")
+    assert [output.name for output in report.parity.outputs] == ["output_0"]
 
 
 def test_entries_of_fields_and_items() -> None:
