@@ -88,7 +88,7 @@ def locate(
     except SnExportError as error:  # it did run, to be compared: it depends on what came before
         return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
     file = onnx.load(path, load_external_data=False)
-    named = module_values(model, file)
+    named = module_values(model, file, {call.module for call in calls})
     outputs = [output.name for output in file.graph.output]
     try:
         session = open_session(path, providers, _with_all_values(file))

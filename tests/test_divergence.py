@@ -132,6 +132,56 @@ def test_altered_initializer(
     assert divergence.sample == next(o for o in report.outputs if not o.passed).worst_sample
 
 
+class Encoder(nn.Module):
+    """Has methods, and children by key, but is never called itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.ModuleDict(
+            {"head": spectral_norm(nn.Linear(4, 4)), "act": nn.Tanh(), "q": nn.Linear(4, 4)}
+        )
+
+    def encode(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape of ``x``."""
+        y: Tensor = self.by["q"](self.by["act"](self.by["head"](x)))
+        return y
+
+
+class Uncalled(nn.Module):
+    """Modules below others that are not called; one has the name of another elsewhere."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = hooked_spectral_norm(nn.Linear(4, 4))
+        self.encoders = nn.ModuleList([Encoder(), Encoder()])
+        self.alone = Encoder()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a tensor of the shape of ``x``."""
+        x = self.head(x)
+        for encoder in (*self.encoders, self.alone):
+            assert isinstance(encoder, Encoder)
+            x = x + encoder.encode(x)
+        return x
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_altered_below_what_is_not_called(tmp_path: Path, exporter: Any) -> None:
+    """A module reached by key or method, past parents that are not called, is named as well."""
+    torch.manual_seed(0)
+    model, path = Uncalled(), tmp_path / "net.onnx"
+    x = rows(4)
+    export_onnx(model, x, path, exporter=exporter)
+    content = path.read_bytes()
+    names = [entry.name for entry in onnx.load(path).graph.initializer]
+    altered = [name for name in names if name.endswith(".bias")]
+    assert len(altered) == 7
+    for name in altered:
+        path.write_bytes(content)
+        _alter(path, name)
+        assert check_parity(model, path, [x]).first_divergent == name.removesuffix(".bias")
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_cause_between_modules(tmp_path: Path, exporter: str) -> None:
     """Where a module is given other values already, the forward around it is named as the cause."""
