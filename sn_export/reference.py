@@ -42,7 +42,7 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
     try:
         with torch.no_grad():
             result = model(*given.args, **given.kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: {error}"
         ) from error

@@ -88,6 +88,18 @@ class Untraceable(Unknown):
         return super().forward(x) * (1.0 if float(x.sum()) < 1e9 else 2.0)
 
 
+class Exits(Unknown):
+    """Leaves the program, as a script does that is done."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        raise SystemExit(0)
+
+
+def exits() -> Exits:
+    """Return a network that ends the program when it runs."""
+    return Exits()
+
+
 def chatty() -> Unknown:
     """Return a network, and print."""
     print("building a network")

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from cli_networks import Critic, Tokens, prefixed, trained, trained_critic
+from cli_networks import Critic, Tokens, exits, prefixed, trained, trained_critic
 from cli_running import CRITIC, ONNX, Ran, Run, names, runner
 from onnx import numpy_helper
 
@@ -142,6 +142,7 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["onnx", "a.pt", *CRITIC, "-o", "no/o.onnx"],
         "cannot write 'no/o.onnx': no folder 'no'",
     ),
+    "no name": (["onnx", "a.pt", *CRITIC, "-o", "."], "cannot write '.': it is a folder"),
     "report": (
         ["onnx", "a.pt", *CRITIC, "--report", "no/r.json"],
         "cannot write 'no/r.json': no folder 'no'",
@@ -191,6 +192,15 @@ def test_inputs_that_the_model_rejects(run: Run) -> None:
     assert ran.err.startswith(start)
     assert "Traceback" not in ran.err
     assert names() == ["a.pt"]
+
+
+def test_a_network_that_exits(run: Run) -> None:
+    """It has not run, so nothing was proved: never code 0."""
+    torch.save(exits().state_dict(), "e.pt")
+    ran = run("onnx", "e.pt", "--model", "cli_networks:exits", "--input", "2x3", "-o", "o.onnx")
+    assert ran.code == 2
+    assert "sn-export: the model fails on the example input: SystemExit: 0\n" in ran.err
+    assert not Path("o.onnx").exists()
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:

@@ -41,7 +41,7 @@ def answering(debug: bool) -> Iterator[None]:
     except KeyboardInterrupt:
         say("interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # the latter by a network's own code
         if debug:
             traceback.print_exc()
         else:
@@ -151,7 +151,7 @@ def _followed(show: Callable[[str], None]) -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _message(error: Exception) -> str:
+def _message(error: BaseException) -> str:
     from ..errors import SnExportError
 
     if isinstance(error, (SnExportError, UsageError, ValueError, TypeError)):

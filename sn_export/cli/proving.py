@@ -18,7 +18,7 @@ from ..exporting import export_onnx
 from ..freezing import find_suspects
 from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
-from ..places import side_file
+from ..places import require_place, side_file
 from ..report import ExportReport
 from ..samples import random_sets
 from ..tolerances import Tolerance
@@ -91,6 +91,7 @@ class Export:
 
     def require_possible(self, request: Request) -> dict[str, str]:
         """Return the metadata, if that and the files to write are possible."""
+        require_place(self.output)
         require_apart(
             {
                 "-o": self.output,
