@@ -51,7 +51,12 @@ frame.onload = () => {{
   document.getElementById("found").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth,
     text: page.body.innerText,
-    drawn: [...page.querySelectorAll("svg text")].map(t => t.textContent),
+    drawn: [...page.querySelectorAll("svg text, svg .label")].map(t => t.textContent),
+    cut: [...page.querySelectorAll("svg text, svg bdi")].filter(t => {{
+      const at = t.getBoundingClientRect();
+      const room = t.closest("figure").getBoundingClientRect();
+      return at.right > room.right + 1 || (t.tagName != "BDI" && at.left < room.left - 1);
+    }}).map(t => t.textContent),
     bars: [...page.querySelectorAll("svg rect")].map(r => ({{
       kind: r.classList[0], width: r.getBoundingClientRect().width,
       fill: view.getComputedStyle(r).fill,

@@ -249,6 +249,7 @@ def test_in_a_browser(tmp_path: Path, passed: bool, dark: bool, width: int) -> N
     """On a phone and a desk, in light and dark, all is there, can be read, and fits the width."""
     seen = look(to_html(content(passed)), tmp_path, width, dark)
     assert seen["width"] <= width
+    assert seen["cut"] == []
     assert seen["poor"] == []  # contrast of text below 4.5
     assert seen["small"] == 0
     dark_page = sum(int(v) for v in re.findall(r"\d+", seen["background"])[:3]) < 200
@@ -285,6 +286,17 @@ def test_many_modules_in_a_browser(tmp_path: Path) -> None:
     assert names == [f"m{i} · Conv2d" for i in range(300)]
     assert seen["drawn"].count("✗ first outside") == 1
     assert "m299\n" not in seen["text"]
+
+
+@needs_browser
+def test_a_phone_shows_the_end_of_a_long_path(tmp_path: Path) -> None:
+    """Paths that begin alike are told apart, and no number on a scale loses a digit."""
+    given = content(False)
+    path = "discriminator_blocks_with_long_names"
+    given["parity"]["modules"] = [module(f"{path}.{i}.0", i < 4) for i in range(9)]
+    seen = look(to_html(given), tmp_path, 360)
+    assert f"{path}.8.0 · Conv2d" in seen["drawn"]
+    assert seen["cut"] == []
 
 
 @needs_browser
