@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .divergence import Divergence
     from .parity import ParityReport
+    from .report import ExportReport
 
 
 class SnExportError(Exception):
@@ -62,11 +63,16 @@ class ParityError(SnExportError):
 
     Attributes:
         report: the `sn_export.ParityReport` with every output's errors.
+        export: the `sn_export.ExportReport` of the file that was not published; None where
+            a file was only compared.
     """
 
-    def __init__(self, message: str, report: ParityReport) -> None:
+    def __init__(
+        self, message: str, report: ParityReport, export: ExportReport | None = None
+    ) -> None:
         super().__init__(message)
         self.report = report
+        self.export = export
 
     @property
     def divergence(self) -> Divergence | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import warnings
@@ -249,6 +250,11 @@ def export_onnx(
                     map_weights(written.program, model, draft)
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
+                if isinstance(error, ParityError):
+                    opset, folded = written.opset, written.folded
+                    error.export = ExportReport(
+                        target, chosen, opset, error.report, frozen, versions(), props, folded
+                    )
                 attempts.append((chosen, error))
                 if _is_hopeless(error):
                     break
@@ -313,7 +319,9 @@ def _raise(attempts: Sequence[tuple[Exporter, ExportError | ParityError]]) -> No
     text = "\n".join(dict.fromkeys(str(error) for error in errors))
     differing = next((error for error in errors if isinstance(error, ParityError)), None)
     if differing is not None:
-        raise ParityError(text, differing.report) from errors[0]
+        others = tuple(Attempt(tried, str(e)) for tried, e in attempts if e is not differing)
+        export = differing.export and dataclasses.replace(differing.export, attempts=others)
+        raise ParityError(text, differing.report, export) from errors[0]
     raise ExportError(text) from errors[0]
 
 

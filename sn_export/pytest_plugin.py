@@ -101,8 +101,7 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
         try:
             report = export_onnx(model, args, path, **options)
         except ParityError as error:
-            # The same content as a report of success, without a file.
-            _write(folder, name, {"path": None, "parity": error.report})
+            _write(folder, name, error.export)
             failure = str(error)
         else:
             _write(folder, name, report)

@@ -39,7 +39,7 @@ class ExportReport:
     """What `export_onnx` made, and the proof.
 
     Attributes:
-        path: the ONNX file.
+        path: the ONNX file; where the proof failed, the one that was not written.
         exporter: the exporter that made it, ``"dynamo"`` or ``"torchscript"``.
         opset: version of the default opset in the file.
         parity: the comparison of the file with the unfrozen model.
@@ -48,7 +48,7 @@ class ExportReport:
         metadata: what was written to the file's ``metadata_props``.
         folded: initializers that replace arithmetic which depends on initializers alone: weights
             that modules compute in a way the block does not know.
-        attempts: exporters that were tried before, and why they did not make it.
+        attempts: exporters that were tried besides, and why they did not make it.
         onnx_program: torch's ONNXProgram, for those who go on from there; None where the
             TorchScript exporter made the file. It is not part of the JSON. Past 512 MB of
             external data its frozen weights are mapped from that file, which stays on disk, even
@@ -79,9 +79,12 @@ class ExportReport:
         """Return the report as JSON text; NaN and infinities become null and strings.
 
         ``sn_export/report.schema.json`` describes it; ``"schema"`` is the version of that.
+        ``"path"`` is null where no file was published.
         """
         names = [entry.name for entry in dataclasses.fields(self) if entry.name != "onnx_program"]
         content = {"schema": REPORT_SCHEMA, **{name: getattr(self, name) for name in names}}
+        if not self.parity.passed:
+            content["path"] = None
         return json.dumps(plain(content), indent=indent, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:

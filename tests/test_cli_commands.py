@@ -8,9 +8,11 @@ import pty
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import numpy as np
 import onnx
 import pytest
@@ -89,13 +91,20 @@ def test_onnx_parity_failure(run: Run) -> None:
     assert ran.code == 1
     assert "NOT EQUAL" in ran.out
     assert "elements are outside" in ran.out
-    assert ran.err == (
-        "sn-export: the file does not reproduce the model, and 'o.onnx' was not written\n"
+    assert ran.err.startswith("sn-export: note: the torchscript exporter was tried too: the file ")
+    assert ran.err.splitlines()[-1] == (
+        "sn-export: the file does not reproduce the model, and 'o.onnx' was not written "
+        "(exporter: dynamo)"
     )
     assert Path("o.onnx").read_text() == "old"
     ran = run(*ONNX, "--rtol", "0", "--atol", "0", "--json")
     assert ran.code == 1
-    assert json.loads(ran.out)["parity"]["passed"] is False
+    failed = json.loads(ran.out)
+    schema = json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+    jsonschema.validate(failed, schema)
+    assert (failed["path"], failed["parity"]["passed"]) == (None, False)
+    assert [attempt["exporter"] for attempt in failed["attempts"]] == ["torchscript"]
+    assert len(failed["frozen"]) == 4
     assert names() == ["a.pt", "o.onnx"]
 
 

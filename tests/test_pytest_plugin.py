@@ -6,10 +6,11 @@ import json
 import subprocess
 import sys
 import textwrap
-from importlib import metadata
+from importlib import metadata, resources
 from pathlib import Path
 from typing import get_args
 
+import jsonschema
 import pytest
 
 from sn_export.onnx_file import Exporter
@@ -161,6 +162,8 @@ def test_reports(pytester: pytest.Pytester) -> None:
     (failed,) = folder.glob("*test_bad*.json")
     content = json.loads(failed.read_text())
     assert (content["path"], content["parity"]["passed"]) == (None, False)
+    schema = json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+    jsonschema.validate(content, schema)
     result.stdout.fnmatch_lines([f"*report: {failed.with_suffix('.html')}"])
     assert "Not proved" in failed.with_suffix(".html").read_text()
     assert "Not proved" in failed.with_suffix(".md").read_text()

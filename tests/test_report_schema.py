@@ -58,6 +58,9 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
     report = export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="torchscript")
     with pytest.raises(ParityError) as caught:
         export_onnx(Liar(), rows(), tmp_path / "no.onnx", exporter="torchscript")
+    export = caught.value.export
+    assert export is not None
+    jsonschema.validate(json.loads(export.to_json()), schema)
     worst = dataclasses.replace(
         caught.value.report.outputs[0],
         max_abs=math.nan,
@@ -68,6 +71,7 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
     failed = dataclasses.replace(caught.value.report, outputs=(worst,))
     content = json.loads(dataclasses.replace(report, parity=failed).to_json())
     jsonschema.validate(content, schema)
+    assert content["path"] is None
     assert content["parity"]["first_divergent"] == ""
     assert content["parity"]["divergence"]["reason"] == caught.value.report.divergence.reason  # type: ignore[union-attr]
 
@@ -94,7 +98,8 @@ def test_every_field_of_the_report_is_described(schema: Any) -> None:
     fields = {field.name for field in dataclasses.fields(ExportReport)} - {"onnx_program"}
     top = fields | {"schema"}
     assert set(schema["required"]) == top
-    assert set(schema["properties"]) == top | {"files", "command"}  # what saving it adds
+    added = {"files", "command", "notes", "suspects"}  # by saving it and by the command line
+    assert set(schema["properties"]) == top | added
     parity = {field.name for field in dataclasses.fields(ParityReport)}
     added = {"passed", "modules", "first_divergent"}
     assert set(schema["$defs"]["parity"]["properties"]) == parity | added

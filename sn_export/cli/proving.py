@@ -19,7 +19,6 @@ from ..freezing import find_suspects
 from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
 from ..places import require_place, side_file
-from ..report import ExportReport
 from ..samples import random_sets
 from ..tolerances import Tolerance
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
@@ -110,7 +109,7 @@ class Export:
 def run_onnx(request: Request, export: Export, as_json: bool) -> None:
     """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
     metadata = export.require_possible(request)
-    made: ExportReport | None = None
+    failed: ParityError | None = None
     with progress() as show, noted() as warned:
         model, inputs, notes = request.prepare(show)
         suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
@@ -137,26 +136,27 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
                 source=request.source(),
                 sigma_exact=is_pictured(export.report),
             )
-            parity = made.parity
         except ParityError as error:
-            parity = error.report
-    content: dict[str, Any] = {"path": None, "parity": parity.content()}
-    if made is not None:
-        content = json.loads(made.to_json())
+            assert error.export is not None
+            failed, made = error, error.export
+    content = json.loads(made.to_json())
     content |= {"suspects": suspects, "notes": [*notes, *warned]}
-    write_report(content, export.report, made.path if made else None)
+    write_report(content, export.report, None if failed else made.path)
     _say_notes(warned)
-    for attempt in made.attempts if made else ():
-        say(f"note: the {attempt.exporter} exporter was tried first: {attempt.error}")
+    for attempt in made.attempts:
+        when = "too" if failed else "first"
+        say(f"note: the {attempt.exporter} exporter was tried {when}: {attempt.error}")
     if as_json:
         answer(content)
     else:
         _show_notes(notes)
-        if made is not None:
-            show_frozen(made.frozen)
-        show_parity(parity, export.per_module)
-    if made is None:
-        say(f"the file does not reproduce the model, and '{export.output}' was not written")
+        show_frozen(made.frozen)
+        show_parity(made.parity, export.per_module)
+    if failed:
+        say(
+            f"the file does not reproduce the model, and '{export.output}' was not written "
+            f"(exporter: {made.exporter})"
+        )
         raise typer.Exit(FAILED)
     if not as_json:
         print(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")

@@ -172,8 +172,9 @@ def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterable[tu
     for key in ("exporter", "opset", "dtype"):
         if content.get(key) is not None:
             yield key, str(content[key])
-    if content.get("attempts"):  # exporters that were tried before
-        yield "tried before", as_text(content["attempts"])
+    if content.get("attempts"):
+        when = "tried before" if content.get("path") else "also tried"
+        yield when, as_text(content["attempts"])
     if content.get("folded"):
         yield "folded", as_text(content["folded"])
     yield "input sets", str(parity.get("samples", ""))
