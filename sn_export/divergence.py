@@ -32,6 +32,7 @@ from .samples import InputSet
 from .words import listed
 
 _SHOWN = 4  # how many modules a finding names
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
 
 __all__ = ["Divergence", "ModuleParity", "Strictness", "locate"]
 
@@ -116,7 +117,12 @@ def locate(
     bad = next((entry for entry in found.modules if not entry.passed), None)
     if bad is None or not bad.module or bad.module != found.first:
         return found
-    hidden = _hidden_before(bad, calls, found.modules, feed.values())
+    idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
+    hidden = [
+        path
+        for path in _hidden_before(bad, calls, found.modules, feed.values())
+        if path not in idle
+    ]
     if hidden:
         return replace(
             found,

@@ -132,6 +132,32 @@ def test_altered_initializer(
     assert divergence.sample == next(o for o in report.outputs if not o.passed).worst_sample
 
 
+class Idle(nn.Module):
+    """Modules that do nothing, after an operator that is no module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.same = nn.Dropout(), nn.Identity()
+        self.first, self.last = nn.Linear(4, 4), spectral_norm(nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return two numbers for each row."""
+        y: Tensor = self.last(self.same(self.drop(F.relu(self.first(x)))))
+        return y
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_modules_that_do_nothing_are_not_in_doubt(tmp_path: Path, exporter: Any) -> None:
+    """Dropout and identity before the altered module hand on what they are given."""
+    model, path = Idle().eval(), tmp_path / "net.onnx"
+    export_onnx(model, rows(4), path, exporter=exporter)
+    _alter(path, "last.bias")
+    report = check_parity(model, path, [rows(4)])
+    assert report.first_divergent == "last"
+    assert report.divergence is not None
+    assert "nothing can be told" not in report.divergence.reason
+
+
 class Encoder(nn.Module):
     """Has methods, and children by key, but is never called itself."""
 
