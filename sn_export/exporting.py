@@ -62,7 +62,7 @@ from .parity import (
     run_reference,
 )
 from .preserving import Preserved, preserved
-from .proof import Proof
+from .proof import Proof, reads_raw
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets, require_seen
 from .sizes import resized_references
@@ -251,6 +251,7 @@ def export_onnx(
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):
+                    error = _with_cause(error, proof, block, first)
                     opset, folded = written.opset, written.folded
                     error.export = ExportReport(
                         target, chosen, opset, error.report, frozen, versions(), props, folded
@@ -303,6 +304,23 @@ def _write(
         raise ExportError(f"cannot write '{target}': {error.strerror}") from error
     finally:
         proof.state.reset()
+
+
+def _with_cause(
+    error: ParityError, proof: Proof, block: AbstractContextManager[nn.Module], first: Reference
+) -> ParityError:
+    """Say so where no exporter is to blame: the model itself differs once it is frozen."""
+    found = error.divergence
+    if found is None or not found.is_deterministic or not reads_raw(proof, block, first):
+        return error
+    cause = (
+        "inside frozen_spectral_norm the model's own outputs differ as well: its forward reads "
+        "what spectral norm keeps, such as the raw weight by parameters() or as 'weight_orig'; "
+        "read the module's 'weight' instead"
+    )
+    found = dataclasses.replace(found, reason=f"{found.reason}; {cause}")
+    report = dataclasses.replace(error.report, divergence=found)
+    return ParityError(f"{error}; {cause}", report)
 
 
 def _is_hopeless(error: ExportError | ParityError) -> bool:

@@ -519,3 +519,33 @@ def test_nearest_value_of_large_ones() -> None:
     assert (found.max_abs, found.passed) == (pytest.approx(1.0, abs=1e-6), False)
     assert nearest(call, ["none"], {}, strictness) is None
     assert nearest(call, ["short"], {"short": wanted[:5]}, strictness) is None
+
+
+class RawReader(nn.Module):
+    """Reads a raw weight by `parameters()`, as U-GAT-IT's discriminator does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.score = hooked_spectral_norm(nn.Linear(4, 1, bias=False))
+        self.body = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Return scores, and the features weighted by what should be the weight."""
+        x = self.body(x)
+        return self.score(x), x * next(iter(self.score.parameters()))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_forward_that_reads_the_raw_weight(tmp_path: Path, training: bool) -> None:
+    """No exporter is blamed: the model itself differs once frozen, and is as before afterwards."""
+    model = RawReader().train(training)
+    model(rows(4))
+    before = fingerprint(model)
+    with pytest.raises(ParityError, match="read the module's 'weight' instead") as caught:
+        export_onnx(model, rows(4), tmp_path / "net.onnx")
+    assert caught.value.divergence is not None
+    assert "the model's own outputs differ as well" in caught.value.divergence.reason
+    assert caught.value.export is not None
+    assert caught.value.export.parity.divergence == caught.value.divergence
+    assert_as_before(before, model)
+    assert list(tmp_path.iterdir()) == []
