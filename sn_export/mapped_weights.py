@@ -10,9 +10,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from .large import is_large
 from .places import side_file
-
-_LARGE = 2**29  # bytes of external data; less is not worth a file held open
 
 
 def map_weights(program: Any, model: nn.Module, path: Path) -> None:
@@ -29,7 +28,7 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
     data = side_file(path)
     size = data.stat().st_size if data.is_file() else 0
     # Other systems do not let a file be replaced while it is mapped.
-    if os.name != "posix" or size <= _LARGE:
+    if os.name != "posix" or not is_large(size):
         return
     try:
         content = torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8)

@@ -18,11 +18,11 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .belongings import Belongings
 from .compiled import original_of
 from .copying import Copies, is_in_place, on_memory_of, same_bits
+from .large import are_large
 from .uncalled import is_never_called
 from .watching import Watch
 
 T = TypeVar("T")
-_LARGE = 2**29  # bytes of parameters past which only those that are written are copied
 
 
 @contextmanager
@@ -122,7 +122,7 @@ class Preserved:
         """Before `begin`: keep a copy of every parameter; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
         tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
-        is_large = sum(p.nbytes for p in tensors) > _LARGE
+        is_large = are_large(tensors)
         views = on_memory_of(tensors, self._tensors())
         self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
         if is_large:

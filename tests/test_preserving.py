@@ -122,7 +122,7 @@ def test_a_buffer_on_a_parameter(
     parameter_first: bool, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written to a parameter is read from a buffer on its memory, and back, in each run."""
-    monkeypatch.setattr("sn_export.preserving._LARGE", limit)
+    monkeypatch.setattr("sn_export.large.LARGE", limit)
     model = OnAParameter(parameter_first)
     with torch.no_grad():  # a deep copy would part them
         right = OnAParameter(parameter_first).eval()(rows())
