@@ -15,11 +15,12 @@ from torch import Tensor, nn
 
 from .errors import ExportError
 from .float32 import missing_kernel
+from .large import is_large
+from .pieces import Pieces
 from .places import side_file
 from .samples import InputSet
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
-_LARGE = 2**29  # bytes
 _BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
@@ -35,28 +36,46 @@ def require_providers(providers: Sequence[str]) -> None:
             )
 
 
-def open_session(path: Path, providers: Sequence[str], content: bytes | None = None) -> Any:
-    """Return an onnxruntime session.
+def open_session(
+    path: Path, providers: Sequence[str], content: bytes | None = None, *, at_once: bool = False
+) -> Any:
+    """Return an onnxruntime session, or what runs a file piece after piece as one does.
 
     Args:
-        path: the file.
+        path: the file. Past 512 MB of external data it is run in `Pieces`.
         providers: execution providers, in order of preference.
         content: a model to run in the place of the file, without graph optimisations; its
             external data is looked for beside ``path``.
+        at_once: run no file in pieces, which are read from it whenever it runs.
 
     Raises:
         ValueError: for a provider that is not installed.
         ExportError: if onnxruntime cannot load the file.
     """
     require_providers(providers)
+    if content is not None:
+        return _open(path, providers, content, optimised=False)
+    if at_once or not is_large(_size(side_file(path))):
+        return _open(path, providers)
+    try:  # optimising the whole may fold its weights, so read and copy them all
+        whole = _open(path, providers, optimised=False)
+    except ExportError:
+        return _open(path, providers)
+    return Pieces(whole, path, lambda piece: _open(path, providers, piece))
+
+
+def _open(
+    path: Path, providers: Sequence[str], content: bytes | None = None, optimised: bool = True
+) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # the exception says it
-    if _size(path) > _LARGE:
+    if is_large(_size(path) + _size(side_file(path))):
         # Weights in another order run faster and take their memory twice.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
-    if content is not None:
+    if not optimised:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if content is not None:
         folder = str(path.resolve().parent)
         options.add_session_config_entry(
             "session.model_external_initializers_file_folder_path", folder
@@ -75,7 +94,7 @@ def open_session(path: Path, providers: Sequence[str], content: bytes | None = N
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in (path, side_file(path)) if file.is_file())
+    return path.stat().st_size if path.is_file() else 0
 
 
 def named_inputs(

@@ -204,7 +204,7 @@ def proof_session(path: Path, providers: Sequence[str], proof_dtype: ProofDtype 
     with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
         copied = Path(folder) / path.name
         write_float32(path, copied)
-        return open_session(copied, providers)
+        return open_session(copied, providers, at_once=True)  # it is gone when that runs
 
 
 def compare(
