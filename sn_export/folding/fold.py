@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +46,7 @@ class FoldedInitializer:
 
 
 def fold_initializers(
-    model: ir.Model, state: Mapping[str, Tensor]
+    model: ir.Model, state: Mapping[str, Tensor], release: Callable[[], None] = lambda: None
 ) -> tuple[FoldedInitializer, ...]:
     """Fold arithmetic that depends on initializers alone, at any size, in place.
 
@@ -57,12 +57,13 @@ def fold_initializers(
     Args:
         model: an exported model.
         state: parameters and buffers of the model that was exported, by qualified name.
+        release: called whenever weights have been read, to free the memory that took.
 
     Returns:
         What was folded, in the order of the graph.
     """
     graph = model.graph
-    sources = Sources(state)
+    sources = Sources(state, release)
     # First, for what follows gives names of its own.
     folded = [
         _rename(graph, value, names, sources)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,10 +25,14 @@ class Sources:
 
     Args:
         state: the tensors by qualified name, in the order of the state dict.
+        release: called whenever one has been read, to free the memory that took.
     """
 
-    def __init__(self, state: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, state: Mapping[str, Tensor], release: Callable[[], None] = lambda: None
+    ) -> None:
         self._state = state
+        self._release = release
         self.positions = {name: index for index, name in enumerate(state)}
 
     def of(self, value: ir.Value) -> list[str]:
@@ -84,18 +88,22 @@ class Sources:
 
     def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
         missing, dtype = _sampled(tensor)
+        self._release()
         for name in names:
             source = self._state[name].detach()
             if not source.is_floating_point() or source.is_meta:
                 continue
             for chunk in torch.split(source.flatten(), _CHUNK):
                 if not len(missing):
-                    return True
+                    break
                 values = chunk.to("cpu", torch.float64).numpy()
                 values = values.astype(dtype).astype(np.float64)
                 index = np.searchsorted(missing, values).clip(max=len(missing) - 1)
                 found = np.unique(index[missing[index] == values])
                 missing = np.delete(missing, found)
+            self._release()
+            if not len(missing):
+                break
         return not len(missing)
 
 
@@ -104,8 +112,10 @@ def _sampled(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[A
 
     A masked weight has zeros of its own.
     """
-    array = tensor.numpy().ravel()
-    wanted = np.unique(array[:: max(1, len(array) // _SAMPLES)].astype(np.float64))
+    array = tensor.numpy()
+    places = np.arange(0, array.size, max(1, array.size // _SAMPLES))
+    # A transposed weight would be copied by `ravel`.
+    wanted = np.unique(array.flat[places].astype(np.float64))
     dtype = array.dtype
     del array
     if isinstance(tensor, ir.ExternalTensor):
