@@ -33,7 +33,7 @@ from .errors import (
 from .folding import FoldedInitializer
 from .freezing import (
     described,
-    frozen_parametrizations,
+    frozen_and_kept,
     require_module,
     unwrapped,
     with_exact_sigma,
@@ -66,6 +66,7 @@ from .proof import Proof, reads_raw
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets, require_seen
 from .sizes import resized_references
+from .spill import Spill
 from .tolerances import Tolerance
 from .words import listed
 
@@ -219,7 +220,8 @@ def export_onnx(
         references += resized_references(
             model, example, dims, lambda one: run_reference(model, state, one), own
         )
-        block = frozen_parametrizations(model, only)
+        spill = Spill(model, target.parent)
+        block = frozen_and_kept(model, only, spill.keep)
         proof = Proof(
             model=model,
             state=state,
@@ -239,7 +241,7 @@ def export_onnx(
             draft = stack.enter_context(workspace(target))
             props = file_metadata(chosen, versions(), frozen, checkpoint, metadata)
             options = ExportOptions(
-                opset_version, names, outputs, dims, external_data, verbose, props
+                opset_version, names, outputs, dims, external_data, verbose, props, spill.release
             )
             _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
             try:
@@ -299,10 +301,12 @@ def _write(
 ) -> Written:
     try:
         with block:
+            options.release()  # the block looks at its weights, on entering and on leaving
             return write_onnx(proof.model, reference, exporter, options, draft, other)
     except OSError as error:
         raise ExportError(f"cannot write '{target}': {error.strerror}") from error
     finally:
+        options.release()
         proof.state.reset()
 
 

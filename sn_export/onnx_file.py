@@ -7,7 +7,7 @@ import gc
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -52,6 +52,7 @@ class ExportOptions:
         external_data: whether weights go to a side file.
         verbose: let torch print, log and warn.
         metadata: what is written to ``metadata_props``.
+        release: called whenever weights have been read, to free the memory that took.
     """
 
     opset_version: int | None
@@ -61,6 +62,7 @@ class ExportOptions:
     external_data: ExternalData
     verbose: bool
     metadata: Mapping[str, str] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,8 @@ def write_onnx(
     _strip(graph)
     set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
-    folded = fold_initializers(graph, _state(model))
-    _save(graph, path, options.external_data)
+    folded = fold_initializers(graph, _state(model), options.release)
+    _save(graph, path, options)
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
     _check(path)
@@ -266,15 +268,15 @@ def _strip(model: ir.Model) -> None:
                 node.metadata_props.pop(key, None)
 
 
-def _save(model: ir.Model, path: Path, external_data: ExternalData) -> None:
-    size = weight_bytes(model)
+def _save(model: ir.Model, path: Path, options: ExportOptions) -> None:
+    size, external_data = weight_bytes(model), options.external_data
     outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
     if not outside and size > _INLINE_LIMIT:
         raise ExportError(
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    save(model, path, outside=outside)
+    save(model, path, outside=outside, release=options.release)
 
 
 def _free(model: ir.Model) -> None:

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import SnExportError
+from .large import are_large
 from .preserving import Preserved
 from .samples import InputSet
 from .structure import is_plain, paths_of_tensors, unseen_tensors
@@ -38,10 +45,8 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
     Raises:
         SnExportError: if the model rejects the inputs or returns no tensor.
     """
-    given = inputs.clone()
     try:
-        with torch.no_grad():
-            result = model(*given.args, **given.kwargs)
+        result = _run(model, state, inputs)
     except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: {error}"
@@ -58,3 +63,38 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
         f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in unseen_tensors(result)
     )
     return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)
+
+
+def _run(model: nn.Module, state: Preserved, inputs: InputSet) -> Any:
+    if are_large(model.parameters()):
+        try:
+            with _weights_dropped(model):
+                return _call(model, inputs)
+        except Exception:  # it may need one of them later
+            state.reset()
+    return _call(model, inputs)
+
+
+def _call(model: nn.Module, inputs: InputSet) -> Any:
+    given = inputs.clone()
+    with torch.no_grad():
+        return model(*given.args, **given.kwargs)
+
+
+@contextmanager
+def _weights_dropped(model: nn.Module) -> Iterator[None]:
+    """Free each weight that a hook of torch's has set once its module has run.
+
+    It is deleted, not replaced: a forward that reads it later fails, and gets no other value.
+    """
+    with ExitStack() as stack:
+        for module in model.modules():
+            for hook in module._forward_pre_hooks.values():
+                if isinstance(hook, (SpectralNorm, WeightNorm)):
+                    drop = partial(_drop, hook.name)
+                    stack.callback(module.register_forward_hook(drop).remove)
+        yield
+
+
+def _drop(name: str, module: nn.Module, *_: object) -> None:
+    module.__dict__.pop(name, None)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 
@@ -21,10 +23,18 @@ def weight_bytes(model: ir.Model) -> int:
     return sum(value.const_value.nbytes for value in values if value.const_value is not None)
 
 
-def save(model: ir.Model, path: Path, *, outside: bool) -> None:
-    """Write ``model`` to ``path``, with the weights in its side file if they go ``outside``."""
+def save(
+    model: ir.Model, path: Path, *, outside: bool, release: Callable[[], None] = lambda: None
+) -> None:
+    """Write ``model`` to ``path``, with the weights in its side file if they go ``outside``.
+
+    Args:
+        model: a graph with its weights.
+        path: the file.
+        outside: whether there is a side file.
+        release: called whenever a weight has been read, to free what that took.
+    """
     data = side_file(path).name if outside else None
-    if _PACKS_DENSELY:
-        ir.save(model, path, external_data=data, alignment=_PAGE)
-    else:
-        ir.save(model, path, external_data=data)
+    options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
+    ir.save(model, path, external_data=data, callback=lambda *_: release(), **options)
+    release()

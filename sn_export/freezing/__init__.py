@@ -3,7 +3,7 @@
 from .adapters import Registration, SpectralNormAdapter, register_spectral_norm
 from .exact import with_exact_sigma
 from .find import described, find_parametrizations, find_spectral_norm, find_suspects
-from .freeze import frozen_parametrizations, frozen_spectral_norm
+from .freeze import frozen_and_kept, frozen_parametrizations, frozen_spectral_norm
 from .site import ParametrizationInfo, SpectralNormInfo, require_module
 from .suspects import SpectralNormSuspect
 from .unwrapping import unwrapped
@@ -18,6 +18,7 @@ __all__ = [
     "find_parametrizations",
     "find_spectral_norm",
     "find_suspects",
+    "frozen_and_kept",
     "frozen_parametrizations",
     "frozen_spectral_norm",
     "register_spectral_norm",

@@ -18,7 +18,7 @@ from ..errors import (
     FrozenWeightChangedWarning,
 )
 from .complaints import complaints, unused
-from .plan import Found, Plan
+from .plan import Found, Keep, Plan
 from .selection import Selection
 from .suspects import warn_of_suspects
 
@@ -36,18 +36,22 @@ class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
     Args:
         model: what is frozen.
         selection: which of its tensors.
+        keep: where the frozen weights are kept, as `Plan` takes it; in memory by default.
     """
 
-    def __init__(self, model: M, selection: Selection) -> None:
+    def __init__(self, model: M, selection: Selection, keep: Keep = list) -> None:
         self._model = model
         self._selection = selection
+        self._keep = keep
         self._entered: list[AbstractContextManager[M]] = []
 
     def _recreate_cm(self) -> Block[M]:
-        return type(self)(self._model, self._selection)  # as a decorator: one for each call
+        return type(self)(
+            self._model, self._selection, self._keep
+        )  # as a decorator: one for each call
 
     def __enter__(self) -> M:
-        block = _block(self._model, self._selection)
+        block = _block(self._model, self._selection, self._keep)
         model = block.__enter__()
         self._entered.append(block)
         return model
@@ -62,8 +66,8 @@ class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
 
 
 @contextmanager
-def _block(model: M, selection: Selection) -> Iterator[M]:
-    freezing = _Freezing(model, selection)
+def _block(model: M, selection: Selection, keep: Keep) -> Iterator[M]:
+    freezing = _Freezing(model, selection, keep)
     # Leaving can be repeated from any point, and does nothing once it is done. So an
     # interrupt that stops it, even at its first instruction, only moves it one level out.
     try:
@@ -83,10 +87,11 @@ def _block(model: M, selection: Selection) -> Iterator[M]:
 class _Freezing:
     """The state of one block."""
 
-    def __init__(self, model: nn.Module, selection: Selection) -> None:
+    def __init__(self, model: nn.Module, selection: Selection, keep: Keep) -> None:
         self.thread = threading.get_ident()
         self._model = model
         self._selection = selection
+        self._keep = keep
         self._plan: Plan | None = None
         self._is_frozen = False
         self._has_ended = False
@@ -105,7 +110,7 @@ class _Freezing:
         self._claim(found)
         self._modules = [module for module, _ in found]
         _active.append(self)
-        plan = Plan(found)
+        plan = Plan(found, self._keep)
         self._plan = plan
         for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
             warnings.warn(text, category, stacklevel=_CALLER)

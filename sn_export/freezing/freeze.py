@@ -8,6 +8,7 @@ from typing import TypeVar
 from torch import nn
 
 from .context import Block
+from .plan import Keep
 from .selection import Only, Selection
 from .site import require_module
 
@@ -106,3 +107,15 @@ def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManag
         FrozenWeightChangedWarning: on leaving, as `frozen_spectral_norm`.
     """
     return Block(require_module(model), Selection(only))
+
+
+def frozen_and_kept(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
+    """Freeze as `frozen_parametrizations` does, with the weights where ``keep`` puts them.
+
+    Args:
+        model: any module.
+        only: as for `frozen_parametrizations`.
+        keep: takes the weights, each made when it is asked for, and returns tensors of the same
+            bits, shapes and dtypes.
+    """
+    return Block(require_module(model), Selection(only), keep)

@@ -22,18 +22,24 @@ _SCRIPTED_SN = re.compile(r"(?P<name>.*)(_orig|\.original)$")
 
 
 Found = tuple[nn.Module, list[Site]]
+Keep = Callable[[Iterable[Tensor]], list[Tensor]]
 
 
 class Plan:
-    """The frozen weights of a model and the edits that put them in place."""
+    """The frozen weights of a model and the edits that put them in place.
 
-    def __init__(self, found: Sequence[Found]) -> None:
+    Args:
+        found: the modules with their sites.
+        keep: takes the values, made one by one, and returns tensors of the same bits.
+    """
+
+    def __init__(self, found: Sequence[Found], keep: Keep = list) -> None:
         self.edits = Edits()
         # Phase by phase over all modules: with thousands of small layers this takes two
         # thirds of the time that going module by module takes.
         sites = [site for _, module_sites in found for site in module_sites]
         with torch.inference_mode(False), torch.no_grad():
-            values = [_value(site) for site in sites]
+            values = keep(_value(site) for site in sites)
             weights: dict[tuple[int, str], FrozenWeight] = {}  # two wrappers may share a layer
             places = [(id(site.module), site.tensor) for site in sites]
             for place, site, value in zip(places, sites, values, strict=True):
