@@ -7,25 +7,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from bench_common import Row
+from bench_common import KINDS, Row
 
 _LAYERS, _WIDTH = 14, 6400  # 2.3 GB in float32
 # Not ru_maxrss: that starts at what the parent had when it started the process.
 _MEASURE = """
 import re, sys, torch
 from torch import nn
-_, side, exporter, path, layers, width = sys.argv
+_, kind, exporter, path, layers, width = sys.argv
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
 torch.manual_seed(0)
 net = nn.Sequential(*(nn.Linear(int(width), int(width), bias=False) for _ in range(int(layers))))
 for module in net:
     torch.nn.init.normal_(module.weight, std=int(width) ** -0.5)
-    if side == "ours":
-        torch.nn.utils.spectral_norm(module, n_power_iterations=1)
+    if kind == "hook":
+        torch.nn.utils.spectral_norm(module)
+    elif kind == "parametrization":
+        torch.nn.utils.parametrizations.spectral_norm(module)
 net.eval()
 x = torch.randn(1, int(width))
-if side == "ours":
+if kind != "plain":
     from sn_export import export_onnx
     report = export_onnx(net, (x,), path, exporter=exporter)
     assert report.exporter == exporter or exporter == "auto"
@@ -38,28 +40,33 @@ print(peak())
 def exporting(quick: bool) -> list[Row]:
     """Peak resident memory of export and proof, against bare export plus the frozen weights."""
     layers = 4 if quick else _LAYERS
+    return [row for exporter in ("auto", "torchscript") for row in _rows(exporter, layers)]
+
+
+def _rows(exporter: str, layers: int) -> list[Row]:
     weights = layers * _WIDTH**2 * 4
-    return [_row(exporter, layers, weights) for exporter in ("auto", "torchscript")]
-
-
-def _row(exporter: str, layers: int, weights: int) -> Row:
     with tempfile.TemporaryDirectory() as folder:
-        ours, theirs = (
-            _peak(side, exporter, Path(folder) / side, layers) for side in ("ours", "bare")
+        peaks = {
+            kind: _peak(kind, exporter, Path(folder) / kind, layers) for kind in ("plain", *KINDS)
+        }
+    bare = peaks["plain"]
+    size = f"{weights / 1e9:.1f} GB"
+    return [
+        Row(
+            f"export of {size}, {kind}, exporter {exporter}: "
+            "peak memory / (bare export + frozen weights)",
+            peaks[kind] / (bare + weights),
+            1.0,
+            "",
+            {"ours": peaks[kind], "bare": bare, "weights": weights, "to bare": peaks[kind] / bare},
         )
-    size = f"{weights / 1e9:.1f} GB, exporter {exporter}"
-    return Row(
-        f"export of {size}: peak memory / (bare export + frozen weights)",
-        ours / (theirs + weights),
-        1.0,
-        "",
-        {"ours": ours, "bare": theirs, "weights": weights},
-    )
+        for kind in KINDS
+    ]
 
 
-def _peak(side: str, exporter: str, folder: Path, layers: int) -> int:
+def _peak(kind: str, exporter: str, folder: Path, layers: int) -> int:
     folder.mkdir()
-    command = [sys.executable, "-c", _MEASURE, side, exporter, str(folder / "net.onnx")]
+    command = [sys.executable, "-c", _MEASURE, kind, exporter, str(folder / "net.onnx")]
     ran = subprocess.run(
         [*command, str(layers), str(_WIDTH)], check=True, capture_output=True, text=True
     )
