@@ -127,7 +127,7 @@ class Preserved:
         self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
         if is_large:
             self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
-            self._watch.__enter__()  # type: ignore[no-untyped-call]
+            self._watch.start()
 
     def begin(self) -> None:
         """Switch to eval mode and to copies of the buffers."""
@@ -154,9 +154,9 @@ class Preserved:
         self._guarded = [guarded for guarded in self._guarded if guarded.was_written]
 
     def _stop_watching(self) -> None:
-        watch, self._watch = self._watch, None
-        if watch is not None:
-            watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        if self._watch is not None:
+            self._watch.stop()
+            self._watch = None
 
     def reset(self) -> None:
         """Give the next forward pass the state that the first one had."""

@@ -7,11 +7,15 @@ from typing import Any
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+)
 
 
 class Watch(TorchDispatchMode):
-    """While it is entered, calls back before the first write to the memory of a tensor.
+    """From `start` to `stop`, calls back before the first write to the memory of a tensor.
 
     It sees every operator that torch dispatches, in eager and scripted code, and nothing that
     writes past torch, such as numpy.
@@ -25,6 +29,19 @@ class Watch(TorchDispatchMode):
         self._calls: dict[int, list[Callable[[], None]]] = {}
         for tensor, call in watched:
             self._calls.setdefault(_memory(tensor), []).append(call)
+
+    def start(self) -> None:
+        """Watch from here on."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Watch no more; can be repeated from any point where it was interrupted."""
+        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            return
+        try:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        except IndexError:  # what `__exit__` takes first is gone: it was interrupted behind that
+            _pop_mode()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None

@@ -11,7 +11,9 @@ from export_models import assert_as_before
 from fingerprint import fingerprint
 from test_freezing_faults import Fault
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
+from sn_export import large
 from sn_export.preserving import preserved, without_trace
 
 
@@ -60,9 +62,16 @@ def _ask(model: Writing, fault: Fault) -> None:
         without_trace(run, [model])
 
 
+@pytest.mark.parametrize("limit", [2**29, 0])
 @pytest.mark.parametrize("run", [_enter, _leave, _ask])
-def test_an_interrupt_at_any_step(run: Callable[[Writing, Fault], None]) -> None:
-    """Whichever line is interrupted, that comes out, and model and random states are as before."""
+def test_an_interrupt_at_any_step(
+    run: Callable[[Writing, Fault], None], limit: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever line is interrupted, that comes out, and model and random states are as before.
+
+    So they are of a large model, whose parameters are watched and copied when they are written.
+    """
+    monkeypatch.setattr(large, "LARGE", limit)
     model = Writing()
     before = fingerprint(model)
     run(model, Fault())
@@ -75,4 +84,5 @@ def test_an_interrupt_at_any_step(run: Callable[[Writing, Fault], None]) -> None
         run(model, fault)
         lost += not fault.came_out
         assert_as_before(before, model)
+        assert not _get_current_dispatch_mode_stack()
     assert lost == 0
