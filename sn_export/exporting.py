@@ -62,7 +62,8 @@ from .parity import (
     run_reference,
 )
 from .preserving import Preserved, preserved
-from .proof import Proof, reads_raw
+from .proof import Proof, differs
+from .quiet import no_fused_attention
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets, require_seen
 from .sizes import resized_references
@@ -313,15 +314,24 @@ def _write(
 def _with_cause(
     error: ParityError, proof: Proof, block: AbstractContextManager[nn.Module], first: Reference
 ) -> ParityError:
-    """Say so where no exporter is to blame: the model itself differs once it is frozen."""
+    """Say so where no exporter is to blame: the model itself differs under the same conditions."""
     found = error.divergence
-    if found is None or not found.is_deterministic or not reads_raw(proof, block, first):
+    if found is None or not found.is_deterministic:
         return error
-    cause = (
-        "inside frozen_spectral_norm the model's own outputs differ as well: its forward reads "
-        "what spectral norm keeps, such as the raw weight by parameters() or as 'weight_orig'; "
-        "read the module's 'weight' instead"
-    )
+    if differs(proof, no_fused_attention(), first):
+        cause = (
+            "the model's own outputs differ as well without torch's fused attention, which no "
+            "exporter takes and which gives zeros at padding: call "
+            "torch.backends.mha.set_fastpath_enabled(False) first"
+        )
+    elif differs(proof, block, first):
+        cause = (
+            "inside frozen_spectral_norm the model's own outputs differ as well: its forward reads "
+            "what spectral norm keeps, such as the raw weight by parameters() or as 'weight_orig'; "
+            "read the module's 'weight' instead"
+        )
+    else:
+        return error
     found = dataclasses.replace(found, reason=f"{found.reason}; {cause}")
     report = dataclasses.replace(error.report, divergence=found)
     return ParityError(f"{error}; {cause}", report)

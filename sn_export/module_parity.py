@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .boundaries import ModuleValues
 from .output_parity import OutputParity, RunningErrors
-from .tolerances import DEFAULT_TOLERANCES
+from .tolerances import DEFAULT_TOLERANCES, largest
 from .words import dtype_name
 
 _SAMPLED = 4096  # elements that tell most values apart
@@ -68,7 +68,7 @@ class Strictness:
         coarsest: str | None = None,
     ) -> Strictness:
         """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
-        scale = _largest(output)
+        scale = largest(output)
         scaled = None if atol is None or not scale else atol / scale
         if coarsest is None or coarsest == dtype_name(output):
             return cls(rtol, scaled)
@@ -187,7 +187,7 @@ def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) 
     """Return the errors of one tensor beside its reference."""
     scaled = strictness.scaled_atol
     errors = RunningErrors(
-        name, strictness.rtol, None if scaled is None else scaled * _largest(expected)
+        name, strictness.rtol, None if scaled is None else scaled * largest(expected)
     )
     errors.add("", expected, got)
     return errors.result()
@@ -198,7 +198,7 @@ def _nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:
     step = max(wanted.numel() // _SAMPLED, 1)
     sample = wanted.flatten()[::step]
     rough = [_distance(sample, tensor.flatten()[::step]) for tensor in among]
-    close = max(4 * min(rough), _CLOSE * _largest(sample))
+    close = max(4 * min(rough), _CLOSE * largest(sample))
     left = [position for position, distance in enumerate(rough) if distance <= close]
     if len(left) == 1:
         return left[0]
@@ -214,9 +214,3 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 def _is(call: ModuleCall, found: ModuleParity) -> bool:
     return (call.module, call.number) == (found.module, found.call)
-
-
-def _largest(tensor: Tensor) -> float:
-    wide = tensor.detach().cpu().to(torch.float64)
-    finite = wide[torch.isfinite(wide)]
-    return float(finite.abs().max()) if finite.numel() else 0.0

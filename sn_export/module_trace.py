@@ -15,7 +15,7 @@ from .module_parity import ModuleCall, Strictness, errors_of
 from .preserving import Preserved
 from .reference import run_reference
 from .samples import InputSet
-from .structure import tensor_leaves
+from .structure import is_dense, tensor_leaves
 
 
 def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCall]:
@@ -50,8 +50,7 @@ def trace_inputs(
     calls: list[list[Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        kept = tensor_leaves((args, kwargs)) if len(calls) == number else []
-        calls.append([leaf.detach().cpu().clone() for leaf in kept])
+        calls.append(_copies((args, kwargs)) if len(calls) == number else [])
 
     # After the hooks that are there, which may exchange the arguments.
     handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
@@ -69,9 +68,7 @@ def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
 
     def watch(path: str, kind: str) -> Any:
         def note(module: nn.Module, args: Any, result: Any) -> None:
-            # Copies, since what comes after may write to it.
-            outputs = [leaf.detach().cpu().clone() for leaf in tensor_leaves(result)]
-            calls.append(ModuleCall(path, kind, count[path], outputs))
+            calls.append(ModuleCall(path, kind, count[path], _copies(result)))
             count[path] += 1
 
         return note
@@ -86,6 +83,18 @@ def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _copies(value: Any) -> list[Tensor]:
+    """Return copies of the tensors in ``value``, since what comes after may write to them.
+
+    Complex numbers are pairs, as in a file. What is not dense has no value there.
+    """
+    leaves = [leaf.detach().cpu() for leaf in tensor_leaves(value) if is_dense(leaf)]
+    return [
+        torch.view_as_real(leaf.resolve_conj()).clone() if leaf.is_complex() else leaf.clone()
+        for leaf in leaves
+    ]
 
 
 def first_random(

@@ -209,7 +209,7 @@ class RunningErrors:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.detach().cpu().to(torch.float64)
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
 def _value(tensor: Tensor, at: int) -> float | None:

@@ -318,7 +318,11 @@ def explained(
         coarsest_of(model, references),
     )
     providers = report.providers
-    divergence = locate(
-        model, state, path, chosen.inputs, strictness, providers, input_names, bool(failed)
-    )
+    try:
+        divergence = locate(
+            model, state, path, chosen.inputs, strictness, providers, input_names, bool(failed)
+        )
+    except Exception as error:  # what cannot be told must not hide what is known
+        reason = f"cannot tell where: {type(error).__name__}: {error}"
+        divergence = Divergence((), None, reason, sample=chosen.inputs.label)
     return replace(report, divergence=divergence)

@@ -125,17 +125,17 @@ class Proof:
         return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
 
 
-def reads_raw(proof: Proof, block: AbstractContextManager[nn.Module], reference: Reference) -> bool:
-    """Whether the frozen model differs from the unfrozen: it reads what the block takes away."""
+def differs(proof: Proof, within: AbstractContextManager[Any], reference: Reference) -> bool:
+    """Whether the model itself gives other outputs within a context than it did without."""
     given = reference.inputs.clone()
     try:
-        with block, torch.no_grad():
+        with within, torch.no_grad():
             found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
         outputs = [leaf.detach().clone() for _, leaf in found]
     except Exception:  # then an exporter has failed as well, and said so
         return False
     finally:
-        proof.state.reset()  # outside the block, whose weights it does not know
+        proof.state.reset()  # outside of a block, whose weights it does not know
     pairs = zip(outputs, reference.outputs, strict=False)
     return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
 

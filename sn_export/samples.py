@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .structure import distinct, map_tensors, paths_of_tensors, unseen_tensors
+from .structure import distinct, is_dense, map_tensors, paths_of_tensors, unseen_tensors
 
 _SEED = 0
 # torch computes next to nothing in these; what does not fit int64 wraps.
@@ -126,11 +126,10 @@ def require_seen(model: nn.Module, inputs: InputSet, example: InputSet | None = 
             )
     tensors = inputs.named_tensors(model)
     for name, tensor in tensors:
-        if tensor.layout != torch.strided:
-            raise TypeError(
-                f"'{name}' in {inputs.label} has the layout {tensor.layout}; a file takes dense "
-                "tensors alone"
-            )
+        if not is_dense(tensor):
+            kind = "is nested" if tensor.is_nested else f"has the layout {tensor.layout}"
+            kind = "is quantized" if tensor.is_quantized else kind
+            raise TypeError(f"'{name}' in {inputs.label} {kind}; a file takes dense tensors alone")
     known = {name for name, _ in (example or inputs).named_tensors(model)}
     for name, _ in tensors:
         if name not in known:

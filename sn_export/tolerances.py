@@ -84,10 +84,15 @@ def applied(
         rtol = default
     if atol is not None:
         return rtol, atol
-    wide = expected.detach().cpu().to(torch.float64)
-    finite = wide[torch.isfinite(wide)]
-    scale = float(finite.abs().max()) if finite.numel() else 0.0
-    return rtol, scaled * scale
+    return rtol, scaled * largest(expected)
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude in ``tensor``, or 0."""
+    values = tensor.detach().cpu()
+    values = values.abs() if values.is_complex() else values.to(torch.float64).abs()
+    finite = values[torch.isfinite(values)]
+    return float(finite.max()) if finite.numel() else 0.0
 
 
 def _require_number(name: str, value: object) -> None:

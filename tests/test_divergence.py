@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 
-from sn_export import ParityError, check_parity, export_onnx, exporting
+from sn_export import ParityError, check_parity, export_onnx, exporting, parity
 from sn_export.module_parity import ModuleCall, Strictness, nearest
 from sn_export.parity import explained
 from sn_export.preserving import preserved
@@ -549,3 +549,96 @@ def test_a_forward_that_reads_the_raw_weight(tmp_path: Path, training: bool) -> 
     assert caught.value.export.parity.divergence == caught.value.divergence
     assert_as_before(before, model)
     assert list(tmp_path.iterdir()) == []
+
+
+class Inner(nn.Module):
+    """Returns what a function makes of its input."""
+
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+class Around(nn.Module):
+    """Brings the output of `Inner` back to dense real numbers."""
+
+    def __init__(
+        self, function: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]
+    ) -> None:
+        super().__init__()
+        self.inner = Inner(function)
+        self.back = back
+        self.layer = spectral_norm(nn.Linear(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.layer(self.back(self.inner(x)))
+        return out
+
+
+_NOT_DENSE: dict[str, tuple[Any, ...]] = {
+    "sparse": (lambda x: x.to_sparse(), lambda x: x.to_dense(), []),
+    "quantized": (
+        lambda x: torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        lambda x: x.dequantize(),
+        [],
+    ),
+    "complex": (lambda x: torch.fft.fft(x).conj(), lambda x: x.real, ["inner"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("kind", _NOT_DENSE)
+def test_modules_that_return_no_dense_tensor(tmp_path: Path, kind: str) -> None:
+    """A module whose output no file can hold is left out; complex numbers are compared as pairs."""
+    function, back, compared = _NOT_DENSE[kind]
+    model, plain = Around(function, back), Around(lambda x: x, lambda x: x)
+    if kind == "complex":
+        export_onnx(model, rows(), tmp_path / "net.onnx", exporter="dynamo")
+        report = check_parity(model, tmp_path / "net.onnx", rows(), per_module=True)
+        assert report.passed
+    else:  # no exporter takes sparse tensors
+        plain.load_state_dict(model.state_dict())
+        export_onnx(plain, rows(), tmp_path / "net.onnx", exporter="dynamo")
+        report = check_parity(model, tmp_path / "net.onnx", rows(), per_module=True, atol=0.1)
+        assert report.divergence is not None and report.divergence.unmatched == ("inner",)
+    assert [entry.module for entry in report.modules] == [*compared, "layer", ""]
+    assert all(entry.passed for entry in report.modules)
+
+
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+def test_fused_attention_is_blamed(tmp_path: Path) -> None:
+    """Where only torch's fused attention makes zeros at padding, that is what is said."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    spectral_norm(layer.linear1)
+    model = nn.TransformerEncoder(layer, 1)
+    mask = torch.tensor([[False, False, True], [False] * 3])
+    before = fingerprint(model)
+    with pytest.raises(ParityError, match="without torch's fused attention") as caught:
+        export_onnx(
+            model,
+            torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0)),
+            tmp_path / "net.onnx",
+            exporter="torchscript",
+            kwargs={"src_key_padding_mask": mask},
+            samples=0,
+        )
+    assert "set_fastpath_enabled(False)" in str(caught.value)
+    assert_as_before(before, model)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_comparison_of_modules_that_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever error it ends with, the proof has failed and says so."""
+
+    def failing(*args: object) -> None:
+        raise RuntimeError("no such luck")
+
+    monkeypatch.setattr(parity, "locate", failing)
+    with pytest.raises(ParityError, match="cannot tell where: RuntimeError: no such luck"):
+        export_onnx(NotANumber(), rows(), tmp_path / "net.onnx", exporter="torchscript")

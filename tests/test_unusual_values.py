@@ -126,9 +126,21 @@ _REFUSED: dict[str, tuple[Callable[[Tensor], Any], Callable[[Any], Tensor], str]
     "in a list": (lambda h: [Opaque(h)], lambda b: b[0].h, "'b_0' in the example input"),
     "a set": (lambda h: {h}, lambda b: next(iter(b)), "is of type set"),
     "sparse": (lambda h: h.to_sparse(), lambda b: b.to_dense(), "layout torch.sparse_coo"),
+    "quantized": (
+        lambda h: torch.quantize_per_tensor(h, 0.1, 0, torch.qint8),
+        lambda b: b.dequantize(),
+        "'b' in the example input is quantized",
+    ),
+    "nested": (
+        lambda h: torch.nested.nested_tensor([*h]),
+        lambda b: b.to_padded_tensor(0.0),
+        "'b' in the example input is nested",
+    ),
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype:UserWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 @pytest.mark.parametrize("kind", _REFUSED)
 def test_tensors_that_no_exporter_sees(tmp_path: Path, kind: str) -> None:
     """They are not made constants of the file: the argument is named, and nothing is changed."""
