@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
+from .layouts import dense_parts, is_dense
+
 _ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
 
 
@@ -72,7 +74,12 @@ def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Ten
 
 
 def is_in_place(tensor: Tensor, memory: Tensor) -> bool:
-    """Whether ``tensor`` still lies on ``memory``, with its dtype and shape."""
+    """Whether ``tensor`` still lies on ``memory``, with its dtype and shape.
+
+    What is not dense has no memory of its own to lie on: it does.
+    """
+    if not (is_dense(tensor) and is_dense(memory)):
+        return True
     return (tensor.dtype, tensor.shape, tensor.data_ptr()) == (
         memory.dtype,
         memory.shape,
@@ -84,15 +91,22 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and every bit; on the meta device they do."""
     if left.is_meta or right.is_meta:
         return True
-    if left.shape != right.shape or left.dtype != right.dtype:
+    if left.dtype != right.dtype or left.is_nested != right.is_nested:
         return False
-    return torch.equal(_bits(left), _bits(right))
+    if not left.is_nested and left.shape != right.shape:  # nested tensors have none
+        return False
+    parts, others = dense_parts(left), dense_parts(right)
+    return len(parts) == len(others) and all(map(_are_same, parts, others))
+
+
+def _are_same(left: Tensor, right: Tensor) -> bool:
+    return left.shape == right.shape and torch.equal(_bits(left), _bits(right))
 
 
 def _bits(tensor: Tensor) -> Tensor:
     # NaN equals itself bit for bit.
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
-    return real.flatten().view(torch.uint8)
+    return real.resolve_neg().contiguous().flatten().view(torch.uint8)
 
 
 def _sharing(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
@@ -117,8 +131,8 @@ def _sharing(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def _has_plain_memory(tensor: Tensor) -> bool:
     return (
         type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and not (tensor.is_meta or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and is_dense(tensor)
+        and not (tensor.is_meta or tensor.is_conj() or tensor.is_neg())
         and tensor.numel() > 0
     )
 

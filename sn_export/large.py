@@ -6,6 +6,8 @@ from collections.abc import Iterable
 
 from torch import Tensor
 
+from .layouts import dense_parts
+
 LARGE = 2**29  # bytes
 
 
@@ -16,4 +18,4 @@ def is_large(size: int) -> bool:
 
 def are_large(tensors: Iterable[Tensor]) -> bool:
     """Whether ``tensors`` are, together."""
-    return is_large(sum(tensor.nbytes for tensor in tensors))
+    return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .layouts import is_dense
 from .module_parity import ModuleCall, Strictness, errors_of
 from .preserving import Preserved
 from .reference import run_reference
 from .samples import InputSet
-from .structure import is_dense, tensor_leaves
+from .structure import tensor_leaves
 
 
 def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCall]:

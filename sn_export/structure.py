@@ -14,7 +14,6 @@ from functools import cached_property
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -35,11 +34,6 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
 def tensor_leaves(value: Any) -> list[Tensor]:
     """Return the tensors in a nested value, in the order of `paths_of_tensors`."""
     return [leaf for _, leaf in paths_of_tensors(value)]
-
-
-def is_dense(tensor: Tensor) -> bool:
-    """Whether a file can hold it as it is: neither sparse, nested nor quantized."""
-    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def paths_of_tensors(value: Any) -> list[tuple[Path, Tensor]]:

@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..layouts import dense_parts
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -42,7 +44,7 @@ class Residence:
             now = container.get(name)
             if now is None or not (_differs(now, memory) or _went_and_came(now, memory)):
                 continue
-            if _differs(tensor, memory) or tensor.data_ptr() != memory.data_ptr():
+            if _differs(tensor, memory) or not _is_on(tensor, memory):
                 tensor.data = memory
             cast("dict[str, Tensor]", container)[name] = tensor
         for tensor, grad, memory in self._grads:
@@ -51,23 +53,38 @@ class Residence:
                 continue
             # torch keeps the object here too; another one is a gradient of its own, and stays.
             if _differs(now, memory) or (now is grad and _went_and_came(now, memory)):
-                if _differs(grad, memory) or grad.data_ptr() != memory.data_ptr():
+                if _differs(grad, memory) or not _is_on(grad, memory):
                     grad.data = memory
                 tensor.grad = grad
 
 
 def _went_and_came(now: Tensor, memory: Tensor) -> bool:
     """Whether ``now`` is what is left of ``memory`` after ``half().float()`` and the like."""
-    if is_lazy(now) or now.is_meta or not now.is_floating_point() or now.shape != memory.shape:
+    if is_lazy(now) or now.is_meta or not now.is_floating_point():
         return False
-    if type(now) not in (Tensor, nn.Parameter) or now.data_ptr() == memory.data_ptr():
+    if type(now) not in (Tensor, nn.Parameter) or _is_on(now, memory):
         return False
-    content = torch.nan_to_num(now.detach())
+    parts, others = dense_parts(now.detach()), dense_parts(memory)
     # By way of two dtypes: rounded twice is not always rounded once.
-    return any(
-        torch.equal(content, torch.nan_to_num(memory.to(first).to(second).to(now.dtype)))
+    return len(parts) == len(others) and any(
+        all(
+            _is_rounded(part, other, first, second)
+            for part, other in zip(parts, others, strict=True)
+        )
         for first, second in product(_DTYPES, repeat=2)
     )
+
+
+def _is_rounded(part: Tensor, other: Tensor, first: torch.dtype, second: torch.dtype) -> bool:
+    if not part.is_floating_point():  # the indices of a sparse tensor
+        return torch.equal(part, other)
+    rounded = other.to(first).to(second).to(part.dtype)
+    return torch.equal(torch.nan_to_num(part), torch.nan_to_num(rounded))
+
+
+def _is_on(tensor: Tensor, memory: Tensor) -> bool:
+    parts, others = dense_parts(tensor.detach()), dense_parts(memory)
+    return [part.data_ptr() for part in parts] == [other.data_ptr() for other in others]
 
 
 def _differs(tensor: Tensor, memory: Tensor) -> bool:

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..layouts import is_dense
+
 # A vector of one element fits any critic's last layer, so there the name has to say it.
 _TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
 _VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
@@ -27,6 +29,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
         for name, parameter in module._parameters.items()
         if parameter is not None
         and not is_lazy(parameter)
+        and is_dense(parameter)
         and parameter.ndim >= 2
         and parameter.numel() > 0
         and (parameter.is_floating_point() or parameter.is_complex())
@@ -44,7 +47,9 @@ def small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
     """Whether ``tensor`` could hold singular vectors of ``weight`` as a matrix of any reading."""
-    if tensor is weight or tensor.dtype.is_complex != weight.dtype.is_complex:
+    if tensor is weight or not is_dense(tensor):
+        return False
+    if tensor.dtype.is_complex != weight.dtype.is_complex:
         return False
     if not (tensor.is_floating_point() or tensor.is_complex()) or "bias" in name:
         return False

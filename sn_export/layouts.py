@@ -1,0 +1,29 @@
+"""Tensors that are not dense: sparse, nested, quantized, or in oneDNN's own layout."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
+_BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether a file can hold it as it is."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return dense tensors that tell, together, every value of ``tensor``."""
+    if tensor.is_nested:
+        return [*tensor.unbind()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in _BY_ROW:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in _BY_COLUMN:
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor] if is_dense(tensor) else [tensor.to_dense()]
