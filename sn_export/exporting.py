@@ -64,9 +64,10 @@ from .parity import (
 from .preserving import Preserved, preserved
 from .proof import Proof, differs
 from .quiet import no_fused_attention
+from .ranges import references_beyond
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets, require_seen
-from .sizes import resized_references
+from .sizes import Resizer, resized_references
 from .spill import Spill
 from .tolerances import Tolerance
 from .words import listed
@@ -247,6 +248,14 @@ def export_onnx(
             _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
             try:
                 written = _write(proof, block, first, chosen, options, draft, target, other)
+                if written.program is not None and dims:
+                    references += references_beyond(  # for this proof and the next one
+                        written.program,
+                        example.named_tensors(model),
+                        dims,
+                        Resizer(model, example).of,
+                        lambda one: run_reference(model, state, one),
+                    )
                 if not keep_programs:
                     written = written.without_program()
                 elif written.program is not None:

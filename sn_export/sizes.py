@@ -46,7 +46,7 @@ def resized_references(
     roots: dict[str, list[DynamicDim]] = {}
     for dim in dims:
         roots.setdefault(dim.root, []).append(dim)
-    inputs = _Resizer(model, example)
+    inputs = Resizer(model, example)
     shapes = [sizes_of(model, one) for one in (example, *own)]
     found: list[Reference] = []
     errors: dict[str, SnExportError] = {}
@@ -217,7 +217,7 @@ def _apart(name: str, group: Sequence[DynamicDim]) -> Iterator[dict[str, int]]:
         yield from ({name: size} for size in sizes[:1] if size > 1)
 
 
-class _Resizer:
+class Resizer:
     """Makes inputs like the example of other sizes, with random values."""
 
     def __init__(self, model: nn.Module, example: InputSet) -> None:

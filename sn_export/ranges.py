@@ -1,0 +1,95 @@
+"""The sizes that torch's program was made for, and what the model says just beyond them."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .dynamic import DynamicDim
+from .errors import SnExportError
+from .reference import Reference
+from .samples import InputSet
+
+_logger = logging.getLogger("sn_export")
+_ENDLESS = 2**30  # sizes from here on are no bound
+_LARGEST = 2**24  # elements of a tensor, past which a size is not tried
+
+Groups = Mapping[str, Sequence[DynamicDim]]
+
+
+def references_beyond(
+    program: Any,
+    example: Sequence[tuple[str, Tensor]],
+    dims: Sequence[DynamicDim],
+    resized: Callable[[Groups, Mapping[str, int]], InputSet],
+    run: Callable[[InputSet], Reference],
+) -> list[Reference]:
+    """Run the model at the first sizes that the program leaves out, though they are declared.
+
+    A forward that decides by a size (``if x.shape[0] < 5``) is traced on one side. Torch's program
+    knows on which, and the file does not: it takes the sizes of the other side as well.
+
+    Args:
+        program: torch's ONNXProgram.
+        example: the tensors that it takes, with their names.
+        dims: the dynamic dimensions.
+        resized: makes an input set of other sizes of what the dimensions vary with.
+        run: runs the model, and raises a `SnExportError` where it rejects an input.
+
+    Returns:
+        What the model said; nothing of sizes that it rejects, which are no sizes of its own.
+    """
+    roots: dict[str, list[DynamicDim]] = {}
+    for dim in dims:
+        roots.setdefault(dim.root, []).append(dim)
+    found = []
+    for root, smallest, largest in _narrowed(program, [name for name, _ in example], dims):
+        _logger.info("torch's program is for %s from %d to %d", root, smallest, largest)
+        for size in (smallest - 1, largest + 1):
+            if not _is_tried(size, roots[root], dict(example)):
+                continue
+            try:
+                found.append(run(resized({root: roots[root]}, {root: size})))
+            except SnExportError as error:
+                _logger.info("not proved at this size: %s", error)
+    return found
+
+
+def _is_tried(size: int, group: Sequence[DynamicDim], example: Mapping[str, Tensor]) -> bool:
+    low = max(2, *(dim.range[0] for dim in group))  # torch makes a program for 2 and more unasked
+    high = min(_ENDLESS - 1, *(dim.range[1] for dim in group))
+    shapes = {dim.tensor: list(example[dim.tensor].shape) for dim in group}
+    for dim in group:
+        shapes[dim.tensor][dim.position] = dim.size_for(size)
+    return low <= size <= high and all(math.prod(shape) <= _LARGEST for shape in shapes.values())
+
+
+def _narrowed(
+    program: Any, names: Sequence[str], dims: Sequence[DynamicDim]
+) -> Iterator[tuple[str, int, int]]:
+    """Yield the smallest and the largest size of each root for which the program was made."""
+    exported = program.exported_program
+    places = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    given = set(exported.graph_signature.user_inputs)
+    values = [node.meta.get("val") for node in places if node.name in given]
+    if len(values) != len(names):
+        return
+    tensors = dict(zip(names, values, strict=True))
+    seen = set()
+    for dim in dims:
+        size = getattr(tensors[dim.tensor], "shape", ())[dim.position : dim.position + 1]
+        expression = getattr(getattr(size[0] if size else None, "node", None), "expr", None)
+        # Of ``2 * dim`` the bounds are those of another number.
+        bounds = exported.range_constraints.get(expression)
+        if bounds is not None and dim.root not in seen and not callable(getattr(dim.spec, "fn", 0)):
+            seen.add(dim.root)
+            yield dim.root, _number(bounds.lower, 0), _number(bounds.upper, _ENDLESS)
+
+
+def _number(bound: Any, default: int) -> int:
+    is_finite = getattr(bound, "is_Integer", isinstance(bound, int))  # sympy has infinities
+    return int(bound) if is_finite else default
