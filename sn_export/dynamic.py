@@ -81,12 +81,12 @@ def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> li
     """
     if not dynamic_shapes:
         return []
-    declared: dict[str, dict[int, Any]] = {}
+    declared: dict[int, dict[int, Any]] = {}
     for name, value, spec in _by_argument(model, example, dynamic_shapes):
         declared.update(_declared(name, value, spec))
     found: list[DynamicDim] = []
     for name, tensor in example.named_tensors(model):
-        for position, entry in declared.get(name, {}).items():
+        for position, entry in declared.get(id(tensor), {}).items():
             size = int(tensor.shape[position])
             dim = DynamicDim(name, position, _root(entry, size), size, entry)
             _require_in_range(dim)
@@ -160,8 +160,11 @@ def _require_known(name: str, is_known: bool, arguments: Mapping[str, Any]) -> N
         )
 
 
-def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
-    """Return the dynamic dimensions of each tensor in ``value``."""
+def _declared(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
+    """Return the dynamic dimensions of each tensor in ``value``, by its id.
+
+    Not by its name: ``a[0]`` and an argument ``a_0`` have the same until they are told apart.
+    """
     if spec is None:
         return {}
     if isinstance(value, Tensor):
@@ -170,7 +173,7 @@ def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
             for position, entry in _entries(name, value, spec)
             if not _is_fixed(f"dimension {position} of '{name}'", entry, value.shape[position])
         }
-        return {name: entries}
+        return {id(value): entries}
     content = entries_of(value)
     if content is None:
         kind = type(value).__name__
@@ -198,7 +201,7 @@ def _declared(name: str, value: Any, spec: Any) -> dict[str, dict[int, Any]]:
             f"dynamic_shapes of '{name}' must be nested like the input, a "
             f"{type(value).__name__}, got {type(spec).__name__}"
         )
-    found: dict[str, dict[int, Any]] = {}
+    found: dict[int, dict[int, Any]] = {}
     for key, item, inner in pairs:
         found.update(_declared(f"{name}_{key}", item, inner))
     return found

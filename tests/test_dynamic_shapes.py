@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
-from export_models import APPLY, EXPORTERS, KINDS, Head, run_file
+from export_models import APPLY, EXPORTERS, KINDS, Head, rows, run_file
 from torch import Tensor, nn
 from torch.export import Dim
 
@@ -295,6 +295,25 @@ def test_nested_inputs(tmp_path: Path, exporter: str) -> None:
     )
     assert all(isinstance(shape[0], str) for shape in _shapes(path))
     assert report.parity.samples == 5
+
+
+class Alike(Head):
+    """Takes a list, and an argument with the name that the list's first tensor has in a file."""
+
+    def forward(self, a: list[Tensor], a_0: Tensor) -> Tensor:
+        out: Tensor = self.layer(a[0]) + a_0
+        return out
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_names_that_are_alike(tmp_path: Path, exporter: str) -> None:
+    """Each of two tensors whose joined names are the same has its own dynamic dimensions."""
+    model, path = Alike(), tmp_path / "net.onnx"
+    shapes = {"a": [{0: "b"}], "a_0": {0: "b"}}
+    export_onnx(model, ([rows()], rows()), path, exporter=exporter, dynamic_shapes=shapes)
+    args = rows(height=5), rows(height=5, seed=8)
+    wanted = model.eval()([args[0]], args[1]).detach()
+    torch.testing.assert_close(torch.from_numpy(run_file(path, *args)[0]), wanted)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
