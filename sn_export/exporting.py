@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import threading
 import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -77,6 +78,8 @@ __all__ = ["ExportReport", "export_onnx"]
 Freeze = Literal["spectral_norm", "all"]
 
 _logger = logging.getLogger("sn_export")
+# torch's exporters, random states, descriptors and warnings belong to the whole process.
+_one_at_a_time = threading.RLock()
 
 
 def export_onnx(
@@ -209,7 +212,7 @@ def export_onnx(
     frozen = tuple(described(model, only))  # the block itself warns
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
-    with preserved(model) as state, contextlib.ExitStack() as stack:
+    with _one_at_a_time, preserved(model) as state, contextlib.ExitStack() as stack:
         first = run_reference(model, state, example)
         state.settle()
         outputs = names_of_outputs(model, first.paths, output_names, list(names.values()))

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -135,3 +137,27 @@ def test_the_process_is_as_before(
         assert _state_of_the_process() == before
     finally:
         logging.getLogger("torch.onnx").setLevel(logging.NOTSET)
+
+
+def test_exports_in_threads(tmp_path: Path) -> None:
+    """Exports of several models at once all succeed, and leave the process as it was."""
+    passed: list[bool] = []
+
+    def export(number: int) -> None:
+        for exporter in ("torchscript", "dynamo"):
+            path = tmp_path / f"{number}.onnx"
+            passed.append(export_onnx(Head(), rows(), path, exporter=exporter).parity.passed)
+
+    def process() -> tuple[object, ...]:
+        levels = [logging.getLogger(name).level for name in ("torch", "torch.onnx", "onnxscript")]
+        place = os.fstat(1)
+        return sys.stdout, sys.stderr, place.st_dev, place.st_ino, levels, list(warnings.filters)
+
+    before = process()
+    threads = [threading.Thread(target=export, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert passed == [True] * 6
+    assert process() == before
