@@ -19,7 +19,7 @@ from .parity import ParityReport, ProofDtype, compare, explained, proof_session
 from .preserving import Preserved
 from .reference import Reference
 from .samples import InputSet
-from .sizes import require_apart, require_dynamic, sizes_of, tied
+from .sizes import require_apart, require_declared, require_dynamic, sizes_of, tied
 from .structure import paths_of_tensors
 from .tolerances import Tolerance
 
@@ -72,8 +72,8 @@ class Proof:
             maker: who made it, for the message.
 
         Raises:
-            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named,
-                or made one of two.
+            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named
+                or that varies in an output, or made one of two.
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
@@ -90,6 +90,11 @@ class Proof:
             if keeps
             else None
         )
+        if parity.passed:
+            for reference in runnable:
+                require_declared(
+                    [(entry.name, entry.shape) for entry in session.get_outputs()], reference
+                )
         del session
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")

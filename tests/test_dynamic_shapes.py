@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export.reference import Reference
+from sn_export.samples import InputSet
+from sn_export.sizes import require_declared
 
 
 class Filter(nn.Module):
@@ -295,6 +298,47 @@ def test_nested_inputs(tmp_path: Path, exporter: str) -> None:
     )
     assert all(isinstance(shape[0], str) for shape in _shapes(path))
     assert report.parity.samples == 5
+
+
+class Recurrent(nn.Module):
+    """A GRU with a matrix under spectral norm."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.rnn = APPLY[kind](nn.GRU(4, 5, batch_first=True), "weight_hh_l0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rnn(x)[0]
+        return out
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_recurrent_layers_of_any_length(tmp_path: Path, kind: str) -> None:
+    """The output is declared as long as the input, at every call, by whichever exporter can."""
+    model, files = Recurrent(kind), []
+    for name in ("first", "second"):
+        path = tmp_path / name
+        export_onnx(model, (torch.randn(2, 6, 4),), path, dynamic_shapes={"x": {1: "t"}})
+        files.append(path.read_bytes())
+        (output,) = onnx.load(path).graph.output
+        assert [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim] == [
+            2,
+            "t",
+            5,
+        ]
+        x = torch.randn(2, 11, 4)
+        wanted = model.eval()(x).detach()
+        torch.testing.assert_close(torch.from_numpy(run_file(path, x)[0]), wanted)
+    assert files[0] == files[1]
+
+
+def test_an_output_of_another_size_than_declared() -> None:
+    """It is named with both sizes; what may vary, and unknown ranks, are no promise."""
+    found = Reference(InputSet((), {}, "size t=9"), (torch.zeros(2, 9), torch.zeros(3)))
+    require_declared([("y", (2, "t")), ("z", ())], found)
+    message = "dimension 1 of the output 'y' at 6, and it is 9 for size t=9"
+    with pytest.raises(ExportError, match=message):
+        require_declared([("y", (2, 6)), ("z", (3,))], found)
 
 
 class Alike(Head):
