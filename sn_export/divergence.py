@@ -108,11 +108,7 @@ def locate(
     )
     random = first_random(calls, again, strictness)
     if random is not None:
-        reason = (
-            "the model is not deterministic: it gives different outputs for the same input, first "
-            f"in {_title(random.module, random.type)}. No export can reproduce that"
-        )
-        return replace(found, first=random.module, reason=reason, is_deterministic=False)
+        return _random(found, random, model, state, inputs, calls, strictness)
     found = _judged(found, failed)
     bad = next((entry for entry in found.modules if not entry.passed), None)
     if bad is None or not bad.module or bad.module != found.first:
@@ -134,14 +130,47 @@ def locate(
     entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
     if entering is None or entering.passed:
         return found
-    around, called = bad.module, {"", *(call.module for call in calls)}
-    while around == bad.module or around not in called:  # past a ModuleList
-        around = around.rpartition(".")[0]
+    _, title = _around(bad.module, model, calls)
     return replace(
         found,
         reason=f"{found.reason}; what it is given differs already, so the cause lies before it, in "
-        f"the forward of {_title(around, type_name(model.get_submodule(around)))}",
+        f"the forward of {title}",
     )
+
+
+def _random(
+    found: Divergence,
+    first: ModuleCall,
+    model: nn.Module,
+    state: Preserved,
+    inputs: InputSet,
+    calls: Sequence[ModuleCall],
+    strictness: Strictness,
+) -> Divergence:
+    """Say which module draws at random: the first to differ, or the one that calls it."""
+    path, title = first.module, _title(first.module, first.type)
+    if path:
+        one, other = (
+            replace(first, outputs=trace_inputs(model, state, inputs, path, first.number))
+            for _ in range(2)
+        )
+        if first_random([one], [other], strictness) is not None:
+            path, title = _around(path, model, calls)
+            title = f"the forward of {title}"
+    reason = (
+        "the model is not deterministic: it gives different outputs for the same input, first in "
+        f"{title}. No export can reproduce that"
+    )
+    return replace(found, first=path, reason=reason, is_deterministic=False)
+
+
+def _around(path: str, model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[str, str]:
+    """Return the module that calls the one at ``path``, and its title."""
+    called = {"", *(call.module for call in calls)}
+    around = path.rpartition(".")[0]
+    while around not in called:  # past a ModuleList
+        around = around.rpartition(".")[0]
+    return around, _title(around, type_name(model.get_submodule(around)))
 
 
 def _hidden_before(

@@ -338,9 +338,10 @@ def _with_cause(
         )
     elif differs(proof, block, first):
         cause = (
-            "inside frozen_spectral_norm the model's own outputs differ as well: its forward reads "
-            "what spectral norm keeps, such as the raw weight by parameters() or as 'weight_orig'; "
-            "read the module's 'weight' instead"
+            "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
+            "something else than one plain weight for each layer, such as the raw weight, by "
+            "parameters() or as 'weight_orig' (read the module's 'weight' instead), the weight of "
+            "a layer that it never calls, or vectors that move on at every call in eval mode"
         )
     else:
         return error

@@ -385,6 +385,34 @@ def test_nondeterministic_model(
     assert contents_of(tmp_path) == {}
 
 
+class PicksAFrame(nn.Module):
+    """Gives a layer a frame that it picks at random, as discriminators of videos do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.acts = nn.ModuleList([nn.Tanh()])
+        self.layer = spectral_norm(nn.Linear(6, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        frame = int(torch.randint(0, x.shape[1], (1,)))
+        out: Tensor = self.layer(self.acts[0](x[:, frame]))
+        return out
+
+
+@pytest.mark.parametrize("within", [False, True])
+def test_what_is_given_at_random(tmp_path: Path, within: bool) -> None:
+    """Not the first layer that differs is named, where it is given other values, but its caller."""
+    model = nn.Sequential(PicksAFrame()) if within else PicksAFrame()
+    x = torch.randn(2, 1000, 6)
+    with pytest.raises(ParityError) as caught:
+        export_onnx(model, (x,), tmp_path / "net.onnx", exporter="torchscript", samples=0)
+    divergence = caught.value.divergence
+    assert divergence is not None and not divergence.is_deterministic
+    assert divergence.first == ("0" if within else "")
+    whose = "'0' (PicksAFrame)" if within else "the model itself (PicksAFrame)"
+    assert f"first in the forward of {whose}." in divergence.reason
+
+
 def test_nan_is_not_taken_for_chance(tmp_path: Path) -> None:
     """A model that answers NaN every time is deterministic, and the layer is named."""
     with pytest.raises(ParityError) as caught:
