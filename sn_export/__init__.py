@@ -75,6 +75,7 @@ __all__ = [
     "ReparametrizationNotRecognisedWarning",
     "SpectralNormNotAppliedWarning",
     "SpectralNormNotRecognisedWarning",
+    "TracedDecisionWarning",
 ]
 
 _HOMES = {
@@ -91,6 +92,7 @@ _HOMES = {
         "SnExportError",
         "SpectralNormNotAppliedWarning",
         "SpectralNormNotRecognisedWarning",
+        "TracedDecisionWarning",
     ),
     "exporting": ("ExportReport", "export_onnx"),
     "folding": ("FoldedInitializer",),

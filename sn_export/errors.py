@@ -50,6 +50,10 @@ class ReparametrizationNotRecognisedWarning(UserWarning):
     """A module computes its weight itself; the file holds the result, the block changes nothing."""
 
 
+class TracedDecisionWarning(UserWarning):
+    """The forward decides by values; the file always does what was decided for the example."""
+
+
 class OutputNotExportedWarning(UserWarning):
     """The model returns tensors within an object that no exporter looks into."""
 

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import os
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -26,12 +24,9 @@ from .case_file import write_case
 from .dynamic import dynamic_dims
 from .errors import (
     ExportError,
-    OutputNotExportedWarning,
     ParityError,
-    ReparametrizationNotRecognisedWarning,
     SnExportError,
 )
-from .folding import FoldedInitializer
 from .freezing import (
     described,
     frozen_and_kept,
@@ -63,15 +58,21 @@ from .parity import (
     run_reference,
 )
 from .preserving import Preserved, preserved
-from .proof import Proof, differs
-from .quiet import no_fused_attention
+from .proof import Proof
 from .ranges import references_beyond
 from .report import Attempt, ExportReport
 from .samples import InputSet, as_input_sets, random_sets, require_seen
 from .sizes import Resizer, resized_references
 from .spill import Spill
 from .tolerances import Tolerance
-from .words import listed
+from .verdicts import (
+    is_hopeless,
+    raise_all,
+    warn_of_decisions,
+    warn_of_folded,
+    warn_of_unseen,
+    with_cause,
+)
 
 __all__ = ["ExportReport", "export_onnx"]
 
@@ -187,6 +188,8 @@ def export_onnx(
     Warns:
         ReparametrizationNotRecognisedWarning: if a module computes its weight in a way that the
             block does not know, so that the value had to be folded in the file.
+        TracedDecisionWarning: if ``"auto"`` took the TorchScript exporter because the forward
+            decides by the values of a tensor.
         OutputNotExportedWarning: if the model returns objects with tensors that no exporter sees.
     """
     model = unwrapped(require_module(model))
@@ -266,22 +269,23 @@ def export_onnx(
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):
-                    error = _with_cause(error, proof, block, first)
+                    error = with_cause(error, proof, block, first)
                     opset, folded = written.opset, written.folded
                     error.export = ExportReport(
                         target, chosen, opset, error.report, frozen, versions(), props, folded
                     )
                 attempts.append((chosen, error))
-                if _is_hopeless(error):
+                if is_hopeless(error):
                     break
                 _logger.info("not with %s: %s", chosen, error)
             else:
                 made = chosen
                 break
         if made is None:
-            _raise(attempts)
-        _warn_of_folded(written.folded)
-        _warn_of_unseen(first.unseen)
+            raise_all(attempts)
+        warn_of_folded(written.folded)
+        warn_of_decisions(attempts, model, proved.parity)
+        warn_of_unseen(first.unseen)
         beside = []
         if case is not None and proved.case is not None:
             beside = [(stack.enter_context(workspace(case)), case)]
@@ -321,77 +325,6 @@ def _write(
     finally:
         options.release()
         proof.state.reset()
-
-
-def _with_cause(
-    error: ParityError, proof: Proof, block: AbstractContextManager[nn.Module], first: Reference
-) -> ParityError:
-    """Say so where no exporter is to blame: the model itself differs under the same conditions."""
-    found = error.divergence
-    if found is None or not found.is_deterministic:
-        return error
-    if differs(proof, no_fused_attention(), first):
-        cause = (
-            "the model's own outputs differ as well without torch's fused attention, which no "
-            "exporter takes and which gives zeros at padding: call "
-            "torch.backends.mha.set_fastpath_enabled(False) first"
-        )
-    elif differs(proof, block, first):
-        cause = (
-            "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
-            "something else than one plain weight for each layer, such as the raw weight, by "
-            "parameters() or as 'weight_orig' (read the module's 'weight' instead), the weight of "
-            "a layer that it never calls, or vectors that move on at every call in eval mode"
-        )
-    else:
-        return error
-    found = dataclasses.replace(found, reason=f"{found.reason}; {cause}")
-    report = dataclasses.replace(error.report, divergence=found)
-    return ParityError(f"{error}; {cause}", report)
-
-
-def _is_hopeless(error: ExportError | ParityError) -> bool:
-    """Whether no other exporter can do better."""
-    if isinstance(error, ParityError):
-        return error.divergence is not None and not error.divergence.is_deterministic
-    return isinstance(error.__cause__, OSError)
-
-
-def _raise(attempts: Sequence[tuple[Exporter, ExportError | ParityError]]) -> NoReturn:
-    errors = [error for _, error in attempts]
-    if len(errors) == 1:
-        raise errors[0]
-    text = "\n".join(dict.fromkeys(str(error) for error in errors))
-    differing = next((error for error in errors if isinstance(error, ParityError)), None)
-    if differing is not None:
-        others = tuple(Attempt(tried, str(e)) for tried, e in attempts if e is not differing)
-        export = differing.export and dataclasses.replace(differing.export, attempts=others)
-        raise ParityError(text, differing.report, export) from errors[0]
-    raise ExportError(text) from errors[0]
-
-
-def _warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
-    weights = [entry for entry in folded if entry.is_weight]
-    if not weights:
-        return
-    warnings.warn(
-        f"the model computes {listed(entry.name for entry in weights)} by itself, in a way that "
-        "frozen_spectral_norm does not know. The file holds the computed values and is proved, "
-        "but a with-block of your own leaves these modules as they are. If it is spectral norm, "
-        "register_spectral_norm teaches the block; what was folded is in the report's 'folded'",
-        ReparametrizationNotRecognisedWarning,
-        stacklevel=3,
-    )
-
-
-def _warn_of_unseen(unseen: Sequence[str]) -> None:
-    if unseen:
-        warnings.warn(
-            f"the file lacks the tensors within {listed(unseen)}, which the model returns: return "
-            "them as tensors, in tuples, lists, dicts or dataclasses",
-            OutputNotExportedWarning,
-            stacklevel=3,
-        )
 
 
 def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:

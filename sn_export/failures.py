@@ -25,9 +25,10 @@ _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
 
 _NO_OPERATOR = "write that operator with others that ONNX has"
+_DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
 _ADVICE = (
     (
-        r"data-dependent|GuardOnDataDependent|DataDependentOutput",
+        _DECIDES,
         "the forward decides by the values of a tensor: write it with torch.where or torch.cond",
     ),
     (
@@ -73,6 +74,19 @@ def told(error: BaseException, model: nn.Module, other: str | None) -> str:
     if other is not None:
         advice.append(f"try exporter='{other}'")
     return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")
+
+
+def decision(error: BaseException, model: nn.Module) -> str | None:
+    """Return where the forward decides by the values of a tensor, if that is what failed.
+
+    Args:
+        error: what the exporter raised, or is the cause of.
+        model: as for `told`.
+    """
+    chain = list(_chain(error))
+    if not any(re.search(_DECIDES, _named(e)) for e in chain):
+        return None
+    return _words(_place(chain, model)).lstrip("; ")
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:

@@ -12,7 +12,13 @@ from export_models import EXPORTERS, Head, Liar, assert_as_before, contents_of, 
 from fingerprint import fingerprint
 from torch import Tensor, nn
 
-from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export import (
+    ExportError,
+    ParityError,
+    SnExportError,
+    TracedDecisionWarning,
+    export_onnx,
+)
 
 
 class Branching(nn.Module):
@@ -55,10 +61,14 @@ def test_the_dynamo_exporter_comes_first(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("training", [True, False])
 def test_the_other_where_it_cannot_export(tmp_path: Path, training: bool) -> None:
-    """The report says which exporter made the file, and why the other did not."""
+    """The report says which exporter made the file and why the other did not; a warning, where."""
     model = Deep().train(training)
     before = fingerprint(model)
-    report = export_onnx(model, rows(), tmp_path / "net.onnx", metadata={"a": "b"})
+    with pytest.warns(TracedDecisionWarning, match="the line that fails") as noted:
+        report = export_onnx(model, rows(), tmp_path / "net.onnx", metadata={"a": "b"})
+    assert [warning.filename for warning in noted] == [__file__]
+    assert "(in 'body.1' (Branching); at " in str(noted[0].message)
+    assert "proved for 4 input sets alone" in str(noted[0].message)
     assert_as_before(before, model)
     assert report.exporter == "torchscript"
     assert report.metadata["sn_export.exporter"] == "torchscript"

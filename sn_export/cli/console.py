@@ -20,6 +20,7 @@ from ..errors import (
     ReparametrizationNotRecognisedWarning,
     SpectralNormNotAppliedWarning,
     SpectralNormNotRecognisedWarning,
+    TracedDecisionWarning,
 )
 from ..plain import plain
 from .errors import UsageError
@@ -89,6 +90,7 @@ def noted() -> Iterator[list[str]]:
         ReparametrizationNotRecognisedWarning,
         SpectralNormNotAppliedWarning,
         SpectralNormNotRecognisedWarning,
+        TracedDecisionWarning,
     )
     notes: list[str] = []
     with warnings.catch_warnings():
