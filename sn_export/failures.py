@@ -5,7 +5,7 @@ from __future__ import annotations
 import linecache
 import re
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,11 @@ _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')  # torch.fx
 _RANGE = re.compile(r"^(?P<file>.+)\((?P<line>\d+)\): ", re.MULTILINE)  # torch.jit
+# As "inputs['x'].shape[0]", "inputs[0].shape[0]" or "L['args'][0].size()[0]", by version and call.
+_DIMENSION = re.compile(
+    r"(?:dimension )?(?:inputs|L)(?:\['args'\])?\[(?:'(?P<name>\w+)'|(?P<position>\d+))\]"
+    r"\.(?:shape|size\(\))\[(?P<dim>\d+)\]"
+)
 _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
@@ -32,7 +37,8 @@ _ADVICE = (
         "the forward decides by the values of a tensor: write it with torch.where or torch.cond",
     ),
     (
-        r"ConstraintViolation|marked .* dynamic|dynamic dim|specializ|dynamic_shapes|Constraints",
+        r"ConstraintViolation|marked .* dynamic|dynamic dim|specializ|dynamic_shapes|Constraints"
+        r"|inferred ranges",
         "leave that dimension fixed, or declare it as torch.export.Dim.AUTO",
     ),
     (
@@ -52,17 +58,18 @@ class _Place:
     line: int = 0
 
 
-def told(error: BaseException, model: nn.Module, other: str | None) -> str:
+def told(error: BaseException, model: nn.Module, other: str | None, inputs: Sequence[str]) -> str:
     """Return what failed, where in the user's model, and what to try.
 
     Args:
         error: what the exporter raised.
         model: the model; its modules are told by their paths.
         other: the exporter that could be tried instead, if there is one.
+        inputs: the names of the tensors that it was given, in their order.
     """
     chain = list(_chain(error))
     root = chain[-1]
-    text = f"{type(root).__name__}: {_shortened(str(root))}"
+    text = f"{type(root).__name__}: {_with_names(_shortened(str(root)), inputs)}"
     where = _words(_place(chain, model))
     advice = [
         text for pattern, text in _ADVICE if any(re.search(pattern, _named(e)) for e in chain)
@@ -107,6 +114,18 @@ def _shortened(text: str) -> str:
         text += " " + paragraphs[1]
     text = text.rstrip(".")
     return text if len(text) < _LONGEST else text[:_LONGEST] + " ..."
+
+
+def _with_names(text: str, inputs: Sequence[str]) -> str:
+    """Say dimensions as the user declares them."""
+
+    def named(match: re.Match[str]) -> str:
+        name, position = match["name"], match["position"]
+        if name is None and int(position) < len(inputs):
+            name = inputs[int(position)]
+        return f"dimension {match['dim']} of '{name}'" if name in inputs else match[0]
+
+    return _DIMENSION.sub(named, text)
 
 
 def _words(place: _Place) -> str:

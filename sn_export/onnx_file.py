@@ -125,7 +125,7 @@ def write_onnx(
     except Exception as error:
         raise ExportError(
             f"the {exporter} exporter cannot export {type(model).__name__}: "
-            f"{told(error, model, other)}"
+            f"{told(error, model, other, list(options.input_names))}"
         ) from error
     rename(
         graph.graph,

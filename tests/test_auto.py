@@ -19,6 +19,7 @@ from sn_export import (
     TracedDecisionWarning,
     export_onnx,
 )
+from sn_export.failures import told
 
 
 class Branching(nn.Module):
@@ -182,6 +183,52 @@ def test_fixed_dimension_says_what_to_try(tmp_path: Path) -> None:
         )
     assert "'n'" in str(caught.value) or "(n)" in str(caught.value)
     assert "leave it fixed" in str(caught.value) or "leave that dimension" in str(caught.value)
+
+
+class Pair(Head):
+    """Takes two tensors of one height, so that neither's can vary alone."""
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        result: Tensor = self.layer(x) + y
+        return result
+
+
+@pytest.mark.parametrize("hint", ["b", torch.export.Dim.DYNAMIC], ids=str)
+@pytest.mark.parametrize(("given", "name"), [(2, "x"), (2, "y"), (1, "y"), (0, "x")])
+def test_dimension_that_another_fixes_is_named(
+    tmp_path: Path, given: int, name: str, hint: Any
+) -> None:
+    """Said by input and position with any form of call, and with the advice for dimensions."""
+    tensors = {"x": rows(), "y": rows(seed=1)}
+    args = tuple(tensors.values())[:given]
+    kwargs = dict(list(tensors.items())[given:])
+    with pytest.raises(ExportError) as caught:
+        export_onnx(
+            Pair(),
+            args,
+            tmp_path / "net.onnx",
+            exporter="dynamo",
+            kwargs=kwargs,
+            dynamic_shapes={name: {0: hint}},
+        )
+    text = str(caught.value)
+    assert f"a static shape of 2 for dimension 0 of '{name}'. What to try: leave that" in text
+    assert "declare it as torch.export.Dim.AUTO" in text
+
+
+@pytest.mark.parametrize(
+    ("said", "names"),
+    [
+        ("dimension inputs['y'].shape[0]", "dimension 0 of 'y'"),
+        ("dimension inputs[1].shape[2]", "dimension 2 of 'y'"),
+        ("dimension inputs['args'][1].shape[0]", "dimension 0 of 'y'"),
+        ("2 <= L['args'][0].size()[0] = L['y'].size()[1]", "2 <= dimension 0 of 'x' = dimension 1"),
+        ("inputs[2].shape[0], inputs['z'].shape[0]", "inputs[2].shape[0], inputs['z'].shape[0]"),
+    ],
+)
+def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
+    """By name, by position or within the arguments of a call; what is unknown stays."""
+    assert names in told(ValueError(said), Pair(), None, ["x", "y"])
 
 
 @pytest.mark.parametrize("exporter", ["onnx", None, "Dynamo", 3])
