@@ -30,11 +30,15 @@ class FreezeError(SnExportError):
         self.remedy = remedy
 
 
-class FrozenWeightChangedWarning(UserWarning):
+class SnExportWarning(UserWarning):
+    """Base of every warning that sn_export gives."""
+
+
+class FrozenWeightChangedWarning(SnExportWarning):
     """A frozen weight was edited or moved inside the block; the change was discarded."""
 
 
-class ReparametrizationNotAppliedWarning(UserWarning):
+class ReparametrizationNotAppliedWarning(SnExportWarning):
     """The network carries a reparametrization where it never uses the computed weight."""
 
 
@@ -42,19 +46,19 @@ class SpectralNormNotAppliedWarning(ReparametrizationNotAppliedWarning):
     """The network carries spectral norm where it never uses the normalised weight."""
 
 
-class SpectralNormNotRecognisedWarning(UserWarning):
+class SpectralNormNotRecognisedWarning(SnExportWarning):
     """A module looks like a handwritten spectral norm that nothing here can freeze."""
 
 
-class ReparametrizationNotRecognisedWarning(UserWarning):
+class ReparametrizationNotRecognisedWarning(SnExportWarning):
     """A module computes its weight itself; the file holds the result, the block changes nothing."""
 
 
-class TracedDecisionWarning(UserWarning):
+class TracedDecisionWarning(SnExportWarning):
     """The forward decides by values; the file always does what was decided for the example."""
 
 
-class OutputNotExportedWarning(UserWarning):
+class OutputNotExportedWarning(SnExportWarning):
     """The model returns tensors within an object that no exporter looks into."""
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cli_networks import Unknown, trained_critic
 from cli_running import CRITIC, ONNX, Run, names, runner
 from safetensors.torch import save_file
 
+import sn_export
+from sn_export.cli.console import noted
 from sn_export.reporting import save_report
 
 EXACT = ("--rtol", "0", "--atol", "0")
@@ -183,6 +186,43 @@ def test_suspects_and_folded_weights(run: Run) -> None:
     assert "looks like a spectral norm that is not known" in lines[0]
     assert lines[1].startswith("sn-export: note: the model computes 'weight' by itself")
     assert [line.removeprefix("sn-export: note: ") for line in lines] == content["notes"]
+
+
+_WARNINGS = [name for name in sn_export.__all__ if name.endswith("Warning")]
+
+
+@pytest.mark.parametrize("name", _WARNINGS)
+def test_every_warning_of_ours_is_a_note(name: str) -> None:
+    """It is kept once, also where warnings are errors, as in the tests; others are not kept."""
+    with noted() as notes:
+        for _ in range(2):
+            warnings.warn("told", getattr(sn_export, name), stacklevel=1)
+        with pytest.raises(UserWarning, match="of others"):
+            warnings.warn("of others", UserWarning, stacklevel=1)
+    assert notes == ["told"]
+
+
+_WITH_AN_OBJECT = """
+from types import SimpleNamespace
+from torch import nn
+class Layer(nn.Linear):
+    def forward(self, x):
+        y = super().forward(x)
+        return y, SimpleNamespace(mean=y)
+"""
+
+
+def test_what_is_left_out_of_the_file_is_a_note(run: Run) -> None:
+    """An output that no exporter sees is told in one line on stderr, and in JSON."""
+    Path("object_of_a_test.py").write_text(_WITH_AN_OBJECT)
+    torch.save(torch.nn.Linear(3, 2).state_dict(), "l.pt")
+    ran = run("onnx", "l.pt", "--model", "object_of_a_test:Layer", "--input", "2x3",
+              "--model-kwargs", '{"in_features": 3, "out_features": 2}',
+              "-o", "l.onnx", "--json")  # fmt: skip
+    assert ran.code == 0
+    (line,) = ran.err.splitlines()
+    assert line.startswith("sn-export: note: the file lacks the tensors within ")
+    assert json.loads(ran.out)["notes"] == [line.removeprefix("sn-export: note: ")]
 
 
 def test_what_the_model_prints_is_no_answer(run: Run) -> None:

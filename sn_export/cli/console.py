@@ -15,13 +15,7 @@ from typing import Any
 
 import typer
 
-from ..errors import (
-    FrozenWeightChangedWarning,
-    ReparametrizationNotRecognisedWarning,
-    SpectralNormNotAppliedWarning,
-    SpectralNormNotRecognisedWarning,
-    TracedDecisionWarning,
-)
+from ..errors import SnExportWarning
 from ..plain import plain
 from .errors import UsageError
 
@@ -85,26 +79,18 @@ def progress() -> Iterator[Callable[[str], None]]:
 @contextlib.contextmanager
 def noted() -> Iterator[list[str]]:
     """Yield a list that the texts of sn_export's own warnings go to; others are shown as ever."""
-    own = (
-        FrozenWeightChangedWarning,
-        ReparametrizationNotRecognisedWarning,
-        SpectralNormNotAppliedWarning,
-        SpectralNormNotRecognisedWarning,
-        TracedDecisionWarning,
-    )
     notes: list[str] = []
     with warnings.catch_warnings():
         show = warnings.showwarning
 
         def keep(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-            if not issubclass(category, own):
+            if not issubclass(category, SnExportWarning):
                 show(message, category, *where, **more)
             elif str(message) not in notes:
                 notes.append(str(message))
 
         warnings.showwarning = keep
-        for category in own:
-            warnings.simplefilter("always", category)
+        warnings.simplefilter("always", SnExportWarning)
         yield notes
 
 
