@@ -28,13 +28,18 @@ def save(
 ) -> None:
     """Write ``model`` to ``path``, with the weights in its side file if they go ``outside``.
 
+    Small weights stay in the file, and there is no side file if none is left for it.
+
     Args:
         model: a graph with its weights.
         path: the file.
         outside: whether there is a side file.
         release: called whenever a weight has been read, to free what that took.
     """
-    data = side_file(path).name if outside else None
+    data = side_file(path)
     options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
-    ir.save(model, path, external_data=data, callback=lambda *_: release(), **options)
+    name = data.name if outside else None
+    ir.save(model, path, external_data=name, callback=lambda *_: release(), **options)
     release()
+    if outside and data.is_file() and not data.stat().st_size:
+        data.unlink()
