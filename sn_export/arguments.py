@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from .errors import SnExportError
 from .onnx_file import EXPORTERS, Exporter
-from .places import require_place, side_file
+from .places import as_path, require_place, side_file
 
 
 def as_args(args: Any) -> tuple[Any, ...]:
@@ -40,10 +40,11 @@ def require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
     """Return the path of a file to write.
 
     Raises:
+        TypeError: if it is no path.
         ValueError: if it names no file.
         OSError: if it cannot be there, or its external data beside it.
     """
-    target = Path(path)
+    target = as_path(path, option)
     if not target.name:
         raise ValueError(f"{option} must name a file, got '{path}'")
     require_place(target)

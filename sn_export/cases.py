@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -24,6 +23,7 @@ from .parity import (
     results,
     running_errors,
 )
+from .places import as_path
 from .tolerances import Tolerance, applied, tolerance_of
 from .words import dtype_name
 
@@ -56,6 +56,7 @@ def check_case(
         The report, passed or not, without modules.
 
     Raises:
+        TypeError: for an argument of a wrong type.
         ValueError: for a negative tolerance, a tolerance for an output that the file does not
             have, or an unknown provider.
         FileNotFoundError: if there is no such file.
@@ -65,7 +66,7 @@ def check_case(
     """
     require_tolerances(rtol, atol)
     require_proof_dtype(proof_dtype)
-    path, saved = Path(onnx_path), Path(case_path)
+    path, saved = as_path(onnx_path, "onnx_path"), as_path(case_path, "case_path")
     for kind, file in (("ONNX file", path), ("case", saved)):
         if not file.is_file():
             raise FileNotFoundError(f"no {kind} at '{file}'")

@@ -61,7 +61,7 @@ from .preserving import Preserved, preserved
 from .proof import Proof
 from .ranges import references_beyond
 from .report import Attempt, ExportReport
-from .samples import InputSet, as_input_sets, random_sets, require_seen
+from .samples import InputSet, as_input_sets, as_kwargs, random_sets, require_seen
 from .sizes import Resizer, resized_references
 from .spill import Spill
 from .tolerances import Tolerance
@@ -203,7 +203,8 @@ def export_onnx(
     require_metadata(metadata)
     case = require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
-    given = InputSet(as_args(args), dict(kwargs or {}), "the example input")
+    keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
+    given = InputSet(as_args(args), keywords, "the example input")
     require_seen(model, given)
     example = given.clone().in_order(model)  # a copy, in which no tensor stands twice
     own = as_input_sets(inputs, len(example.args), "inputs", example)

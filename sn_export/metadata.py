@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from .freezing import ParametrizationInfo, SpectralNormInfo
+from .places import as_path
 
 PREFIX = "sn_export."
 _CHUNK = 2**20
@@ -86,11 +87,12 @@ def require_source(source: str | os.PathLike[str] | None) -> Path | None:
     """Return the path of the checkpoint.
 
     Raises:
+        TypeError: if it is no path.
         FileNotFoundError: if there is no such file.
     """
     if source is None:
         return None
-    path = Path(source)
+    path = as_path(source, "source")
     if not path.is_file():
         raise FileNotFoundError(f"source must be a file, there is none at '{path}'")
     return path

@@ -25,10 +25,17 @@ _BFLOAT16 = 16  # TensorProto.BFLOAT16
 
 
 def require_providers(providers: Sequence[str]) -> None:
-    """Raise a ValueError for an onnxruntime execution provider that is not installed."""
+    """Raise for execution providers that onnxruntime cannot be given.
+
+    Raises:
+        TypeError: if they are no sequence.
+        ValueError: if they are one text, or one of them is not installed.
+    """
     available = ort.get_available_providers()
     if isinstance(providers, str):
         raise ValueError(f"providers must be a sequence of names, got the text {providers!r}")
+    if not isinstance(providers, Sequence):
+        raise TypeError(f"providers must be a sequence of names, got {providers!r}")
     for provider in providers:
         if provider not in available:
             raise ValueError(
@@ -49,6 +56,7 @@ def open_session(
         at_once: run no file in pieces, which are read from it whenever it runs.
 
     Raises:
+        TypeError: if the providers are no sequence.
         ValueError: for a provider that is not installed.
         ExportError: if onnxruntime cannot load the file.
     """

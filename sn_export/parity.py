@@ -29,6 +29,7 @@ from .onnx_session import (
     run_session,
 )
 from .output_parity import OutputParity, RunningErrors
+from .places import as_path
 from .preserving import Preserved, preserved
 from .reference import Reference, run_reference
 from .samples import as_input_sets
@@ -159,7 +160,8 @@ def check_parity(
         The report, passed or not.
 
     Raises:
-        TypeError: if ``model`` is not a module or ``inputs`` are of no known form.
+        TypeError: if ``model`` is not a module, ``inputs`` are of no known form, or another
+            argument is of a wrong type.
         ValueError: for no inputs, a negative tolerance, a tolerance for an output that the file
             does not have, or an unknown provider.
         FileNotFoundError: if there is no such file.
@@ -172,7 +174,7 @@ def check_parity(
     model = unwrapped(model)
     require_tolerances(rtol, atol)
     require_proof_dtype(proof_dtype)
-    path = Path(onnx_path)
+    path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
     session = proof_session(path, providers, proof_dtype)

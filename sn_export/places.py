@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 
 def side_file(path: Path) -> Path:
     """Return where the external data of an ONNX file lies: ``net.onnx.data`` of ``net.onnx``."""
     return path.with_name(path.name + ".data")
+
+
+def as_path(path: Any, option: str) -> Path:
+    """Return what a user passes as ``option``.
+
+    Raises:
+        TypeError: if it is neither text nor an `os.PathLike`.
+    """
+    try:
+        return Path(path)
+    except TypeError as error:
+        raise TypeError(f"{option} must be the path of a file, got {path!r}") from error
 
 
 def require_place(target: Path) -> None:

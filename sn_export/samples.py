@@ -62,6 +62,22 @@ class InputSet:
         return replace(self, kwargs={name: self.kwargs[name] for name in order})
 
 
+def as_kwargs(kwargs: Any, option: str) -> dict[str, Any]:
+    """Return the keyword arguments of a call.
+
+    Raises:
+        TypeError: if they are no mapping by name.
+    """
+    if not isinstance(kwargs, Mapping):
+        raise TypeError(
+            f"{option} must be a dict of keyword arguments, got {type(kwargs).__name__}"
+        )
+    for name in kwargs:
+        if not isinstance(name, str):
+            raise TypeError(f"{option} must be by name of the argument, got the key {name!r}")
+    return dict(kwargs)
+
+
 def as_input_sets(
     inputs: Any,
     arity: int | None = None,
@@ -80,6 +96,12 @@ def as_input_sets(
     """
     if inputs is None:
         return []
+    return _input_sets(inputs, arity, label, example)
+
+
+def _input_sets(
+    inputs: Any, arity: int | None, label: str, example: InputSet | None
+) -> list[InputSet]:
     if isinstance(inputs, tuple) and _is_several(inputs, arity):
         is_call = example is not None and (
             pytree.tree_structure(inputs) == pytree.tree_structure(example.args)
@@ -89,14 +111,14 @@ def as_input_sets(
         return [
             InputSet(one.args, one.kwargs, f"{label} {index}")
             for index, item in enumerate(inputs)
-            for one in as_input_sets(item, None, label)
+            for one in _input_sets(item, None, label, None)
         ]
     if isinstance(inputs, InputSet):
         return [inputs]
     if isinstance(inputs, Tensor):
         return [InputSet((inputs,), {}, label)]
     if isinstance(inputs, Mapping):
-        return [InputSet((), dict(inputs), label)]
+        return [InputSet((), as_kwargs(inputs, "inputs"), label)]
     if isinstance(inputs, tuple):
         return [InputSet(inputs, {}, label)]
     raise TypeError(

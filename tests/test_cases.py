@@ -314,6 +314,14 @@ def test_absent_files(tmp_path: Path, identity: Path) -> None:
     assert str(caught.value) == f"no ONNX file at '{absent}'"
 
 
+@pytest.mark.parametrize("option", ["onnx_path", "case_path"])
+def test_what_is_no_path(identity: Path, option: str) -> None:
+    """It is refused with the name of the argument."""
+    paths: dict[str, Any] = {"onnx_path": identity, "case_path": identity, option: 5}
+    with pytest.raises(TypeError, match=f"{option} must be the path of a file, got 5"):
+        check_case(**paths)
+
+
 def test_model_is_untouched_and_case_is_complete(tmp_path: Path) -> None:
     """A case of a model with a dynamic size holds the other sizes too."""
     path, case = tmp_path / "net.onnx", tmp_path / "net.npz"

@@ -166,6 +166,50 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         "inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or a list "
         "of these, got int",
     ),
+    "inputs None within a list": (
+        {"inputs": [None]},
+        TypeError,
+        "inputs must be a tensor, a tuple of arguments, a dict of keyword arguments or a list "
+        "of these, got NoneType",
+    ),
+    "inputs not by name": (
+        {"inputs": [{5: rows()}]},
+        TypeError,
+        "inputs must be by name of the argument, got the key 5",
+    ),
+    "kwargs a number": (
+        {"kwargs": 5},
+        TypeError,
+        "kwargs must be a dict of keyword arguments, got int",
+    ),
+    "kwargs a list": (
+        {"kwargs": [1]},
+        TypeError,
+        "kwargs must be a dict of keyword arguments, got list",
+    ),
+    "kwargs a tensor": (
+        {"kwargs": rows()},
+        TypeError,
+        "kwargs must be a dict of keyword arguments, got Tensor",
+    ),
+    "kwargs not by name": (
+        {"kwargs": {5: rows()}},
+        TypeError,
+        "kwargs must be by name of the argument, got the key 5",
+    ),
+    "path": ({"path": 5}, TypeError, "path must be the path of a file, got 5"),
+    "path of bytes": (
+        {"path": b"net.onnx"},
+        TypeError,
+        "path must be the path of a file, got b'net.onnx'",
+    ),
+    "source": ({"source": 5}, TypeError, "source must be the path of a file, got 5"),
+    "save_case": ({"save_case": 5}, TypeError, "save_case must be the path of a file, got 5"),
+    "providers None": (
+        {"providers": None},
+        TypeError,
+        "providers must be a sequence of names, got None",
+    ),
 }
 
 
@@ -174,9 +218,9 @@ def test_bad_argument(
     tmp_path: Path, options: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     """A bad argument is told word for word what was wanted and given, before the model runs."""
-    given: dict[str, Any] = {"model": Raising(), "args": rows(), **options}
+    given: dict[str, Any] = {"model": Raising(), "args": rows(), "path": tmp_path / "net.onnx"}
     with pytest.raises(error) as caught:
-        export_onnx(given.pop("model"), given.pop("args"), tmp_path / "net.onnx", **given)
+        export_onnx(**(given | options))
     assert str(caught.value) == message
     assert list(tmp_path.iterdir()) == []
 

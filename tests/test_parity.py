@@ -432,8 +432,13 @@ def test_bad_model_provider_and_inputs(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match="unknown onnxruntime provider 'None such'"):
         check_parity(Head(), path, rows(), providers=["None such"])
-    with pytest.raises(TypeError, match="inputs must be a tensor, a tuple of arguments"):
-        check_parity(Head(), path, 3)
+    with pytest.raises(TypeError, match="providers must be a sequence of names, got None"):
+        check_parity(Head(), path, rows(), providers=None)  # type: ignore[arg-type]
+    for inputs in (3, [None]):
+        with pytest.raises(TypeError, match="inputs must be a tensor, a tuple of arguments"):
+            check_parity(Head(), path, inputs)
+    with pytest.raises(TypeError, match="onnx_path must be the path of a file, got 5"):
+        check_parity(Head(), 5, rows())  # type: ignore[arg-type]
 
 
 def test_model_that_raises(tmp_path: Path) -> None:

@@ -241,6 +241,12 @@ def test_saving_where_it_cannot_be(
     assert [path.name for path in tmp_path.iterdir()] == ["folder.md"]
 
 
+def test_saving_to_what_is_no_path() -> None:
+    """It is refused as such."""
+    with pytest.raises(TypeError, match="path must be the path of a file, got None"):
+        save_report(content(), None)  # type: ignore[arg-type]
+
+
 @needs_browser
 @pytest.mark.parametrize("passed", [True, False])
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ..places import require_place, side_file
+from ..places import as_path, require_place, side_file
 from .content import as_content
 from .html import to_html
 from .markdown import to_markdown
@@ -33,7 +33,7 @@ def save_report(report: Any, path: str | os.PathLike[str], *, command: str = "")
         The path.
 
     Raises:
-        TypeError: for what is no report.
+        TypeError: for what is no report, or no path.
         ValueError: for another suffix, or JSON content in which something is missing.
         FileNotFoundError: if the folder does not exist.
         IsADirectoryError: if ``path`` is a folder.
@@ -54,7 +54,7 @@ def save_report(report: Any, path: str | os.PathLike[str], *, command: str = "")
 
 def require_report_path(path: str | os.PathLike[str]) -> Path:
     """Return ``path`` if a report can be written there; raises as `save_report` does."""
-    target = Path(path)
+    target = as_path(path, "path")
     if target.suffix not in REPORT_SUFFIXES:
         wanted = ", ".join(REPORT_SUFFIXES)
         raise ValueError(f"the name of a report must end in one of {wanted}, got '{target}'")
