@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 from .errors import SnExportError
 from .onnx_file import EXPORTERS, Exporter
 from .places import as_path, require_place, side_file
+from .plain import plain_integer
 
 
 def as_args(args: Any) -> tuple[Any, ...]:
@@ -62,9 +63,19 @@ def require_case(path: str | os.PathLike[str], target: Path) -> Path:
     return case
 
 
-def require_options(
-    exporter: Any, samples: int, external_data: Any, freeze: Any
-) -> tuple[Exporter, ...]:
+def require_samples(samples: int) -> int:
+    """Return a number of random inputs.
+
+    Raises:
+        ValueError: if it is no integer, or negative.
+    """
+    number = plain_integer(samples)
+    if number is None or number < 0:
+        raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
+    return number
+
+
+def require_options(exporter: Any, external_data: Any, freeze: Any) -> tuple[Exporter, ...]:
     """Return the exporters to try, in order.
 
     Raises:
@@ -72,8 +83,6 @@ def require_options(
     """
     if exporter not in ("auto", *EXPORTERS):
         raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
-    if isinstance(samples, bool) or not isinstance(samples, int) or samples < 0:
-        raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
     if external_data not in ("auto", True, False):
         raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
     if freeze not in ("spectral_norm", "all"):

@@ -64,7 +64,7 @@ def check_case(
         ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
             are not those of the case.
     """
-    require_tolerances(rtol, atol)
+    rtol, atol = require_tolerances(rtol, atol)
     require_proof_dtype(proof_dtype)
     path, saved = as_path(onnx_path, "onnx_path"), as_path(case_path, "case_path")
     for kind, file in (("ONNX file", path), ("case", saved)):

@@ -18,6 +18,7 @@ from .arguments import (
     require_case,
     require_initialized,
     require_options,
+    require_samples,
     require_target,
 )
 from .case_file import write_case
@@ -195,9 +196,10 @@ def export_onnx(
     model = unwrapped(require_module(model))
     require_initialized(model)
     target = require_target(path)
-    exporters = require_options(exporter, samples, external_data, freeze)
-    require_opset(opset_version)
-    require_tolerances(rtol, atol)
+    exporters = require_options(exporter, external_data, freeze)
+    samples = require_samples(samples)
+    opset_version = require_opset(opset_version)
+    rtol, atol = require_tolerances(rtol, atol)
     require_providers(providers)
     require_proof_dtype(proof_dtype)
     require_metadata(metadata)

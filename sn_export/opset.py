@@ -11,29 +11,32 @@ import torch.onnx
 from onnx import TensorProto, helper
 
 from .errors import ExportError
+from .plain import plain_integer
 
 OLDEST_OPSET = 17
 _BFLOAT16 = 22
 _IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
 
-def require_opset(opset: int | None) -> None:
-    """Raise for an opset that cannot be had.
+def require_opset(opset: int | None) -> int | None:
+    """Return an opset, or None, if it can be had.
 
     Raises:
         TypeError: if it is no integer.
         ValueError: if it is older than 17 or newer than `newest_opset`.
     """
     if opset is None:
-        return
-    if isinstance(opset, bool) or not isinstance(opset, int):
+        return None
+    number = plain_integer(opset)
+    if number is None:
         raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
-    if not OLDEST_OPSET <= opset <= newest_opset():
+    if not OLDEST_OPSET <= number <= newest_opset():
         raise ValueError(
             f"opset_version must be from {OLDEST_OPSET} to {newest_opset()}, the newest that both "
             f"exporters of torch {torch.__version__} and onnxruntime {ort.__version__} take, "
-            f"got {opset}"
+            f"got {number}"
         )
+    return number
 
 
 def default_opset(dtype: str | None) -> int | None:

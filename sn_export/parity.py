@@ -172,7 +172,7 @@ def check_parity(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
-    require_tolerances(rtol, atol)
+    rtol, atol = require_tolerances(rtol, atol)
     require_proof_dtype(proof_dtype)
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():

@@ -1,10 +1,12 @@
-"""Values as JSON holds them. It needs no torch."""
+"""Values as JSON holds them, and numbers as Python does. It needs no torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping
+from numbers import Real
 from os import PathLike, fspath
 from typing import Any
 
@@ -35,3 +37,21 @@ def plain_parity(parity: Any) -> dict[str, Any]:
         return dict(plain(parity.content()))
     fields = {entry.name: getattr(parity, entry.name) for entry in dataclasses.fields(parity)}
     return {**plain(fields), "passed": bool(parity.passed)}
+
+
+def plain_integer(value: object) -> int | None:
+    """Return an integer, numpy's too, as Python's own; None for anything else, and for a bool."""
+    if isinstance(value, bool):
+        return None
+    try:
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        return None
+
+
+def plain_number(value: object) -> float | None:
+    """Return a real number as `plain_integer` does an integer."""
+    whole = plain_integer(value)
+    if whole is not None:
+        return whole
+    return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .plain import plain_integer, plain_number
 from .words import dtype_name
 
 # rtol, and atol in units of the largest reference value of the output.
@@ -24,8 +25,8 @@ Tolerance = float | Mapping[Any, float] | None
 
 def require_tolerances(
     rtol: Tolerance, atol: Tolerance, outputs: Sequence[str] | None = None
-) -> None:
-    """Raise for a tolerance that no comparison could use.
+) -> tuple[Tolerance, Tolerance]:
+    """Return both tolerances in numbers of Python, if a comparison can use them.
 
     Args:
         rtol: relative tolerance.
@@ -36,18 +37,7 @@ def require_tolerances(
         TypeError: for a key that is neither a name nor a position.
         ValueError: for a tolerance that is negative or not a number, or a key that is no output.
     """
-    for name, value in (("rtol", rtol), ("atol", atol)):
-        if not isinstance(value, Mapping):
-            _require_number(name, value)
-            continue
-        for key, entry in value.items():
-            if isinstance(key, bool) or not isinstance(key, (str, int)):
-                raise TypeError(
-                    f"{name} must be by name or position of an output, got the key {key!r}"
-                )
-            _require_number(f"{name}[{key!r}]", entry)
-        if outputs is not None:
-            _require_known(name, value, outputs)
+    return _required("rtol", rtol, outputs), _required("atol", atol, outputs)
 
 
 def tolerance_of(tolerance: Tolerance, position: int, name: str) -> float | None:
@@ -95,11 +85,27 @@ def largest(tensor: Tensor) -> float:
     return float(finite.max()) if finite.numel() else 0.0
 
 
-def _require_number(name: str, value: object) -> None:
+def _required(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tolerance:
+    if not isinstance(value, Mapping):
+        return _number(name, value)
+    found: dict[Any, Any] = {}
+    for key, entry in value.items():
+        known = key if isinstance(key, str) else plain_integer(key)
+        if known is None:
+            raise TypeError(f"{name} must be by name or position of an output, got the key {key!r}")
+        found[known] = _number(f"{name}[{known!r}]", entry)
+    if outputs is not None:
+        _require_known(name, found, outputs)
+    return found
+
+
+def _number(name: str, value: object) -> float | None:
     if value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        return None
+    number = plain_number(value)
+    if number is None or not number >= 0:
         raise ValueError(f"{name} must be 0 or more, got {value}")
+    return number
 
 
 def _require_known(name: str, tolerance: Mapping[Any, float], outputs: Sequence[str]) -> None:

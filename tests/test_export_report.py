@@ -9,6 +9,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from export_models import EXPORTERS, Head, Raising, images, rows, small_net
@@ -115,6 +116,11 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         {"samples": True},
         ValueError,
         "samples must be an integer of 0 or more, got True",
+    ),
+    "samples a truth value of numpy": (
+        {"samples": np.True_},
+        ValueError,
+        f"samples must be an integer of 0 or more, got {np.True_!r}",
     ),
     "external_data": (
         {"external_data": "yes"},

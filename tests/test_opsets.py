@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
@@ -69,7 +70,7 @@ def test_outside(tmp_path: Path, opset: int) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("opset", ["18", 18.0, True])
+@pytest.mark.parametrize("opset", ["18", 18.0, True, np.True_, np.float32(18)])
 def test_no_integer(tmp_path: Path, opset: Any) -> None:
     """What is no integer is told apart from a bad number."""
     with pytest.raises(TypeError, match="opset_version must be an integer"):

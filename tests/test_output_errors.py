@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor, nn
 
-from sn_export import OutputParity, ParityError, check_parity, export_onnx, spread
+from sn_export import OutputParity, ParityError, check_case, check_parity, export_onnx, spread
 from sn_export.output_parity import RunningErrors
+from sn_export.tolerances import require_tolerances
 
 
 def _measure(pairs: list[tuple[Any, Any]], **tolerances: float) -> OutputParity:
@@ -195,6 +197,50 @@ def test_bad_tolerances(
     with pytest.raises(error) as caught:
         check_parity(SumAndDifference(), _two(tmp_path), (rows(), rows()), **tolerances)
     assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("given", "number"),
+    [
+        (np.float32(0.5), 0.5),
+        (np.float64(0.25), 0.25),
+        (np.int64(2), 2),
+        ({"d": np.float16(0.5), np.int64(0): 1}, {"d": 0.5, 0: 1}),
+        ({"s": None}, {"s": None}),
+    ],
+)
+def test_numbers_of_numpy(given: Any, number: Any) -> None:
+    """They are tolerances as Python's own are, and become these: a case is kept as JSON."""
+    found = require_tolerances(given, given, ["s", "d"])
+    assert found == (number, number)
+    json.dumps(found[0])
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 1j, "1", torch.tensor(0.5)], ids=repr)
+def test_no_real_number(value: Any) -> None:
+    """Truth values, complex numbers, text and tensors are no tolerance."""
+    with pytest.raises(ValueError, match="atol must be 0 or more, got "):
+        require_tolerances(None, value)
+
+
+def test_numbers_of_numpy_in_an_export(tmp_path: Path) -> None:
+    """Options that are computed with numpy are taken, also into a saved case."""
+    path, case = tmp_path / "net.onnx", tmp_path / "net.npz"
+    report = export_onnx(
+        Head(),
+        rows(),
+        path,
+        exporter="torchscript",
+        rtol=np.float32(0.5),
+        atol={np.int64(0): np.float32(0.25)},
+        samples=np.int64(2),  # type: ignore[arg-type]
+        opset_version=np.int64(19),  # type: ignore[arg-type]
+        save_case=case,
+    )
+    assert (report.parity.samples, report.opset) == (3, 19)
+    replayed = check_case(path, case).outputs[0]
+    assert (replayed.rtol, replayed.atol) == (0.5, 0.25)
+    assert json.loads(report.to_json())["parity"]["outputs"][0]["atol"] == 0.25
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
