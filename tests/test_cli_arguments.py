@@ -53,6 +53,9 @@ def test_bad_shapes() -> None:
         "complex64, complex128, int64, int32, int16, int8, uint8, bool"
     )
     assert _message(example_of, ["x=2", "3"]) == ("--input 3 has no name and follows one that has")
+    assert _message(example_of, ["x=2", "y=2", "x=3"]) == (
+        "--input gives 'x' twice, again with x=3"
+    )
 
 
 def test_sizes() -> None:
@@ -73,6 +76,7 @@ def test_dims() -> None:
         assert _message(parse_dims, [text]) == (
             f"--dim must be NAME=D such as body.0.weight=1, got '{text}'"
         )
+    assert _message(parse_dims, ["w=0", "w=-1"]) == "--dim gives 'w' twice: 0 and -1"
 
 
 def test_tolerances() -> None:
@@ -99,8 +103,12 @@ def test_dynamic_dimensions() -> None:
         "x": {0: "batch", 2: "width"},
         "y": None,
     }
-    assert _message(parse_dynamic, ["x=0"], ["x"]) == (
-        "--dynamic must be INPUT:DIM=NAME such as x:0=batch, got 'x=0'"
+    for text in ("x=0", "x:0=", "x:0=a b", "x:0=1", "x:-1=a"):
+        assert _message(parse_dynamic, [text], ["x"]) == (
+            f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'"
+        )
+    assert _message(parse_dynamic, ["x:0=a", "x:1=a", "x:0=b"], ["x"]) == (
+        "--dynamic gives dimension 0 of 'x' twice: 'a' and 'b'"
     )
     assert _message(parse_dynamic, ["z:0=b"], ["x", "y"]) == (
         "--dynamic names the input 'z'; the inputs are x, y"

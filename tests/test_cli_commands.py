@@ -165,6 +165,14 @@ BAD: dict[str, tuple[list[str], str]] = {
         ["check", "a.onnx", "--rtol", "much"],
         "--rtol must be a number, or OUTPUT=NUMBER such as score=1e-3, got 'much'",
     ),
+    "dim that is none": (
+        ["onnx", "a.pt", *CRITIC, "--dim", "body.0.weight=9"],
+        "'body.0.weight' [4, 3, 3, 3] with u of 4 elements has dim 0, got --dim body.0.weight=9",
+    ),
+    "dim of another length": (
+        ["convert", "a.pt", "--to", "hook", "-o", "o.pt", "--dim", "head.weight=1"],
+        "'head.weight' [5, 2] with u of 5 elements has dim 0, got --dim head.weight=1",
+    ),
     "inspect": (["inspect", "no.pt"], "there is no checkpoint at 'no.pt'"),
     "convert": (
         ["convert", "a.pt", "--to", "plain", "-o", "o.txt"],

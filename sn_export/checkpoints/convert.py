@@ -14,7 +14,7 @@ import torch
 
 from ..words import listed
 from .content import Checkpoint, StateDict
-from .dims import require_known
+from .dims import require_fitting
 from .errors import CheckpointError
 from .handwritten import handwritten_notes
 from .lazy import LazyTensors
@@ -104,7 +104,7 @@ def convert_checkpoint(
             "'weight_u', no 'parametrizations.weight.original' with '0._u'"
             + "".join(f". {n}" for n in notes)
         )
-    require_known(dims or {}, list(found))
+    require_fitting(dims or {}, found, state.tensors)
     result = respell(state, to, dims)
     count = len(result.entries)
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,17 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
     )
 
 
-def require_known(dims: Mapping[str, int], sites: list[StoredNorm]) -> None:
+def require_fitting(
+    dims: Mapping[str, int], sites: Sequence[StoredNorm], tensors: Mapping[str, Any]
+) -> None:
+    """Raise a CheckpointError for a ``--dim`` that is not possible, also where none is needed."""
+    require_known(dims, sites)
+    for site in sites:
+        if site.name in dims:
+            decide_dim(TorchNorm(site, tensors), dims)
+
+
+def require_known(dims: Mapping[str, int], sites: Sequence[StoredNorm]) -> None:
     """Raise a CheckpointError for a ``--dim`` of a tensor that is not there."""
     names = [site.name for site in sites]
     for name in dims:

@@ -13,7 +13,7 @@ from ..freezing import described
 from ..sigma import stored_sigma
 from ..words import listed
 from .content import Checkpoint, StateDict
-from .dims import require_known
+from .dims import require_fitting
 from .errors import CheckpointError
 from .fit import fit_names, overlap, require_equal
 from .sites import Spelling, find_sites
@@ -52,8 +52,8 @@ def load_checkpoint(
         dims: dims of square weights by name, where neither vectors nor model can tell.
 
     Raises:
-        CheckpointError: if keys are missing, unknown or of another shape, or values are NaN
-            or infinite.
+        CheckpointError: if keys are missing, unknown or of another shape, values are NaN or
+            infinite, or a dim in ``dims`` is not possible.
     """
     what = type(model).__name__
     wanted: dict[str, Any] = model.state_dict()
@@ -101,7 +101,7 @@ def _in_spelling_of(
     to: dict[str, Spelling] = {}
     notes = []
     sites = find_sites(state.tensors)
-    require_known(dims, sites)
+    require_fitting(dims, sites, state.tensors)
     for site in sites:
         spelling = spellings.get(site.name, "plain" if site.name in wanted else site.kind)
         # Into its own spelling torch itself loads a checkpoint from before v.

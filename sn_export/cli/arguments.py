@@ -47,11 +47,13 @@ def parse_size(text: str) -> int:
 
 def parse_dims(texts: list[str]) -> dict[str, int]:
     """Return the dims that ``--dim NAME=D`` gives."""
-    dims = {}
+    dims: dict[str, int] = {}
     for text in texts:
         name, _, number = text.rpartition("=")
         if not name or not re.fullmatch(r"-?\d+", number):
             raise UsageError(f"--dim must be NAME=D such as body.0.weight=1, got '{text}'")
+        if name in dims:
+            raise UsageError(f"--dim gives '{name}' twice: {dims[name]} and {int(number)}")
         dims[name] = int(number)
     return dims
 
@@ -118,8 +120,13 @@ def parse_dynamic(texts: list[str], names: list[str]) -> dict[str, dict[int, str
             raise UsageError(
                 f"--dynamic names the input '{match['name']}'; the inputs are {', '.join(names)}"
             )
-        entry = shapes[match["name"]] or {}
-        entry[int(match["position"])] = match["dim"]
+        entry, position = shapes[match["name"]] or {}, int(match["position"])
+        if position in entry:
+            raise UsageError(
+                f"--dynamic gives dimension {position} of '{match['name']}' twice: "
+                f"'{entry[position]}' and '{match['dim']}'"
+            )
+        entry[position] = match["dim"]
         shapes[match["name"]] = entry
     return shapes
 
@@ -136,6 +143,8 @@ def example_of(texts: list[str]) -> InputSet:
     for text in texts:
         name, shape, dtype = _parse_input(text)
         value = _random(shape, getattr(torch, dtype), generator)
+        if name in kwargs:
+            raise UsageError(f"--input gives '{name}' twice, again with {text}")
         if name is not None:
             kwargs[name] = value
         elif kwargs:
