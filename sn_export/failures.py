@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from .module_trace import type_name
+from .words import without_frames
 
 _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -108,7 +109,7 @@ def _named(error: BaseException) -> str:
 
 
 def _shortened(text: str) -> str:
-    paragraphs = [p.strip() for p in _COLOUR.sub("", text).strip().split("\n\n")]
+    paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
     text = paragraphs[0]
     if text.endswith(":") and len(paragraphs) > 1:
         text += " " + paragraphs[1]

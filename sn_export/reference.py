@@ -18,6 +18,7 @@ from .large import are_large
 from .preserving import Preserved
 from .samples import InputSet
 from .structure import is_plain, paths_of_tensors, unseen_tensors
+from .words import without_frames
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
         result = _run(model, state, inputs)
     except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
-            f"the model fails on {inputs.label}: {type(error).__name__}: {error}"
+            f"the model fails on {inputs.label}: {type(error).__name__}: "
+            f"{without_frames(str(error))}"
         ) from error
     found = paths_of_tensors(result)
     outputs = tuple(leaf.detach().clone() for _, leaf in found)

@@ -1,9 +1,17 @@
-"""Names as they stand in state dicts, messages and reports. It needs no torch."""
+"""Names and texts as they stand in state dicts, messages and reports. It needs no torch."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from typing import Any
+
+# Of torch's C++ errors, and of Python's own where they passed through C++.
+_FRAMES = re.compile(
+    r"\s*^(?:Exception raised from .+ \(most recent call first\):$|frame #\d+: "
+    r"|At:\n  .+\(\d+\): )",
+    re.MULTILINE,
+)
 
 
 def qualified(path: str, name: str) -> str:
@@ -26,3 +34,8 @@ def first_few(texts: Iterable[str], most: int = 5) -> str:
     texts = list(texts)
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def without_frames(text: str) -> str:
+    """Return the text of an error up to where it lists the frames of C++ that it came from."""
+    return _FRAMES.split(text, maxsplit=1)[0]

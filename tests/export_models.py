@@ -31,6 +31,15 @@ ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign,assignm
     functools.cache(ONNXRegistry.from_torchlib)
 )
 
+# What torch adds to the text of an error in C++.
+FRAMES = """\
+Exception raised from unpack at /pytorch/torch/csrc/numbers.h:79 (most recent call first):
+frame #0: c10::Error::Error(c10::SourceLocation) + 0x9d (0x7f in /lib/libc10.so)
+<omitting python frames>
+frame #46: <unknown function> + 0x2724a (0x7f in /lib/libc.so.6)
+"
+"""
+
 Apply = Callable[..., Any]
 APPLY: dict[str, Apply] = {
     "hook": spectral_norm,

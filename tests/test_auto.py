@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import EXPORTERS, Head, Liar, assert_as_before, contents_of, rows
+from export_models import EXPORTERS, FRAMES, Head, Liar, assert_as_before, contents_of, rows
 from fingerprint import fingerprint
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ from sn_export import (
     export_onnx,
 )
 from sn_export.failures import told
+from sn_export.words import without_frames
 
 
 class Branching(nn.Module):
@@ -229,6 +230,23 @@ def test_dimension_that_another_fixes_is_named(
 def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
     """By name, by position or within the arguments of a call; what is unknown stays."""
     assert names in told(ValueError(said), Pair(), None, ["x", "y"])
+
+
+@pytest.mark.parametrize(
+    ("said", "text"),
+    [
+        (f"no such size\n{FRAMES}", "no such size"),
+        (f"no such size\n{FRAMES.split(chr(10), 1)[1]}", "no such size"),
+        ("KeyError: 'x'\n\nAt:\n  /torch/onnx/utils.py(12): f\n  /a.py(3): g", "KeyError: 'x'"),
+        ("KeyError: 'x'\nAt:\n  /torch/onnx/utils.py(12): f\n  /a.py(3): g", "KeyError: 'x'"),
+        ("two lines\nof text", "two lines\nof text"),
+        ("Exception raised from here\nAt: noon", "Exception raised from here\nAt: noon"),
+    ],
+)
+def test_frames_are_cut(said: str, text: str) -> None:
+    """What C++ adds to an error's text is left out, in the words of an export too."""
+    assert without_frames(said) == text
+    assert told(ValueError(said), Pair(), None, []) == f"ValueError: {text}"
 
 
 @pytest.mark.parametrize("exporter", ["onnx", None, "Dynamo", 3])

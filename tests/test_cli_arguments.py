@@ -58,6 +58,31 @@ def test_bad_shapes() -> None:
     )
 
 
+def test_shapes_that_are_too_large() -> None:
+    """Past 2**31 elements nothing is drawn, also where a size beside a 0 fits no integer."""
+    for text, count in (
+        ("99999999x3x8x8", 99999999 * 192),
+        ("x=999999999999999999999x3:int8", 999999999999999999999 * 3),
+        ("0x99999999999999999999", 99999999999999999999),
+    ):
+        assert _message(example_of, [text]) == (
+            f"--input {text}: an input must have at most 2147483648 elements, not {count}"
+        )
+    assert example_of(["0x2147483648"]).args[0].shape == (0, 2**31)
+
+
+def test_a_shape_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The input is named for which torch finds none."""
+
+    def randn(*args: object, **options: object) -> None:
+        raise RuntimeError("you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(torch, "randn", randn)
+    assert _message(example_of, ["2x3"]) == (
+        "--input 2x3: torch cannot draw it: you tried to allocate 9 bytes"
+    )
+
+
 def test_sizes() -> None:
     """Decimal and binary units."""
     texts = ["700", "500MB", "2GiB", "1.5 kb", "1TB"]

@@ -17,9 +17,14 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import typer
 from cli_networks import Critic, Tokens, exits, prefixed, trained, trained_critic
 from cli_running import CRITIC, ONNX, Ran, Run, names, runner
+from export_models import FRAMES
 from onnx import numpy_helper
+
+from sn_export import ExportError
+from sn_export.cli.console import answering
 
 
 @pytest.fixture
@@ -209,6 +214,40 @@ def test_inputs_that_the_model_rejects(run: Run) -> None:
     assert ran.err.startswith(start)
     assert "Traceback" not in ran.err
     assert names() == ["a.pt"]
+
+
+_TOO_LONG = """
+import torch
+class Layer(torch.nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + torch.ones(10**30)
+"""
+
+
+def test_frames_of_torch_are_not_shown(run: Run) -> None:
+    """Of an error with a trace of C++ its own line is left, and --debug has the rest."""
+    Path("long_of_a_test.py").write_text(_TOO_LONG)
+    torch.save(torch.nn.Linear(3, 2).state_dict(), "l.pt")
+    arguments = ("onnx", "l.pt", "--model", "long_of_a_test:Layer", "--input", "2x3",
+                 "--model-kwargs", '{"in_features": 3, "out_features": 2}',
+                 "-o", "l.onnx")  # fmt: skip
+    ran = run(*arguments)
+    assert ran.code == 2
+    (line,) = ran.err.splitlines()
+    assert line.startswith("sn-export: the model fails on the example input: TypeError: ones(): ")
+    assert "Traceback" in run(*arguments, "--debug").err
+
+
+@pytest.mark.parametrize("kind", [RuntimeError, TypeError, ExportError])
+def test_errors_of_any_kind_are_told_without_frames(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that nobody expected too."""
+    with pytest.raises(typer.Exit), answering(debug=False):
+        raise kind(f"no such size\n{FRAMES}")
+    told = capsys.readouterr().err
+    assert "no such size" in told
+    assert len(told.splitlines()) == 1
 
 
 def test_a_network_that_exits(run: Run) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
 _SHAPE = re.compile(r"\d+(?:x\d+)*")
 _DYNAMIC = re.compile(r"(?P<name>\w+):(?P<position>\d+)=(?P<dim>[A-Za-z_]\w*)")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
+_MOST = 2**31  # elements of one input; they are drawn in 8 bytes each
 _DTYPES = (
     "float64",
     "float32",
@@ -142,7 +144,10 @@ def example_of(texts: list[str]) -> InputSet:
     kwargs: dict[str, Tensor] = {}
     for text in texts:
         name, shape, dtype = _parse_input(text)
-        value = _random(shape, getattr(torch, dtype), generator)
+        try:
+            value = _random(shape, getattr(torch, dtype), generator)
+        except RuntimeError as error:  # for want of memory
+            raise UsageError(f"--input {text}: torch cannot draw it: {error}") from error
         if name in kwargs:
             raise UsageError(f"--input gives '{name}' twice, again with {text}")
         if name is not None:
@@ -163,8 +168,13 @@ def _parse_input(text: str) -> tuple[str | None, list[int], str]:
     dtype = match["dtype"] or "float32"
     if dtype not in _DTYPES:
         raise UsageError(f"--input {text}: dtype must be one of {', '.join(_DTYPES)}")
-    shape = match["shape"]
-    return match["name"], [] if shape == "scalar" else list(map(int, shape.split("x"))), dtype
+    shape = [] if match["shape"] == "scalar" else [int(size) for size in match["shape"].split("x")]
+    count = math.prod(max(size, 1) for size in shape)  # beside a 0 no size may be too large either
+    if count > _MOST:
+        raise UsageError(
+            f"--input {text}: an input must have at most {_MOST} elements, not {count}"
+        )
+    return match["name"], shape, dtype
 
 
 def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:

@@ -17,6 +17,7 @@ import typer
 
 from ..errors import SnExportWarning
 from ..plain import plain
+from ..words import without_frames
 from .errors import UsageError
 
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
@@ -142,9 +143,10 @@ def _followed(show: Callable[[str], None]) -> Iterator[None]:
 def _message(error: BaseException) -> str:
     from ..errors import SnExportError
 
+    text = without_frames(str(error))
     if isinstance(error, (SnExportError, UsageError, ValueError, TypeError)):
-        return str(error)
+        return text
     if isinstance(error, OSError):
         named = f"'{error.filename}': " if error.filename else ""
         return f"{named}{error.strerror or error}"
-    return f"unexpected {type(error).__name__}: {error}; --debug shows where"
+    return f"unexpected {type(error).__name__}: {text}; --debug shows where"
