@@ -77,6 +77,23 @@ def test_block_is_exact_inside_and_leaves_no_trace(name: str, state: str, traini
     assert_unchanged(before, model)
 
 
+@pytest.mark.parametrize("made_inside", [True, False])
+@each
+def test_inference_mode_does_not_matter(name: str, made_inside: bool) -> None:
+    """Asked in inference mode, also if made in it, a module gives the same normal parameter."""
+    case = CASES[name]
+    with torch.inference_mode(made_inside):
+        model = case.make().eval()
+    expected = next_eval_output(case, case.make())
+    before = fingerprint(model)
+    with torch.inference_mode():
+        assert [info.name for info in find_spectral_norm(model)] == [case.name]
+        with frozen_spectral_norm(model):
+            assert not cast(Tensor, layer_of(case, model)._parameters[case.tensor]).is_inference()
+            assert same_bits(case.run(model), expected)
+    assert_unchanged(before, model)
+
+
 @each
 def test_training_inside_changes_no_state_of_spectral_norm(name: str) -> None:
     """Forward passes in train mode use the frozen weight, and write neither u, v nor sigma."""

@@ -183,12 +183,12 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
         return None  # forward uses what is cached, if anything is
     values: list[Any] = []
 
-    def run() -> None:
+    def run() -> Tensor | None:
         with contextlib.suppress(Exception), _listening(module, member, values):
             module.forward(*placeholders(module, Pliant))  # it ends where it needs an input
+        return _weight_in(values[:1], module, raw)
 
-    ask(run, [module])
-    first = _weight_in(values[:1], module, raw)
+    first = ask(run, [module])
     return first if all(_is_equal(first, value) for value in values) else None
 
 
@@ -220,20 +220,20 @@ def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator
 
 
 def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
-    def run() -> Any:
-        entry = getattr(module, member.name)
-        if member.is_property:
-            return entry
-        return entry(module._parameters[raw]) if member.required else entry()
+    def run() -> Tensor | None:
+        value = getattr(module, member.name)
+        if not member.is_property:
+            value = value(module._parameters[raw]) if member.required else value()
+        return _weight_in([value], module, raw)
 
     try:
-        value = ask(run, [module])
+        return ask(run, [module])
     except Exception:  # it is not what it looked like, or cannot be run
         return None
-    return _weight_in([value], module, raw)
 
 
 def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
+    """Return a copy, which is to be made inside `ask`: a caller may be in inference mode."""
     shape = module._parameters[raw].shape  # type: ignore[union-attr]
     tensors = [v for v in values if isinstance(v, Tensor) and v.shape == shape]
     return tensors[0].clone() if tensors else None

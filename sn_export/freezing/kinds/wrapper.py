@@ -138,7 +138,7 @@ def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSit
             return None
     if value is None or value.shape != layer.value.shape:
         return None
-    answer = Answer(layer.raw, value.clone(), layer.state)
+    answer = Answer(layer.raw, value, layer.state)
     inner = qualified(path, layer.child)
     return WrapperSite(inner, layer.module, layer.tensor, answer, wrapper, overrides)
 
