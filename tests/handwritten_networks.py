@@ -182,13 +182,13 @@ class OldHook:
         setattr(module, self.name + "_u", u)
 
 
-def old_spectral_norm(module: nn.Module, as_function: bool = False) -> nn.Module:
-    """Apply `OldHook`, or a function that does the same."""
+def old_spectral_norm(module: nn.Module, hook: Callable[..., None] | None = None) -> nn.Module:
+    """Apply `OldHook`, or another that does the same."""
     weight = cast(nn.Parameter, module._parameters.pop("weight"))
     module.register_parameter("weight_orig", weight)
     module.register_buffer("weight_u", F.normalize(torch.randn(weight.size(0)), dim=0))
     module.weight = weight.data
-    module.register_forward_pre_hook(set_weight if as_function else OldHook())
+    module.register_forward_pre_hook(hook or OldHook())
     return module
 
 
@@ -519,6 +519,52 @@ class ExactLinear(nn.Linear):
         return F.linear(x, self.normalized(), self.bias)
 
 
+# ------------------------------------------------------------------ overridden
+
+
+class PaddedConv2d(SNConv2d):
+    """Hands on another input to the forward that it overrides."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(F.pad(x, (0, 1, 0, 1)))
+
+
+class ScaledLinear(SNLinear):
+    """Bounds the norm by another constant, in what both bases of `SNLinear` define."""
+
+    def W_(self) -> Tensor:
+        return 0.9 * super().W_()
+
+
+class ScaledProperty(PropertyLinear):
+    @property
+    def W_bar(self) -> Tensor:
+        return 0.9 * super().W_bar
+
+
+class NamedBaseConv1d(ArgumentConv1d):
+    """Names the class that it goes on in."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ArgumentConv1d.forward(self, 2 * x)
+
+
+class ActivatedCalling(CallingWrapper):
+    def _update_u_v(self) -> None:
+        super()._update_u_v()
+
+    def forward(self, x: Tensor) -> Any:
+        return F.leaky_relu(super().forward(x), 0.1)
+
+
+class CountingHook(OldHook):
+    count = 0
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        super().__call__(module, inputs)
+        self.count += 1
+
+
 @dataclass(frozen=True)
 class Case:
     """A module with handwritten spectral norm, and the plain one in its place."""
@@ -572,11 +618,8 @@ def _conv() -> nn.Module:
     return nn.Conv2d(3, 4, 3, padding=1)
 
 
-def _prehooked(as_function: bool) -> Case:
-    def build() -> nn.Module:
-        return old_spectral_norm(_conv(), as_function)
-
-    return Case(build, _conv, _image, kind="prehook")
+def _prehooked(make: Callable[[], Callable[..., None]]) -> Case:
+    return Case(lambda: old_spectral_norm(_conv(), make()), _conv, _image, kind="prehook")
 
 
 def _recurrent(module: nn.Module) -> nn.Module:
@@ -603,8 +646,10 @@ CASES: dict[str, Case] = {
         lambda: torch.randn(5, 2, 3),
         tensor="weight_hh_l0",
     ),
-    "prehook": _prehooked(False),
-    "prehook-function": _prehooked(True),
+    "wrapper-overridden": _wrapped(ActivatedCalling, _conv, _image),
+    "prehook": _prehooked(OldHook),
+    "prehook-function": _prehooked(lambda: set_weight),
+    "prehook-overridden": _prehooked(CountingHook),
     "biggan-conv": Case(lambda: SNConv2d(3, 4, 3, padding=1), _conv, _image),
     "biggan-linear": Case(lambda: SNLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "biggan-one-output": Case(lambda: SNLinear(3, 1), lambda: nn.Linear(3, 1), _row),
@@ -633,4 +678,12 @@ CASES: dict[str, Case] = {
     "operator": Case(lambda: OperatorConv2d(3, 4), _conv, _image),
     "raw-name": Case(lambda: RawNameLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "exact": Case(lambda: ExactLinear(3, 4), lambda: nn.Linear(3, 4), _row),
+    "padded": Case(lambda: PaddedConv2d(3, 4, 3), _conv, _image),
+    "scaled": Case(lambda: ScaledLinear(3, 4), lambda: nn.Linear(3, 4), _row),
+    "scaled-property": Case(lambda: ScaledProperty(3, 4), lambda: nn.Linear(3, 4), _row),
+    "named-base": Case(
+        lambda: NamedBaseConv1d(3, 4, 2),
+        lambda: nn.Conv1d(3, 4, 2),
+        lambda: torch.randn(2, 3, 5),
+    ),
 }

@@ -103,6 +103,21 @@ class SNDense(nn.Module):
         return x @ self.sn_weight().t() + 0.1 * (x @ self.weight.t())
 
 
+class ResidualConv2d(SNConv2d):
+    """Overrides forward, and goes on with two others, of which torch's uses the weight raw."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        padded = F.pad(x, (0, 1))
+        return super().forward(padded) + nn.Conv2d.forward(self, padded)
+
+
+class PaddedInline(InlineConv2d):
+    """The forward that it overrides computes the weight inline, and cannot be exchanged."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(F.pad(input, (0, 1)))
+
+
 def closed_hook() -> nn.Module:
     """A pre-hook that needs the input, so that it cannot be asked without one."""
     layer = nn.Linear(3, 4)
@@ -129,6 +144,14 @@ SUSPECTS = {
     ),
     "helper": (lambda: HelpedDense(3, 4), "HelpedDense: 'u' fits the singular vectors of 'weight'"),
     "raw-use": (lambda: SNDense(3, 4), "SNDense: 'u0' fits the singular vectors of 'weight'"),
+    "raw-base": (
+        lambda: ResidualConv2d(2, 3, 2),
+        "ResidualConv2d: 'u0' fits the singular vectors of 'weight'",
+    ),
+    "inline-base": (
+        lambda: PaddedInline(2, 3, 2),
+        "PaddedInline: 'u' fits the singular vectors of 'weight'",
+    ),
     "prehook": (closed_hook, "Linear: a pre-hook, and 'weight_orig' with 'weight_u'"),
 }
 

@@ -6,8 +6,9 @@ module; which of its methods reads what is seen in their compiled code, without 
 
 from __future__ import annotations
 
+import dis
 import inspect
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from types import CodeType, FunctionType
@@ -16,7 +17,9 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-_LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "functools"}
+from .overridden import functions, is_library
+
+_NONE: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -28,8 +31,8 @@ class Member:
         is_property: whether it is read rather than called.
         required: number of arguments after ``self`` that must be given.
         has_options: whether it takes more, so that a call without them may mean something else.
-        names: attributes, globals and string constants of its code, and of the helper functions
-            that it calls by name.
+        names: attributes, globals and string constants of its code, of what it overrides and
+            still calls, and of the helper functions that it calls by name.
         own: the same without the helpers.
     """
 
@@ -45,20 +48,16 @@ class Code:
     """What the classes behind one module class define. Holds names only, so no class leaks."""
 
     def __init__(self, cls: type) -> None:
-        self.is_torch = all(_is_library(c) for c in cls.__mro__)
+        self.is_torch = all(map(is_library, cls.__mro__))
         self.members: dict[str, Member] = {}
         if self.is_torch:
             return
-        for base in reversed(cls.__mro__):
-            if not _is_library(base):
-                for name, entry in vars(base).items():
-                    member = _member(name, entry)
-                    if member is not None:
-                        self.members[name] = member
-        forward = self.members.get("forward")
-        if forward is None:
-            forward = _member("forward", getattr(cls, "forward", None))
-        self.forward = forward or Member("forward", False, 0, False, frozenset(), frozenset())
+        own = [base for base in reversed(cls.__mro__) if not is_library(base)]
+        for name in dict.fromkeys(name for base in own for name in vars(base)):
+            member = _member(cls, name)
+            if member is not None:
+                self.members[name] = member
+        self.forward = _member(cls, "forward") or Member("forward", False, 0, False, _NONE, _NONE)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -122,18 +121,17 @@ def names_in(function: Any) -> frozenset[str]:
     """Return the names in the code of a function, a method or the class of a callable object."""
     function = getattr(function, "__func__", function)
     if isinstance(function, FunctionType):
-        member = _member("", function)
-        return member.names if member else frozenset()
+        function = inspect.unwrap(function)
+        return _own_names([function]) | _helper_names([function])
     return code_of(type(function)).names
 
 
-def times_read(function: Any, name: str) -> int:
-    """Return how often the code of ``function`` reads the attribute ``name``."""
-    import dis  # takes a while to load, and few modules need it
-
+def times_read(cls: type, method: str, name: str) -> int:
+    """Return how often the code that ``method`` of ``cls`` runs reads the attribute ``name``."""
     return sum(
         instruction.argval == name and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        for instruction in dis.get_instructions(inspect.unwrap(function))
+        for function in functions(cls.__mro__, method)
+        for instruction in dis.get_instructions(function)
     )
 
 
@@ -141,25 +139,23 @@ def _has_pattern(stem: str, names: Collection[str]) -> bool:
     return any(n == stem or n.startswith((stem + "%", stem + "{")) for n in names)
 
 
-def _is_library(cls: type) -> bool:
-    return cls.__module__.partition(".")[0] in _LIBRARIES
-
-
-def _member(name: str, entry: Any) -> Member | None:
-    is_property = isinstance(entry, (property, cached_property))
-    if isinstance(entry, property):
-        entry = entry.fget
-    elif isinstance(entry, cached_property):
-        entry = entry.func
-    function = inspect.unwrap(entry) if isinstance(entry, FunctionType) else None
-    if not isinstance(function, FunctionType):
+def _member(cls: type, name: str) -> Member | None:
+    found = functions(cls.__mro__, name)
+    if not found:
         return None
-    code = function.__code__
-    required = max(0, code.co_argcount - 1 - len(function.__defaults__ or ()))
-    own = frozenset(_names(code))
-    has_options = bool(function.__defaults__ or function.__kwdefaults__)
-    names = own | _helper_names(function)
-    return Member(name, is_property, required, has_options, names, own)
+    function, code = found[0], found[0].__code__
+    return Member(
+        name,
+        is_property=isinstance(inspect.getattr_static(cls, name), (property, cached_property)),
+        required=max(0, code.co_argcount - 1 - len(function.__defaults__ or ())),
+        has_options=bool(function.__defaults__ or function.__kwdefaults__),
+        names=_own_names(found) | _helper_names(found),
+        own=_own_names(found),
+    )
+
+
+def _own_names(found: Iterable[FunctionType]) -> frozenset[str]:
+    return frozenset(name for function in found for name in _names(function.__code__))
 
 
 def _names(code: CodeType) -> Iterator[str]:
@@ -173,18 +169,13 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
-def _helper_names(function: FunctionType) -> set[str]:
-    """The names in functions of the user's that ``function`` calls by a global name."""
-    queue, names = [function], set[str]()
+def _helper_names(found: Iterable[FunctionType]) -> set[str]:
+    """The names in functions of the user's that those in ``found`` call by a global name."""
+    queue, names = list(found), set[str]()
     for caller in queue:
         for name in caller.__code__.co_names:
             helper = caller.__globals__.get(name)
-            if (
-                isinstance(helper, FunctionType)
-                and helper not in queue
-                and helper.__module__ is not None
-                and helper.__module__.partition(".")[0] not in _LIBRARIES
-            ):
+            if isinstance(helper, FunctionType) and helper not in queue and not is_library(helper):
                 queue.append(helper)
                 names.update(_names(helper.__code__))
     return names

@@ -278,8 +278,9 @@ def _updates(
 def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> bool:
     """Whether forward reads the raw weight only as the argument of ``member``."""
     others = code.mentions(code.forward, {member.name}) - code.forward.own
-    forward = type(module).forward
-    return raw not in others and times_read(forward, raw) == times_read(forward, member.name)
+    cls = type(module)
+    reads, calls = (times_read(cls, "forward", name) for name in (raw, member.name))
+    return raw not in others and reads == calls
 
 
 def _plain_name(module: nn.Module, code: Code, member: Member, raw: str) -> str:
