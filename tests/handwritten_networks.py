@@ -201,6 +201,59 @@ def set_weight(module: nn.Module, inputs: Any, name: str = "weight") -> None:
     setattr(module, name, weight / (u @ matrix @ v))
 
 
+class SpectralNormConv:
+    """As in i-ResNet: a bound on the norm of the convolution as an operator, of one input size."""
+
+    coeff, name = 0.9, "weight"
+    input_dim, output_dim = (1, 3, 5, 5), (1, 4, 5, 5)
+
+    def compute_weight(self, module: nn.Module, do_power_iteration: bool) -> Tensor:
+        weight: Tensor = getattr(module, self.name + "_orig")
+        u: Tensor = getattr(module, self.name + "_u")
+        v: Tensor = getattr(module, self.name + "_v")
+        padding: Any = module.padding
+        if do_power_iteration:
+            with torch.no_grad():
+                back = F.conv_transpose2d(u.view(self.output_dim), weight, padding=padding)
+                v.copy_(F.normalize(back.flatten(), dim=0))
+                out = F.conv2d(v.view(self.input_dim), weight, padding=padding)
+                u.copy_(F.normalize(out.flatten(), dim=0))
+        sigma = u.clone() @ F.conv2d(v.clone().view(self.input_dim), weight, padding=padding).view(
+            -1
+        )
+        getattr(module, self.name + "_sigma").copy_(sigma.detach())
+        factor = torch.max(torch.ones(1, dtype=sigma.dtype), sigma / self.coeff)
+        return weight / (factor + 1e-5)
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        assert inputs[0].shape[1:] == self.input_dim[1:], "Input dims don't match actual input"
+        setattr(module, self.name, self.compute_weight(module, module.training))
+
+
+class StateDictHook:
+    """Writes down the version of a hook, as its copies of torch's code do."""
+
+    def __init__(self, fn: SpectralNormConv) -> None:
+        self.fn = fn
+
+    def __call__(self, module: nn.Module, state: Any, prefix: str, metadata: Any) -> None:
+        metadata["spectral_norm_conv"] = {self.fn.name + ".version": 1}
+
+
+def operator_norm(module: nn.Module, hook: SpectralNormConv | None = None) -> nn.Module:
+    """Apply `SpectralNormConv` as its ``apply`` does."""
+    hook = hook or SpectralNormConv()
+    weight = cast(nn.Parameter, module._parameters.pop("weight"))
+    module.register_parameter("weight_orig", weight)
+    module.weight = weight.data
+    for name, size in (("weight_u", 100), ("weight_v", 75)):
+        module.register_buffer(name, F.normalize(torch.randn(size), dim=0))
+    module.register_buffer("weight_sigma", torch.ones(1))
+    module.register_forward_pre_hook(hook)
+    module._register_state_dict_hook(StateDictHook(hook))
+    return module
+
+
 # ------------------------------------------------------------------ normalised in forward
 
 
@@ -650,6 +703,7 @@ CASES: dict[str, Case] = {
     "prehook": _prehooked(OldHook),
     "prehook-function": _prehooked(lambda: set_weight),
     "prehook-overridden": _prehooked(CountingHook),
+    "prehook-operator": Case(lambda: operator_norm(_conv()), _conv, _image, kind="prehook"),
     "biggan-conv": Case(lambda: SNConv2d(3, 4, 3, padding=1), _conv, _image),
     "biggan-linear": Case(lambda: SNLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "biggan-one-output": Case(lambda: SNLinear(3, 1), lambda: nn.Linear(3, 1), _row),

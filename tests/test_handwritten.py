@@ -224,6 +224,14 @@ def test_hooks_on_module_and_layer_run_as_before(name: str) -> None:
     assert calls == outside
 
 
+def test_what_a_prehook_adds_to_the_state_dict_goes_with_it() -> None:
+    """Inside, its version is not written into the state dict, which is that of a plain layer."""
+    case = CASES["prehook-operator"]
+    with frozen_spectral_norm(case.make()) as model:
+        inside, plain = model.state_dict(), case.plain().state_dict()
+        assert getattr(inside, "_metadata", None) == getattr(plain, "_metadata", None)
+
+
 def test_attributes_of_a_hook_stay() -> None:
     """What a hook's object writes to itself while it is asked is put back."""
     model = CASES["prehook"].make()

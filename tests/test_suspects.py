@@ -10,7 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fingerprint import assert_unchanged, fingerprint, same_bits
-from handwritten_networks import InlineConv2d, SNConv2d, Wrapper, l2normalize
+from handwritten_networks import (
+    InlineConv2d,
+    SNConv2d,
+    SpectralNormConv,
+    Wrapper,
+    l2normalize,
+    operator_norm,
+)
 from networks import KINDS, net
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
@@ -133,6 +140,14 @@ def closed_hook() -> nn.Module:
     return layer
 
 
+class FollowingHook(SpectralNormConv):
+    """Asserts on its input, and then uses it: none that is made up tells the weight."""
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        super().__call__(module, inputs)
+        module.weight = cast(Tensor, module.weight) * (0.5 if inputs[0].shape[0] == 1 else 1.0)
+
+
 SUSPECTS = {
     "overwriting": (
         lambda: OverwritingWrapper(nn.Linear(3, 4)),
@@ -153,6 +168,10 @@ SUSPECTS = {
         "PaddedInline: 'u' fits the singular vectors of 'weight'",
     ),
     "prehook": (closed_hook, "Linear: a pre-hook, and 'weight_orig' with 'weight_u'"),
+    "operator": (
+        lambda: operator_norm(nn.Conv2d(3, 4, 3, padding=1), FollowingHook()),
+        "Conv2d: a pre-hook, and 'weight_orig' with 'weight_u'",
+    ),
 }
 
 
@@ -335,6 +354,21 @@ class Masked(nn.Linear):
         return F.linear(x, self.save(), cast(Tensor, self.shift))
 
 
+def low_rank() -> nn.Module:
+    """A pre-hook that adds two factors, which are named like vectors and are none."""
+    layer = nn.Linear(24, 24)
+    weight = layer._parameters.pop("weight")
+    layer.register_parameter("weight_orig", weight)
+    layer.register_buffer("weight_u", torch.randn(24, 12))
+    layer.register_buffer("weight_v", torch.randn(12, 24))
+
+    def hook(module: Any, inputs: Any) -> None:
+        module.weight = module.weight_orig + module.weight_u @ module.weight_v
+
+    layer.register_forward_pre_hook(hook)
+    return layer
+
+
 class Tagged(nn.BatchNorm2d):
     """A subclass of torch's that adds nothing."""
 
@@ -349,6 +383,7 @@ INNOCENT = {
     "block": SNResBlock,
     "features": SNGP,
     "masked": Masked,
+    "low-rank": low_rank,
     "batch-norm": lambda: Tagged(4),
     "attention": lambda: nn.TransformerEncoderLayer(4, 2, 8),
     "lstm": lambda: nn.LSTM(3, 4, proj_size=2),

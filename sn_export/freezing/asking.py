@@ -73,6 +73,15 @@ class Pliant:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _itself
 
 
+class Agreeable(Pliant):
+    """An argument that is equal to whatever a hook asserts of it."""
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __eq__(self, other: object) -> bool:
+        return True
+
+
 @contextmanager
 def copied_attributes(holder: Any) -> Iterator[None]:
     """Let a hook's object write its attributes, the tensors among them too, and put them back."""

@@ -85,7 +85,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     if isinstance(module, Frozen):
         return None
     if module._forward_pre_hooks:
-        for missing in missing_weights(module):
+        for missing in missing_weights(module, operators=True):
             if any(map(is_named_as_vector, missing.state)):
                 return f"a pre-hook, and '{missing.raw}' with '{missing.state[0]}'"
     code = code_of(type(module))

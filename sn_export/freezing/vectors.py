@@ -85,3 +85,10 @@ def proportion(raw: Tensor, value: Tensor) -> float | None:
     smallest = 4 * torch.finfo(value.dtype).tiny
     difference = float((a / factor - b).abs().max())
     return ratio if difference <= tolerance + smallest else None
+
+
+def is_multiple(weight: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` is ``weight`` times a number, up to rounding; on the meta device it is."""
+    if value.dtype != weight.dtype or value.shape != weight.shape:
+        return False
+    return weight.is_meta or proportion(weight, value) is not None

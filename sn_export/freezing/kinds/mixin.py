@@ -33,9 +33,9 @@ from ..vectors import (
     NORMS,
     SINGULAR_VALUES,
     fits,
+    is_multiple,
     is_named_as_vector,
     matrices,
-    proportion,
     small_state,
 )
 from .handwritten import Answer, HandwrittenSite
@@ -104,14 +104,14 @@ def _site(
         value = _observe(module, member, raw)
         if value is None and (used is not None or not member.has_options):
             value = _ask(module, member, raw)
-        if value is None or not _is_multiple(weight, value):
+        if value is None or not is_multiple(weight, value):
             continue
         if used is not None and not _same(used.value, value):
             continue  # forward uses another one
         site = _method_site(path, module, code, raw, vectors, member, value)
         if site is not None:
             return site
-    if used is None or not used.is_all or not _is_multiple(weight, used.value):
+    if used is None or not used.is_all or not is_multiple(weight, used.value):
         return None
     # The forward does what that of torch's layer does, with the weight that it computes inline.
     state = _state(module, code.mentions(code.forward), raw, vectors)
@@ -241,12 +241,6 @@ def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
 
 def _is_equal(first: Tensor | None, value: Any) -> bool:
     return first is not None and isinstance(value, Tensor) and _same(first, value)
-
-
-def _is_multiple(weight: Tensor, value: Tensor) -> bool:
-    if value.dtype != weight.dtype or value.shape != weight.shape:
-        return False
-    return weight.is_meta or proportion(weight, value) is not None
 
 
 def _same(left: Tensor, right: Tensor) -> bool:

@@ -28,6 +28,11 @@ def is_spectral_norm_state_hook(entry: Any, tensor: str) -> bool:
     return isinstance(owner, SpectralNorm) and owner.name == tensor
 
 
+def is_state_hook_of(entry: Any, hook: Any) -> bool:
+    """Whether ``entry`` serves the pre-hook ``hook``, in the way of torch's spectral norm."""
+    return getattr(getattr(entry, "hook", entry), "fn", None) is hook
+
+
 def new_state_hooks(
     module: nn.Module, tensor: str, since: int
 ) -> list[tuple[dict[Any, Any], list[Any]]]:
