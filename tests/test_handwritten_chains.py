@@ -84,6 +84,16 @@ class Rows(nn.Module):
         return (weight.flatten(1).t() * self.gain).t().reshape(weight.shape)
 
 
+class Folded(nn.Module):
+    """Makes the weight of a vector."""
+
+    def forward(self, vector: Tensor) -> Tensor:
+        return vector.view(3, 2, 3, 3)
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight.flatten()
+
+
 class Cached(nn.Module):
     """Computes anew in train mode, and once in eval mode."""
 
@@ -160,6 +170,11 @@ def parametrized_vectors() -> nn.Module:
     return module
 
 
+def behind_weight_norm() -> nn.Module:
+    module = parametrizations.weight_norm(nn.Conv2d(2, 3, 3))
+    return parametrize.register_parametrization(module, "weight", OwnNorm(3))
+
+
 @dataclass(frozen=True)
 class Case:
     build: Callable[[], nn.Module]
@@ -175,6 +190,8 @@ CASES = {
     "cached-first": Case(chain(Cached, norm)),
     "vectors": Case(parametrized_vectors),
     "own": Case(chain(lambda: OwnNorm(3))),
+    "own-behind-weight-norm": Case(behind_weight_norm),
+    "own-folded": Case(chain(Folded, lambda: OwnNorm(3))),
     "own-bjorck": Case(chain(lambda: OwnNorm(3), Bjorck, Scale)),
 }
 
@@ -225,6 +242,27 @@ def test_listed_by_the_kind_of_torch_that_carries_it(name: str) -> None:
     assert (info.name, info.kind) == ("weight", CASES[name].kind)
     assert math.isfinite(info.sigma)
     assert info.sigma > 0
+
+
+class Reflection(nn.Module):
+    """A Householder reflection: its vector has a fitting name and size, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.randn(3))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        u = F.normalize(cast(Tensor, self.u), dim=0)
+        return weight - 2 * torch.einsum("i,j,j...->i...", u, u, weight)
+
+
+def test_a_link_that_does_not_divide_is_no_spectral_norm() -> None:
+    """Behind a link that changes the shape, a fitting vector alone does not tell."""
+    model = chain(Folded, Reflection)()
+    before = fingerprint(model)
+    assert find_spectral_norm(model) == []
+    assert find_suspects(model) == []
+    assert_unchanged(before, model)
 
 
 def test_sigma_of_an_own_link_is_what_it_divides_by() -> None:

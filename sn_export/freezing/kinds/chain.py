@@ -55,14 +55,6 @@ class ChainSite(Site):
         return (*chain.parameters(), *chain.buffers())
 
     @property
-    def originals(self) -> tuple[Tensor, ...]:
-        """The tensors that the first parametrization starts from."""
-        chain = self.chain
-        if chain.is_tensor:
-            return (chain.original,)
-        return tuple(getattr(chain, f"original{i}") for i in range(chain.ntensors))
-
-    @property
     def hidden(self) -> tuple[nn.Module, ...]:
         """The chain, and the dictionary around it if there is no other in it."""
         lists = self.lists
@@ -145,6 +137,13 @@ def chains(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
         for tensor, chain in lists._modules.items():
             if isinstance(chain, ParametrizationList):
                 yield tensor, chain
+
+
+def originals_of(chain: ParametrizationList) -> tuple[Tensor, ...]:
+    """Return the tensors that the first parametrization of ``chain`` starts from."""
+    if chain.is_tensor:
+        return (chain.original,)
+    return tuple(getattr(chain, f"original{i}") for i in range(chain.ntensors))
 
 
 def find_chains(path: str, module: nn.Module) -> Iterable[ChainSite]:

@@ -7,29 +7,63 @@ import math
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
+from ...preserving import without_trace
 from ..asking import ask
 from ..code import code_of
-from ..vectors import NORMS, fits, is_named_as_vector, proportion, small_state
+from ..vectors import NORMS, fits, is_multiple, is_named_as_vector, proportion, small_state
+from .chain import originals_of
 
 
-def is_spectral_norm(link: nn.Module | None, weight: Tensor | None) -> bool:
-    """Whether ``link`` of a chain is torch's spectral norm, or one that keeps its own vectors.
+def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
+    """Return the first link that is torch's spectral norm, or one that keeps its own vectors."""
+    for link in chain._modules.values():
+        if link is not None and (isinstance(link, _SpectralNorm) or _is_handwritten(link, chain)):
+            return link
+    return None
 
-    Args:
-        link: one module of a `torch.nn.utils.parametrize.ParametrizationList`.
-        weight: what the chain starts from; None if that is several tensors.
-    """
-    if isinstance(link, _SpectralNorm):
-        return True
-    if link is None or weight is None or weight.ndim < 2:
-        return False
+
+def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
     code = code_of(type(link))
-    return (
-        not code.is_torch
-        and not NORMS.isdisjoint(code.names)
-        and any(is_named_as_vector(n) and fits(n, t, weight) for n, t in small_state(link))
-    )
+    if code.is_torch or NORMS.isdisjoint(code.names):
+        return False
+    vectors = {name: t for name, t in small_state(link) if is_named_as_vector(name)}
+    if not vectors:
+        return False
+    if chain.is_tensor and _fit(vectors, chain.original):
+        return True
+    try:
+        weight = arriving(chain, link)
+        return _fit(vectors, weight) and _divides(link, weight)
+    except Exception:  # an eval-mode forward would fail as well
+        return False
+
+
+def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
+    return weight.ndim >= 2 and any(fits(name, t, weight) for name, t in vectors.items())
+
+
+def _divides(link: nn.Module, weight: Tensor) -> bool:
+    value = ask(lambda: link(weight), link.modules())
+    return isinstance(value, Tensor) and is_multiple(weight, value)
+
+
+def arriving(chain: ParametrizationList, link: nn.Module) -> Tensor:
+    """Return what ``link`` of ``chain`` is given: the links before it run, and leave no trace."""
+    links = list(chain.children())
+    before = links[: links.index(link)]
+
+    def run() -> Tensor:
+        inputs = originals_of(chain)
+        for other in before:
+            inputs = (other(*inputs),)
+        return inputs[0].detach()
+
+    if not before:
+        return run()
+    with torch.inference_mode(False), torch.no_grad():
+        return without_trace(run, chain.modules())
 
 
 def asked_sigma(link: nn.Module, weight: Tensor) -> float:

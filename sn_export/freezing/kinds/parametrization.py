@@ -7,24 +7,35 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
+from torch.nn.utils.parametrize import ParametrizationList
 
-from ...preserving import without_trace
 from ...sigma import stored_sigma
 from ..site import Group, SpectralNormInfo
 from .chain import ChainSite, chains
-from .link import asked_sigma, is_spectral_norm
+from .link import arriving, asked_sigma, spectral_norm_in
 
 
 class ParametrizationSite(ChainSite):
     """A tensor computed by a chain with spectral norm in it; the whole chain counts."""
 
-    __slots__ = ()
+    __slots__ = ("norm",)
     group: Group = "spectral_norm"
+
+    def __init__(
+        self,
+        path: str,
+        module: nn.Module,
+        tensor: str,
+        chain: ParametrizationList,
+        norm: nn.Module,
+    ) -> None:
+        super().__init__(path, module, tensor, chain)
+        self.norm = norm  # the first in the chain
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
-        norm = self._norm()
-        weight = self._input_of(norm)
+        norm = self.norm
+        weight = arriving(self.chain, norm)
         return self.norm_info(
             weight,
             dim=getattr(norm, "dim", 0),
@@ -35,30 +46,11 @@ class ParametrizationSite(ChainSite):
 
     def matrix(self) -> Tensor | None:
         """Return what the chain's first SN normalises, a vector as one row."""
-        norm = self._norm()
+        norm = self.norm
         if not isinstance(norm, _SpectralNorm):
             return None  # a link of somebody's own need not take the norm of a matrix
-        weight = self._input_of(norm)
+        weight = arriving(self.chain, norm)
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
-
-    def _norm(self) -> nn.Module:
-        start = self.originals[0] if self.chain.is_tensor else None
-        return next(m for m in self.chain.children() if is_spectral_norm(m, start))
-
-    def _input_of(self, norm: nn.Module) -> Tensor:
-        links = list(self.chain.children())
-        before = links[: links.index(norm)]
-
-        def run() -> Tensor:
-            inputs: tuple[Tensor, ...] = self.originals
-            for link in before:
-                inputs = (link(*inputs),)
-            return inputs[0].detach()
-
-        if not before:
-            return run()
-        with torch.no_grad():
-            return without_trace(run, self.chain.modules())
 
 
 def find_parametrizations(path: str, module: nn.Module) -> Iterable[ParametrizationSite]:
@@ -68,9 +60,9 @@ def find_parametrizations(path: str, module: nn.Module) -> Iterable[Parametrizat
 
 def _sites(path: str, module: nn.Module) -> Iterator[ParametrizationSite]:
     for tensor, chain in chains(module):
-        start = chain._parameters.get("original", chain._buffers.get("original"))
-        if any(is_spectral_norm(link, start) for link in chain._modules.values()):
-            yield ParametrizationSite(path, module, tensor, chain)
+        norm = spectral_norm_in(chain)
+        if norm is not None:
+            yield ParametrizationSite(path, module, tensor, chain, norm)
 
 
 def _sigma(norm: nn.Module, weight: Tensor) -> float:
