@@ -117,10 +117,11 @@ class Cached(nn.Module):
 
 
 class Unit(nn.Module):
-    """Keeps a vector at length one: a parametrization of u."""
+    """Keeps vectors at length one: a parametrization of u."""
 
     def forward(self, vector: Tensor) -> Tensor:
-        return vector / torch.linalg.vector_norm(vector)
+        dim = None if vector.ndim == 1 else -2
+        return vector / torch.linalg.vector_norm(vector, dim=dim, keepdim=vector.ndim > 1)
 
     def right_inverse(self, vector: Tensor) -> Tensor:
         return vector
@@ -141,6 +142,28 @@ class OwnNorm(nn.Module):
             v = F.normalize(matrix.t() @ self.u, dim=0)
             self.u.copy_(F.normalize(matrix @ v, dim=0))
         return weight / (self.u.clone() @ matrix @ v)
+
+
+class PowerIteration(nn.Module):
+    """As in orthogonium: of a batch of matrices, by vectors that are under parametrizations."""
+
+    u: Tensor
+    v: Tensor
+
+    def __init__(self, *shape: int) -> None:
+        super().__init__()
+        self.u = nn.Parameter(torch.randn(*shape[:-1], 1), requires_grad=False)
+        self.v = nn.Parameter(torch.randn(*shape[:-2], shape[-1], 1), requires_grad=False)
+        for name in ("u", "v"):
+            parametrize.register_parametrization(self, name, Unit())
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1) if weight.ndim == 4 else weight
+        for _ in range(2):
+            self.v = matrix.mT @ self.u
+            self.u = matrix @ self.v
+        s = self.u.detach().mT @ matrix @ self.v.detach()
+        return (matrix / (s + 1e-3)).view_as(weight)
 
 
 def chain(*links: Callable[[], nn.Module | None]) -> Callable[[], nn.Module]:
@@ -192,6 +215,7 @@ CASES = {
     "own": Case(chain(lambda: OwnNorm(3))),
     "own-behind-weight-norm": Case(behind_weight_norm),
     "own-folded": Case(chain(Folded, lambda: OwnNorm(3))),
+    "own-parametrized": Case(chain(lambda: PowerIteration(3, 18), Bjorck)),
     "own-bjorck": Case(chain(lambda: OwnNorm(3), Bjorck, Scale)),
 }
 
@@ -244,21 +268,48 @@ def test_listed_by_the_kind_of_torch_that_carries_it(name: str) -> None:
     assert info.sigma > 0
 
 
+def test_batch_of_matrices_with_parametrized_vectors() -> None:
+    """Each matrix of a batch is divided by its own norm, so the whole has no one sigma."""
+    model = nn.Conv1d(2, 3, 4)
+    parametrize.register_parametrization(model, "weight", PowerIteration(3, 2, 4))
+    before = fingerprint(model)
+    (info,) = find_spectral_norm(model)
+    assert (info.kind, math.isnan(info.sigma)) == ("parametrization", True)
+    with frozen_spectral_norm(model):
+        frozen = model.weight
+        assert list(model.state_dict()) == ["weight", "bias"]
+    assert_unchanged(before, model)
+    assert same_bits(frozen, model.eval().weight)
+
+
 class Reflection(nn.Module):
     """A Householder reflection: its vector has a fitting name and size, and a norm."""
+
+    u: Tensor
 
     def __init__(self) -> None:
         super().__init__()
         self.register_buffer("u", torch.randn(3))
 
     def forward(self, weight: Tensor) -> Tensor:
-        u = F.normalize(cast(Tensor, self.u), dim=0)
+        u = F.normalize(self.u, dim=0)
         return weight - 2 * torch.einsum("i,j,j...->i...", u, u, weight)
 
 
-def test_a_link_that_does_not_divide_is_no_spectral_norm() -> None:
-    """Behind a link that changes the shape, a fitting vector alone does not tell."""
-    model = chain(Folded, Reflection)()
+def unit_reflection() -> nn.Module:
+    link = Reflection()
+    link.u = nn.Parameter(link._buffers.pop("u"), requires_grad=False)
+    return parametrize.register_parametrization(link, "u", Unit())
+
+
+@pytest.mark.parametrize(
+    "build",
+    [chain(Folded, Reflection), chain(unit_reflection)],
+    ids=["behind", "parametrized"],
+)
+def test_a_link_that_does_not_divide_is_no_spectral_norm(build: Callable[[], nn.Module]) -> None:
+    """A vector of a fitting name and size does not tell, where the link is asked."""
+    model = build()
     before = fingerprint(model)
     assert find_spectral_norm(model) == []
     assert find_suspects(model) == []

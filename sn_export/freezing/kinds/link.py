@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from ...preserving import without_trace
 from ..asking import ask
 from ..code import code_of
 from ..vectors import NORMS, fits, is_multiple, is_named_as_vector, proportion, small_state
-from .chain import originals_of
+from .chain import chains, originals_of
 
 
 def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
@@ -26,13 +27,16 @@ def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
 
 def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
     code = code_of(type(link))
-    if code.is_torch or NORMS.isdisjoint(code.names):
+    if code.is_torch:
         return False
-    vectors = {name: t for name, t in small_state(link) if is_named_as_vector(name)}
+    vectors = {} if NORMS.isdisjoint(code.names) else _named(small_state(link))
+    if vectors and chain.is_tensor and _fit(vectors, chain.original):
+        return True
+    # Where the vectors are kept at length one by parametrizations, its own code need not do it.
+    inner = ((name, c.original) for name, c in chains(link) if c.is_tensor)
+    vectors |= _named((name, t) for name, t in inner if not t.requires_grad)
     if not vectors:
         return False
-    if chain.is_tensor and _fit(vectors, chain.original):
-        return True
     try:
         weight = arriving(chain, link)
         return _fit(vectors, weight) and _divides(link, weight)
@@ -40,13 +44,24 @@ def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
         return False
 
 
+def _named(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: t for name, t in state if is_named_as_vector(name)}
+
+
 def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
-    return weight.ndim >= 2 and any(fits(name, t, weight) for name, t in vectors.items())
+    if weight.ndim < 2:
+        return False
+    if any(fits(name, vector, weight) for name, vector in vectors.items()):
+        return True
+    batch = {name: v for name, v in vectors.items() if v.ndim == 3 and len(v) == len(weight) > 0}
+    return weight.ndim == 3 and any(fits(name, v[0], weight[0]) for name, v in batch.items())
 
 
 def _divides(link: nn.Module, weight: Tensor) -> bool:
     value = ask(lambda: link(weight), link.modules())
-    return isinstance(value, Tensor) and is_multiple(weight, value)
+    if not isinstance(value, Tensor) or value.shape != weight.shape:
+        return False
+    return is_multiple(weight, value) or (weight.ndim == 3 and all(map(is_multiple, weight, value)))
 
 
 def arriving(chain: ParametrizationList, link: nn.Module) -> Tensor:
