@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from networks import seed_torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 
 def l2normalize(v: Tensor, eps: float = 1e-12) -> Tensor:
@@ -572,6 +573,64 @@ class ExactLinear(nn.Linear):
         return F.linear(x, self.normalized(), self.bias)
 
 
+# ------------------------------------------------------------------ normalised by a child
+
+
+class Normaliser(nn.Module):
+    """A helper with the vectors, which is given the weight."""
+
+    u: Tensor
+
+    def __init__(self, rows: int) -> None:
+        super().__init__()
+        self.register_buffer("u", torch.randn(rows))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(1)
+        with torch.no_grad():
+            v = F.normalize(matrix.t() @ self.u, dim=0)
+            if self.training:
+                self.u.copy_(F.normalize(matrix @ v, dim=0))
+        return weight / torch.linalg.vector_norm(matrix @ v)
+
+
+class HelpedConv2d(nn.Conv2d):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_normalization = Normaliser(self.out_channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight_normalization(self.weight)
+        return self._conv_forward(input, weight, self.bias)
+
+
+class TorchHelpedConv2d(nn.Conv2d):
+    """Calls torch's own parametrization by hand."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sn = _SpectralNorm(self.weight)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._conv_forward(input, self.sn(self.weight), self.bias)
+
+
+class HelpedDense(nn.Module):
+    """No layer of torch, and a method that asks the helper."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(outputs, inputs))
+        self.bias = nn.Parameter(torch.randn(outputs))
+        self.normalise = Normaliser(outputs)
+
+    def effective_weight(self) -> Tensor:
+        return cast(Tensor, self.normalise(self.weight))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(1) @ self.effective_weight().t() + self.bias
+
+
 # ------------------------------------------------------------------ overridden
 
 
@@ -732,6 +791,9 @@ CASES: dict[str, Case] = {
     "operator": Case(lambda: OperatorConv2d(3, 4), _conv, _image),
     "raw-name": Case(lambda: RawNameLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "exact": Case(lambda: ExactLinear(3, 4), lambda: nn.Linear(3, 4), _row),
+    "helped": Case(lambda: HelpedConv2d(3, 4, 3, padding=1), _conv, _image),
+    "helped-torch": Case(lambda: TorchHelpedConv2d(3, 4, 3, padding=1), _conv, _image),
+    "helped-dense": Case(lambda: HelpedDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "padded": Case(lambda: PaddedConv2d(3, 4, 3), _conv, _image),
     "scaled": Case(lambda: ScaledLinear(3, 4), lambda: nn.Linear(3, 4), _row),
     "scaled-property": Case(lambda: ScaledProperty(3, 4), lambda: nn.Linear(3, 4), _row),

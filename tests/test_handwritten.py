@@ -232,6 +232,14 @@ def test_what_a_prehook_adds_to_the_state_dict_goes_with_it() -> None:
         assert getattr(inside, "_metadata", None) == getattr(plain, "_metadata", None)
 
 
+def test_a_mode_given_inside_reaches_the_helper() -> None:
+    """A child that is away for the length of the block has the mode of its module afterwards."""
+    model = CASES["helped-torch"].make()
+    with frozen_spectral_norm(model):
+        model.eval()
+    assert [module.training for module in model.modules()] == [False, False]
+
+
 def test_attributes_of_a_hook_stay() -> None:
     """What a hook's object writes to itself while it is asked is put back."""
     model = CASES["prehook"].make()

@@ -15,6 +15,7 @@ from fingerprint import assert_unchanged, fingerprint, same_bits
 from handwritten_networks import (
     CASES,
     BufferWrapper,
+    HelpedDense,
     InlineConv2d,
     PropertyLinear,
     SNConv2d,
@@ -32,12 +33,16 @@ from torch.utils.hooks import RemovableHandle
 from sn_export import (
     FreezeError,
     FrozenWeightChangedWarning,
+    SpectralNormNotRecognisedWarning,
     export_onnx,
     find_spectral_norm,
     frozen_spectral_norm,
 )
 
-PICKED = ("wrapper-conv", "wrapper-buffers", "prehook", "biggan-conv", "inline", "raw-name")
+PICKED = (
+    *("wrapper-conv", "wrapper-buffers", "prehook", "biggan-conv", "inline", "raw-name"),
+    "helped-torch",
+)
 picked = pytest.mark.parametrize("name", PICKED)
 
 
@@ -129,6 +134,29 @@ def test_shared_wrapper_is_frozen_once() -> None:
             f"{i}.module.{n}" for i in (0, 2) for n in ("weight", "bias")
         ]
         assert len(find_spectral_norm(model)) == 0
+    assert_unchanged(before, model)
+
+
+def test_helper_of_two_layers_goes_on_for_the_other() -> None:
+    """A helper that a frozen layer shares with one that cannot be frozen still divides there."""
+
+    class Sum(HelpedDense):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) + x @ self.weight.t()
+
+    model = nn.Sequential(HelpedDense(4, 4), Sum(4, 4)).eval()
+    cast(Any, model[1]).normalise = model[0].normalise
+    x = torch.randn(2, 4)
+    with torch.no_grad():
+        expected = model(x)
+    before = fingerprint(model)
+    with pytest.warns(SpectralNormNotRecognisedWarning, match="'1'"), frozen_spectral_norm(model):
+        assert list(model.state_dict()) == [
+            *("0.weight", "0.bias"),
+            *("1.weight", "1.bias", "1.normalise.u"),
+        ]
+        with torch.no_grad():
+            assert same_bits(model(x), expected)
     assert_unchanged(before, model)
 
 
@@ -329,7 +357,15 @@ def test_tools_of_torch_work_inside(name: str, way: str) -> None:
 
 
 # The files that run the user's code; interrupts in the others are tested with torch's kinds.
-ASKING = ("asking.py", "probe.py", "wrapper.py", "prehook.py", "mixin.py", "frozen_class.py")
+ASKING = (
+    "asking.py",
+    "probe.py",
+    "wrapper.py",
+    "prehook.py",
+    "mixin.py",
+    "helped.py",
+    "frozen_class.py",
+)
 
 
 def fault_model(name: str) -> nn.Module:
@@ -339,11 +375,12 @@ def fault_model(name: str) -> nn.Module:
         "prehook": lambda: old_spectral_norm(nn.Linear(2, 2)),
         "mixin": lambda: UpdatingDense(2, 2),
         "inline": lambda: InlineConv2d(1, 2, 1),
+        "helped": lambda: HelpedDense(2, 2),
     }
     return nn.Sequential(builds[name]())
 
 
-@pytest.mark.parametrize("name", ["wrapper", "prehook", "mixin", "inline"])
+@pytest.mark.parametrize("name", ["wrapper", "prehook", "mixin", "inline", "helped"])
 def test_interrupt_at_any_step_of_entering_changes_nothing(name: str) -> None:
     """Whichever line that asks the user's code is interrupted, the model is unchanged."""
     model = fault_model(name)
@@ -362,7 +399,7 @@ def test_interrupt_at_any_step_of_entering_changes_nothing(name: str) -> None:
     assert failures == []
 
 
-@pytest.mark.parametrize("name", ["wrapper", "mixin"])
+@pytest.mark.parametrize("name", ["wrapper", "mixin", "helped"])
 def test_interrupt_at_any_step_of_leaving_restores_first(name: str) -> None:
     """Whichever line of leaving is interrupted, the model is restored before that is raised."""
     model = fault_model(name)

@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from fingerprint import assert_unchanged, fingerprint, same_bits
 from handwritten_networks import (
+    HelpedDense,
     InlineConv2d,
     SNConv2d,
     SpectralNormConv,
+    TorchHelpedConv2d,
     Wrapper,
     l2normalize,
     operator_norm,
@@ -68,28 +70,18 @@ class PairLinear(nn.Linear):
         return F.linear(x, weight) / sigma + self.bias
 
 
-class Normaliser(nn.Module):
-    """A helper with the vectors, which is given the weight."""
-
-    u: Tensor
-
-    def __init__(self, rows: int) -> None:
-        super().__init__()
-        self.register_buffer("u", torch.randn(rows))
-
-    def forward(self, weight: Tensor) -> Tensor:
-        v = F.normalize(weight.t() @ self.u, dim=0)
-        return weight / torch.linalg.vector_norm(weight @ v)
-
-
-class HelpedDense(nn.Module):
-    def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(outputs, inputs))
-        self.normalise = Normaliser(outputs)
+class HelpedResidual(HelpedDense):
+    """The weight is used without its helper as well."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ cast(Tensor, self.normalise(self.weight)).t()
+        return super().forward(x) + x @ self.weight.t()
+
+
+class HelpedPenalty(TorchHelpedConv2d):
+    """Reads what its helper, torch's own link, keeps."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * cast(Tensor, self.sn._u).norm()
 
 
 class SNDense(nn.Module):
@@ -157,7 +149,14 @@ SUSPECTS = {
         lambda: PairLinear(3, 4),
         "PairLinear: 'weight_u' fits the singular vectors of 'weight'",
     ),
-    "helper": (lambda: HelpedDense(3, 4), "HelpedDense: 'u' fits the singular vectors of 'weight'"),
+    "helper": (
+        lambda: HelpedResidual(3, 4),
+        "HelpedResidual: 'u' fits the singular vectors of 'weight'",
+    ),
+    "torch-helper": (
+        lambda: HelpedPenalty(2, 3, 2),
+        "HelpedPenalty: '_u' fits the singular vectors of 'weight'",
+    ),
     "raw-use": (lambda: SNDense(3, 4), "SNDense: 'u0' fits the singular vectors of 'weight'"),
     "raw-base": (
         lambda: ResidualConv2d(2, 3, 2),

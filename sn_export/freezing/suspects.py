@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
 from ..words import first_few, listed
@@ -20,6 +21,7 @@ from .vectors import NORMS, SIGMA, fits, is_named_as_vector, matrices, small_sta
 
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
 _NAMED = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")
+_TORCH = frozenset({"_u", "_v", "normalize"})  # in the code of torch's own link
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,8 @@ def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
             weights = {f"{child}.{name}": weight for name, weight in matrices(layer).items()}
             yield from _product([*beside, *inside], weights, code.names)
         else:  # a helper that is given the weight, perhaps
-            yield from _product(inside, own, code_of(type(layer)).names)
+            is_torch = isinstance(layer, _SpectralNorm)
+            yield from _product(inside, own, _TORCH if is_torch else code_of(type(layer)).names)
 
 
 def _product(

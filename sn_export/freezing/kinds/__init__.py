@@ -13,6 +13,7 @@ from ..frozen_class import Frozen
 from ..site import Kind, Site
 from .adapted import find_adapted
 from .chain import find_chains
+from .helped import find_helped
 from .hook import find_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations
@@ -36,7 +37,9 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
         sites += find_prehooks(path, module)
     code = None if is_layer else code_of(cls)
     if code is not None and not code.is_torch:
-        sites += find_wrappers(path, module, code) or find_mixins(path, module, code)
+        for find in (find_wrappers, find_mixins, find_helped):
+            if found := find(path, module, code):
+                return [*sites, *found]
     return sites
 
 

@@ -87,12 +87,13 @@ class Probe:
         return Used(value.clone(), is_all)
 
     def _record(self, forward: Callable[..., Any]) -> tuple[list[_Call], Any, Tensor]:
-        probe = self._input().as_subclass(_Recorder)
+        probe = self.example().as_subclass(_Recorder)
         probe.function, probe.calls = self._function, []
         result = forward(self._module, probe)
         return probe.calls, result, probe
 
-    def _input(self) -> Tensor:
+    def example(self) -> Tensor:
+        """Return an input that the layer takes."""
         module: Any = self._module
         weight = next(p for p in module._parameters.values() if p is not None and p.ndim >= 2)
         options: dict[str, Any] = {"device": weight.device}
