@@ -119,10 +119,10 @@ def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelPr
     graph.name = file.graph.name
     graph.node.extend(piece.nodes)
     graph.initializer.extend(piece.weights.values())
-    graph.input.extend(
-        onnx.helper.make_tensor_value_info(name, value.element_type(), value.shape())
-        for name, value in given.items()
-    )
+    declared = {entry.name: entry for entry in file.graph.input}  # which sizes the file takes
+    for name, value in given.items():
+        made = onnx.helper.make_tensor_value_info(name, value.element_type(), value.shape())
+        graph.input.append(declared.get(name, made))
     for name in piece.makes:
         graph.output.add(name=name)
     return model

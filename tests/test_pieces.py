@@ -249,16 +249,21 @@ def test_a_wrong_weight_of_any_piece_is_found(tmp_path: Path) -> None:
         report.require_passed("it")
 
 
-def test_the_errors_are_those_of_a_whole_file(tmp_path: Path) -> None:
-    """An input that does not fit is an ExportError that says so."""
+@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(1, 2), torch.ones(2, dtype=torch.int64)])
+def test_the_errors_are_those_of_a_whole_file(tmp_path: Path, x: Tensor) -> None:
+    """An input of another size, rank or dtype than the file declares is refused either way."""
     nodes = [
         helper.make_node("Mul", ["x", "a"], ["ax"]),
         helper.make_node("Add", ["ax", "b"], ["y"]),
     ]
-    path = file_of(tmp_path / "net.onnx", nodes, initializers=_weights(a=[2, 3], b=[5, 7]))
+    path = file_of(tmp_path / "net.onnx", nodes, initializers=_weights(a=[2], b=[5]))
+    file = onnx.load(path)
+    file.graph.input[0].type.tensor_type.shape.dim.add(dim_value=2)
+    onnx.save(file, path)
     session = _opened(path)
-    with pytest.raises(onnx_session.ExportError, match="onnxruntime fails on the example input"):
-        _run(session, x=torch.ones(3))
+    for one in (session, session._whole):
+        with pytest.raises(onnx_session.ExportError, match="onnxruntime fails on the example"):
+            run_session(one, {"x": x}, "the example input")
 
 
 def test_a_piece_that_does_not_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
