@@ -29,6 +29,7 @@ _DIMENSION = re.compile(
 _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
 _OURS = str(Path(__file__).parent)
 _TORCH = str(Path(torch.__file__).parent)
+_CHECKING = str(Path(torch.distributions.__file__).parent)  # decides about its arguments alone
 
 _NO_OPERATOR = "write that operator with others that ONNX has"
 _DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
@@ -93,6 +94,11 @@ def decision(error: BaseException, model: nn.Module) -> str | None:
     """
     chain = list(_chain(error))
     if not any(re.search(_DECIDES, _named(e)) for e in chain):
+        return None
+    files = [
+        frame.f_code.co_filename for e in chain for frame, _ in traceback.walk_tb(e.__traceback__)
+    ]
+    if any(file.startswith(_CHECKING) for file in files):
         return None
     return _words(_place(chain, model)).lstrip("; ")
 

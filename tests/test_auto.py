@@ -268,3 +268,17 @@ def test_programs_go_on_from_the_report(tmp_path: Path) -> None:
     traced = export_onnx(model, rows(), tmp_path / "net.onnx", exporter="torchscript")
     assert traced.onnx_program is None and traced.exported_program is None
     assert "onnx_program" not in json.loads(report.to_json())
+
+
+class Spread(Head):
+    """Returns a distribution, which checks its arguments by their values."""
+
+    def forward(self, x: Tensor) -> Any:
+        y: Tensor = self.layer(x)
+        return y, torch.distributions.Normal(y, torch.sigmoid(y)).stddev
+
+
+def test_checks_of_arguments_are_no_decisions(tmp_path: Path) -> None:
+    """What torch's distributions check of their arguments decides nothing that a file could do."""
+    report = export_onnx(Spread(), rows(), tmp_path / "net.onnx")
+    assert report.parity.passed
