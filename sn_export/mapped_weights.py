@@ -31,7 +31,7 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
     if os.name != "posix" or not is_large(size):
         return
     try:
-        content = torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8)
+        content = torch.from_file(str(data), shared=False, size=size, dtype=torch.uint8).numpy()
     except RuntimeError:  # a file system that maps nothing: they stay in memory
         return
     own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
@@ -40,12 +40,14 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
         place = {item.key: item.value for item in entry.external_data}
         value = initializers.get(entry.name)
         weight = getattr(value.const_value, "raw", None) if value is not None else None
-        if not place or not isinstance(weight, Tensor) or id(weight) in own:
+        if not place or not isinstance(weight, Tensor) or id(weight) in own or not weight.numel():
             continue
         start, length = int(place["offset"]), int(place["length"])
         if not _is_as_in_file(weight) or length != weight.nbytes or start % weight.itemsize:
             continue
-        weight.data = content[start : start + length].view(weight.dtype).view(weight.shape)
+        # Each with a storage of its own: torch saves a tensor with all that it shares one with.
+        flat = torch.frombuffer(content, dtype=weight.dtype, count=weight.numel(), offset=start)
+        weight.data = flat.view(weight.shape)
 
 
 def _is_as_in_file(weight: Tensor) -> bool:
