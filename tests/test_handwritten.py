@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import warnings
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
 from fingerprint import assert_unchanged, contents, fingerprint, same_bits
-from handwritten_networks import CASES, Case
+from handwritten_networks import CASES, Case, old_spectral_norm, set_weight
 from torch import Tensor, nn
 
 from sn_export import find_spectral_norm, find_suspects, frozen_spectral_norm
@@ -249,3 +250,35 @@ def test_attributes_of_a_hook_stay() -> None:
         pass
     assert vars(hook)["calls"] is calls
     assert calls == 0
+
+
+def _closed_over() -> Any:
+    setting = set_weight
+
+    def hook(module: nn.Module, inputs: Any) -> None:
+        setting(module, inputs)
+
+    return hook
+
+
+_FUNCTIONS: dict[str, Any] = {
+    "closure": _closed_over,
+    "lambda": lambda: lambda module, inputs: set_weight(module, inputs),
+    "partial": lambda: functools.partial(set_weight, name="weight"),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("kind", _FUNCTIONS)
+def test_functions_around_a_prehook(kind: str, training: bool) -> None:
+    """A pre-hook is known by what it calls, from a closure, a lambda or a partial too."""
+    model = old_spectral_norm(nn.Linear(3, 4), _FUNCTIONS[kind]()).train(training)
+    model(torch.randn(2, 3))
+    x, before = torch.randn(2, 3), fingerprint(model)
+    assert [(info.name, info.kind) for info in find_spectral_norm(model)] == [("weight", "prehook")]
+    with frozen_spectral_norm(model) as plain, torch.no_grad():
+        assert list(plain.state_dict()) == ["weight", "bias"]
+        inside = plain(x)
+    assert_unchanged(before, model)
+    with torch.no_grad():
+        assert same_bits(inside, model.eval()(x))

@@ -9,8 +9,9 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import CodeType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -119,6 +120,8 @@ def mentioned(name: str, names: Collection[str]) -> bool:
 
 def names_in(function: Any) -> frozenset[str]:
     """Return the names in the code of a function, a method or the class of a callable object."""
+    while isinstance(function, partial):
+        function = function.func
     function = getattr(function, "__func__", function)
     if isinstance(function, FunctionType):
         function = inspect.unwrap(function)
@@ -169,12 +172,19 @@ def _names(code: CodeType) -> Iterator[str]:
             yield from _names(constant)
 
 
+def _around(function: FunctionType) -> Iterator[Any]:
+    """Yield what the names in a function may mean, of its module and of functions around it."""
+    yield from (function.__globals__.get(name) for name in function.__code__.co_names)
+    for cell in function.__closure__ or ():
+        with suppress(ValueError):  # an empty one
+            yield cell.cell_contents
+
+
 def _helper_names(found: Iterable[FunctionType]) -> set[str]:
-    """The names in functions of the user's that those in ``found`` call by a global name."""
+    """The names in functions of the user's that those in ``found`` call by a name of their own."""
     queue, names = list(found), set[str]()
     for caller in queue:
-        for name in caller.__code__.co_names:
-            helper = caller.__globals__.get(name)
+        for helper in _around(caller):
             if isinstance(helper, FunctionType) and helper not in queue and not is_library(helper):
                 queue.append(helper)
                 names.update(_names(helper.__code__))
