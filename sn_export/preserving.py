@@ -89,7 +89,8 @@ class Preserved:
         self._containers += belonging.containers
         self._attributes += belonging.tensors
         self._arrays = belonging.arrays
-        replaced = set(map(id, _replaced_by_hooks(self._modules)))
+        # Copies of what is set anew would be for nothing.
+        replaced = {id(m.__dict__.get(name)) for m, name in set_by_hooks(self._modules)}
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
         self._copies = Copies(())
@@ -188,16 +189,14 @@ class Preserved:
             array.restore()
 
 
-def _replaced_by_hooks(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Yield the normalised weights that torch's hooks set anew on each call: copies for nothing."""
+def set_by_hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+    """Yield the attributes that torch's hooks set anew on each call: module and name."""
     for module in modules:
         if is_never_called(module):
             continue  # its attribute is what the network reads
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
-                value = module.__dict__.get(hook.name)
-                if isinstance(value, Tensor):
-                    yield value
+                yield module, hook.name
 
 
 class Guarded:

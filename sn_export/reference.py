@@ -10,12 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 
 from .errors import SnExportError
 from .large import are_large
-from .preserving import Preserved
+from .preserving import Preserved, set_by_hooks
 from .samples import InputSet
 from .structure import is_plain, paths_of_tensors, unseen_tensors
 from .words import without_frames
@@ -90,11 +88,8 @@ def _weights_dropped(model: nn.Module) -> Iterator[None]:
     It is deleted, not replaced: a forward that reads it later fails, and gets no other value.
     """
     with ExitStack() as stack:
-        for module in model.modules():
-            for hook in module._forward_pre_hooks.values():
-                if isinstance(hook, (SpectralNorm, WeightNorm)):
-                    drop = partial(_drop, hook.name)
-                    stack.callback(module.register_forward_hook(drop).remove)
+        for module, name in list(set_by_hooks(model.modules())):
+            stack.callback(module.register_forward_hook(partial(_drop, name)).remove)
         yield
 
 
