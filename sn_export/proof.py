@@ -91,10 +91,9 @@ class Proof:
             else None
         )
         if parity.passed:
+            declared = [(entry.name, entry.shape) for entry in session.get_outputs()]
             for reference in runnable:
-                require_declared(
-                    [(entry.name, entry.shape) for entry in session.get_outputs()], reference
-                )
+                require_declared(declared, reference)
         del session
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")

@@ -7,18 +7,18 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .dynamic import DynamicDim
 from .errors import SnExportError
 from .reference import Reference
 from .samples import InputSet
+from .sizes import Groups, by_root
 
 _logger = logging.getLogger("sn_export")
 _ENDLESS = 2**30  # sizes from here on are no bound
 _LARGEST = 2**24  # elements of a tensor, past which a size is not tried
-
-Groups = Mapping[str, Sequence[DynamicDim]]
 
 
 def references_beyond(
@@ -41,16 +41,14 @@ def references_beyond(
         run: runs the model, and raises a `SnExportError` where it rejects an input.
 
     Returns:
-        What the model said; nothing of sizes that it rejects, which are no sizes of its own.
+        What the model said; nothing of sizes that it rejects itself, or that are out of proportion.
     """
-    roots: dict[str, list[DynamicDim]] = {}
-    for dim in dims:
-        roots.setdefault(dim.root, []).append(dim)
+    roots, tensors = by_root(dims), dict(example)
     found = []
-    for root, smallest, largest in _narrowed(program, [name for name, _ in example], dims):
+    for root, smallest, largest in _narrowed(program, list(tensors), dims):
         _logger.info("torch's program is for %s from %d to %d", root, smallest, largest)
         for size in (smallest - 1, largest + 1):
-            if not _is_tried(size, roots[root], dict(example)):
+            if not _is_tried(size, roots[root], tensors):
                 continue
             try:
                 found.append(run(resized({root: roots[root]}, {root: size})))
@@ -75,17 +73,17 @@ def _narrowed(
     exported = program.exported_program
     places = [node for node in exported.graph.nodes if node.op == "placeholder"]
     given = set(exported.graph_signature.user_inputs)
-    values = [node.meta.get("val") for node in places if node.name in given]
+    values = [node.meta["val"] for node in places if node.name in given]
     if len(values) != len(names):
         return
     tensors = dict(zip(names, values, strict=True))
     seen = set()
     for dim in dims:
-        size = getattr(tensors[dim.tensor], "shape", ())[dim.position : dim.position + 1]
-        expression = getattr(getattr(size[0] if size else None, "node", None), "expr", None)
-        # Of ``2 * dim`` the bounds are those of another number.
-        bounds = exported.range_constraints.get(expression)
-        if bounds is not None and dim.root not in seen and not callable(getattr(dim.spec, "fn", 0)):
+        size = tensors[dim.tensor].shape[dim.position]
+        if not isinstance(size, torch.SymInt) or callable(getattr(dim.spec, "fn", None)):
+            continue  # fixed; or ``2 * dim``, whose bounds are those of another number
+        bounds = exported.range_constraints.get(size.node.expr)
+        if bounds is not None and dim.root not in seen:
             seen.add(dim.root)
             yield dim.root, _number(bounds.lower, 0), _number(bounds.upper, _ENDLESS)
 

@@ -43,9 +43,7 @@ def resized_references(
     Raises:
         ExportError: if the model takes no other size in a dimension that the user names.
     """
-    roots: dict[str, list[DynamicDim]] = {}
-    for dim in dims:
-        roots.setdefault(dim.root, []).append(dim)
+    roots = by_root(dims)
     inputs = Resizer(model, example)
     shapes = [sizes_of(model, one) for one in (example, *own)]
     found: list[Reference] = []
@@ -85,6 +83,14 @@ def resized_references(
                 "pass inputs=[...] of other sizes, or leave it fixed"
             ) from errors[root].__cause__
     return found
+
+
+def by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
+    """Return the dimensions in groups of those that vary together."""
+    roots: dict[str, list[DynamicDim]] = {}
+    for dim in dims:
+        roots.setdefault(dim.root, []).append(dim)
+    return roots
 
 
 def sizes_of(model: nn.Module, inputs: InputSet) -> dict[Place, int]:
