@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .large import is_large
+from .layouts import is_dense
 from .places import side_file
 
 
@@ -51,4 +52,4 @@ def map_weights(program: Any, model: nn.Module, path: Path) -> None:
 
 
 def _is_as_in_file(weight: Tensor) -> bool:
-    return weight.is_cpu and weight.layout == torch.strided and weight.is_contiguous()
+    return weight.is_cpu and is_dense(weight) and weight.is_contiguous()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -129,5 +129,5 @@ def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelPr
 
 
 def _size(tensor: TensorProto) -> int:
-    lengths: Iterable[int] = (int(e.value) for e in tensor.external_data if e.key == "length")
-    return next(iter(lengths), tensor.ByteSize())
+    lengths = (int(entry.value) for entry in tensor.external_data if entry.key == "length")
+    return next(lengths, tensor.ByteSize())

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .large import are_large
+from .layouts import is_dense
 
 _SMALLEST = 2**20  # bytes of a weight
 # Bytes at a time: Linux maps what was written at once as one, for whoever reads an element.
@@ -79,7 +80,7 @@ class Spill:
 
 def _written(value: Tensor, file: FileIO) -> _Place | None:
     """Write the bytes of ``value`` to the end of ``file``; None where it has to stay in memory."""
-    is_plain = type(value) in (Tensor, nn.Parameter) and value.layout == torch.strided
+    is_plain = type(value) in (Tensor, nn.Parameter) and is_dense(value)
     if not (is_plain and value.is_cpu and value.is_contiguous() and value.nbytes >= _SMALLEST):
         return None
     if value.is_conj() or value.is_neg():  # its bytes are not its values
