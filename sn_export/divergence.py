@@ -27,8 +27,8 @@ from .module_parity import (
 )
 from .module_trace import first_random, trace, trace_inputs, type_name
 from .onnx_session import named_inputs, open_session, run_session
-from .preserving import Preserved
-from .samples import InputSet
+from .running.input_set import InputSet
+from .running.preserved import Preserved
 from .words import listed
 
 _SHOWN = 4  # how many modules a finding names

@@ -22,7 +22,6 @@ from .arguments import (
     require_target,
 )
 from .case_file import write_case
-from .dynamic import dynamic_dims
 from .errors import (
     ExportError,
     ParityError,
@@ -58,11 +57,12 @@ from .parity import (
     require_tolerances,
     run_reference,
 )
-from .preserving import Preserved, preserved
 from .proof import Proof
 from .ranges import references_beyond
 from .report import Attempt, ExportReport
-from .samples import InputSet, as_input_sets, as_kwargs, random_sets, require_seen
+from .running.dynamic_shapes import dynamic_dims
+from .running.input_set import InputSet, as_input_sets, as_kwargs, random_sets, require_seen
+from .running.preserved import Preserved, preserved
 from .sizes import Resizer, resized_references
 from .spill import Spill
 from .tolerances import Tolerance

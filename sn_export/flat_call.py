@@ -16,9 +16,9 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from .reference import Reference
-from .samples import InputSet
-from .structure import paths_of_tensors
+from .running.input_set import InputSet
+from .running.nested import paths_of_tensors
+from .running.reference import Reference
 
 
 class FlatCall(NamedTuple):

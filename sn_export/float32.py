@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from .samples import InputSet
+from .running.input_set import InputSet
 from .saving import save, weight_bytes
 
 ProofDtype = Literal["float32"]

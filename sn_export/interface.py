@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 import onnx_ir as ir
 from torch import nn
 
-from .samples import InputSet
-from .structure import distinct, output_names
+from .running.input_set import InputSet
+from .running.nested import distinct, output_names
 
 _TENSORS = "tensors among the arguments of the example"
 

@@ -10,9 +10,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from .large import is_large
-from .layouts import is_dense
 from .places import side_file
+from .running.tensor_layouts import is_dense, is_large
 
 
 def map_weights(program: Any, model: nn.Module, path: Path) -> None:

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .layouts import is_dense
 from .module_parity import ModuleCall, Strictness, errors_of
-from .preserving import Preserved
-from .reference import run_reference
-from .samples import InputSet
-from .structure import tensor_leaves
+from .running.input_set import InputSet
+from .running.nested import tensor_leaves
+from .running.preserved import Preserved
+from .running.reference import run_reference
+from .running.tensor_layouts import is_dense
 
 
 def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCall]:

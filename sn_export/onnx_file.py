@@ -17,7 +17,6 @@ import onnx_ir as ir
 import torch
 from torch import Tensor, nn
 
-from .dynamic import DynamicDim, dynamic_axes, flat_shapes
 from .errors import ExportError
 from .failures import told
 from .flat_call import FlatCall, flat_call
@@ -26,7 +25,8 @@ from .interface import rename
 from .opset import set_opset
 from .places import side_file
 from .quiet import no_fused_attention, quiet
-from .reference import Reference
+from .running.dynamic_shapes import DynamicDim, dynamic_axes, flat_shapes
+from .running.reference import Reference
 from .saving import save, weight_bytes
 from .words import qualified
 

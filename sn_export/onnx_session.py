@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from .errors import ExportError
 from .float32 import missing_kernel
-from .large import is_large
 from .pieces import Pieces
 from .places import side_file
-from .samples import InputSet
+from .running.input_set import InputSet
+from .running.tensor_layouts import is_large
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _BFLOAT16 = 16  # TensorProto.BFLOAT16

@@ -30,9 +30,9 @@ from .onnx_session import (
 )
 from .output_parity import OutputParity, RunningErrors
 from .places import as_path
-from .preserving import Preserved, preserved
-from .reference import Reference, run_reference
-from .samples import as_input_sets
+from .running.input_set import as_input_sets
+from .running.preserved import Preserved, preserved
+from .running.reference import Reference, run_reference
 from .spread import Histogram
 from .tolerances import (
     DEFAULT_TOLERANCES,

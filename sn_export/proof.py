@@ -14,13 +14,13 @@ from torch import Tensor, nn
 
 from .case_file import Case
 from .cases import case_of
-from .dynamic import DynamicDim
 from .parity import ParityReport, ProofDtype, compare, explained, proof_session
-from .preserving import Preserved
-from .reference import Reference
-from .samples import InputSet
+from .running.dynamic_shapes import DynamicDim
+from .running.input_set import InputSet
+from .running.nested import paths_of_tensors
+from .running.preserved import Preserved
+from .running.reference import Reference
 from .sizes import require_apart, require_declared, require_dynamic, sizes_of, tied
-from .structure import paths_of_tensors
 from .tolerances import Tolerance
 
 _logger = logging.getLogger("sn_export")

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dynamic import DynamicDim
 from .errors import SnExportError
-from .reference import Reference
-from .samples import InputSet
+from .running.dynamic_shapes import DynamicDim
+from .running.input_set import InputSet
+from .running.reference import Reference
 from .sizes import Groups, by_root
 
 _logger = logging.getLogger("sn_export")

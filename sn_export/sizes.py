@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .dynamic import DynamicDim
 from .errors import ExportError, SnExportError
-from .reference import Reference
-from .samples import InputSet, random_like
+from .running.dynamic_shapes import DynamicDim
+from .running.input_set import InputSet, random_like
+from .running.reference import Reference
 
 _logger = logging.getLogger("sn_export")
 _SEED = 1

@@ -13,8 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .large import are_large
-from .layouts import is_dense
+from .running.tensor_layouts import are_large, is_dense
 
 _SMALLEST = 2**20  # bytes of a weight
 # Bytes at a time: Linux maps what was written at once as one, for whoever reads an element.

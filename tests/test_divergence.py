@@ -22,9 +22,9 @@ from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 from sn_export import ParityError, check_parity, export_onnx, exporting, parity
 from sn_export.module_parity import ModuleCall, Strictness, nearest
 from sn_export.parity import explained
-from sn_export.preserving import preserved
-from sn_export.reference import run_reference
-from sn_export.samples import as_input_sets
+from sn_export.running.input_set import as_input_sets
+from sn_export.running.preserved import preserved
+from sn_export.running.reference import run_reference
 
 
 class Block(nn.Module):

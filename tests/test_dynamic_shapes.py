@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
-from sn_export.reference import Reference
-from sn_export.samples import InputSet
+from sn_export.running.input_set import InputSet
+from sn_export.running.reference import Reference
 from sn_export.sizes import require_declared
 
 

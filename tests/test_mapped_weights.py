@@ -10,15 +10,16 @@ import torch
 from export_models import KINDS, images, small_net
 from torch import Tensor, nn
 
-from sn_export import ExportReport, check_parity, export_onnx, frozen_spectral_norm, large
+from sn_export import ExportReport, check_parity, export_onnx, frozen_spectral_norm
 from sn_export.places import side_file
+from sn_export.running import tensor_layouts
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE", 0)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
 
 
 def _wide(kind: str, dtype: torch.dtype = torch.float32) -> nn.Sequential:

@@ -18,16 +18,17 @@ from golden_graphs import NETWORKS
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor, nn
 
-from sn_export import ParityError, check_parity, export_onnx, large, onnx_session, pieces
+from sn_export import ParityError, check_parity, export_onnx, onnx_session, pieces
 from sn_export.onnx_session import open_session, run_session
 from sn_export.pieces import Pieces
+from sn_export.running import tensor_layouts
 
 CPU = ("CPUExecutionProvider",)
 
 
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE", 0)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
     monkeypatch.setattr(pieces, "_PIECE", 1)
 
 
@@ -76,9 +77,9 @@ def test_networks(
     """A file of one weight a piece gives every output that it gives at once, and no other."""
     build, inputs = NETWORKS[network]
     path = tmp_path / "net.onnx"
-    monkeypatch.setattr(large, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
     export_onnx(build(), inputs(), path, exporter=exporter)
-    monkeypatch.setattr(large, "LARGE", 0)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
     session = _opened(path)
     seen = _runs_at_once(session, monkeypatch)
     args = inputs()
@@ -312,5 +313,5 @@ def test_small_files_are_opened_as_they_are(
     path = file_of(tmp_path / "net.onnx", nodes, initializers=_weights(a=[2.0]))
     _opened(path)
     assert isinstance(open_session(path, CPU, at_once=True), ort.InferenceSession)
-    monkeypatch.setattr(large, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
     assert isinstance(open_session(path, CPU), ort.InferenceSession)

@@ -13,8 +13,8 @@ from test_freezing_faults import Fault
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sn_export import large
-from sn_export.preserving import preserved, without_trace
+from sn_export.running import tensor_layouts
+from sn_export.running.preserved import preserved, without_trace
 
 
 class Writing(nn.Module):
@@ -71,7 +71,7 @@ def test_an_interrupt_at_any_step(
 
     So they are of a large model, whose parameters are watched and copied when they are written.
     """
-    monkeypatch.setattr(large, "LARGE", limit)
+    monkeypatch.setattr(tensor_layouts, "LARGE", limit)
     model = Writing()
     before = fingerprint(model)
     run(model, Fault())

@@ -20,8 +20,8 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 from sn_export import SnExportError, export_onnx, frozen_spectral_norm
-from sn_export.belongings import attributes_of
-from sn_export.preserving import Preserved, preserved
+from sn_export.running.plain_objects import attributes_of
+from sn_export.running.preserved import Preserved, preserved
 
 T = TypeVar("T")
 
@@ -241,7 +241,7 @@ def test_how_far_objects_are_looked_into() -> None:
 
 def test_no_more_is_copied_than_512_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Arrays, and tensors in objects, past the limit are left alone."""
-    monkeypatch.setattr("sn_export.belongings._MOST", 100)
+    monkeypatch.setattr("sn_export.running.plain_objects._MOST", 100)
     model = nn.Identity()
     model.small, model.large = np.zeros(10), np.zeros(20)
     model.thing = SimpleNamespace(tensor=torch.zeros(20), little=torch.zeros(5))

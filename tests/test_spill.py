@@ -19,11 +19,12 @@ from golden_graphs import NETWORKS
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from sn_export import export_onnx, large, spill
+from sn_export import export_onnx, spill
 from sn_export.freezing import frozen_and_kept
-from sn_export.preserving import preserved
-from sn_export.reference import run_reference
-from sn_export.samples import InputSet
+from sn_export.running import tensor_layouts
+from sn_export.running.input_set import InputSet
+from sn_export.running.preserved import preserved
+from sn_export.running.reference import run_reference
 from sn_export.spill import Spill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8)
@@ -31,7 +32,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.com
 
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(large, "LARGE", 0)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
     monkeypatch.setattr(spill, "_SMALLEST", 1)
 
 
@@ -56,7 +57,7 @@ def test_the_file_is_the_same(
     before = fingerprint(model)
     export_onnx(model, args, tmp_path / "spilled" / "net.onnx", exporter=exporter)
     assert_as_before(before, model)
-    monkeypatch.setattr(large, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
     export_onnx(model, args, tmp_path / "held" / "net.onnx", exporter=exporter)
     spilled, held = contents_of(tmp_path / "spilled"), contents_of(tmp_path / "held")
     assert list(spilled) == ["net.onnx"]
@@ -90,7 +91,7 @@ def test_small_weights_and_small_models_stay(
     (kept,) = _spill(tmp_path).keep(iter(values))
     assert kept is values[0]
     monkeypatch.setattr(spill, "_SMALLEST", 1)
-    monkeypatch.setattr(large, "LARGE", 8)  # the bytes of the model
+    monkeypatch.setattr(tensor_layouts, "LARGE", 8)  # the bytes of the model
     (kept,) = _spill(tmp_path).keep(iter(values))
     assert kept is values[0]
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sn_export import OutputNotExportedWarning, SnExportError, export_onnx
-from sn_export.samples import random_like
-from sn_export.structure import entries_of
+from sn_export.running.input_set import random_like
+from sn_export.running.nested import entries_of
 
 
 class Dotted(dict[str, Any]):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ..samples import InputSet
+    from ..running.input_set import InputSet
     from ..tolerances import Tolerance
 
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
@@ -137,7 +137,7 @@ def example_of(texts: list[str]) -> InputSet:
     """Return random inputs of the shapes that ``--input`` gives, the same ones every time."""
     import torch
 
-    from ..samples import InputSet
+    from ..running.input_set import InputSet
 
     generator = torch.Generator().manual_seed(0)
     args: list[Tensor] = []

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..samples import InputSet
+from ..running.input_set import InputSet
 from .arguments import example_of
 from .errors import UsageError
 

@@ -19,7 +19,7 @@ from ..freezing import find_suspects
 from ..metadata import require_metadata
 from ..parity import ParityReport, check_parity
 from ..places import require_place, side_file
-from ..samples import random_sets
+from ..running.input_set import random_sets
 from ..tolerances import Tolerance
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata
 from .console import FAILED, answer, noted, progress, say

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..preserving import restore_container, without_trace
+from ..running.preserved import restore_container, without_trace
 
 T = TypeVar("T")
 
@@ -19,7 +19,7 @@ T = TypeVar("T")
 def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     """Return ``run()`` with ``modules`` in eval mode and on copies of their tensors.
 
-    `sn_export.preserving.without_trace` swaps buffers for copies. Handwritten spectral norms
+    `sn_export.running.preserved.without_trace` swaps buffers for copies. Handwritten spectral norms
     keep their singular vectors in parameters too, and write them through ``.data``, so here
     the parameters are swapped as well.
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layouts import dense_parts
+from ..running.tensor_layouts import dense_parts
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..layouts import is_dense
+from ..running.tensor_layouts import is_dense
 
 # A vector of one element fits any critic's last layer, so there the name has to say it.
 _TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")

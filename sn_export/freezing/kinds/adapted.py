@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
-from ...preserving import Guarded, Preserved
+from ...running.preserved import Guarded, Preserved
 from ...words import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..asking import ask

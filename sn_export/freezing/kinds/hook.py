@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
-from ...preserving import without_trace
+from ...running.preserved import without_trace
+from ...running.wrapped_models import is_never_called
 from ...sigma import stored_sigma
-from ...uncalled import is_never_called
 from ..asking import copied_attributes
 from ..site import Site, SpectralNormInfo, plan_registration
 from ..undo import Edits

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...copying import same_bits
+from ...running.shared_memory import same_bits
 from ..asking import Agreeable, ask, copied_attributes
 from ..code import mentioned, names_in
 from ..site import plan_registration

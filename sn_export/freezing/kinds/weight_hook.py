@@ -10,8 +10,8 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
-from ...preserving import without_trace
-from ...uncalled import is_never_called
+from ...running.preserved import without_trace
+from ...running.wrapped_models import is_never_called
 from ..asking import copied_attributes
 from ..site import Group, Site, plan_registration
 from ..undo import Edits

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .samples import InputSet, bound_arguments, flat_arguments, keyword_parameter
-from .structure import entries_of
+from .input_set import InputSet, bound_arguments, flat_arguments, keyword_parameter
+from .nested import entries_of
 
 _FAR = 1 << 30
 _Dim = torch.export.Dim

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-from .layouts import dense_parts, is_dense
+from .tensor_layouts import dense_parts, is_dense
 
 _ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
 

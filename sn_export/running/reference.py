@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .errors import SnExportError
-from .large import are_large
-from .preserving import Preserved, set_by_hooks
-from .samples import InputSet
-from .structure import is_plain, paths_of_tensors, unseen_tensors
-from .words import without_frames
+from ..errors import SnExportError
+from ..words import without_frames
+from .input_set import InputSet
+from .nested import is_plain, paths_of_tensors, unseen_tensors
+from .preserved import Preserved, set_by_hooks
+from .tensor_layouts import are_large
 
 
 @dataclass(frozen=True)

@@ -15,12 +15,11 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .belongings import Belongings
-from .compiled import original_of
-from .copying import Copies, is_in_place, on_memory_of, same_bits
-from .large import are_large
-from .uncalled import is_never_called
-from .watching import Watch
+from .plain_objects import Belongings
+from .shared_memory import Copies, is_in_place, on_memory_of, same_bits
+from .tensor_layouts import are_large
+from .wrapped_models import is_never_called, original_of
+from .write_watch import Watch
 
 T = TypeVar("T")
 

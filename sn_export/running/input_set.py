@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .layouts import is_dense
-from .structure import distinct, map_tensors, paths_of_tensors, unseen_tensors
+from .nested import distinct, map_tensors, paths_of_tensors, unseen_tensors
+from .tensor_layouts import is_dense
 
 _SEED = 0
 # torch computes next to nothing in these; what does not fit int64 wraps.

@@ -1,9 +1,16 @@
-"""Tensors that are not dense: sparse, nested, quantized, or in oneDNN's own layout."""
+"""How tensors lie in memory: dense or in another layout, and together large or not.
+
+Large is where memory counts for more than the time, or the room on disk, that saves it.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
+
+LARGE = 2**29  # bytes
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
@@ -27,3 +34,13 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     if tensor.layout in _BY_COLUMN:
         return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
     return [tensor] if is_dense(tensor) else [tensor.to_dense()]
+
+
+def is_large(size: int) -> bool:
+    """Whether so many bytes are."""
+    return size > LARGE
+
+
+def are_large(tensors: Iterable[Tensor]) -> bool:
+    """Whether ``tensors`` are, together."""
+    return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))
