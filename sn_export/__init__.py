@@ -7,21 +7,19 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cases import check_case
-    from .divergence import Divergence, ModuleParity
     from .errors import (
         ExportError,
         FreezeError,
         FrozenWeightChangedWarning,
         OutputNotExportedWarning,
-        ParityError,
         ReparametrizationNotAppliedWarning,
         ReparametrizationNotRecognisedWarning,
         SnExportError,
         SpectralNormNotAppliedWarning,
         SpectralNormNotRecognisedWarning,
+        TracedDecisionWarning,
     )
-    from .exporting import ExportReport, export_onnx
-    from .folding import FoldedInitializer
+    from .exporting import export_onnx
     from .freezing import (
         ParametrizationInfo,
         Registration,
@@ -35,7 +33,17 @@ if TYPE_CHECKING:
         frozen_spectral_norm,
         register_spectral_norm,
     )
-    from .parity import Histogram, OutputParity, ParityReport, check_parity
+    from .parity import check_parity
+    from .results import (
+        Divergence,
+        ExportReport,
+        FoldedInitializer,
+        Histogram,
+        ModuleParity,
+        OutputParity,
+        ParityError,
+        ParityReport,
+    )
 
 __all__ = [
     # Freezing
@@ -80,13 +88,11 @@ __all__ = [
 
 _HOMES = {
     "cases": ("check_case",),
-    "divergence": ("Divergence", "ModuleParity"),
     "errors": (
         "ExportError",
         "FreezeError",
         "FrozenWeightChangedWarning",
         "OutputNotExportedWarning",
-        "ParityError",
         "ReparametrizationNotAppliedWarning",
         "ReparametrizationNotRecognisedWarning",
         "SnExportError",
@@ -94,8 +100,7 @@ _HOMES = {
         "SpectralNormNotRecognisedWarning",
         "TracedDecisionWarning",
     ),
-    "exporting": ("ExportReport", "export_onnx"),
-    "folding": ("FoldedInitializer",),
+    "exporting": ("export_onnx",),
     "freezing": (
         "ParametrizationInfo",
         "Registration",
@@ -109,7 +114,17 @@ _HOMES = {
         "frozen_spectral_norm",
         "register_spectral_norm",
     ),
-    "parity": ("Histogram", "OutputParity", "ParityReport", "check_parity"),
+    "parity": ("check_parity",),
+    "results": (
+        "Divergence",
+        "ExportReport",
+        "FoldedInitializer",
+        "Histogram",
+        "ModuleParity",
+        "OutputParity",
+        "ParityError",
+        "ParityReport",
+    ),
 }
 
 

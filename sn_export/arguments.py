@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from .errors import SnExportError
-from .onnx_file import EXPORTERS, Exporter
-from .places import as_path, require_place, side_file
-from .plain import plain_integer
+from .files import as_path, require_place, side_file
+from .results import EXPORTERS, Exporter
+from .text import plain_integer
 
 
 def as_args(args: Any) -> tuple[Any, ...]:

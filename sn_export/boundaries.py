@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import onnx
 from torch import nn
 
-from .words import qualified
+from .text import qualified
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 

@@ -20,8 +20,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from .errors import ExportError, SnExportError
-from .float32 import PROOF_DTYPES, ProofDtype
-from .words import dtype_name
+from .float32 import PROOF_DTYPES
+from .results import ProofDtype
+from .text import dtype_name
 
 _FORMAT, _VERSION = "sn_export.case", 1
 # What each dtype is stored as.

@@ -10,22 +10,21 @@ from torch import nn
 
 from .case_file import Case, opened_case
 from .errors import ExportError
-from .float32 import ProofDtype, as_float32
+from .files import as_path
+from .float32 import as_float32
 from .onnx_session import DEFAULT_PROVIDERS, named_inputs
 from .parity import (
-    ParityReport,
-    Reference,
     add_results,
     coarsest_of,
     proof_session,
     require_proof_dtype,
-    require_tolerances,
     results,
     running_errors,
 )
-from .places import as_path
-from .tolerances import Tolerance, applied, tolerance_of
-from .words import dtype_name
+from .results import ParityReport, ProofDtype
+from .running.reference import Reference
+from .text import dtype_name
+from .tolerances import Tolerance, applied, require_tolerances, tolerance_of
 
 
 def check_case(

@@ -7,7 +7,7 @@ on the other, for one input set. It holds every activation of that input set, on
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import onnx
@@ -17,49 +17,16 @@ from torch import Tensor, nn
 
 from .boundaries import module_values
 from .errors import ExportError, SnExportError
-from .module_parity import (
-    ModuleCall,
-    ModuleParity,
-    Strictness,
-    compare_calls,
-    compare_whole,
-    nearest,
-)
+from .module_parity import ModuleCall, Strictness, compare_calls, compare_whole, nearest
 from .module_trace import first_random, trace, trace_inputs, type_name
 from .onnx_session import named_inputs, open_session, run_session
+from .results import Divergence, ModuleParity
 from .running.input_set import InputSet
-from .running.preserved import Preserved
-from .words import listed
+from .running.preservation import Preserved
+from .text import listed
 
 _SHOWN = 4  # how many modules a finding names
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
-
-__all__ = ["Divergence", "ModuleParity", "Strictness", "locate"]
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where the file and the model part.
-
-    Attributes:
-        modules: the modules in the order in which they finish, a container after what it
-            contains, the model itself last.
-        first: path of the first module that is outside tolerance, ``""`` if only the model itself
-            is; of the first that draws random numbers where the model is not deterministic; None
-            where there is none or it cannot be told.
-        reason: the finding in words.
-        unmatched: paths of the modules that ran and have no value of their own in the file: they
-            do nothing in eval mode, or were fused into others.
-        is_deterministic: whether the model gave the same outputs for the same input twice.
-        sample: label of the input set.
-    """
-
-    modules: tuple[ModuleParity, ...]
-    first: str | None
-    reason: str
-    unmatched: tuple[str, ...] = ()
-    is_deterministic: bool = True
-    sample: str = ""
 
 
 def locate(

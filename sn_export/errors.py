@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from .divergence import Divergence
-    from .parity import ParityReport
-    from .report import ExportReport
+import importlib
+from typing import Any
 
 
 class SnExportError(Exception):
@@ -66,23 +62,16 @@ class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 
 
-class ParityError(SnExportError):
-    """The outputs of the exported file differ from the model's; nothing was published.
+class CheckpointError(SnExportError):
+    """A checkpoint cannot be read, understood, fitted to a model or written."""
 
-    Attributes:
-        report: the `sn_export.ParityReport` with every output's errors.
-        export: the `sn_export.ExportReport` of the file that was not published; None where
-            a file was only compared.
-    """
 
-    def __init__(
-        self, message: str, report: ParityReport, export: ExportReport | None = None
-    ) -> None:
-        super().__init__(message)
-        self.report = report
-        self.export = export
+class UsageError(SnExportError):
+    """An argument, a model or an input on the command line that is not usable."""
 
-    @property
-    def divergence(self) -> Divergence | None:
-        """The comparison module by module: ``report.divergence``."""
-        return self.report.divergence
+
+def __getattr__(name: str) -> Any:
+    """Return `sn_export.ParityError`, which carries records and so stands beside them."""
+    if name == "ParityError":
+        return importlib.import_module(".results", __package__).ParityError
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

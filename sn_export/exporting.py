@@ -22,50 +22,30 @@ from .arguments import (
     require_target,
 )
 from .case_file import write_case
-from .errors import (
-    ExportError,
-    ParityError,
-    SnExportError,
-)
-from .freezing import (
-    described,
-    frozen_and_kept,
-    require_module,
-    unwrapped,
-    with_exact_sigma,
-)
+from .errors import ExportError, SnExportError
+from .files import publish, workspace
+from .freezing.exact import with_exact_sigma
+from .freezing.find import described
+from .freezing.freeze import frozen_and_kept
+from .freezing.site import require_module
 from .interface import names_of_inputs, names_of_outputs
 from .mapped_weights import map_weights
 from .metadata import file_metadata, require_metadata, require_source, versions
-from .onnx_file import (
-    EXPORTERS,
-    Exporter,
-    ExportOptions,
-    ExternalData,
-    Written,
-    publish,
-    workspace,
-    write_onnx,
-)
+from .onnx_file import ExportOptions, ExternalData, Written, write_onnx
+from .onnx_session import require_providers
 from .opset import default_opset, require_opset
-from .parity import (
-    ProofDtype,
-    Reference,
-    coarsest_of,
-    require_proof_dtype,
-    require_providers,
-    require_tolerances,
-    run_reference,
-)
+from .parity import coarsest_of, require_proof_dtype
 from .proof import Proof
 from .ranges import references_beyond
-from .report import Attempt, ExportReport
+from .results import EXPORTERS, Attempt, Exporter, ExportReport, ParityError, ProofDtype
 from .running.dynamic_shapes import dynamic_dims
 from .running.input_set import InputSet, as_input_sets, as_kwargs, random_sets, require_seen
-from .running.preserved import Preserved, preserved
+from .running.preservation import Preserved, preserved
+from .running.reference import Reference, run_reference
+from .running.wrapped_models import unwrapped
 from .sizes import Resizer, resized_references
 from .spill import Spill
-from .tolerances import Tolerance
+from .tolerances import Tolerance, require_tolerances
 from .verdicts import (
     is_hopeless,
     raise_all,
@@ -74,8 +54,6 @@ from .verdicts import (
     warn_of_unseen,
     with_cause,
 )
-
-__all__ = ["ExportReport", "export_onnx"]
 
 Freeze = Literal["spectral_norm", "all"]
 

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import onnx_ir as ir
 import torch
 from torch import Tensor
 
+from .results import ProofDtype
 from .running.input_set import InputSet
 from .saving import save, weight_bytes
 
-ProofDtype = Literal["float32"]
 PROOF_DTYPES: tuple[ProofDtype | None, ...] = (None, "float32")
 
 _OTHERS = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16, ir.DataType.DOUBLE)

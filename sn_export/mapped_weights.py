@@ -10,7 +10,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from .places import side_file
+from .files import side_file
 from .running.tensor_layouts import is_dense, is_large
 
 

@@ -15,8 +15,8 @@ from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from .freezing import ParametrizationInfo, SpectralNormInfo
-from .places import as_path
+from .files import as_path
+from .freezing.site import ParametrizationInfo, SpectralNormInfo
 
 PREFIX = "sn_export."
 _CHUNK = 2**20

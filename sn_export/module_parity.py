@@ -12,39 +12,13 @@ import torch
 from torch import Tensor
 
 from .boundaries import ModuleValues
-from .output_parity import OutputParity, RunningErrors
+from .output_parity import RunningErrors
+from .results import ModuleParity, OutputParity
+from .text import dtype_name
 from .tolerances import DEFAULT_TOLERANCES, largest
-from .words import dtype_name
 
 _SAMPLED = 4096  # elements that tell most values apart
 _CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full
-
-
-@dataclass(frozen=True)
-class ModuleParity:
-    """How the output of one call of a module compares, on one input set.
-
-    Attributes:
-        module: path of the module in the model, ``""`` for the model itself.
-        type: its class, such as ``"Conv2d"``.
-        max_abs: largest absolute difference, in units of the output; NaN for NaN.
-        max_rel: largest difference relative to the reference value, over non-zero ones.
-        passed: whether every element is within tolerance.
-        call: how many calls of the module came before.
-        shape: shape of its (first) output in the model.
-        dtype: its dtype, such as ``"float32"``.
-        value: name of the compared value in the file.
-    """
-
-    module: str
-    type: str
-    max_abs: float
-    max_rel: float
-    passed: bool
-    call: int = 0
-    shape: tuple[int, ...] = ()
-    dtype: str = ""
-    value: str = ""
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from .module_parity import ModuleCall, Strictness, errors_of
 from .running.input_set import InputSet
 from .running.nested import tensor_leaves
-from .running.preserved import Preserved
+from .running.preservation import Preserved
 from .running.reference import run_reference
 from .running.tensor_layouts import is_dense
 

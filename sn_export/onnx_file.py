@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,19 +16,17 @@ from torch import Tensor, nn
 from .errors import ExportError
 from .failures import told
 from .flat_call import FlatCall, flat_call
-from .folding import FoldedInitializer, fold_initializers
+from .folding.fold import fold_initializers
 from .interface import rename
 from .opset import set_opset
-from .places import side_file
 from .quiet import no_fused_attention, quiet
+from .results import Exporter, FoldedInitializer
 from .running.dynamic_shapes import DynamicDim, dynamic_axes, flat_shapes
 from .running.reference import Reference
 from .saving import save, weight_bytes
-from .words import qualified
+from .text import qualified
 
 ExternalData = Literal["auto"] | bool
-Exporter = Literal["dynamo", "torchscript"]
-EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "auto"
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
@@ -141,72 +135,6 @@ def write_onnx(
         _free(graph)  # and unmap what the exporter wrote
     _check(path)
     return Written(int(graph.opset_imports.get("", 0)), folded, program)
-
-
-@contextlib.contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """Yield a path in a new folder beside ``target``; the folder is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
-    try:
-        yield folder / target.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) -> None:
-    """Move ``made`` and its external data to ``target``, both or none.
-
-    Args:
-        made: the file in a workspace.
-        target: its place.
-        beside: further files, each in a workspace of its own, and their places; moved with it.
-
-    Raises:
-        ExportError: if a file cannot be moved; what was at ``target`` is there again.
-    """
-    pairs = [
-        (source, target.with_name(source.name))
-        for source in (side_file(made), made)
-        if source.exists()
-    ]
-    pairs += beside
-    kept: list[tuple[Path, Path | None]] = []
-    orphan = _orphan(made, target)
-    try:
-        for number, (source, destination) in enumerate(pairs):
-            backup = source.with_name(f"replaced-{number}")
-            had = destination.exists()
-            kept.append((destination, backup if had else None))
-            if had:
-                os.link(destination, backup)
-            os.replace(source, destination)
-        if orphan is not None:
-            backup = made.with_name("orphan")
-            kept.append((orphan, backup))
-            os.replace(orphan, backup)
-    except BaseException as error:
-        for destination, earlier in kept:
-            if earlier is None:
-                destination.unlink(missing_ok=True)
-            elif earlier.exists():
-                os.replace(earlier, destination)
-        if not isinstance(error, OSError):
-            raise
-        raise ExportError(f"cannot write '{target}': {error.strerror}") from error
-
-
-def _orphan(made: Path, target: Path) -> Path | None:
-    """Return the external data of the file at ``target`` if nothing will read it any more."""
-    data = side_file(target)
-    if made.with_name(data.name).exists() or not data.is_file() or not target.is_file():
-        return None
-    try:
-        tensors = onnx.load(target, load_external_data=False).graph.initializer
-    except Exception:  # what was there is no ONNX file
-        return None
-    entries = [entry for tensor in tensors for entry in tensor.external_data]
-    is_its = any(entry.key == "location" and entry.value == data.name for entry in entries)
-    return data if is_its else None
 
 
 def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:

@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from .errors import ExportError
+from .files import side_file
 from .float32 import missing_kernel
 from .pieces import Pieces
-from .places import side_file
 from .running.input_set import InputSet
 from .running.tensor_layouts import is_large
 

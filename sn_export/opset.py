@@ -11,7 +11,7 @@ import torch.onnx
 from onnx import TensorProto, helper
 
 from .errors import ExportError
-from .plain import plain_integer
+from .text import plain_integer
 
 OLDEST_OPSET = 17
 _BFLOAT16 = 22

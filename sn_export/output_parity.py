@@ -4,71 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from .spread import Histogram, Spread
+from .results import OutputParity
+from .spread import Spread
+from .text import dtype_name
 from .tolerances import applied
-from .words import dtype_name
-
-
-@dataclass(frozen=True)
-class OutputParity:
-    """How one output of the file compares with the model's, over all input sets.
-
-    Attributes:
-        name: name of the output in the file.
-        shape: shape of the model's output for the first input set.
-        dtype: its dtype, such as ``"float32"``.
-        max_abs: largest absolute difference, in units of the output; NaN where either
-            side is NaN, infinity where shapes or dtypes differ.
-        max_rel: largest difference relative to the reference value, over non-zero ones.
-        mean_abs: mean absolute difference.
-        worst_index: index of the element with the largest absolute difference.
-        worst_sample: label of the input set it belongs to.
-        samples: number of input sets compared.
-        rtol: relative tolerance applied.
-        atol: largest absolute tolerance applied, in units of the output.
-        passed: whether every element of every set is within ``atol + rtol * |reference|``.
-        is_comparable: False where shapes or dtypes differ.
-        reason: why it did not pass, in words, for the worst input set; empty if passed.
-        median_abs: the smallest absolute difference that half of the elements do not exceed.
-        p999_abs: the same for 99.9 % of the elements.
-        quantiles_are_exact: whether these two are differences that occur, as they are up to
-            1048576 elements in all; past that each is at most 2.4 % too large.
-        fraction_outside: fraction of the elements outside tolerance, exact. Where shapes or
-            dtypes differ, every element of the reference counts.
-        worst_expected: the reference value of the worst element; None where there is none, or
-            where it is complex.
-        worst_got: the file's value of that element.
-        histogram: the absolute differences by decade, exact counts; None where nothing was
-            compared.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    max_abs: float
-    max_rel: float
-    mean_abs: float
-    worst_index: tuple[int, ...]
-    worst_sample: str
-    samples: int
-    rtol: float
-    atol: float
-    passed: bool
-    is_comparable: bool = True
-    reason: str = ""
-    median_abs: float = 0.0
-    p999_abs: float = 0.0
-    quantiles_are_exact: bool = True
-    fraction_outside: float = 0.0
-    worst_expected: float | None = None
-    worst_got: float | None = None
-    histogram: Histogram | None = None
 
 
 class RunningErrors:

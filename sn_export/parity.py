@@ -5,123 +5,35 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from .divergence import Divergence, ModuleParity, Strictness, locate
-from .errors import ExportError, ParityError
-from .float32 import (
-    PROOF_DTYPES,
-    ProofDtype,
-    comparable,
-    float32_inputs,
-    write_float32,
-)
-from .freezing import unwrapped
+from .divergence import locate
+from .errors import ExportError
+from .files import as_path
+from .float32 import PROOF_DTYPES, comparable, float32_inputs, write_float32
+from .module_parity import Strictness
 from .onnx_session import (
     DEFAULT_PROVIDERS,
     named_inputs,
     open_session,
-    require_providers,
     run_session,
 )
-from .output_parity import OutputParity, RunningErrors
-from .places import as_path
+from .output_parity import RunningErrors
+from .results import Divergence, OutputParity, ParityReport, ProofDtype
 from .running.input_set import as_input_sets
-from .running.preserved import Preserved, preserved
+from .running.preservation import Preserved, preserved
 from .running.reference import Reference, run_reference
-from .spread import Histogram
+from .running.wrapped_models import unwrapped
 from .tolerances import (
-    DEFAULT_TOLERANCES,
     Tolerance,
     coarsest_dtype,
     require_tolerances,
     tolerance_of,
 )
-
-__all__ = [
-    "DEFAULT_TOLERANCES",
-    "Histogram",
-    "OutputParity",
-    "ParityReport",
-    "ProofDtype",
-    "Reference",
-    "check_parity",
-    "compare",
-    "explained",
-    "open_session",
-    "proof_session",
-    "require_proof_dtype",
-    "require_providers",
-    "require_tolerances",
-    "run_reference",
-]
-
-
-@dataclass(frozen=True)
-class ParityReport:
-    """The comparison of a file with a model.
-
-    Attributes:
-        outputs: one entry for each output of the file.
-        samples: number of input sets.
-        providers: the onnxruntime execution providers that ran the file.
-        divergence: the comparison module by module; None unless it was asked for or an output
-            did not pass.
-        proof_dtype: ``"float32"`` if a copy of the file in that dtype was run, since the
-            providers lack operators for the file's own.
-    """
-
-    outputs: tuple[OutputParity, ...]
-    samples: int
-    providers: tuple[str, ...]
-    divergence: Divergence | None = None
-    proof_dtype: ProofDtype | None = None
-
-    @property
-    def passed(self) -> bool:
-        """Whether there is an output and every one is within tolerance."""
-        return bool(self.outputs) and all(output.passed for output in self.outputs)
-
-    @property
-    def modules(self) -> tuple[ModuleParity, ...]:
-        """The modules in network order; empty unless asked for or an output did not pass."""
-        return self.divergence.modules if self.divergence else ()
-
-    @property
-    def first_divergent(self) -> str | None:
-        """Path of the first module that is outside tolerance, as in `Divergence.first`."""
-        return self.divergence.first if self.divergence else None
-
-    def content(self) -> dict[str, Any]:
-        """Return the report as dicts and lists, with what the properties say."""
-        content = asdict(self)
-        divergence = content.pop("divergence")
-        content["passed"] = self.passed
-        content["modules"] = divergence.pop("modules") if divergence else []
-        content["first_divergent"] = divergence.pop("first") if divergence else None
-        content["divergence"] = divergence
-        return content
-
-    def __str__(self) -> str:
-        """Return one line for each output, and where they part if one did not pass."""
-        lines = [
-            f"{o.name}: {'passed' if o.passed else 'FAILED'}, max_abs {o.max_abs:.3g}, "
-            f"max_rel {o.max_rel:.3g} over {o.samples} input sets"
-            + (f"; {o.reason}" if o.reason else "")
-            for o in self.outputs
-        ]
-        if self.divergence is not None and not self.passed:
-            lines.append(self.divergence.reason)
-        return "\n".join(lines)
-
-    def require_passed(self, what: str) -> None:
-        """Raise a `ParityError` about ``what`` unless the comparison passed."""
-        if not self.passed:
-            raise ParityError(f"{what} does not reproduce the model:\n{self}", self)
 
 
 def check_parity(

@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 from .case_file import Case
 from .cases import case_of
-from .parity import ParityReport, ProofDtype, compare, explained, proof_session
+from .parity import compare, explained, proof_session
+from .results import ParityReport, ProofDtype
 from .running.dynamic_shapes import DynamicDim
 from .running.input_set import InputSet
 from .running.nested import paths_of_tensors
-from .running.preserved import Preserved
+from .running.preservation import Preserved
 from .running.reference import Reference
 from .sizes import require_apart, require_declared, require_dynamic, sizes_of, tied
 from .tolerances import Tolerance

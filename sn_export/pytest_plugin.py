@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 if TYPE_CHECKING:
-    from .exporting import ExportReport
+    from .results import ExportReport
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
 _REPORT_DIR = pytest.StashKey[Path]()
@@ -131,7 +131,7 @@ def _suffix(call: int) -> str:
 def _write(folder: Path | None, name: str, report: Any) -> None:
     if folder is None:
         return
-    from .reporting import REPORT_SUFFIXES, save_report
+    from .reporting.writing import REPORT_SUFFIXES, save_report
 
     for suffix in REPORT_SUFFIXES:
         save_report(report, folder / f"{name}{suffix}")

@@ -9,7 +9,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from .places import side_file
+from .files import side_file
 
 # Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
 # onnx-ir does that by itself before 1.1.

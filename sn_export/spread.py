@@ -3,34 +3,17 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+
+from .results import Histogram
 
 _LOWEST, _HIGHEST = -18, 6  # decades of the histogram
 _EDGES = np.array([float(f"1e{decade}") for decade in range(_LOWEST, _HIGHEST + 1)])
 _KEPT = 2**20  # errors kept one by one; past that, they are counted
 _PER_DECADE = 100
 _FINE_LOWEST, _FINE_HIGHEST = -330, 310  # every float64 that is neither 0 nor infinite
-
-
-@dataclass(frozen=True)
-class Histogram:
-    """How many elements have an absolute error in each decade, over all input sets.
-
-    Attributes:
-        edges: bounds of the buckets, in units of the output: the powers of ten from 1e-18 to 1e6.
-        counts: elements from each edge, it included, to the next; one fewer than edges. The
-            first and the last bucket also hold what is beyond them.
-        zeros: elements without any error.
-        not_finite: elements whose error is NaN or infinite.
-    """
-
-    edges: tuple[float, ...]
-    counts: tuple[int, ...]
-    zeros: int = 0
-    not_finite: int = 0
 
 
 class Spread:

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .plain import plain_integer, plain_number
-from .words import dtype_name
+from .text import dtype_name, plain_integer, plain_number
 
 # rtol, and atol in units of the largest reference value of the output.
 DEFAULT_TOLERANCES: dict[str, tuple[float, float]] = {

@@ -13,18 +13,15 @@ from torch import nn
 from .errors import (
     ExportError,
     OutputNotExportedWarning,
-    ParityError,
     ReparametrizationNotRecognisedWarning,
     TracedDecisionWarning,
 )
 from .failures import decision
-from .folding import FoldedInitializer
-from .onnx_file import Exporter
-from .parity import ParityReport, Reference
 from .proof import Proof, differs
 from .quiet import no_fused_attention
-from .report import Attempt
-from .words import listed
+from .results import Attempt, Exporter, FoldedInitializer, ParityError, ParityReport
+from .running.reference import Reference
+from .text import listed
 
 Attempts = Sequence[tuple[Exporter, ExportError | ParityError]]
 

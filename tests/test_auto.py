@@ -20,7 +20,7 @@ from sn_export import (
     export_onnx,
 )
 from sn_export.failures import told
-from sn_export.words import without_frames
+from sn_export.text import without_frames
 
 
 class Branching(nn.Module):

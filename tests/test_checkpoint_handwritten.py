@@ -9,8 +9,10 @@ import torch
 from cli_networks import trained_critic
 from torch import Tensor
 
-from sn_export.checkpoints import CheckpointError, convert_checkpoint, inspect_checkpoint
+from sn_export.checkpoints.convert import convert_checkpoint
 from sn_export.checkpoints.handwritten import handwritten_norms
+from sn_export.checkpoints.inspection import inspect_checkpoint
+from sn_export.errors import CheckpointError
 
 WEIGHT = torch.ones(4, 3, 2, 2)
 STATES: dict[str, dict[str, Tensor]] = {

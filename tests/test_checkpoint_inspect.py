@@ -10,7 +10,8 @@ from cli_networks import APPLY, Critic, Kind, before_v, trained_critic
 from torch import nn
 
 from sn_export import find_spectral_norm
-from sn_export.checkpoints import CheckpointError, StoredLayer, inspect_checkpoint
+from sn_export.checkpoints.inspection import StoredLayer, inspect_checkpoint
+from sn_export.errors import CheckpointError
 
 
 @pytest.mark.parametrize("kind", ["hook", "parametrization"])

@@ -19,9 +19,9 @@ from sn_export.cli.arguments import (
     parse_size,
     parse_tolerance,
 )
-from sn_export.cli.errors import UsageError
 from sn_export.cli.factories import build_model
 from sn_export.cli.inputs import gather
+from sn_export.errors import UsageError
 
 
 def _message(function: Callable[..., Any], *args: Any) -> str:

@@ -23,7 +23,7 @@ from sn_export import ParityError, check_parity, export_onnx, exporting, parity
 from sn_export.module_parity import ModuleCall, Strictness, nearest
 from sn_export.parity import explained
 from sn_export.running.input_set import as_input_sets
-from sn_export.running.preserved import preserved
+from sn_export.running.preservation import preserved
 from sn_export.running.reference import run_reference
 
 

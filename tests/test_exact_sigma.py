@@ -14,7 +14,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing import with_exact_sigma
+from sn_export.freezing.exact import with_exact_sigma
 from sn_export.sigma import exact_sigma, exact_sigma_cost
 
 

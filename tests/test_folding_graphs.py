@@ -13,7 +13,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sn_export.folding import fold_initializers
+from sn_export.folding.fold import fold_initializers
 from sn_export.folding.naming import folded_name, plain_name, using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'

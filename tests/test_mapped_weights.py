@@ -11,7 +11,7 @@ from export_models import KINDS, images, small_net
 from torch import Tensor, nn
 
 from sn_export import ExportReport, check_parity, export_onnx, frozen_spectral_norm
-from sn_export.places import side_file
+from sn_export.files import side_file
 from sn_export.running import tensor_layouts
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}

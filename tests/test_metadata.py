@@ -20,7 +20,7 @@ import torch
 from export_models import EXPORTERS, Head, Raising, contents_of, images, rows, small_net
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing import SpectralNormInfo
+from sn_export.freezing.site import SpectralNormInfo
 from sn_export.metadata import file_metadata, file_sha256
 
 

@@ -21,7 +21,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ExportError, OutputParity, ParityReport, SnExportError, check_parity
-from sn_export.parity import DEFAULT_TOLERANCES
+from sn_export.tolerances import DEFAULT_TOLERANCES
 
 _ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,

@@ -13,7 +13,7 @@ from fingerprint import contents, fingerprint
 from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, export_onnx
-from sn_export.running.preserved import preserved
+from sn_export.running.preservation import preserved
 from sn_export.running.shared_memory import Copies
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

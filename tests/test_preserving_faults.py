@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from sn_export.running import tensor_layouts
-from sn_export.running.preserved import preserved, without_trace
+from sn_export.running.preservation import preserved, without_trace
 
 
 class Writing(nn.Module):

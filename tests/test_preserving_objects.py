@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from sn_export import SnExportError, export_onnx, frozen_spectral_norm
 from sn_export.running.plain_objects import attributes_of
-from sn_export.running.preserved import Preserved, preserved
+from sn_export.running.preservation import Preserved, preserved
 
 T = TypeVar("T")
 

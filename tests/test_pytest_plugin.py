@@ -13,8 +13,8 @@ from typing import get_args
 import jsonschema
 import pytest
 
-from sn_export.onnx_file import Exporter
 from sn_export.pytest_plugin import EXPORTERS, report_name
+from sn_export.results import Exporter
 
 pytest_plugins = ("pytester",)
 

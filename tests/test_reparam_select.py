@@ -19,7 +19,7 @@ from sn_export import (
     find_spectral_norm,
     frozen_parametrizations,
 )
-from sn_export.freezing import described
+from sn_export.freezing.find import described
 from sn_export.freezing.site import GROUPS
 
 SELECTIONS: list[tuple[Any, set[str]]] = [

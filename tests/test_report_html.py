@@ -15,7 +15,9 @@ from export_models import images, small_net
 from report_contents import LONG, NASTY, content, frozen, module, output
 
 from sn_export import export_onnx
-from sn_export.reporting import as_content, file_facts, save_report, to_html
+from sn_export.reporting.content import as_content
+from sn_export.reporting.html import to_html
+from sn_export.reporting.writing import file_facts, save_report
 
 needs_browser = pytest.mark.skipif(
     BROWSER is None,

@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 from report_contents import LONG, NASTY, content, frozen, module, output
 
-from sn_export.reporting import to_markdown
+from sn_export.reporting.markdown import to_markdown
 
 
 def _html(text: str) -> str:

@@ -14,10 +14,8 @@ import pytest
 from export_models import EXPORTERS, Head, Liar, images, rows, small_net
 
 from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
-from sn_export.divergence import Divergence, ModuleParity
-from sn_export.freezing import ParametrizationInfo, SpectralNormInfo
-from sn_export.report import REPORT_SCHEMA
-from sn_export.spread import Histogram
+from sn_export.freezing.site import ParametrizationInfo, SpectralNormInfo
+from sn_export.results import REPORT_SCHEMA, Divergence, Histogram, ModuleParity
 
 
 @pytest.fixture(scope="module")

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sn_export import export_onnx, spill
-from sn_export.freezing import frozen_and_kept
+from sn_export.freezing.freeze import frozen_and_kept
 from sn_export.running import tensor_layouts
 from sn_export.running.input_set import InputSet
-from sn_export.running.preserved import preserved
+from sn_export.running.preservation import preserved
 from sn_export.running.reference import run_reference
 from sn_export.spill import Spill
 

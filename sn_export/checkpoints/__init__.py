@@ -1,8 +1,8 @@
 """Checkpoints: read safely, spelled differently, inspected and converted, without model code."""
 
+from ..errors import CheckpointError
 from .content import Checkpoint, StateDict
 from .convert import Conversion, convert_checkpoint
-from .errors import CheckpointError
 from .inspection import Inspection, StoredLayer, inspect_checkpoint
 from .load import Loaded, load_checkpoint
 from .read import read_checkpoint

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from ..words import listed
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..text import listed
 
 _DEPTH = 4
 # Where several fit equally badly, what these names hold is the network.

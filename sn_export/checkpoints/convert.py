@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 
-from ..words import listed
+from ..errors import CheckpointError
+from ..files import drafts, publish_all
+from ..text import listed
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
-from .errors import CheckpointError
 from .handwritten import handwritten_notes
 from .lazy import LazyTensors
-from .publishing import drafts, publish
 from .read import read_checkpoint
 from .safetensors_file import write_safetensors
 from .sites import Spelling, StoredNorm, find_sites
@@ -126,7 +126,7 @@ def convert_checkpoint(
                 written,
             )
         _require_unambiguous(destination, made)
-        files = publish(made, destination.parent)
+        files = publish_all(made, destination.parent)
     return Conversion(tuple(files), state.key, found, result.changed, notes)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..words import listed
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..text import listed
 from .sites import StoredNorm
 from .torch_norm import TorchNorm
 

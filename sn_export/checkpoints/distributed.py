@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .refusal import forbidden_call, refusal
 
 # What torch writes into '.metadata': its own records, and the values in them.

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..words import listed
+from ..errors import CheckpointError
+from ..text import listed
 from .content import StateDict
-from .errors import CheckpointError
 from .sites import find_sites
 
 # What DistributedDataParallel, torch.compile and FSDP put into names, anywhere in them.

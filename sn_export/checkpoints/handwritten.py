@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ..words import listed
+from ..text import listed
 from .lazy import spec_of
 
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.

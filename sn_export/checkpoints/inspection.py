@@ -10,11 +10,11 @@ from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
 from ..sigma import exact_sigma, stored_sigma
-from ..words import dtype_name
+from ..text import dtype_name
 from .content import Checkpoint, StateDict
 from .dims import decide_dim, fitting_dims, require_known
-from .errors import CheckpointError
 from .handwritten import handwritten_notes
 from .read import read_checkpoint
 from .sites import find_sites

@@ -13,8 +13,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..words import listed
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..text import listed
 
 DTYPES = {
     "BOOL": torch.bool,

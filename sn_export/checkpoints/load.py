@@ -9,12 +9,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..freezing import described
+from ..errors import CheckpointError
+from ..freezing.find import described
 from ..sigma import stored_sigma
-from ..words import listed
+from ..text import listed
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
-from .errors import CheckpointError
 from .fit import fit_names, overlap, require_equal
 from .sites import Spelling, find_sites
 from .spelling import require_finite, respell, zero_sigma

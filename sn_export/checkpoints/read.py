@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
+from ..errors import CheckpointError
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
-from .errors import CheckpointError
 from .lazy import LazyTensors, index_in
 from .refusal import forbidden_call, refusal
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..words import qualified
-from .errors import CheckpointError
+from ..errors import CheckpointError
+from ..text import qualified
 from .lazy import spec_of
 
 Spelling = Literal["plain", "hook", "parametrization"]

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
-from ..words import qualified
+from ..errors import CheckpointError
+from ..text import qualified
 from .content import StateDict
 from .dims import decide_dim, fitting_dims
-from .errors import CheckpointError
 from .lazy import Spec, spec_of
 from .sites import Spelling, StoredNorm, find_sites
 from .torch_norm import TorchNorm

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
-from .errors import CheckpointError
+from ..errors import CheckpointError
 from .sites import StoredNorm
 
 _ALIGNMENT = 64  # of torch's CPU allocator

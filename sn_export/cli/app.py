@@ -13,9 +13,9 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from .arguments import parse_tolerance
 from .console import answering
-from .errors import UsageError
 from .usage import run
 
 app = typer.Typer(

@@ -15,10 +15,8 @@ from typing import Any
 
 import typer
 
-from ..errors import SnExportWarning
-from ..plain import plain
-from ..words import without_frames
-from .errors import UsageError
+from ..errors import SnExportWarning, UsageError
+from ..text import plain, without_frames
 
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 _WIDE = 160  # columns where there is no terminal to ask

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from .errors import UsageError
+from ..errors import UsageError
 
 
 def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:

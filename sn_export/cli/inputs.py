@@ -10,9 +10,9 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..errors import UsageError
 from ..running.input_set import InputSet
 from .arguments import example_of
-from .errors import UsageError
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints import Conversion, Inspection, convert_checkpoint, inspect_checkpoint
+from ..checkpoints.convert import Conversion, convert_checkpoint
+from ..checkpoints.inspection import Inspection, inspect_checkpoint
 from ..checkpoints.sites import Spelling
 from .arguments import parse_dims, parse_size
 from .console import answer, number, progress, say, table

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..checkpoints.publishing import drafts
-from ..reporting import require_report_path, save_report
-from .errors import UsageError
+from ..errors import UsageError
+from ..files import drafts
+from ..reporting.writing import require_report_path, save_report
 
 _PICTURED = (".html", ".md")
 

@@ -12,13 +12,15 @@ from typing import Any
 import typer
 from torch import nn
 
-from ..checkpoints import load_checkpoint, read_checkpoint
-from ..errors import ExportError, ParityError
+from ..checkpoints.load import load_checkpoint
+from ..checkpoints.read import read_checkpoint
+from ..errors import ExportError
 from ..exporting import export_onnx
-from ..freezing import find_suspects
+from ..files import require_place, side_file
+from ..freezing.find import find_suspects
 from ..metadata import require_metadata
-from ..parity import ParityReport, check_parity
-from ..places import require_place, side_file
+from ..parity import check_parity
+from ..results import ParityError, ParityReport
 from ..running.input_set import random_sets
 from ..tolerances import Tolerance
 from .arguments import parse_dims, parse_dynamic, parse_kwargs, parse_metadata

@@ -10,10 +10,9 @@ from typing import Any
 import typer
 
 from ..case_file import opened_case
-from ..errors import SnExportError
-from ..parity import ParityReport
+from ..errors import SnExportError, UsageError
+from ..results import ParityReport
 from .console import BAD_INPUT, FAILED, answer, number, progress, say
-from .errors import UsageError
 from .proving import require_comparable
 from .showing import show_parity
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..divergence import Divergence
-from ..freezing import ParametrizationInfo, SpectralNormInfo
-from ..parity import ParityReport
+from ..freezing.site import ParametrizationInfo, SpectralNormInfo
+from ..results import Divergence, ParityReport
 from .console import number, table
 
 _BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ

@@ -1,5 +1,6 @@
 """The safety net: no exported graph keeps arithmetic that depends on initializers alone."""
 
-from .fold import FoldedInitializer, fold_initializers
+from ..results import FoldedInitializer
+from .fold import fold_initializers
 
 __all__ = ["FoldedInitializer", "fold_initializers"]

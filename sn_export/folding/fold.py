@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ..results import FoldedInitializer
 from .cones import Cone, find_cones
 from .evaluation import evaluate
 from .naming import folded_name, using_modules
@@ -18,31 +18,6 @@ from .operators import is_weight
 from .sources import Sources
 
 _logger = logging.getLogger("sn_export")
-
-
-@dataclass(frozen=True)
-class FoldedInitializer:
-    """An initializer that takes the place of arithmetic on initializers.
-
-    Attributes:
-        name: its name in the file.
-        module: path of the module that uses it, or holds what it is made from where several
-            modules do; the model itself is ``""``.
-        shape: its shape.
-        sources: parameters and buffers that it is computed from.
-        op_types: the operators folded, each once; empty where the exporter had folded them.
-        nodes: how many nodes were folded, constants not counted.
-        is_weight: whether a convolution, matrix product, embedding or recurrent layer reads it
-            as a weight: then the model computes its weights in a way of its own.
-    """
-
-    name: str
-    module: str
-    shape: tuple[int, ...]
-    sources: tuple[str, ...]
-    op_types: tuple[str, ...]
-    nodes: int
-    is_weight: bool
 
 
 def fold_initializers(

@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Sequence
 
 import onnx_ir as ir
 
-from ..words import qualified
+from ..text import qualified
 
 # What handwritten and torch's own reparametrizations append to the name of the raw weight.
 _RAW = re.compile(r"(?<=.)_(orig|original|bar|raw|v|param|parameter)$")

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..words import qualified
+from ..text import qualified
 from .naming import using_modules
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"

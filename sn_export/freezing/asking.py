@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..running.preserved import restore_container, without_trace
+from ..running.preservation import restore_container, without_trace
 
 T = TypeVar("T")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
-from ..words import listed
+from ..text import listed
 from .debris import keep_other_chains, plan_debris
 from .plan import Plan
 from .site import GROUPS, Group, Site

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError, SnExportError
-from ..words import qualified
+from ..text import qualified
 from .frozen import FrozenWeight
 from .moved import Residence
 from .recurrent import plan_flat_weights

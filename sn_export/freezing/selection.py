@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..words import first_few
+from ..text import first_few
 from .kinds import ALL, SPECTRAL_NORM
 from .plan import Found, walk
 from .site import GROUPS, Group, Kind, Site

@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, Protocol, TypeVar, get_args
 
 from torch import Tensor, nn
 
-from ..words import dtype_name, qualified
+from ..text import dtype_name, qualified
 from .undo import Edits
 
 M = TypeVar("M", bound=nn.Module)

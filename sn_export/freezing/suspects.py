@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
-from ..words import first_few, listed
+from ..text import first_few, listed
 from .code import Code, code_of, is_torch_layer, mentioned
 from .frozen_class import Frozen
 from .kinds.raw import missing_weights

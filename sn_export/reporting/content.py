@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from ..plain import plain, plain_parity
+from ..text import plain, plain_parity
 
 
 def as_content(report: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from ..words import qualified
+from ..text import qualified
 from .content import as_content
 from .view import FrozenView, HistogramView, ModuleView, OutputView, ReportView
 

@@ -9,7 +9,7 @@ import secrets
 from pathlib import Path
 from typing import Any
 
-from ..places import as_path, require_place, side_file
+from ..files import as_path, require_place, side_file
 from .content import as_content
 from .html import to_html
 from .markdown import to_markdown

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import SnExportError
-from ..words import without_frames
+from ..text import without_frames
 from .input_set import InputSet
 from .nested import is_plain, paths_of_tensors, unseen_tensors
-from .preserved import Preserved, set_by_hooks
+from .preservation import Preserved, set_by_hooks
 from .tensor_layouts import are_large
 
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
-from ...running.preserved import Guarded, Preserved
-from ...words import qualified
+from ...running.preservation import Guarded, Preserved
+from ...text import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..asking import ask
 from ..site import Site, SpectralNormInfo

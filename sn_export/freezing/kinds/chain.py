@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightN
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...errors import FreezeError
-from ...running.preserved import restore_container, without_trace
+from ...running.preservation import restore_container, without_trace
 from ..site import Group, Site, plan_registration
 from ..undo import Edits
 from .state_hooks import is_weight_norm_state_hook

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
-from ...running.preserved import without_trace
+from ...running.preservation import without_trace
 from ...running.wrapped_models import is_never_called
 from ...sigma import stored_sigma
 from ..asking import copied_attributes

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...running.preserved import without_trace
+from ...running.preservation import without_trace
 from ..asking import ask
 from ..code import code_of
 from ..vectors import NORMS, fits, is_multiple, is_named_as_vector, proportion, small_state

@@ -10,7 +10,7 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
-from ...running.preserved import without_trace
+from ...running.preservation import without_trace
 from ...running.wrapped_models import is_never_called
 from ..asking import copied_attributes
 from ..site import Group, Site, plan_registration

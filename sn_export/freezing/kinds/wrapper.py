@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...words import qualified
+from ...text import qualified
 from ..asking import ask, placeholders
 from ..code import Code, Member, is_torch_layer, mentioned
 from ..frozen_class import How, Override, frozen_class
