@@ -1,6 +1,6 @@
 """``python -m sn_export`` is ``sn-export``."""
 
-from .cli.app import main
+from .cli import main
 
 if __name__ == "__main__":
     main()

@@ -131,7 +131,7 @@ def _suffix(call: int) -> str:
 def _write(folder: Path | None, name: str, report: Any) -> None:
     if folder is None:
         return
-    from .reporting.writing import REPORT_SUFFIXES, save_report
+    from .reporting import REPORT_SUFFIXES, save_report
 
     for suffix in REPORT_SUFFIXES:
         save_report(report, folder / f"{name}{suffix}")

@@ -8,14 +8,18 @@ import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
-
-from torch.export import ExportedProgram
-from torch.onnx import ONNXProgram
+from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import SnExportError
-from .freezing.site import ParametrizationInfo, SpectralNormInfo
+from .freezing import ParametrizationInfo, SpectralNormInfo
 from .text import plain
+
+# One number for every output, or numbers by the name (str) or position (int) of an output.
+Tolerance = float | Mapping[Any, float] | None
+
+if TYPE_CHECKING:  # torch takes seconds to import, and sn-export --help reads the options here
+    from torch.export import ExportedProgram
+    from torch.onnx import ONNXProgram
 
 Exporter = Literal["dynamo", "torchscript"]
 
@@ -319,8 +323,8 @@ class ExportReport:
     def to_json(self, indent: int | None = 2) -> str:
         """Return the report as JSON text; NaN and infinities become null and strings.
 
-        ``sn_export/report.schema.json`` describes it; ``"schema"`` is the version of that.
-        ``"path"`` is null where no file was published.
+        ``sn_export/reporting/report.schema.json`` describes it; ``"schema"`` is the version of
+        that. ``"path"`` is null where no file was published.
         """
         names = [entry.name for entry in dataclasses.fields(self) if entry.name != "onnx_program"]
         content = {"schema": REPORT_SCHEMA, **{name: getattr(self, name) for name in names}}
@@ -330,6 +334,6 @@ class ExportReport:
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
         """Write the report as ``.json``, ``.html`` or ``.md``; see `sn_export.reporting`."""
-        from .reporting.writing import save_report  # its templates take a moment to load
+        from .reporting import save_report  # its templates take a moment to load
 
         return save_report(self, path, command=command)

@@ -19,7 +19,7 @@ from sn_export import (
     TracedDecisionWarning,
     export_onnx,
 )
-from sn_export.failures import told
+from sn_export.exporting.failures import told
 from sn_export.text import without_frames
 
 

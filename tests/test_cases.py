@@ -28,7 +28,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, SnExportError, check_case, export_onnx
-from sn_export.case_file import Case, opened_case, write_case
+from sn_export.proving.case_file import Case, opened_case, write_case
 
 
 class Mixed(Head):

@@ -10,8 +10,8 @@ from cli_networks import trained_critic
 from torch import Tensor
 
 from sn_export.checkpoints.convert import convert_checkpoint
-from sn_export.checkpoints.handwritten import handwritten_norms
 from sn_export.checkpoints.inspection import inspect_checkpoint
+from sn_export.checkpoints.stored_norms import handwritten_norms
 from sn_export.errors import CheckpointError
 
 WEIGHT = torch.ones(4, 3, 2, 2)

@@ -11,8 +11,8 @@ from cli_networks import APPLY, Critic, Kind, Lstm, Tokens, before_v, prefixed, 
 from torch import Tensor, nn
 
 from sn_export.checkpoints.content import StateDict
-from sn_export.checkpoints.sites import find_sites
 from sn_export.checkpoints.spelling import Respelled, respell
+from sn_export.checkpoints.stored_norms import find_sites
 from sn_export.errors import CheckpointError
 
 KINDS: list[Kind] = ["hook", "parametrization"]

@@ -11,16 +11,15 @@ import pytest
 import torch
 from cli_networks import Critic, critic
 
-from sn_export.cli.arguments import (
-    example_of,
+from sn_export.cli.inputs import example_of, gather
+from sn_export.cli.model_factory import build_model
+from sn_export.cli.options import (
     parse_dims,
     parse_dynamic,
     parse_kwargs,
     parse_size,
     parse_tolerance,
 )
-from sn_export.cli.factories import build_model
-from sn_export.cli.inputs import gather
 from sn_export.errors import UsageError
 
 

@@ -105,7 +105,7 @@ def test_onnx_parity_failure(run: Run) -> None:
     ran = run(*ONNX, "--rtol", "0", "--atol", "0", "--json")
     assert ran.code == 1
     failed = json.loads(ran.out)
-    schema = json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+    schema = json.loads((resources.files("sn_export.reporting") / "report.schema.json").read_text())
     jsonschema.validate(failed, schema)
     assert (failed["path"], failed["parity"]["passed"]) == (None, False)
     assert [attempt["exporter"] for attempt in failed["attempts"]] == ["torchscript"]

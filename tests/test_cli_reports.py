@@ -71,7 +71,7 @@ def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPat
     def full(*args: Any, **options: Any) -> Path:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("sn_export.cli.outputs.save_report", full)
+    monkeypatch.setattr("sn_export.cli.output_files.save_report", full)
     assert save_report is not full
     ran = run(*ONNX, "--report", "r.md")
     assert (ran.code, ran.out) == (2, "")

@@ -19,9 +19,11 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 
-from sn_export import ParityError, check_parity, export_onnx, exporting, parity
-from sn_export.module_parity import ModuleCall, Strictness, nearest
-from sn_export.parity import explained
+from sn_export import ParityError, check_parity, export_onnx
+from sn_export.exporting import export as exporting
+from sn_export.proving import parity
+from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
+from sn_export.proving.parity import explained
 from sn_export.running.input_set import as_input_sets
 from sn_export.running.preservation import preserved
 from sn_export.running.reference import run_reference

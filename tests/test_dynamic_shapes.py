@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export.proving.dynamic_sizes import require_declared
 from sn_export.running.input_set import InputSet
 from sn_export.running.reference import Reference
-from sn_export.sizes import require_declared
 
 
 class Filter(nn.Module):

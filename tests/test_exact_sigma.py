@@ -14,8 +14,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing.exact import with_exact_sigma
-from sn_export.sigma import exact_sigma, exact_sigma_cost
+from sn_export.freezing.find import with_exact_sigma
+from sn_export.freezing.sigma import exact_sigma, exact_sigma_cost
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 40), (40, 5), (33, 33)])

@@ -26,7 +26,8 @@ from export_models import (
 )
 from torch import nn
 
-from sn_export import ExportError, ParityError, SnExportError, export_onnx, onnx_file
+from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export.exporting import torch_exporters as onnx_file
 
 
 @pytest.mark.parametrize("network", [Liar, NotANumber, Unsupported, Raising])

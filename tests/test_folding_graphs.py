@@ -13,8 +13,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sn_export.folding.fold import fold_initializers
-from sn_export.folding.naming import folded_name, plain_name, using_modules
+from sn_export.exporting.folding.fold import fold_initializers
+from sn_export.exporting.folding.naming import folded_name, plain_name
+from sn_export.proving.module_scopes import using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
 _W = np.arange(1, 13, dtype=np.float32).reshape(3, 4) / 7

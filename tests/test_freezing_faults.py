@@ -125,7 +125,7 @@ def damage(fault: Fault, before: Fingerprint, model: nn.Module) -> list[str]:
     """Say what a fault has damaged: the model, or the chance to freeze it again."""
     found = before.differences(fingerprint(model))[:2]
     gc.enable()
-    if not found and "context.py" in fault.struck[-1] and not other_thread_can_freeze(model):
+    if not found and "block.py" in fault.struck[-1] and not other_thread_can_freeze(model):
         found = ["another thread cannot freeze it any more"]
     return [f"{fault.struck}: {difference[:160]}" for difference in found]
 

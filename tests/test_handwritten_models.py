@@ -358,12 +358,12 @@ def test_tools_of_torch_work_inside(name: str, way: str) -> None:
 
 # The files that run the user's code; interrupts in the others are tested with torch's kinds.
 ASKING = (
-    "asking.py",
+    "sandbox.py",
     "probe.py",
     "wrapper.py",
     "prehook.py",
     "mixin.py",
-    "helped.py",
+    "child_norm.py",
     "frozen_class.py",
 )
 

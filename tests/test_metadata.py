@@ -20,8 +20,8 @@ import torch
 from export_models import EXPORTERS, Head, Raising, contents_of, images, rows, small_net
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing.site import SpectralNormInfo
-from sn_export.metadata import file_metadata, file_sha256
+from sn_export.exporting.metadata import file_metadata, file_sha256
+from sn_export.freezing.info import SpectralNormInfo
 
 
 def _metadata(path: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from export_models import EXPORTERS, Head, images, rows, small_net
 from torch import Tensor
 
 from sn_export import ExportError, export_onnx
-from sn_export.opset import OLDEST_OPSET, newest_opset
+from sn_export.exporting.opset import OLDEST_OPSET, newest_opset
 
 
 def _opset(path: Path) -> int:

@@ -11,16 +11,16 @@ import numpy as np
 import pytest
 import torch
 from export_models import EXPORTERS, Head, contents_of, file_of, rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import helper
 from torch import Tensor, nn
 
-from sn_export import OutputParity, ParityError, check_case, check_parity, export_onnx, spread
-from sn_export.output_parity import RunningErrors
-from sn_export.tolerances import require_tolerances
+from sn_export import OutputParity, ParityError, check_case, check_parity, export_onnx
+from sn_export.proving import output_errors
+from sn_export.proving.output_errors import RunningErrors
+from sn_export.proving.tolerances import require_tolerances
 
 
 def _measure(pairs: list[tuple[Any, Any]], **tolerances: float) -> OutputParity:
@@ -70,7 +70,7 @@ def test_buckets(error: float, edge: float) -> None:
 
 def test_quantiles_past_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the number of errors that are kept, quantiles are at most 2.4 % too large."""
-    monkeypatch.setattr(spread, "_KEPT", 100)
+    monkeypatch.setattr(output_errors, "_KEPT", 100)
     generator = np.random.default_rng(0)
     sets = [10.0 ** generator.uniform(-12, 2, 400) for _ in range(5)]
     output = _measure([(np.zeros_like(e), e) for e in sets])

@@ -13,15 +13,14 @@ import onnx
 import pytest
 import torch
 from export_models import Head, Raising, file_of, rows
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from hypothesis.extra import numpy as hnp
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ExportError, OutputParity, ParityReport, SnExportError, check_parity
-from sn_export.tolerances import DEFAULT_TOLERANCES
+from sn_export.proving.tolerances import DEFAULT_TOLERANCES
 
 _ONNX_TYPES = {
     torch.float32: TensorProto.FLOAT,

@@ -18,9 +18,10 @@ from golden_graphs import NETWORKS
 from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor, nn
 
-from sn_export import ParityError, check_parity, export_onnx, onnx_session, pieces
-from sn_export.onnx_session import open_session, run_session
-from sn_export.pieces import Pieces
+from sn_export import ParityError, check_parity, export_onnx
+from sn_export.proving import pieces, session as onnx_session
+from sn_export.proving.pieces import Pieces
+from sn_export.proving.session import open_session, run_session
 from sn_export.running import tensor_layouts
 
 CPU = ("CPUExecutionProvider",)

@@ -162,7 +162,7 @@ def test_reports(pytester: pytest.Pytester) -> None:
     (failed,) = folder.glob("*test_bad*.json")
     content = json.loads(failed.read_text())
     assert (content["path"], content["parity"]["passed"]) == (None, False)
-    schema = json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+    schema = json.loads((resources.files("sn_export.reporting") / "report.schema.json").read_text())
     jsonschema.validate(content, schema)
     result.stdout.fnmatch_lines([f"*report: {failed.with_suffix('.html')}"])
     assert "Not proved" in failed.with_suffix(".html").read_text()

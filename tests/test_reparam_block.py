@@ -34,7 +34,7 @@ from sn_export import (
     frozen_parametrizations,
     frozen_spectral_norm,
 )
-from sn_export.quiet import quiet
+from sn_export.exporting.quiet import quiet
 
 each_pair = pytest.mark.parametrize(("how", "name"), PAIRS)
 each_how = pytest.mark.parametrize("how", REPARAMETRIZATIONS)

@@ -19,7 +19,7 @@ from sn_export import (
     find_parametrizations,
     frozen_parametrizations,
 )
-from sn_export.quiet import no_fused_attention
+from sn_export.exporting.quiet import no_fused_attention
 
 Apply = Callable[[nn.Module, str], nn.Module]
 each_how = pytest.mark.parametrize("how", ["spectral_norm", "hook", *REPARAMETRIZATIONS])

@@ -20,7 +20,7 @@ from sn_export import (
     frozen_parametrizations,
 )
 from sn_export.freezing.find import described
-from sn_export.freezing.site import GROUPS
+from sn_export.freezing.info import GROUPS
 
 SELECTIONS: list[tuple[Any, set[str]]] = [
     (None, set(KIND_OF)),

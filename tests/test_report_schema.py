@@ -14,14 +14,14 @@ import pytest
 from export_models import EXPORTERS, Head, Liar, images, rows, small_net
 
 from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
-from sn_export.freezing.site import ParametrizationInfo, SpectralNormInfo
+from sn_export.freezing.info import ParametrizationInfo, SpectralNormInfo
 from sn_export.results import REPORT_SCHEMA, Divergence, Histogram, ModuleParity
 
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
     """The schema as it is shipped."""
-    return json.loads(resources.files("sn_export").joinpath("report.schema.json").read_text())
+    return json.loads((resources.files("sn_export.reporting") / "report.schema.json").read_text())
 
 
 def test_schema_is_sound(schema: Any) -> None:

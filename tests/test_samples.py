@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 import torch
 from export_models import Head
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
 from sn_export.running.input_set import InputSet, as_input_sets, random_like, random_sets

@@ -1,27 +1,22 @@
 """Checkpoints: read safely, spelled differently, inspected and converted, without model code."""
 
-from ..errors import CheckpointError
 from .content import Checkpoint, StateDict
 from .convert import Conversion, convert_checkpoint
 from .inspection import Inspection, StoredLayer, inspect_checkpoint
 from .load import Loaded, load_checkpoint
 from .read import read_checkpoint
+from .stored_norms import Spelling
 
-__all__ = [  # noqa: RUF022 - grouped by topic
-    # Reading
-    "read_checkpoint",
+__all__ = [
     "Checkpoint",
-    "StateDict",
-    # Looking
-    "inspect_checkpoint",
-    "Inspection",
-    "StoredLayer",
-    # Respelling
-    "convert_checkpoint",
     "Conversion",
-    # Loading
-    "load_checkpoint",
+    "Inspection",
     "Loaded",
-    # Errors
-    "CheckpointError",
+    "Spelling",
+    "StateDict",
+    "StoredLayer",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "load_checkpoint",
+    "read_checkpoint",
 ]

@@ -17,12 +17,11 @@ from ..files import drafts, publish_all
 from ..text import listed
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
-from .handwritten import handwritten_notes
-from .lazy import LazyTensors
+from .lazy_tensors import LazyTensors
 from .read import read_checkpoint
 from .safetensors_file import write_safetensors
-from .sites import Spelling, StoredNorm, find_sites
 from .spelling import Respelled, respell
+from .stored_norms import Spelling, StoredNorm, find_sites, handwritten_notes
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 

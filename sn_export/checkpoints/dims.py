@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..text import listed
-from .sites import StoredNorm
+from .stored_norms import StoredNorm
 from .torch_norm import TorchNorm
 
 # After a training step u = normalize(W v) or v = normalize(W^H u) held exactly, and a step of

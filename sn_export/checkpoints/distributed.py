@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
 from ..errors import CheckpointError
-from .refusal import forbidden_call, refusal
+
+_GLOBAL = re.compile(r"(?:GLOBAL|class|function) ([\w.]+\.[\w.]+)")
 
 # What torch writes into '.metadata': its own records, and the values in them.
 _RECORDS = ("torch.distributed.checkpoint.metadata", "torch.distributed.checkpoint.filesystem")
@@ -120,3 +122,17 @@ def _damaged(folder: Path, error: BaseException) -> CheckpointError:
 def _last_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1]}" if lines else type(error).__name__
+
+
+def forbidden_call(error: BaseException) -> str | None:
+    """Return the callable that `torch.load` refused to call, if that is what ``error`` says."""
+    found = _GLOBAL.search(str(error))
+    return found[1] if found is not None else None
+
+
+def refusal(what: str, name: str) -> str:
+    """Return the message about ``what`` that wants to call ``name``."""
+    return (
+        f"{what} wants to call '{name}' while it is read, and nothing was run; --trust-pickle "
+        "lets the file run any code as you, so use it only for files whose origin you trust"
+    )

@@ -11,13 +11,12 @@ from pathlib import Path
 import torch
 
 from ..errors import CheckpointError
-from ..sigma import exact_sigma, stored_sigma
+from ..freezing import exact_sigma, stored_sigma
 from ..text import dtype_name
 from .content import Checkpoint, StateDict
 from .dims import decide_dim, fitting_dims, require_known
-from .handwritten import handwritten_notes
 from .read import read_checkpoint
-from .sites import find_sites
+from .stored_norms import find_sites, handwritten_notes
 from .torch_norm import TorchNorm
 
 _CONVERGED = 1e-3

@@ -10,14 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..freezing.find import described
-from ..sigma import stored_sigma
+from ..freezing import described, stored_sigma
 from ..text import listed
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
-from .fit import fit_names, overlap, require_equal
-from .sites import Spelling, find_sites
+from .fit_names import fit_names, overlap, require_equal
 from .spelling import require_finite, respell, zero_sigma
+from .stored_norms import Spelling, find_sites
 from .torch_norm import TorchNorm
 
 

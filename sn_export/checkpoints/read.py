@@ -12,9 +12,8 @@ import torch
 
 from ..errors import CheckpointError
 from .content import Checkpoint
-from .distributed import is_distributed, read_distributed
-from .lazy import LazyTensors, index_in
-from .refusal import forbidden_call, refusal
+from .distributed import forbidden_call, is_distributed, read_distributed, refusal
+from .lazy_tensors import LazyTensors, index_in
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpoint:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from .lazy import DTYPES, Spec
+from .lazy_tensors import DTYPES, Spec
 from .spelling import Entry
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}

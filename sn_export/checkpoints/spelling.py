@@ -14,8 +14,8 @@ from ..errors import CheckpointError
 from ..text import qualified
 from .content import StateDict
 from .dims import decide_dim, fitting_dims
-from .lazy import Spec, spec_of
-from .sites import Spelling, StoredNorm, find_sites
+from .lazy_tensors import Spec, spec_of
+from .stored_norms import Spelling, StoredNorm, find_sites
 from .torch_norm import TorchNorm
 
 

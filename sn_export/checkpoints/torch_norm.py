@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from ..errors import CheckpointError
-from .sites import StoredNorm
+from .stored_norms import StoredNorm
 
 _ALIGNMENT = 64  # of torch's CPU allocator
 

@@ -6,17 +6,15 @@ import sys
 from collections.abc import Mapping
 from enum import Enum
 from functools import partial
-from importlib.metadata import PackageNotFoundError
-from importlib.metadata import version as version_of
+from importlib.metadata import PackageNotFoundError, version as version_of
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ..errors import UsageError
-from .arguments import parse_tolerance
-from .console import answering
-from .usage import run
+from .console import answering, run
+from .options import parse_tolerance
 
 app = typer.Typer(
     name="sn-export",
@@ -177,7 +175,8 @@ def onnx(
     Exit codes: 0 proved and written, 1 not equal and nothing written, 2 bad input.
     """
     with answering(debug):
-        from .proving import Export, Request, run_onnx
+        from .onnx_command import Export, run_onnx
+        from .request import Request
 
         relative, absolute = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         request = Request(
@@ -211,7 +210,7 @@ def inspect(
 ) -> None:
     """List the spectral norms in a checkpoint; no model code is needed."""
     with answering(debug):
-        from .looking import run_inspect
+        from .inspect_command import run_inspect
 
         run_inspect(checkpoint, key, dim, trust_pickle, as_json)
 
@@ -235,7 +234,7 @@ def convert(
 ) -> None:
     """Write a checkpoint with its spectral norm spelled differently, bit for bit the same."""
     with answering(debug):
-        from .looking import run_convert
+        from .convert_command import run_convert
 
         run_convert(
             checkpoint,
@@ -302,8 +301,8 @@ def check(
             _require_none(given, "--case" if case is not None else "a folder of cases")
             if case is not None and file.is_dir():
                 raise UsageError(f"--case goes with one ONNX file, and '{file}' is a folder")
-            from ..cases import check_case
-            from .replaying import run_case, run_folder
+            from ..proving import check_case
+            from .check_command import run_case, run_folder
 
             replay = partial(check_case, rtol=relative, atol=absolute, proof_dtype=dtype)
             if case is not None:
@@ -316,7 +315,8 @@ def check(
         if checkpoint is None or model is None:
             missing = "CHECKPOINT" if checkpoint is None else "--model"
             raise UsageError(f"check needs {missing}, or a saved case with --case")
-        from .proving import Request, run_check
+        from .check_command import run_check
+        from .request import Request
 
         request = Request(
             checkpoint, model, model_kwargs, inputs, input_files, relative, absolute, samples

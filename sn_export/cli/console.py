@@ -18,6 +18,9 @@ import typer
 from ..errors import SnExportWarning, UsageError
 from ..text import plain, without_frames
 
+# Typer keeps click to itself, or depends on it, by version; this class is the same in both.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
+
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
 _WIDE = 160  # columns where there is no terminal to ask
 
@@ -148,3 +151,21 @@ def _message(error: BaseException) -> str:
         named = f"'{error.filename}': " if error.filename else ""
         return f"{named}{error.strerror or error}"
     return f"unexpected {type(error).__name__}: {text}; --debug shows where"
+
+
+def run(app: typer.Typer, name: str) -> int:
+    """Run the command line and return its exit code; without arguments it shows its help."""
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        return app(arguments, prog_name=name, standalone_mode=False) or 0
+    except typer.Abort:
+        return INTERRUPTED
+    except _USAGE_ERROR as error:
+        say(_usage_message(error, name))
+        return BAD_INPUT
+
+
+def _usage_message(error: Any, name: str) -> str:
+    command = error.ctx.command_path if error.ctx is not None else name
+    text = " ".join(error.format_message().split()).replace("Value error, ", "")
+    return f"{text.rstrip('.')}; see '{command} --help'"

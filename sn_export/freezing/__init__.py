@@ -1,28 +1,7 @@
 """Freezing: the walk, the plan and the exact undo. It knows nothing of ONNX."""
 
-from ..running.wrapped_models import unwrapped
-from .adapters import Registration, SpectralNormAdapter, register_spectral_norm
-from .exact import with_exact_sigma
-from .find import described, find_parametrizations, find_spectral_norm, find_suspects
-from .freeze import frozen_and_kept, frozen_parametrizations, frozen_spectral_norm
-from .site import ParametrizationInfo, SpectralNormInfo, require_module
-from .suspects import SpectralNormSuspect
+import lazy_loader
 
-__all__ = [
-    "ParametrizationInfo",
-    "Registration",
-    "SpectralNormAdapter",
-    "SpectralNormInfo",
-    "SpectralNormSuspect",
-    "described",
-    "find_parametrizations",
-    "find_spectral_norm",
-    "find_suspects",
-    "frozen_and_kept",
-    "frozen_parametrizations",
-    "frozen_spectral_norm",
-    "register_spectral_norm",
-    "require_module",
-    "unwrapped",
-    "with_exact_sigma",
-]
+# The names stand in __init__.pyi alone. What is told about a tensor needs no torch, so that
+# the records of an export and `sn-export --help` come without it.
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .context import Block
+from .block import Block
 from .plan import Keep
 from .selection import Only, Selection
 from .site import require_module

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..text import first_few
+from .info import GROUPS, Group
 from .kinds import ALL, SPECTRAL_NORM
 from .plan import Found, walk
-from .site import GROUPS, Group, Kind, Site
+from .site import Kind, Site
 
 Only = str | Iterable[str] | None
 

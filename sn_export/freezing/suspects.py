@@ -13,11 +13,18 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
 from ..text import first_few, listed
-from .code import Code, code_of, is_torch_layer, mentioned
-from .frozen_class import Frozen
-from .kinds.raw import missing_weights
+from .introspection.frozen_class import Frozen
+from .introspection.singular_vectors import (
+    NORMS,
+    SIGMA,
+    fits,
+    is_named_as_vector,
+    matrices,
+    missing_weights,
+    small_state,
+)
+from .introspection.source_code import Code, code_of, is_torch_layer, mentioned
 from .plan import Found
-from .vectors import NORMS, SIGMA, fits, is_named_as_vector, matrices, small_state
 
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
 _NAMED = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")

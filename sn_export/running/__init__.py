@@ -1,1 +1,41 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
+
+from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
+from .input_set import InputSet, as_input_sets, as_kwargs, random_like, random_sets, require_seen
+from .nested import distinct, output_names, paths_of_tensors, tensor_leaves
+from .preservation import Guarded, Preserved, preserved, restore_container, without_trace
+from .reference import Reference, run_reference
+from .shared_memory import same_bits
+from .tensor_layouts import are_large, dense_parts, is_dense, is_large
+from .wrapped_models import is_never_called, unwrapped
+
+__all__ = [
+    "DynamicDim",
+    "Guarded",
+    "InputSet",
+    "Preserved",
+    "Reference",
+    "are_large",
+    "as_input_sets",
+    "as_kwargs",
+    "dense_parts",
+    "distinct",
+    "dynamic_axes",
+    "dynamic_dims",
+    "flat_shapes",
+    "is_dense",
+    "is_large",
+    "is_never_called",
+    "output_names",
+    "paths_of_tensors",
+    "preserved",
+    "random_like",
+    "random_sets",
+    "require_seen",
+    "restore_container",
+    "run_reference",
+    "same_bits",
+    "tensor_leaves",
+    "unwrapped",
+    "without_trace",
+]

@@ -31,7 +31,7 @@ from sn_export import (
     find_spectral_norm,
     frozen_spectral_norm,
 )
-from sn_export.quiet import quiet
+from sn_export.exporting.quiet import quiet
 
 _HEADER = (
     "| package | model | frozen | block | dynamo: nodes | TorchScript: nodes |\n"

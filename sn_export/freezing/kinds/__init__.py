@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..adapters import adapters
-from ..code import code_of, is_torch_layer
-from ..frozen_class import Frozen
+from ..introspection.frozen_class import Frozen
+from ..introspection.source_code import code_of, is_torch_layer
 from ..site import Kind, Site
 from .adapted import find_adapted
 from .chain import find_chains
-from .helped import find_helped
+from .child_norm import find_helped
 from .hook import find_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations

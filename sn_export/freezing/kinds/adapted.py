@@ -9,12 +9,13 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
-from ...running.preservation import Guarded, Preserved
+from ...running import Guarded, Preserved
 from ...text import qualified
 from ..adapters import SpectralNormAdapter, adapters
-from ..asking import ask
-from ..site import Site, SpectralNormInfo
-from ..undo import Edits
+from ..edits import Edits
+from ..info import SpectralNormInfo
+from ..introspection.sandbox import ask
+from ..site import Site
 
 T = TypeVar("T")
 

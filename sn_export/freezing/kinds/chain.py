@@ -12,9 +12,10 @@ from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightN
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...errors import FreezeError
-from ...running.preservation import restore_container, without_trace
-from ..site import Group, Site, plan_registration
-from ..undo import Edits
+from ...running import restore_container, without_trace
+from ..edits import Edits
+from ..info import Group
+from ..site import Site, plan_registration
 from .state_hooks import is_weight_norm_state_hook
 
 # Their forward in eval mode writes nothing and returns memory of its own.

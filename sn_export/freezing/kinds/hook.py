@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
-from ...running.preservation import without_trace
-from ...running.wrapped_models import is_never_called
-from ...sigma import stored_sigma
-from ..asking import copied_attributes
-from ..site import Site, SpectralNormInfo, plan_registration
-from ..undo import Edits
+from ...running import is_never_called, without_trace
+from ..edits import Edits
+from ..info import SpectralNormInfo
+from ..introspection.sandbox import copied_attributes
+from ..sigma import stored_sigma
+from ..site import Site, plan_registration
 
 
 class HookSite(Site):

@@ -10,7 +10,7 @@
 Names vary: what counts is an own matrix, state that fits its singular vectors, and something that
 forward reads and that, when asked, is the matrix times a number. Where no method says so, a
 subclass of one of torch's layers is run on a probe, and the weight that it hands to torch's
-function is the answer (`sn_export.freezing.kinds.probe`).
+function is the answer (`sn_export.freezing.introspection.probe`).
 """
 
 from __future__ import annotations
@@ -24,23 +24,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..asking import Pliant, ask, placeholders
-from ..code import Code, Member, mentioned, times_read
-from ..frozen_class import Override, frozen_class
-from ..site import plan_registration
-from ..undo import Edits
-from ..vectors import (
+from ..edits import Edits
+from ..introspection.frozen_class import Override, frozen_class
+from ..introspection.probe import Probe
+from ..introspection.sandbox import Pliant, ask, placeholders
+from ..introspection.singular_vectors import (
     NORMS,
     SINGULAR_VALUES,
     fits,
     is_multiple,
     is_named_as_vector,
     matrices,
+    plain_name,
     small_state,
 )
-from .handwritten import Answer, HandwrittenSite
-from .probe import Probe
-from .raw import plain_name
+from ..introspection.source_code import Code, Member, mentioned, times_read
+from ..site import plan_registration
+from .handwritten_site import Answer, HandwrittenSite
 
 
 class MixinSite(HandwrittenSite):

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...sigma import stored_sigma
-from ..site import Group, SpectralNormInfo
+from ..info import Group, SpectralNormInfo
+from ..sigma import stored_sigma
 from .chain import ChainSite, chains
-from .link import arriving, asked_sigma, spectral_norm_in
+from .chain_link import arriving, asked_sigma, spectral_norm_in
 
 
 class ParametrizationSite(ChainSite):

@@ -19,15 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...running.shared_memory import same_bits
-from ..asking import Agreeable, ask, copied_attributes
-from ..code import mentioned, names_in
+from ...running import same_bits
+from ..edits import Edits
+from ..introspection.sandbox import Agreeable, ask, copied_attributes
+from ..introspection.singular_vectors import is_multiple, is_named_as_vector, missing_weights
+from ..introspection.source_code import mentioned, names_in
 from ..site import plan_registration
-from ..undo import Edits
-from ..vectors import is_multiple, is_named_as_vector
-from .handwritten import Answer, HandwrittenSite
+from .handwritten_site import Answer, HandwrittenSite
 from .hook import find_hooks
-from .raw import missing_weights
 from .state_hooks import is_state_hook_of
 
 

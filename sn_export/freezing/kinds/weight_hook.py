@@ -10,11 +10,11 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
-from ...running.preservation import without_trace
-from ...running.wrapped_models import is_never_called
-from ..asking import copied_attributes
-from ..site import Group, Site, plan_registration
-from ..undo import Edits
+from ...running import is_never_called, without_trace
+from ..edits import Edits
+from ..info import Group
+from ..introspection.sandbox import copied_attributes
+from ..site import Site, plan_registration
 from .hook import refuse_stacked, value_in_use
 
 

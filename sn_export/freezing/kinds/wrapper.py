@@ -24,14 +24,20 @@ import torch
 from torch import Tensor, nn
 
 from ...text import qualified
-from ..asking import ask, placeholders
-from ..code import Code, Member, is_torch_layer, mentioned
-from ..frozen_class import How, Override, frozen_class
+from ..edits import Edits
+from ..introspection.frozen_class import How, Override, frozen_class
+from ..introspection.sandbox import ask, placeholders
+from ..introspection.singular_vectors import (
+    MissingWeight,
+    fits,
+    is_named_as_vector,
+    matrices,
+    missing_weights,
+    small_state,
+)
+from ..introspection.source_code import Code, Member, is_torch_layer, mentioned
 from ..site import plan_registration
-from ..undo import Edits
-from ..vectors import fits, is_named_as_vector, matrices, small_state
-from .handwritten import Answer, HandwrittenSite
-from .raw import MissingWeight, missing_weights
+from .handwritten_site import Answer, HandwrittenSite
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

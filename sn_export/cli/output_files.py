@@ -1,0 +1,73 @@
+"""Files that a command writes: told apart and possible before the long work begins."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..files import drafts
+from ..reporting import require_report_path, save_report
+
+_PICTURED = (".html", ".md")
+
+
+def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path]]) -> None:
+    """Raise where two outputs are one file, or one is an input.
+
+    Args:
+        outputs: files to write by what they are called in messages; None for those not asked for.
+        inputs: files to read, likewise.
+
+    Raises:
+        UsageError: naming both.
+    """
+    seen = {path.resolve(): name for name, paths in inputs.items() for path in paths}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        other = seen.setdefault(path.resolve(), name)
+        if other != name:
+            raise UsageError(f"{name} must be another file than {other}, both are '{path}'")
+
+
+def require_report(path: Path | None) -> None:
+    """Raise if no report can be written to ``path``.
+
+    Raises:
+        ValueError: for a suffix that says no kind of report.
+        OSError: if its folder is absent, or it is a folder.
+        CheckpointError: if its folder cannot be written to.
+    """
+    if path is not None:
+        require_report_path(path)
+        with drafts(path):
+            pass
+
+
+def is_pictured(path: Path | None) -> bool:
+    """Whether a report is one to look at, with modules and true sigma."""
+    return path is not None and path.suffix in _PICTURED
+
+
+def write_report(content: Mapping[str, Any], path: Path | None, written: Path | None) -> None:
+    """Write a report, with the command line that asked for it.
+
+    Args:
+        content: of its JSON.
+        path: the file; None for none.
+        written: the ONNX file that is already in place, for the message.
+
+    Raises:
+        UsageError: if the disk is full, say.
+    """
+    if path is None:
+        return
+    try:
+        save_report(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
+    except OSError as error:
+        there = f"; '{written}' was proved and written all the same" if written else ""
+        raise UsageError(f"cannot write '{path}': {error.strerror or error}{there}") from error

@@ -1,0 +1,194 @@
+"""What torch's exporters fail with, in words: which module, which line, what to try."""
+
+from __future__ import annotations
+
+import linecache
+import re
+import traceback
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
+
+from ..proving import type_name
+from ..text import without_frames
+
+_LONGEST = 1000  # characters of torch's own text
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+_LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')  # torch.fx
+_RANGE = re.compile(r"^(?P<file>.+)\((?P<line>\d+)\): ", re.MULTILINE)  # torch.jit
+# As "inputs['x'].shape[0]", "inputs[0].shape[0]" or "L['args'][0].size()[0]", by version and call.
+_DIMENSION = re.compile(
+    r"(?:dimension )?(?:inputs|L)(?:\['args'\])?\[(?:'(?P<name>\w+)'|(?P<position>\d+))\]"
+    r"\.(?:shape|size\(\))\[(?P<dim>\d+)\]"
+)
+_SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
+_OURS = str(Path(__file__).parent)
+_TORCH = str(Path(torch.__file__).parent)
+_CHECKING = str(Path(torch.distributions.__file__).parent)  # decides about its arguments alone
+
+_NO_OPERATOR = "write that operator with others that ONNX has"
+_DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
+_ADVICE = (
+    (
+        _DECIDES,
+        "the forward decides by the values of a tensor: write it with torch.where or torch.cond",
+    ),
+    (
+        r"ConstraintViolation|marked .* dynamic|dynamic dim|specializ|dynamic_shapes|Constraints"
+        r"|inferred ranges",
+        "leave that dimension fixed, or declare it as torch.export.Dim.AUTO",
+    ),
+    (
+        r"No ONNX function|UnsupportedOperator|not supported|No decompos",
+        _NO_OPERATOR,
+    ),
+)
+
+
+@dataclass
+class _Place:
+    """Where in the user's code something failed, as far as it is known."""
+
+    module: str | None = None
+    kind: str = ""
+    file: str | None = None
+    line: int = 0
+
+
+def told(error: BaseException, model: nn.Module, other: str | None, inputs: Sequence[str]) -> str:
+    """Return what failed, where in the user's model, and what to try.
+
+    Args:
+        error: what the exporter raised.
+        model: the model; its modules are told by their paths.
+        other: the exporter that could be tried instead, if there is one.
+        inputs: the names of the tensors that it was given, in their order.
+    """
+    chain = list(_chain(error))
+    root = chain[-1]
+    text = f"{type(root).__name__}: {_with_names(_shortened(str(root)), inputs)}"
+    where = _words(_place(chain, model))
+    advice = [
+        text for pattern, text in _ADVICE if any(re.search(pattern, _named(e)) for e in chain)
+    ][:1]
+    if advice == [_NO_OPERATOR] and any(
+        isinstance(m, ParametrizationList) for m in model.modules()
+    ):
+        advice.insert(0, "export with freeze='all', so that no parametrization is in the graph")
+    if other is not None:
+        advice.append(f"try exporter='{other}'")
+    return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")
+
+
+def decision(error: BaseException, model: nn.Module) -> str | None:
+    """Return where the forward decides by the values of a tensor, if that is what failed.
+
+    Args:
+        error: what the exporter raised, or is the cause of.
+        model: as for `told`.
+    """
+    chain = list(_chain(error))
+    if not any(re.search(_DECIDES, _named(e)) for e in chain):
+        return None
+    files = [
+        frame.f_code.co_filename for e in chain for frame, _ in traceback.walk_tb(e.__traceback__)
+    ]
+    if any(file.startswith(_CHECKING) for file in files):
+        return None
+    return _words(_place(chain, model)).lstrip("; ")
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    now: BaseException | None = error
+    while now is not None:
+        yield now
+        now = now.__cause__
+
+
+def _named(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _shortened(text: str) -> str:
+    paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
+    text = paragraphs[0]
+    if text.endswith(":") and len(paragraphs) > 1:
+        text += " " + paragraphs[1]
+    text = text.rstrip(".")
+    return text if len(text) < _LONGEST else text[:_LONGEST] + " ..."
+
+
+def _with_names(text: str, inputs: Sequence[str]) -> str:
+    """Say dimensions as the user declares them."""
+
+    def named(match: re.Match[str]) -> str:
+        name, position = match["name"], match["position"]
+        if name is None and int(position) < len(inputs):
+            name = inputs[int(position)]
+        return f"dimension {match['dim']} of '{name}'" if name in inputs else match[0]
+
+    return _DIMENSION.sub(named, text)
+
+
+def _words(place: _Place) -> str:
+    words = ""
+    if place.module is not None:
+        words += f"; in {repr(place.module) if place.module else 'the forward'} ({place.kind})"
+    if place.file is not None:
+        source = linecache.getline(place.file, place.line).strip()
+        words += f"; at {place.file}:{place.line}" + (f": {source}" if source else "")
+    return words
+
+
+def _place(chain: list[BaseException], model: nn.Module) -> _Place:
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    place = _Place()
+    for error in chain:
+        frames = [(frame, line) for frame, line in traceback.walk_tb(error.__traceback__)]
+        for frame, line in frames:
+            module = frame.f_locals.get("self")
+            if isinstance(module, nn.Module) and id(module) in paths:
+                place = _Place(paths[id(module)], type_name(module))
+            if place.module is not None and _is_users(frame.f_code.co_filename):
+                place.file, place.line = frame.f_code.co_filename, line
+        for frame, _ in reversed(frames):
+            found = _place_of_node(frame.f_locals.get("node"), model)
+            if found is not None:
+                place = found
+                break
+    return place
+
+
+def _place_of_node(node: Any, model: nn.Module) -> _Place | None:
+    """Return the place of a node of torch.fx or of TorchScript."""
+    if isinstance(node, torch.fx.Node):
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        # As "L['self'].body.1" or "body.1", by version.
+        path = stack[-1][0].removeprefix("L['self']").lstrip(".") if stack else None
+        lines = _LINE.finditer(node.meta.get("stack_trace") or "")
+    elif isinstance(node, torch._C.Node):
+        # As "nets.Net::/torch.nn.Sequential::body/nets.Inner::body.1".
+        names = [match["name"] for match in _SCOPE.finditer(node.scopeName())]
+        path = names[-1] if names else None
+        lines = _RANGE.finditer(str(node.sourceRange()))
+    else:
+        return None
+    users = [match for match in lines if _is_users(match["file"])]
+    place = _Place()
+    module = dict(model.named_modules()).get(path) if path is not None else None
+    if module is not None:
+        place = _Place(path, type_name(module))
+    if users:
+        # torch.fx tells the outermost call first, TorchScript last.
+        last = users[-1] if isinstance(node, torch.fx.Node) else users[0]
+        place.file, place.line = last["file"], int(last["line"])
+    return place if place.module is not None or place.file is not None else None
+
+
+def _is_users(file: str) -> bool:
+    return not file.startswith((_OURS, _TORCH, "<"))

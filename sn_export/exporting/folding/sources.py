@@ -1,0 +1,131 @@
+"""Where initializers come from: the parameters and buffers of the exported model, by name."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ...proving import using_modules
+from ...text import qualified
+
+_FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
+_SAMPLES = 256
+_CHUNK = 2**20  # elements compared at a time
+
+
+class Sources:
+    """The parameters and buffers of a model.
+
+    Args:
+        state: the tensors by qualified name, in the order of the state dict.
+        release: called whenever one has been read, to free the memory that took.
+    """
+
+    def __init__(
+        self, state: Mapping[str, Tensor], release: Callable[[], None] = lambda: None
+    ) -> None:
+        self._state = state
+        self._release = release
+        self.positions = {name: index for index, name in enumerate(state)}
+
+    def of(self, value: ir.Value) -> list[str]:
+        """Return the tensors that an initializer is made from, as far as its names tell."""
+        origin = value.metadata_props.get(_FOLDED_FROM)
+        names = ast.literal_eval(origin) if origin else [str(value.name)]
+        return [name for name in names if name in self._state]
+
+    def is_weight(self, value: ir.Value) -> bool:
+        """Tell whether an initializer is a parameter or buffer, or made from one."""
+        if self.of(value):
+            return True
+        # The TorchScript exporter names a transposed weight after the node that reads it.
+        tensor = value.const_value
+        return (
+            tensor is not None
+            and str(value.name).startswith("onnx::")
+            and tensor.dtype.is_floating_point()
+            and len(tensor.shape) > 1
+        )
+
+    def main(self, names: Iterable[str], size: int) -> str | None:
+        """Return the raw weight among ``names``: of the size of the result, or the largest."""
+        return max(
+            names,
+            key=lambda name: (self._state[name].numel() == size, self._state[name].numel()),
+            default=None,
+        )
+
+    def computed_from(self, value: ir.Value) -> list[str] | None:
+        """Return what an initializer was computed from; None where values only moved.
+
+        The exporters fold too, as far as weights are small, and leave a name such as ``div_2``.
+        Arithmetic shows in elements that none of the tensors behind it has.
+        """
+        tensor = value.const_value
+        if value.name in self._state or tensor is None or not tensor.dtype.is_floating_point():
+            return None
+        names = self.of(value)
+        if value.metadata_props.get(_FOLDED_FROM) is not None:
+            return names if names and not self._are_elements(tensor, names) else None
+        if _is_fused(value):
+            return None
+        users = using_modules(value)
+        near = [
+            name
+            for name in self._state
+            if any(name == qualified(user, name.rpartition(".")[2]) for user in users)
+        ]
+        if self._are_elements(tensor, dict.fromkeys((*near, *self._state))):  # the near ones first
+            return None
+        return [name for name in near if self._state[name].numel() == tensor.size] or None
+
+    def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
+        missing, dtype = _sampled(tensor)
+        self._release()
+        for name in names:
+            source = self._state[name].detach()
+            if not source.is_floating_point() or source.is_meta:
+                continue
+            for chunk in torch.split(source.flatten(), _CHUNK):
+                if not len(missing):
+                    break
+                values = chunk.to("cpu", torch.float64).numpy()
+                values = values.astype(dtype).astype(np.float64)
+                index = np.searchsorted(missing, values).clip(max=len(missing) - 1)
+                found = np.unique(index[missing[index] == values])
+                missing = np.delete(missing, found)
+            self._release()
+            if not len(missing):
+                break
+        return not len(missing)
+
+
+def _sampled(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[Any]]:
+    """Return some elements, sorted and without zeros, and the dtype that they have in ``tensor``.
+
+    A masked weight has zeros of its own.
+    """
+    array = tensor.numpy()
+    places = np.arange(0, array.size, max(1, array.size // _SAMPLES))
+    # A transposed weight would be copied by `ravel`.
+    wanted = np.unique(array.flat[places].astype(np.float64))
+    dtype = array.dtype
+    del array
+    if isinstance(tensor, ir.ExternalTensor):
+        tensor.release()  # of a large file, which would stay in memory page by page
+    return wanted[wanted != 0], dtype
+
+
+def _is_fused(value: ir.Value) -> bool:
+    # The TorchScript exporter fuses batch norm into convolutions, and renames their bias too.
+    return any(
+        len(node.inputs) > 2 and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
+        for node in value.consumers()
+    )

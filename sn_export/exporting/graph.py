@@ -1,0 +1,113 @@
+"""Edits of the graph that torch's exporters make: names, opset, what tells of the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx
+import onnx_ir as ir
+
+from ..errors import ExportError
+from ..running import distinct
+
+# What the exporters write about the machine and the caller's source files.
+_TRACES = ("pkg.torch.onnx.stack_trace",)
+
+
+def strip_traces(model: ir.Model) -> None:
+    """Remove what the exporters wrote of the machine and the caller's source files, in place."""
+    graphs = [model.graph, *(function.graph for function in model.functions.values())]
+    for graph in graphs:
+        for node in graph.all_nodes():
+            node.doc_string = None
+            for key in _TRACES:
+                node.metadata_props.pop(key, None)
+
+
+def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]) -> None:
+    """Give a graph's inputs and outputs these names; whatever else has one gets another.
+
+    Args:
+        graph: changed in place. An output that is an input, an initializer or another output
+            too becomes a copy of it.
+        inputs: names of all inputs in order, or None to keep what they are called.
+        outputs: names of all outputs in order.
+    """
+    if len(outputs) != len(graph.outputs) or (inputs and len(inputs) != len(graph.inputs)):
+        return  # the proof tells that
+    _separate_outputs(graph)
+    places = [*zip(graph.outputs, outputs, strict=True)]
+    if inputs is not None:
+        places += zip(graph.inputs, inputs, strict=True)
+    named = {id(value) for value, _ in places}
+    wanted = {name for _, name in places}
+    others = [
+        value
+        for value in (
+            *graph.inputs,
+            *graph.initializers.values(),
+            *(output for node in graph.all_nodes() for output in node.outputs),
+        )
+        if id(value) not in named
+    ]
+    taken = wanted | {value.name for value in others if value.name}
+    for value in others:
+        if value.name in wanted:
+            free = distinct([value.name], taken)[0]
+            taken.add(free)
+            _set_name(graph, value, free)
+    for number, (value, _) in enumerate(places):  # two may exchange their names
+        _set_name(graph, value, f"__{number}__")
+    for value, name in places:
+        _set_name(graph, value, name)
+
+
+def _set_name(graph: ir.Graph, value: ir.Value, name: str) -> None:
+    if value.is_initializer():
+        graph.initializers.pop(str(value.name))
+        value.name = name
+        graph.register_initializer(value)
+    else:
+        value.name = name
+
+
+def _separate_outputs(graph: ir.Graph) -> None:
+    seen: set[int] = {id(value) for value in (*graph.inputs, *graph.initializers.values())}
+    for index, value in enumerate(list(graph.outputs)):
+        if id(value) in seen:
+            node = ir.node("Identity", [value])
+            copy = node.outputs[0]
+            copy.shape, copy.type = value.shape, value.type
+            graph.append(node)
+            graph.outputs[index] = value = copy
+        seen.add(id(value))
+
+
+def set_opset(model: ir.Model, wanted: int | None) -> None:
+    """Give a model the opset that was asked for, where that takes no other operators.
+
+    The dynamo exporter writes opset 18 where an older one is asked for.
+
+    Raises:
+        ExportError: if an operator of the model is another one in that opset.
+    """
+    found = model.opset_imports.get("", 0)
+    if wanted is None or found == wanted:
+        return
+    names = {node.op_type for node in model.graph.all_nodes() if node.domain == ""}
+    changed = sorted(name for name in names if _since(name, found) != _since(name, wanted))
+    if changed:
+        raise ExportError(
+            f"opset {wanted} was asked for and the exporter wrote {found}, in which "
+            f"{', '.join(changed)} differ. Try the other exporter, or opset {found}"
+        )
+    model.opset_imports[""] = wanted
+    for function in model.functions.values():
+        function.opset_imports[""] = wanted
+
+
+def _since(name: str, opset: int) -> int:
+    try:
+        return int(onnx.defs.get_schema(name, opset).since_version)
+    except onnx.defs.SchemaError:
+        return 0

@@ -1,0 +1,207 @@
+"""ONNX files: made quietly by torch, cleaned of the machine, published together or not at all."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError
+from ..proving import save, weight_bytes
+from ..results import Exporter, FoldedInitializer
+from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes
+from ..text import qualified
+from .failures import told
+from .flat_call import FlatCall, flat_call
+from .folding.fold import fold_initializers
+from .graph import rename, set_opset, strip_traces
+from .quiet import no_fused_attention, quiet
+
+ExternalData = Literal["auto"] | bool
+
+# A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
+_INLINE_LIMIT = 2**31 - 2**26
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What `torch.onnx.export` is asked for.
+
+    Attributes:
+        opset_version: the opset, or None for torch's default.
+        input_names: what the tensors of the example are called in the file, in its order.
+        output_names: what the tensors of the output are called.
+        dims: the dimensions that may vary.
+        external_data: whether weights go to a side file.
+        verbose: let torch print, log and warn.
+        metadata: what is written to ``metadata_props``.
+        release: called whenever weights have been read, to free the memory that took.
+    """
+
+    opset_version: int | None
+    input_names: Mapping[str, str]
+    output_names: Sequence[str]
+    dims: Sequence[DynamicDim]
+    external_data: ExternalData
+    verbose: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    release: Callable[[], None] = lambda: None
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `write_onnx` made.
+
+    Attributes:
+        opset: version of the default opset.
+        folded: what was folded because it depends on initializers alone.
+        program: torch's ONNXProgram, of the dynamo exporter alone.
+    """
+
+    opset: int
+    folded: tuple[FoldedInitializer, ...]
+    program: Any
+
+    def without_program(self) -> Written:
+        """Return it without the program, whose weights are freed."""
+        if self.program is not None:
+            _free(self.program.model)
+        freed = replace(self, program=None)
+        gc.collect()  # torch's graphs are full of cycles
+        return freed
+
+
+def write_onnx(
+    model: nn.Module,
+    reference: Reference,
+    exporter: Exporter,
+    options: ExportOptions,
+    path: Path,
+    other: Exporter | None = None,
+) -> Written:
+    """Export ``model`` to ``path``, with its external data beside it.
+
+    Args:
+        model: in eval mode, without spectral norm.
+        reference: the example input, which is not written to, and the model's answer.
+        exporter: which of torch's exporters.
+        options: what it is asked for.
+        path: the file.
+        other: the exporter to name where this one fails.
+
+    Raises:
+        ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
+            another opset, or a file that onnx finds fault with.
+    """
+    program = None
+    try:
+        with (
+            quiet(options.verbose),
+            no_fused_attention(),
+            flat_call(model, reference) as call,
+        ):
+            if exporter == "dynamo":
+                program = _dynamo(model, call, options)
+                graph = program.model
+            else:
+                graph = _torchscript(model, call, options, path.with_suffix(".raw.onnx"))
+    except Exception as error:
+        raise ExportError(
+            f"the {exporter} exporter cannot export {type(model).__name__}: "
+            f"{told(error, model, other, list(options.input_names))}"
+        ) from error
+    rename(
+        graph.graph,
+        list(options.input_names.values()) if exporter == "dynamo" else None,
+        options.output_names,
+    )
+    strip_traces(graph)
+    set_opset(graph, options.opset_version)
+    graph.metadata_props.update(options.metadata)
+    folded = fold_initializers(graph, _state(model), options.release)
+    _save(graph, path, options)
+    if program is None:
+        _free(graph)  # and unmap what the exporter wrote
+    _check(path)
+    return Written(int(graph.opset_imports.get("", 0)), folded, program)
+
+
+def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
+    shapes = flat_shapes(list(options.input_names), options.dims)
+    program = torch.onnx.export(
+        model,
+        call.tensors,
+        dynamo=True,
+        verbose=options.verbose,
+        opset_version=options.opset_version,
+        dynamic_shapes=(shapes,) if shapes and call.is_hidden else shapes,
+    )
+    assert program is not None  # torch returns None only for dynamo=False
+    return program
+
+
+def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: Path) -> ir.Model:
+    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    with torch.no_grad():
+        torch.onnx.export(
+            model,
+            call.tensors,
+            str(raw),  # past 2 GB torch takes no other kind of path
+            dynamo=False,
+            verbose=options.verbose,
+            opset_version=options.opset_version,
+            input_names=list(options.input_names.values()),
+            dynamic_axes=dynamic_axes(options.input_names, options.dims) or None,
+        )
+    graph = ir.load(raw)
+    # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
+    # writes (vectors that iterate in eval mode) would be one step ahead.
+    for name, buffer in model.named_buffers():
+        value = graph.graph.initializers.get(name)
+        if value is None or torch.equal(buffer, buffers[name]):
+            continue
+        # A batch norm that writes its statistics does not read them.
+        if all(node.op_type != "BatchNormalization" for node in value.consumers()):
+            value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
+    return graph
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    # In the order of the state dict, module by module, with buffers that it leaves out.
+    return {
+        qualified(path, name): tensor
+        for path, module in model.named_modules(remove_duplicate=False)
+        for name, tensor in (*module._parameters.items(), *module._buffers.items())
+        if tensor is not None
+    }
+
+
+def _save(model: ir.Model, path: Path, options: ExportOptions) -> None:
+    size, external_data = weight_bytes(model), options.external_data
+    outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
+    if not outside and size > _INLINE_LIMIT:
+        raise ExportError(
+            f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
+            "pass external_data='auto' or True"
+        )
+    save(model, path, outside=outside, release=options.release)
+
+
+def _free(model: ir.Model) -> None:
+    # onnxscript's rewriter holds on to the last graph that it has seen.
+    for value in model.graph.initializers.values():
+        value.const_value = None
+
+
+def _check(path: Path) -> None:
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except Exception as error:  # onnx has several types for it, and protobuf more
+        raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error

@@ -1,0 +1,31 @@
+from .adapters import (
+    Registration as Registration,
+    SpectralNormAdapter as SpectralNormAdapter,
+    register_spectral_norm as register_spectral_norm,
+)
+from .find import (
+    described as described,
+    find_parametrizations as find_parametrizations,
+    find_spectral_norm as find_spectral_norm,
+    find_suspects as find_suspects,
+    with_exact_sigma as with_exact_sigma,
+)
+from .freeze import (
+    frozen_and_kept as frozen_and_kept,
+    frozen_parametrizations as frozen_parametrizations,
+    frozen_spectral_norm as frozen_spectral_norm,
+)
+from .info import (
+    ParametrizationInfo as ParametrizationInfo,
+    SpectralNormInfo as SpectralNormInfo,
+)
+from .sigma import (
+    exact_sigma as exact_sigma,
+    stored_sigma as stored_sigma,
+)
+from .site import (
+    require_module as require_module,
+)
+from .suspects import (
+    SpectralNormSuspect as SpectralNormSuspect,
+)

@@ -1,0 +1,154 @@
+"""A frozen weight, and how to tell afterwards whether somebody edited or moved it.
+
+`torch.nn.Module.to` and ``model.half()`` swap the memory under a parameter and keep the object.
+Holding on to that memory, without copying it, is enough to bring every bit back.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Iterable
+from itertools import product
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ..running import dense_parts
+from .site import Site
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+_SAMPLED_WHOLE = 4096  # bytes; larger weights are sampled
+_CHUNKS, _CHUNK = 16, 256  # number and bytes of the samples
+
+
+class FrozenWeight:
+    """The value of one site while the block lasts.
+
+    Attributes:
+        site: where the value belongs.
+        tensor: the plain `torch.nn.Parameter` (or buffer) that stands there.
+    """
+
+    __slots__ = ("_content", "_device", "_dtype", "_version", "site", "tensor")
+
+    def __init__(self, site: Site, value: Tensor) -> None:
+        self.site = site
+        if value.requires_grad:
+            value = value.detach()
+        self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
+        self._dtype = value.dtype
+        self._device = value.device
+        self._version = value._version
+        self._content = _content(value)
+
+    def change(self) -> Literal["moved", "edited"] | None:
+        """Return what was done to the weight since, if anything.
+
+        Moved to another dtype or device; or edited, that is replaced or written to. Writes
+        through ``.data`` leave no version behind. They are seen by comparing bytes: all of
+        a small weight, 16 samples of a large one; on the CPU only.
+        """
+        module, name = self.site.module, self.site.tensor
+        now: Tensor | None = module._parameters.get(name)
+        if now is None:
+            now = module._buffers.get(name)
+        if now is None:
+            return "edited"
+        if now.dtype != self._dtype or now.device != self._device:
+            return "moved"
+        unchanged = (
+            now is self.tensor and now._version == self._version and _content(now) == self._content
+        )
+        return None if unchanged else "edited"
+
+
+def _content(tensor: Tensor) -> tuple[int, bytes]:
+    """Return where ``tensor`` lies in memory, and what is there."""
+    try:
+        start = tensor.data_ptr()
+    except RuntimeError:  # tensor subclasses without memory of their own
+        return 0, b""
+    if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
+        return start, b""
+    # A frozen weight is always dense, so its bytes are contiguous in some order.
+    size = tensor.nbytes
+    if size <= _SAMPLED_WHOLE:
+        return start, ctypes.string_at(start, size)
+    stride = (size - _CHUNK) // (_CHUNKS - 1)
+    samples = (ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))
+    return start, b"".join(samples)
+
+
+class Residence:
+    """Where the parameters and buffers of the whole model lived at the start of a block."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        places = [
+            (container, name, tensor)
+            for module in modules
+            for container in (module._parameters, module._buffers)
+            for name, tensor in container.items()
+            if tensor is not None
+        ]
+        self._places = places
+        self._memory = [t if is_lazy(t) else t.detach() for _, _, t in places]
+        self._grads = [
+            (tensor, tensor.grad, tensor.grad.detach())
+            for _, _, tensor in places
+            if tensor.grad is not None
+        ]
+
+    def restore(self) -> None:
+        """Bring every tensor back whose dtype or device is another one now, or was between."""
+        for (container, name, tensor), memory in zip(self._places, self._memory, strict=True):
+            now = container.get(name)
+            if now is None or not (_differs(now, memory) or _went_and_came(now, memory)):
+                continue
+            if _differs(tensor, memory) or not _is_on(tensor, memory):
+                tensor.data = memory
+            cast("dict[str, Tensor]", container)[name] = tensor
+        for tensor, grad, memory in self._grads:
+            now = tensor.grad
+            if now is None:
+                continue
+            # torch keeps the object here too; another one is a gradient of its own, and stays.
+            if _differs(now, memory) or (now is grad and _went_and_came(now, memory)):
+                if _differs(grad, memory) or not _is_on(grad, memory):
+                    grad.data = memory
+                tensor.grad = grad
+
+
+def _went_and_came(now: Tensor, memory: Tensor) -> bool:
+    """Whether ``now`` is what is left of ``memory`` after ``half().float()`` and the like."""
+    if is_lazy(now) or now.is_meta or not now.is_floating_point():
+        return False
+    if type(now) not in (Tensor, nn.Parameter) or _is_on(now, memory):
+        return False
+    parts, others = dense_parts(now.detach()), dense_parts(memory)
+    # By way of two dtypes: rounded twice is not always rounded once.
+    return len(parts) == len(others) and any(
+        all(
+            _is_rounded(part, other, first, second)
+            for part, other in zip(parts, others, strict=True)
+        )
+        for first, second in product(_DTYPES, repeat=2)
+    )
+
+
+def _is_rounded(part: Tensor, other: Tensor, first: torch.dtype, second: torch.dtype) -> bool:
+    if not part.is_floating_point():  # the indices of a sparse tensor
+        return torch.equal(part, other)
+    rounded = other.to(first).to(second).to(part.dtype)
+    return torch.equal(torch.nan_to_num(part), torch.nan_to_num(rounded))
+
+
+def _is_on(tensor: Tensor, memory: Tensor) -> bool:
+    parts, others = dense_parts(tensor.detach()), dense_parts(memory)
+    return [part.data_ptr() for part in parts] == [other.data_ptr() for other in others]
+
+
+def _differs(tensor: Tensor, memory: Tensor) -> bool:
+    return tensor.dtype != memory.dtype or tensor.device != memory.device

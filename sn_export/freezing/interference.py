@@ -1,0 +1,145 @@
+"""What a block finds of others' doings: hooks that never run, changes that it discards.
+
+Among them is what a reparametrization that is put on a frozen weight inside the block leaves there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from torch import nn
+
+from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
+from ..text import listed
+from .edits import Edits
+from .frozen_weight import FrozenWeight
+from .info import GROUPS, Group
+from .kinds import TORCH
+from .kinds.chain import ChainSite, chains, changed_class
+from .kinds.state_hooks import new_state_hooks
+from .plan import Plan
+from .site import Site
+
+_LISTS = (nn.ParameterList, nn.ParameterDict)
+
+
+def unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
+    """Return the warnings about ``sites`` whose hook never runs, with their categories."""
+    messages: list[tuple[str, type[UserWarning]]] = []
+    for group in GROUPS:
+        of_group = [site for site in sites if site.group == group]
+        in_lists = [site.name for site in of_group if isinstance(site.module, _LISTS)]
+        others = [site.name for site in of_group if not isinstance(site.module, _LISTS)]
+        category = (
+            SpectralNormNotAppliedWarning
+            if group == "spectral_norm"
+            else ReparametrizationNotAppliedWarning
+        )
+        for names, reader in (
+            (others, "torch.nn.MultiheadAttention reads the weight of out_proj without calling it"),
+            (in_lists, "nothing calls a torch.nn.ParameterList or ParameterDict"),
+        ):
+            if names:
+                messages.append((_unused(group, names, reader), category))
+    return messages
+
+
+def _unused(group: Group, names: list[str], reader: str) -> str:
+    where = "out_proj" if "out_proj" in reader else "it"
+    remedy = (
+        "Prune in place, with torch.nn.utils.prune.remove, instead"
+        if group == "pruning"
+        else f"Apply torch.nn.utils.parametrizations.{group} to {where} instead"
+    )
+    return (
+        f"the {group.replace('_', ' ')} of {listed(names)} is never applied: {reader}, so the "
+        f"hook does not run. It is frozen at the weight in use. {remedy}"
+    )
+
+
+def complaints(plan: Plan) -> list[str]:
+    """Note what was moved or edited in ``plan``, and return the warnings about it."""
+    changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
+    plan.edited = [weight for weight, _ in changed]
+    plan.debris = Edits()  # anew, should an interrupt bring us here twice
+    plan_debris(plan.debris, plan.edited, plan.next_hook)
+    keep_other_chains(plan.edits, plan.debris, plan.weights)
+    moved = [weight.site.name for weight, change in changed if change == "moved"]
+    edited = [weight.site.name for weight, change in changed if change == "edited"]
+    plan.moved = bool(moved)
+    messages = []
+    if moved:
+        messages.append(
+            f"the model was moved to another dtype or device while {listed(moved)} was frozen; "
+            "it is back as it was. Move it before entering the block, or move a copy made "
+            "inside it"
+        )
+    if edited:
+        messages.append(
+            f"the frozen {listed(edited)} was changed inside the block; the change is "
+            "discarded. Change the model outside the block instead"
+        )
+    return messages
+
+
+def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> None:
+    """Plan to make the modules of ``edited`` plain again, so that the block can be undone.
+
+    Freezing is that already, with the frozen weight for a value: hooks, buffers, parameters
+    and the class go. Only torch's own are looked for, since nothing here may run foreign code.
+
+    Args:
+        edits: where to plan.
+        edited: the weights that something was done to.
+        since: the key that the next hook would have got when the block began.
+    """
+    for weight in edited:
+        module, tensor = weight.site.module, weight.site.tensor
+        for find in TORCH:
+            for site in find(weight.site.path, module):
+                if site.tensor == tensor:
+                    site.plan(edits, weight.tensor)
+        for hooks, keys in new_state_hooks(module, tensor, since):
+            if keys:
+                edits.remove(hooks, keys)
+
+
+def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeight]) -> None:
+    """See that parametrizations of other tensors, made or removed inside the block, stay so.
+
+    They changed the class and the dictionary of chains of a module whose own will be put back.
+
+    Args:
+        edits: those of the block.
+        debris: where to plan.
+        weights: the frozen weights of the block.
+    """
+    changed = [entry for entry in edits.classes() if type(entry[0]) is not entry[2]]
+    if not changed:
+        return
+    lists: dict[int, nn.ModuleDict] = {}
+    tensors: dict[int, set[str]] = {}
+    for site in (weight.site for weight in weights):
+        tensors.setdefault(id(site.module), set()).add(site.tensor)
+        if isinstance(site, ChainSite):
+            lists[id(site.module)] = site.lists
+    for module, old, planned in changed:
+        now = type(module)
+        own = lists.get(id(module))
+        if own is None:  # a handwritten layer under a parametrization now
+            if now.__bases__ == (planned,):
+                edits.set_class(module, planned, old=changed_class(now, (), {}, (old,)))
+            continue
+        content = edits.of(own._modules)
+        frozen = tensors[id(module)]
+        others = {tensor: chain for tensor, chain in chains(module) if tensor not in frozen}
+        before = set(content.before)
+        moved = {t: c for t, c in others.items() if own._modules.get(t) is not c}
+        if moved:
+            debris.of(own._modules).added.update(moved)
+        if module._modules.get("parametrizations") is not own:
+            debris.of(module._modules).added["parametrizations"] = own
+        gone = before - frozen - set(others)
+        new = {tensor: vars(now)[tensor] for tensor in others if tensor not in before}
+        if gone or new:
+            edits.set_class(module, planned, old=changed_class(old, gone, new, old.__bases__))

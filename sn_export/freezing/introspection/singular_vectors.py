@@ -1,0 +1,156 @@
+"""Tensors that could be the singular vectors, sigma or raw weight of a handwritten spectral norm.
+
+A layer that lacks its weight holds, under a name derived from it, what it is computed from.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+from ...running import is_dense
+
+SUFFIXES = ("_bar", "_orig", "_raw", "_org")
+
+# A vector of one element fits any critic's last layer, so there the name has to say it.
+_TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
+_VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
+
+# Names in code that computes a largest singular value, without vectors that it keeps; in code
+# that says so; and in code that normalises vectors, as each power iteration does.
+SINGULAR_VALUES = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
+SIGMA = SINGULAR_VALUES | {"sigma", "l2normalize", "_l2normalize", "max_singular_value"}
+NORMS = SIGMA | {"normalize", "norm", "vector_norm", "l2_normalize", "normalise", "rsqrt"}
+
+
+def matrices(module: nn.Module) -> dict[str, Tensor]:
+    """Return the module's own parameters that can be seen as a matrix."""
+    return {
+        name: parameter
+        for name, parameter in module._parameters.items()
+        if parameter is not None
+        and not is_lazy(parameter)
+        and is_dense(parameter)
+        and parameter.ndim >= 2
+        and parameter.numel() > 0
+        and (parameter.is_floating_point() or parameter.is_complex())
+    }
+
+
+def small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the module's own buffers, tensors in attributes and parameters without grad."""
+    yield from ((n, t) for n, t in module._buffers.items() if t is not None)
+    for name, parameter in module._parameters.items():
+        if parameter is not None and not parameter.requires_grad and not is_lazy(parameter):
+            yield name, parameter
+    yield from ((n, t) for n, t in module.__dict__.items() if isinstance(t, Tensor))
+
+
+def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
+    """Whether ``tensor`` could hold singular vectors of ``weight`` as a matrix of any reading."""
+    if tensor is weight or not is_dense(tensor):
+        return False
+    if tensor.dtype.is_complex != weight.dtype.is_complex:
+        return False
+    if not (tensor.is_floating_point() or tensor.is_complex()) or "bias" in name:
+        return False
+    if tensor.ndim not in (1, 2) or (tensor.ndim == 2 and min(tensor.shape) > 8):
+        return False
+    length = max(tensor.shape)
+    sizes = {rows for rows in weight.shape}
+    sizes |= {weight.numel() // rows for rows in weight.shape}
+    return length in sizes and (length > 1 or bool(_TELLING.search(name)))
+
+
+def is_named_as_vector(name: str) -> bool:
+    """Whether ``name`` is what people call singular vectors: ``u``, ``weight_v``, ``sn_u0``."""
+    return bool(_VECTOR.search(name))
+
+
+def proportion(raw: Tensor, value: Tensor) -> float | None:
+    """Return ``c`` where ``raw = c * value`` up to rounding, such as sigma; None if there is none.
+
+    Args:
+        raw: any floating or complex dtype, not on the meta device.
+        value: shape and dtype of ``raw``.
+    """
+    wide = torch.complex128 if raw.is_complex() else torch.float64
+    a, b = raw.detach().to(wide).flatten(), value.detach().to(wide).flatten()
+    norm = torch.vdot(b, b)
+    factor = torch.vdot(b, a) / norm
+    ratio = float(factor.real if factor.is_complex() else factor)
+    if not (0 < abs(ratio) < float("inf")):  # also false for NaN
+        return None
+    # Division by sigma and a cast of sigma round by a few units in the last place.
+    tolerance = 16 * torch.finfo(value.dtype).eps * float(b.abs().max())
+    smallest = 4 * torch.finfo(value.dtype).tiny
+    difference = float((a / factor - b).abs().max())
+    return ratio if difference <= tolerance + smallest else None
+
+
+def is_multiple(weight: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` is ``weight`` times a number, up to rounding; on the meta device it is."""
+    if value.dtype != weight.dtype or value.shape != weight.shape:
+        return False
+    return weight.is_meta or proportion(weight, value) is not None
+
+
+class MissingWeight(NamedTuple):
+    """A weight that a layer has not got.
+
+    Attributes:
+        tensor: its name.
+        raw: name of the parameter that the optimizer trains.
+        value: that parameter.
+        state: names of what could be singular vectors and sigma, in the layer.
+        is_matrix: whether one that is named as a vector fits the matrix of the weight.
+    """
+
+    tensor: str
+    raw: str
+    value: Tensor
+    state: tuple[str, ...]
+    is_matrix: bool = True
+
+
+def plain_name(raw: str) -> str:
+    """Return ``raw`` without its suffix; without a suffix it stays."""
+    return next((raw.removesuffix(s) for s in SUFFIXES if raw.endswith(s)), raw) or raw
+
+
+def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[MissingWeight]:
+    """Yield the weights that ``layer`` lacks and has the raw parameter of.
+
+    Args:
+        layer: where to look.
+        operators: take vectors by their names alone, too. Those of a convolution as an operator
+            have the sizes of its input and output.
+    """
+    for raw, value in layer._parameters.items():
+        tensor = plain_name(raw)
+        if value is None or is_lazy(value) or tensor in layer._parameters or tensor == raw:
+            continue
+        beside = {
+            name: entry
+            for container in (layer._parameters, layer._buffers)
+            for name, entry in container.items()
+            if entry is not None and name != raw and name.startswith(tensor + "_")
+        }
+        fitting = {name for name, entry in beside.items() if fits(name, entry, value)}
+        state = tuple(
+            name
+            for name, entry in beside.items()
+            if entry.numel() == 1 or name in fitting or (operators and _is_flat(name, entry))
+        )
+        yield MissingWeight(tensor, raw, value, state, any(map(is_named_as_vector, fitting)))
+
+
+def _is_flat(name: str, entry: Tensor) -> bool:
+    """Whether ``entry`` is named as a vector and is one, or one image; no low-rank factor."""
+    is_single = entry.ndim == 1 or (entry.ndim > 1 and entry.shape[0] == 1)
+    return is_named_as_vector(name) and is_single and not entry.requires_grad

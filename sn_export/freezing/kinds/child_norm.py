@@ -1,0 +1,126 @@
+"""Layers that hand their weight to a child in forward, which keeps the vectors and divides it.
+
+::
+
+    class SNConv2d(nn.Conv2d):  # weight; sn.u, sn.v
+        def forward(self, x):
+            return self._conv_forward(x, self.sn(self.weight), self.bias)
+
+The child may be torch's own link, called by hand. It is listened to while the forward runs: all
+that the forward does with the weight has to be that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _SpectralNorm
+
+from ..edits import Edits
+from ..introspection.frozen_class import frozen_class
+from ..introspection.probe import Probe
+from ..introspection.sandbox import Pliant, ask, placeholders
+from ..introspection.singular_vectors import (
+    NORMS,
+    fits,
+    is_multiple,
+    is_named_as_vector,
+    matrices,
+    small_state,
+)
+from ..introspection.source_code import Code, code_of, times_read
+from .handwritten_site import Answer, HandwrittenSite
+
+
+class HelpedSite(HandwrittenSite):
+    """A weight that a child of the module normalises in the module's forward."""
+
+    __slots__ = ("child",)
+    kind = "mixin"
+
+    def __init__(
+        self, path: str, module: nn.Module, answer: Answer, child: str, helper: nn.Module
+    ) -> None:
+        super().__init__(path, module, answer.raw, answer, helper)
+        self.child = child
+
+    @property
+    def hidden(self) -> tuple[nn.Module, ...]:
+        """The child."""
+        return (self.owner,)
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """Exchange the weight, and the child for one that gives it back."""
+        module = self.module
+        # The child itself stays as it is: other modules may share it.
+        edits.of(module._modules).added[self.child] = nn.Identity().train(module.training)
+        edits.of(module._parameters).added[self.tensor] = frozen
+        edits.set_class(module, frozen_class(edits.planned_class(module), ()))
+
+    def follow_mode(self, training: bool) -> None:
+        """Give the child the mode that ``module.train()`` would have given it."""
+        for module in self.owner.modules():
+            module.__dict__["training"] = training
+
+
+def find_helped(path: str, module: nn.Module, code: Code) -> list[HelpedSite]:
+    """Return the sites of the weights that children of ``module`` normalise."""
+    sites = []
+    for raw, weight in matrices(module).items():
+        for child, helper, state in _helpers(module, weight):
+            value = _ask(module, code, raw, child, helper)
+            if value is not None and is_multiple(weight, value):
+                sites.append(HelpedSite(path, module, Answer(raw, value, state), child, helper))
+                break
+    return sites
+
+
+def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+    for child, helper in module._modules.items():
+        if helper is None or isinstance(helper, torch.jit.ScriptModule):
+            continue
+        names = code_of(type(helper)).names
+        if not isinstance(helper, _SpectralNorm) and NORMS.isdisjoint(names):
+            continue
+        state = tuple(name for name, t in small_state(helper) if fits(name, t, weight))
+        is_trained = any(p.requires_grad for p in helper.parameters())
+        has_hooks = helper._forward_hooks or helper._forward_pre_hooks
+        if any(map(is_named_as_vector, state)) and not is_trained and not has_hooks:
+            yield child, helper, state
+
+
+def _ask(module: nn.Module, code: Code, raw: str, child: str, helper: nn.Module) -> Tensor | None:
+    """Return what the child makes of the weight, if forward hands it over and no more."""
+    methods = ["forward", *(member.name for member in code.reached(code.forward))]
+    reads, uses = (
+        sum(times_read(type(module), method, name) for method in methods) for name in (raw, child)
+    )
+    if not uses or reads != uses:
+        return None
+    calls: list[tuple[tuple[Any, ...], Any]] = []
+    original = helper.forward
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        value = original(*args, **kwargs)
+        calls.append(((*args, *kwargs.items()), value))
+        return value
+
+    def run() -> Tensor | None:
+        helper.__dict__["forward"] = listening
+        helper.__dict__["_compiled_call_impl"] = None
+        probe = Probe.of(module)
+        inputs = placeholders(module, Pliant) if probe is None else [probe.example()]
+        with contextlib.suppress(Exception):
+            module.forward(*inputs)
+        weight = module._parameters[raw]
+        if len(calls) < uses or any(len(a) != 1 or a[0] is not weight for a, _ in calls):
+            return None
+        first, *others = (value for _, value in calls)
+        is_one = isinstance(first, Tensor) and all(torch.equal(first, other) for other in others)
+        return first.clone() if is_one else None
+
+    return ask(run, [module, *helper.modules()])

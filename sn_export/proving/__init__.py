@@ -1,0 +1,33 @@
+"""Hold two sets of outputs against each other; it knows nothing of freezing."""
+
+from .case_file import opened_case, write_case
+from .cases import check_case
+from .dynamic_sizes import Resizer, resized_references
+from .external_data import save, weight_bytes
+from .module_scopes import using_modules
+from .module_trace import type_name
+from .parity import check_parity, coarsest_of, require_proof_dtype
+from .proof import Proof, differs
+from .session import require_providers
+from .tolerances import require_tolerances
+from .traced_ranges import references_beyond
+
+__all__ = [
+    "Proof",
+    "Resizer",
+    "check_case",
+    "check_parity",
+    "coarsest_of",
+    "differs",
+    "opened_case",
+    "references_beyond",
+    "require_proof_dtype",
+    "require_providers",
+    "require_tolerances",
+    "resized_references",
+    "save",
+    "type_name",
+    "using_modules",
+    "weight_bytes",
+    "write_case",
+]

@@ -1,0 +1,218 @@
+"""Where a file and its model part: the first module whose output differs.
+
+Every module's output is recorded by a hook on one side, and made an output of a copy of the file
+on the other, for one input set. It holds every activation of that input set, on both sides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import onnx
+import torch
+from google.protobuf.message import EncodeError
+from torch import Tensor, nn
+
+from ..errors import ExportError, SnExportError
+from ..results import Divergence, ModuleParity
+from ..running import InputSet, Preserved
+from ..text import listed
+from .module_errors import ModuleCall, Strictness, compare_calls, compare_whole, nearest
+from .module_scopes import module_values
+from .module_trace import first_random, trace, trace_inputs, type_name
+from .session import named_inputs, open_session, run_session
+
+_SHOWN = 4  # how many modules a finding names
+_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
+
+
+def locate(
+    model: nn.Module,
+    state: Preserved,
+    path: Path,
+    inputs: InputSet,
+    strictness: Strictness,
+    providers: Sequence[str],
+    input_names: Mapping[str, str] | None = None,
+    failed: bool = True,
+) -> Divergence:
+    """Compare every module's output on ``inputs``, and say where the file and the model part.
+
+    Args:
+        model: the model, held by ``state``.
+        state: what puts the model back after a forward pass.
+        path: the file.
+        inputs: the input set.
+        strictness: the tolerances for all modules.
+        providers: onnxruntime execution providers.
+        input_names: as for `named_inputs`.
+        failed: whether the outputs are known to differ.
+    """
+    try:
+        calls, again = trace(model, state, inputs), trace(model, state, inputs)
+    except SnExportError as error:  # it did run, to be compared: it depends on what came before
+        return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
+    file = onnx.load(path, load_external_data=False)
+    named = module_values(model, file, {call.module for call in calls})
+    outputs = [output.name for output in file.graph.output]
+    try:
+        session = open_session(path, providers, _with_all_values(file))
+        feed = named_inputs(model, session, inputs, input_names)
+        names = _made_values(file)
+        tensors = run_session(session, feed, inputs.label, [*names, *outputs])
+    except (ExportError, ValueError, EncodeError, MemoryError) as error:
+        return Divergence((), None, f"cannot tell where: {error}", sample=inputs.label)
+    values = {
+        name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None
+    }
+    modules, unmatched = compare_calls(calls[:-1], named, values, strictness)
+    modules.append(compare_whole(calls[-1], outputs, tensors[len(names) :], strictness))
+    found = Divergence(
+        tuple(modules), None, "", tuple(dict.fromkeys(unmatched)), sample=inputs.label
+    )
+    random = first_random(calls, again, strictness)
+    if random is not None:
+        return _random(found, random, model, state, inputs, calls, strictness)
+    found = _judged(found, failed)
+    bad = next((entry for entry in found.modules if not entry.passed), None)
+    if bad is None or not bad.module or bad.module != found.first:
+        return found
+    idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
+    hidden = [
+        path
+        for path in _hidden_before(bad, calls, found.modules, feed.values())
+        if path not in idle
+    ]
+    if hidden:
+        return replace(
+            found,
+            reason=f"{found.reason}; nothing can be told of {listed(hidden, _SHOWN)} before it, "
+            "for want of a value in the file",
+        )
+    given = trace_inputs(model, state, inputs, bad.module, bad.call)
+    call = ModuleCall(bad.module, bad.type, bad.call, given)
+    entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
+    if entering is None or entering.passed:
+        return found
+    _, title = _around(bad.module, model, calls)
+    return replace(
+        found,
+        reason=f"{found.reason}; what it is given differs already, so the cause lies before it, in "
+        f"the forward of {title}",
+    )
+
+
+def _random(
+    found: Divergence,
+    first: ModuleCall,
+    model: nn.Module,
+    state: Preserved,
+    inputs: InputSet,
+    calls: Sequence[ModuleCall],
+    strictness: Strictness,
+) -> Divergence:
+    """Say which module draws at random: the first to differ, or the one that calls it."""
+    path, title = first.module, _title(first.module, first.type)
+    if path:
+        one, other = (
+            replace(first, outputs=trace_inputs(model, state, inputs, path, first.number))
+            for _ in range(2)
+        )
+        if first_random([one], [other], strictness) is not None:
+            path, title = _around(path, model, calls)
+            title = f"the forward of {title}"
+    reason = (
+        "the model is not deterministic: it gives different outputs for the same input, first in "
+        f"{title}. No export can reproduce that"
+    )
+    return replace(found, first=path, reason=reason, is_deterministic=False)
+
+
+def _around(path: str, model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[str, str]:
+    """Return the module that calls the one at ``path``, and its title."""
+    called = {"", *(call.module for call in calls)}
+    around = path.rpartition(".")[0]
+    while around not in called:  # past a ModuleList
+        around = around.rpartition(".")[0]
+    return around, _title(around, type_name(model.get_submodule(around)))
+
+
+def _hidden_before(
+    bad: ModuleParity,
+    calls: Sequence[ModuleCall],
+    compared: Sequence[ModuleParity],
+    given: Collection[Tensor],
+) -> list[str]:
+    """Return the modules that ran since the last one that agrees and have no value to compare."""
+    known = {(entry.module, entry.call) for entry in compared}
+    end = next(i for i, c in enumerate(calls) if (c.module, c.number) == (bad.module, bad.call))
+    hidden: list[str] = []
+    for index in range(end - 1, -1, -1):
+        call = calls[index]
+        if (call.module, call.number) in known:
+            break
+        # One that does nothing, as dropout, hands on what it was given.
+        before = [*given, *(output for earlier in calls[:index] for output in earlier.outputs)]
+        if not all(any(_same(output, one) for one in before) for output in call.outputs):
+            hidden.insert(0, call.module)
+    return hidden
+
+
+def _same(left: Tensor, right: Tensor) -> bool:
+    return left.dtype == right.dtype and torch.equal(left, right.cpu())
+
+
+def _judged(found: Divergence, failed: bool) -> Divergence:
+    bad = next((entry for entry in found.modules if not entry.passed), None)
+    root = found.modules[-1]
+    if failed and root.passed:
+        return replace(
+            found,
+            reason="without onnxruntime's graph optimisations the outputs agree on "
+            f"{found.sample}: one of these makes the difference",
+        )
+    if bad is None:
+        return replace(
+            found,
+            reason=f"every module with a value in the file agrees on {found.sample}, run without "
+            "onnxruntime's graph optimisations",
+        )
+    if len(found.modules) == 1 and bad is root and found.unmatched:
+        reason = "cannot tell where: no value of the file could be matched with a module"
+        return replace(found, reason=reason)
+    if bad is root:
+        reason = (
+            f"the difference arises in the forward of {_title('', bad.type)}: every module in "
+            "it that has a value in the file agrees"
+        )
+        if found.unmatched:
+            reason += f", which cannot be told of {listed(found.unmatched, _SHOWN)}"
+        return replace(found, first="", reason=reason)
+    return replace(
+        found,
+        first=bad.module,
+        reason=f"the first module to differ is {_title(bad.module, bad.type)}"
+        + (f" in call {bad.call + 1}" if bad.call else "")
+        + f", max_abs {bad.max_abs:.3g} on {found.sample}",
+    )
+
+
+def _made_values(file: onnx.ModelProto) -> list[str]:
+    """Return the names of the values that the nodes of a file make, in its order."""
+    return [name for node in file.graph.node for name in node.output if name]
+
+
+def _with_all_values(file: onnx.ModelProto) -> bytes:
+    """Make every value an output of ``file``, and return its bytes."""
+    known = {output.name for output in file.graph.output}
+    for name in _made_values(file):
+        if name not in known:
+            file.graph.output.add(name=name)
+    content: bytes = file.SerializeToString()
+    return content
+
+
+def _title(path: str, kind: str) -> str:
+    return f"'{path}' ({kind})" if path else f"the model itself ({kind})"

@@ -1,0 +1,274 @@
+"""Inputs of other sizes than the example's, for the proof of dynamic shapes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ExportError, SnExportError
+from ..running import DynamicDim, InputSet, Reference, random_like
+
+_logger = logging.getLogger("sn_export")
+_SEED = 1
+
+Groups = Mapping[str, Sequence[DynamicDim]]
+Place = tuple[str, int]  # name of the tensor, index of the dimension
+
+
+def resized_references(
+    model: nn.Module,
+    example: InputSet,
+    dims: Sequence[DynamicDim],
+    run: Callable[[InputSet], Reference],
+    own: Sequence[InputSet] = (),
+) -> list[Reference]:
+    """Run the model at the smallest, an odd and a larger size of its dynamic dimensions.
+
+    All dimensions change together; those that the model then rejects, each on its own. So do
+    those that were as large as another one throughout: a network may take height and width for one
+    number as long as they are equal. Where it rejects a size, others near it are tried.
+
+    Args:
+        model: gives the names of its forward's parameters.
+        example: the example input.
+        dims: the dynamic dimensions of ``example``.
+        run: runs the model, and raises a `SnExportError` where it rejects an input.
+        own: input sets of the user's own, whose sizes count as tried.
+
+    Raises:
+        ExportError: if the model takes no other size in a dimension that the user names.
+    """
+    roots = by_root(dims)
+    inputs = Resizer(model, example)
+    shapes = [sizes_of(model, one) for one in (example, *own)]
+    found: list[Reference] = []
+    errors: dict[str, SnExportError] = {}
+
+    def take(groups: Groups, attempts: Iterable[Mapping[str, int]]) -> None:
+        for sizes in attempts:
+            try:
+                reference = run(inputs.of(groups, sizes))
+            except SnExportError as error:  # the model's own limit, not the exporter's
+                _logger.info("not proved at these sizes: %s", error)
+                errors.update(dict.fromkeys(sizes, error))
+                continue
+            found.append(reference)
+            shapes.append(sizes_of(model, reference.inputs))
+            break
+
+    def is_varied(group: Sequence[DynamicDim]) -> bool:
+        return any(shape.get(_place(group[0])) != group[0].size for shape in shapes)
+
+    for names in ([list(roots)] if roots else []) + [[root] for root in roots if len(roots) > 1]:
+        if not all(is_varied(roots[name]) for name in names):
+            chosen = {name: roots[name] for name in names}
+            for attempts in _attempts(chosen):
+                take(chosen, attempts)
+    units = _units(roots)
+    for name, group in units.items():
+        others = [other for key, other in units.items() if key != name]
+        if any(_are_equal(group[0], other[0], shapes) for other in others):
+            take({name: group}, _apart(name, group))
+    for root, group in roots.items():
+        if not is_varied(group) and root in errors and any(dim.is_promised for dim in group):
+            raise ExportError(
+                f"dimension {group[0].position} of '{group[0].tensor}' is declared dynamic "
+                f"({root}), and the model takes no size that was tried but {group[0].size}: "
+                f"{errors[root]}. Give it a range, torch.export.Dim('{root}', min=..., max=...), "
+                "pass inputs=[...] of other sizes, or leave it fixed"
+            ) from errors[root].__cause__
+    return found
+
+
+def by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
+    """Return the dimensions in groups of those that vary together."""
+    roots: dict[str, list[DynamicDim]] = {}
+    for dim in dims:
+        roots.setdefault(dim.root, []).append(dim)
+    return roots
+
+
+def sizes_of(model: nn.Module, inputs: InputSet) -> dict[Place, int]:
+    """Return the size of every dimension of every tensor."""
+    return {
+        (name, position): size
+        for name, tensor in inputs.named_tensors(model)
+        for position, size in enumerate(tensor.shape)
+    }
+
+
+def require_dynamic(shapes: Mapping[str, Sequence[object]], dims: Sequence[DynamicDim]) -> None:
+    """Raise an ExportError if the file has fixed a dimension that the user names.
+
+    Args:
+        shapes: shape of each input of the file that has one, by the tensor's name; sizes of
+            dynamic dimensions are no integers.
+        dims: the dynamic dimensions.
+    """
+    for dim in dims:
+        shape = shapes.get(dim.tensor, ())
+        fixed = shape[dim.position] if dim.position < len(shape) else None
+        if dim.is_promised and isinstance(fixed, int) and dim.range != (fixed, fixed):
+            raise ExportError(
+                f"dimension {dim.position} of '{dim.tensor}' is declared dynamic ({dim.root}), "
+                f"and the exporter has fixed it at {fixed}"
+            )
+
+
+def require_declared(outputs: Sequence[tuple[str, Sequence[object]]], found: Reference) -> None:
+    """Raise an ExportError if the file declares an output to have another size than it has.
+
+    onnxruntime only logs that; other runtimes plan their memory by it.
+
+    Args:
+        outputs: name and declared shape of each output; what may vary is no integer.
+        found: what the model, and the file, say.
+    """
+    for (name, shape), output in zip(outputs, found.outputs, strict=True):
+        for position, (declared, size) in enumerate(zip(shape, output.shape, strict=False)):
+            if isinstance(declared, int) and declared != size:
+                raise ExportError(
+                    f"the exporter has fixed dimension {position} of the output '{name}' at "
+                    f"{declared}, and it is {size} for {found.inputs.label}"
+                )
+
+
+def tied(
+    shapes: Mapping[str, Sequence[object]],
+    dims: Sequence[DynamicDim],
+    sizes: Mapping[Place, int],
+) -> tuple[DynamicDim, DynamicDim] | None:
+    """Return two dimensions that the file calls by one name and that have two sizes, or None.
+
+    Args:
+        shapes: as for `require_dynamic`.
+        dims: the dynamic dimensions.
+        sizes: the sizes in one input set: see `sizes_of`.
+    """
+    first: dict[object, DynamicDim] = {}
+    for dim in dims:
+        shape = shapes.get(dim.tensor, ())
+        symbol = shape[dim.position] if dim.position < len(shape) else None
+        if not isinstance(symbol, str):
+            continue
+        other = first.setdefault(symbol, dim)
+        if sizes.get(_place(other)) != sizes.get(_place(dim)):
+            return other, dim
+    return None
+
+
+def require_apart(dims: tuple[DynamicDim, DynamicDim], label: str) -> None:
+    """Raise an ExportError about two dimensions that a file has made one, if both are named.
+
+    Args:
+        dims: as `tied` returns them.
+        label: the input set in which the model takes them apart.
+    """
+    one, other = dims
+    if one.is_named and other.is_named:
+        raise ExportError(
+            f"dimension {one.position} of '{one.tensor}' and dimension {other.position} of "
+            f"'{other.tensor}' are declared dynamic ({one.root} and {other.root}), the model takes "
+            f"them apart ({label}), and the exporter has made them one"
+        )
+
+
+def _attempts(roots: Groups) -> Iterator[Iterator[dict[str, int]]]:
+    """Yield three kinds of sizes, each with what to try where the model rejects one."""
+    options = {root: _sizes(group) for root, group in roots.items()}
+    seen: set[tuple[int, ...]] = {tuple(_now(group) for group in roots.values())}
+
+    def unseen(kind: int) -> Iterator[dict[str, int]]:
+        lists = [options[root][kind] or [_now(roots[root])] for root in roots]
+        for i in range(max(map(len, lists))):
+            sizes = tuple(sizes[min(i, len(sizes) - 1)] for sizes in lists)
+            if sizes not in seen:
+                seen.add(sizes)
+                yield dict(zip(roots, sizes, strict=True))
+
+    for kind in range(3):
+        yield unseen(kind)
+
+
+def _sizes(group: Sequence[DynamicDim]) -> tuple[list[int], list[int], list[int]]:
+    """Return sizes to try: the smallest and its like, odd ones, and larger ones."""
+    now = _now(group)
+    low = max([1, *(dim.range[0] for dim in group)])
+    high = min(dim.range[1] for dim in group)
+    odd = now + 1 + now % 2
+
+    def within(*sizes: int) -> list[int]:
+        return list(dict.fromkeys(s for s in sizes if low <= s <= high and s != now))
+
+    return (
+        within(low, low + 1, now // 4, now // 2, now - 1),
+        within(odd, odd - 2, odd - 4, 2 * now + 1),
+        within(2 * now, 2 * now + 2, now + now // 2, now + 1, min(high, 4 * now)),
+    )
+
+
+def _now(group: Sequence[DynamicDim]) -> int:
+    return group[0].root_size()
+
+
+def _place(dim: DynamicDim) -> Place:
+    return dim.tensor, dim.position
+
+
+def _units(roots: Groups) -> dict[str, Sequence[DynamicDim]]:
+    """Return what can vary on its own: the dimensions of a name, and each one without a name."""
+    units: dict[str, Sequence[DynamicDim]] = {}
+    for root, group in roots.items():
+        if group[0].is_named or len(group) == 1:
+            units[root] = group
+        else:
+            units |= {f"{dim.tensor}[{dim.position}]": [dim] for dim in group}
+    return units
+
+
+def _are_equal(one: DynamicDim, other: DynamicDim, shapes: Sequence[Mapping[Place, int]]) -> bool:
+    return all(shape.get(_place(one)) == shape.get(_place(other)) for shape in shapes)
+
+
+def _apart(name: str, group: Sequence[DynamicDim]) -> Iterator[dict[str, int]]:
+    # A size of 1 may be broadcast, which is no size of its own.
+    for sizes in reversed(_sizes(group)):
+        yield from ({name: size} for size in sizes[:1] if size > 1)
+
+
+class Resizer:
+    """Makes inputs like the example of other sizes, with random values."""
+
+    def __init__(self, model: nn.Module, example: InputSet) -> None:
+        self._example = example
+        self._names = {id(tensor): name for name, tensor in example.named_tensors(model)}
+        self._generator = torch.Generator().manual_seed(_SEED)
+
+    def of(self, groups: Groups, sizes: Mapping[str, int]) -> InputSet:
+        """Return an input set; what ``sizes`` does not name stays as it is."""
+        wanted = {
+            _place(dim): dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
+        }
+
+        def resize(tensor: Tensor) -> Tensor:
+            name = self._names[id(tensor)]
+            shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
+            return random_like(_stretched(tensor, shape), self._generator)
+
+        label = "size " + ", ".join(f"{name}={size}" for name, size in sizes.items())
+        return self._example.map(resize, label)
+
+
+def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    # Only range, dtype and device matter to random_like; every value is seen at least once.
+    index = tensor.detach()
+    if not index.numel():
+        return index.new_zeros(shape)
+    for position, size in enumerate(shape):
+        old = index.shape[position]
+        if old != size:
+            index = index.index_select(position, torch.arange(size, device=index.device) % old)
+    return index

@@ -1,0 +1,190 @@
+"""Compare what each module returned with the values of a file."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..results import ModuleParity, OutputParity
+from ..text import dtype_name
+from .module_scopes import ModuleValues
+from .output_errors import RunningErrors
+from .tolerances import DEFAULT_TOLERANCES, largest
+
+_SAMPLED = 4096  # elements that tell most values apart
+_CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full
+
+
+@dataclass(frozen=True)
+class Strictness:
+    """Tolerances that fit outputs of any size.
+
+    Attributes:
+        rtol: relative tolerance; None for the dtype's default.
+        scaled_atol: absolute tolerance in units of the largest reference value; None likewise.
+    """
+
+    rtol: float | None = None
+    scaled_atol: float | None = None
+
+    @classmethod
+    def of(
+        cls,
+        output: Tensor,
+        rtol: float | None,
+        atol: float | None,
+        coarsest: str | None = None,
+    ) -> Strictness:
+        """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
+        scale = largest(output)
+        scaled = None if atol is None or not scale else atol / scale
+        if coarsest is None or coarsest == dtype_name(output):
+            return cls(rtol, scaled)
+        # Modules within may return a finer dtype than the one that limits their precision.
+        defaults = DEFAULT_TOLERANCES[coarsest]
+        return cls(defaults[0] if rtol is None else rtol, defaults[1] if scaled is None else scaled)
+
+
+@dataclass(frozen=True)
+class ModuleCall:
+    """One call of a module, and the tensors that it returned."""
+
+    module: str
+    type: str
+    number: int
+    outputs: list[Tensor]
+
+
+def compare_calls(
+    calls: Sequence[ModuleCall],
+    named: Mapping[str, ModuleValues],
+    values: Mapping[str, Tensor],
+    strictness: Strictness,
+) -> tuple[list[ModuleParity], list[str]]:
+    """Return how each call compares, and the paths of the calls without a value of their own."""
+    count = Counter(call.module for call in calls)
+    order = {name: position for position, name in enumerate(values)}
+    results: dict[int, ModuleParity] = {}
+    is_astray = False
+    alone = [call for call in calls if call.module not in named]
+    for index, call in enumerate(calls):
+        if call.module not in named:
+            continue
+        own = named[call.module]
+        # Calls cannot be told apart in the file, and one may feed the next.
+        names = own.inside if count[call.module] > 1 else own.leaving
+        found = nearest(call, names, values, strictness)
+        if found is None:
+            continue
+        if not found.passed and not is_astray:
+            later = [name for name in values if order[name] > order[found.value]]
+            elsewhere = nearest(call, [n for n in later if n not in own.inside], values, strictness)
+            if elsewhere is not None and elsewhere.passed:
+                continue  # computed, but by nodes that count for another module
+            heirs = (nearest(other, [found.value], values, strictness) for other in alone)
+            heir = next((heir for heir in heirs if heir is not None and heir.passed), None)
+            if heir is not None:  # fused with a module that comes later, whose output this is
+                results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
+                continue
+            is_astray = True  # from here on values differ anyway
+        results[index] = found
+    unmatched = [call.module for index, call in enumerate(calls) if index not in results]
+    return [results[index] for index in sorted(results)], unmatched
+
+
+def compare_whole(
+    call: ModuleCall, names: Sequence[str], values: Sequence[Tensor | None], strictness: Strictness
+) -> ModuleParity:
+    """Compare the outputs of the model itself, each with its own."""
+    compared = [
+        (errors_of(name, output, value, strictness), name)
+        for name, output, value in zip(names, call.outputs, values, strict=False)
+        if value is not None
+    ]
+    return _entry(call, *max(compared, key=_badness))
+
+
+def nearest(
+    call: ModuleCall, names: Iterable[str], values: Mapping[str, Tensor], strictness: Strictness
+) -> ModuleParity | None:
+    """Compare each output of a call with the value among ``names`` that is nearest to it.
+
+    Returns:
+        The worst of its outputs; None where no value has the shape and dtype of any of them.
+    """
+    groups: dict[tuple[Any, ...], tuple[list[Tensor], list[str]]] = {}
+    for output in call.outputs:
+        groups.setdefault((output.shape, output.dtype), ([], []))[0].append(output)
+    for name in names:
+        if name in values and (values[name].shape, values[name].dtype) in groups:
+            groups[values[name].shape, values[name].dtype][1].append(name)
+    compared = []
+    for outputs, found in groups.values():
+        # Outputs that nothing reads are not in the file: then each value has its output.
+        if len(found) < len(outputs):
+            pairs = [(outputs[_nearest(values[name], outputs)], name) for name in found]
+        else:
+            there = [values[name] for name in found]
+            pairs = [(output, found[_nearest(output, there)]) for output in outputs]
+        for output, name in pairs:
+            compared.append((errors_of(name, output, values[name], strictness), name))
+    worst = max(compared, key=_badness, default=None)
+    return _entry(call, *worst) if worst is not None else None
+
+
+def _entry(call: ModuleCall, found: OutputParity, name: str) -> ModuleParity:
+    return ModuleParity(
+        call.module,
+        call.type,
+        found.max_abs,
+        found.max_rel,
+        found.passed,
+        call.number,
+        found.shape,
+        found.dtype,
+        name,
+    )
+
+
+def _badness(entry: tuple[OutputParity, str]) -> tuple[bool, float]:
+    error = entry[0].max_abs
+    return not entry[0].passed, math.inf if math.isnan(error) else error
+
+
+def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) -> OutputParity:
+    """Return the errors of one tensor beside its reference."""
+    scaled = strictness.scaled_atol
+    errors = RunningErrors(
+        name, strictness.rtol, None if scaled is None else scaled * largest(expected)
+    )
+    errors.add("", expected, got)
+    return errors.result()
+
+
+def _nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:
+    """Return the position of the nearest tensor, found by samples as far as these tell."""
+    step = max(wanted.numel() // _SAMPLED, 1)
+    sample = wanted.flatten()[::step]
+    rough = [_distance(sample, tensor.flatten()[::step]) for tensor in among]
+    close = max(4 * min(rough), _CLOSE * largest(sample))
+    left = [position for position, distance in enumerate(rough) if distance <= close]
+    if len(left) == 1:
+        return left[0]
+    return min(left, key=lambda position: _distance(wanted, among[position]))
+
+
+def _distance(left: Tensor, right: Tensor) -> float:
+    if not left.numel():
+        return 0.0
+    apart = torch.where(left == right, 0.0, (left.double() - right.double()).abs())
+    return float(apart.nan_to_num(math.inf).max())
+
+
+def _is(call: ModuleCall, found: ModuleParity) -> bool:
+    return (call.module, call.number) == (found.module, found.call)

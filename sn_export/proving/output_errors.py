@@ -1,0 +1,257 @@
+"""The errors of one output, gathered while input sets come in, in bounded memory."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ..results import Histogram, OutputParity
+from ..text import dtype_name
+from .tolerances import applied
+
+_LOWEST, _HIGHEST = -18, 6  # decades of the histogram
+
+_EDGES = np.array([float(f"1e{decade}") for decade in range(_LOWEST, _HIGHEST + 1)])
+
+_KEPT = 2**20  # errors kept one by one; past that, they are counted
+
+_PER_DECADE = 100
+
+_FINE_LOWEST, _FINE_HIGHEST = -330, 310  # every float64 that is neither 0 nor infinite
+
+
+class RunningErrors:
+    """The errors of one output while input sets come in.
+
+    Args:
+        name: name of the output.
+        rtol: relative tolerance, by default by dtype.
+        atol: absolute tolerance in units of the output, by default by dtype and largest value.
+        coarsest: the coarsest dtype that the network computes in; its defaults count.
+    """
+
+    def __init__(
+        self, name: str, rtol: float | None, atol: float | None, coarsest: str | None = None
+    ) -> None:
+        self.coarsest = coarsest
+        self.name = name
+        self.rtol, self.atol = rtol, atol
+        self.shape: tuple[int, ...] = ()
+        self.dtype = ""
+        self.max_abs = self.max_rel = self.total = self.applied_rtol = self.applied_atol = 0.0
+        self.elements = self.outside = self.samples = 0
+        self.worst_index: tuple[int, ...] = ()
+        self.worst_sample = ""
+        self.worst_values: tuple[float | None, float | None] = (None, None)
+        self.is_comparable = True
+        self.blamed, self.reason = -1.0, ""
+        self.spread = Spread()
+
+    def add(self, label: str, expected: Tensor, got: Tensor) -> None:
+        """Take in the model's and the file's output for the input set called ``label``."""
+        if self.samples == 0:
+            self.shape = tuple(expected.shape)
+            self.dtype = dtype_name(expected)
+        self.samples += 1
+        expected = expected.cpu()
+        if expected.shape != got.shape or expected.dtype != got.dtype:
+            self._fail(
+                label,
+                max(expected.numel(), 1),
+                f"the file gives {dtype_name(got)}{list(got.shape)}, "
+                f"the model {dtype_name(expected)}{list(expected.shape)}",
+            )
+            return
+        if expected.numel():
+            self._measure(label, expected, got)
+
+    def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
+        rtol, atol = applied(expected, self.rtol, self.atol, self.coarsest)
+        left, right = _wide(expected), _wide(got)
+        equal = expected == got  # before widening: float64 does not hold every integer
+        # Equal infinities differ by nothing; inf - inf would say NaN.
+        difference = torch.where(equal, 0.0, (left - right).abs()).double()
+        if not (expected.is_floating_point() or expected.is_complex()):
+            difference = torch.where(equal, 0.0, difference.clamp(min=1))
+        nan = torch.isnan(difference)
+        magnitude = left.abs().double()
+        self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
+        worst = int(torch.where(nan, math.inf, difference).argmax())
+        largest = float(difference.flatten()[worst])
+        if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
+            values = _value(expected, worst), _value(got, worst)
+            self._note_worst(label, largest, _index(worst, expected.shape), values)
+        nonzero = magnitude > 0
+        if bool(nonzero.any()):
+            relative = difference / torch.where(torch.isinf(difference), 1.0, magnitude)
+            relative = torch.where(nan, math.nan, relative)[nonzero]
+            self.max_rel = _larger(self.max_rel, float(relative.max()))
+        self.total += float(difference.sum())
+        self.elements += expected.numel()
+        self.spread.add(difference.flatten().numpy())
+        # An infinite reference allows itself alone: inf <= atol + rtol * inf would allow all.
+        finite = torch.isfinite(difference) & torch.isfinite(magnitude)
+        outside = ~(equal | (finite & (difference <= atol + rtol * magnitude)))
+        self.outside += int(outside.sum())
+        if bool(nan.any()):
+            self._blame(math.inf, _nan_reason(nan, torch.isnan(left), label))
+        elif bool(outside.any()):
+            at = int(torch.where(outside, difference, -1.0).argmax())
+            self._blame(
+                float(difference.flatten()[at]),
+                f"{int(outside.sum())} of {expected.numel()} elements are outside "
+                f"atol {atol:.3g} + rtol {rtol:.3g} on {label}; worst at "
+                f"{list(_index(at, expected.shape))}: the model says "
+                f"{expected.flatten()[at].item():.7g}, the file {got.flatten()[at].item():.7g}",
+            )
+
+    def _note_worst(
+        self,
+        label: str,
+        largest: float,
+        index: tuple[int, ...],
+        values: tuple[float | None, float | None],
+    ) -> None:
+        if not math.isnan(self.max_abs):
+            self.max_abs, self.worst_index, self.worst_sample = largest, index, label
+            self.worst_values = values
+
+    def _fail(self, label: str, elements: int, reason: str) -> None:
+        self._note_worst(label, math.inf, (), (None, None))
+        self.max_rel = _larger(self.max_rel, math.inf)
+        self.total += math.inf
+        self.elements += elements
+        self.outside += elements
+        self.spread.add_infinite(elements)
+        self.is_comparable = False
+        self._blame(math.inf, f"{reason} on {label}")
+
+    def _blame(self, error: float, reason: str) -> None:
+        if error > self.blamed:
+            self.blamed, self.reason = error, reason
+
+    def result(self) -> OutputParity:
+        """Return the errors so far."""
+        return OutputParity(
+            name=self.name,
+            shape=self.shape,
+            dtype=self.dtype,
+            max_abs=self.max_abs,
+            max_rel=self.max_rel,
+            mean_abs=self.total / self.elements if self.elements else 0.0,
+            worst_index=self.worst_index,
+            worst_sample=self.worst_sample,
+            samples=self.samples,
+            rtol=self.applied_rtol,
+            atol=self.applied_atol,
+            passed=not self.reason and self.samples > 0,
+            is_comparable=self.is_comparable,
+            reason=self.reason,
+            median_abs=self.spread.quantile(500),
+            p999_abs=self.spread.quantile(999),
+            quantiles_are_exact=self.spread.is_exact,
+            fraction_outside=self.outside / self.elements if self.elements else 0.0,
+            worst_expected=self.worst_values[0],
+            worst_got=self.worst_values[1],
+            histogram=self.spread.histogram() if self.elements else None,
+        )
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
+
+
+def _value(tensor: Tensor, at: int) -> float | None:
+    if tensor.is_complex():
+        return None
+    value: float = tensor.flatten()[at].item()
+    return int(value) if tensor.dtype == torch.bool else value
+
+
+def _index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+    return tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
+
+
+def _nan_reason(nan: Tensor, own: Tensor, label: str) -> str:
+    reason = f"{int(nan.sum())} of {nan.numel()} elements are NaN on {label}"
+    if not bool(own.any()):
+        return reason
+    advice = (
+        "; with samples=0 and inputs=[...] it is proved on yours"
+        if label.startswith("random")
+        else ""
+    )
+    return f"{reason}, {int(own.sum())} of them in the model itself{advice}"
+
+
+def _larger(left: float, right: float) -> float:
+    return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
+
+
+class Spread:
+    """A histogram by decade, and quantiles: exact while few errors are known."""
+
+    def __init__(self) -> None:
+        self.zeros = self.infinite = self.nan = 0
+        self.counts = np.zeros(len(_EDGES) - 1, np.int64)
+        self.kept: list[NDArray[np.float64]] = []  # neither zero nor infinite nor NaN
+        self.fine: NDArray[np.int64] | None = None
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every error is known, not only its bucket."""
+        return self.fine is None
+
+    def add(self, errors: NDArray[np.float64]) -> None:
+        """Take in absolute errors, shape (n,)."""
+        usual = errors[np.isfinite(errors) & (errors > 0)]
+        self.zeros += int((errors == 0).sum())
+        self.infinite += int(np.isinf(errors).sum())
+        self.nan += int(np.isnan(errors).sum())
+        bucket = np.searchsorted(_EDGES, usual, side="right") - 1
+        self.counts += np.bincount(bucket.clip(0, len(self.counts) - 1), minlength=len(self.counts))
+        self.kept.append(usual)
+        if self.fine is not None or sum(map(len, self.kept)) > _KEPT:
+            self._count_finely()
+
+    def add_infinite(self, elements: int) -> None:
+        """Take in errors of elements that cannot be compared."""
+        self.infinite += elements
+
+    def _count_finely(self) -> None:
+        size = (_FINE_HIGHEST - _FINE_LOWEST) * _PER_DECADE
+        if self.fine is None:
+            self.fine = np.zeros(size, np.int64)
+        for errors in self.kept:
+            bucket = np.ceil(np.log10(errors) * _PER_DECADE).astype(np.int64)
+            self.fine += np.bincount(bucket - _FINE_LOWEST * _PER_DECADE, minlength=size)
+        self.kept = []
+
+    def quantile(self, permille: int) -> float:
+        """Return the smallest error that so many of a thousand do not exceed; 0 if none came."""
+        usual = int(self.counts.sum())
+        total = self.zeros + usual + self.infinite + self.nan
+        rank = -(-total * permille // 1000)  # the how-manieth of all errors in order
+        if rank <= self.zeros:
+            return 0.0
+        rank -= self.zeros
+        if rank > usual:
+            return math.inf if rank <= usual + self.infinite else math.nan
+        if self.fine is None:
+            return float(np.partition(np.concatenate(self.kept), rank - 1)[rank - 1])
+        bucket = int(np.searchsorted(self.fine.cumsum(), rank)) + _FINE_LOWEST * _PER_DECADE
+        return float(10.0 ** (bucket / _PER_DECADE))
+
+    def histogram(self) -> Histogram:
+        """Return the counts by decade."""
+        return Histogram(
+            tuple(_EDGES.tolist()),
+            tuple(self.counts.tolist()),
+            self.zeros,
+            self.infinite + self.nan,
+        )

@@ -1,0 +1,229 @@
+"""Parity: run a file in onnxruntime and compare its outputs with the model's."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..errors import ExportError
+from ..files import as_path
+from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
+from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrapped
+from .divergence import locate
+from .float32 import PROOF_DTYPES, comparable, float32_inputs, write_float32
+from .module_errors import Strictness
+from .output_errors import RunningErrors
+from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
+from .tolerances import coarsest_dtype, require_tolerances, tolerance_of
+
+
+def check_parity(
+    model: nn.Module,
+    onnx_path: str | os.PathLike[str],
+    inputs: Any,
+    *,
+    rtol: Tolerance = None,
+    atol: Tolerance = None,
+    providers: Sequence[str] = DEFAULT_PROVIDERS,
+    per_module: bool = False,
+    proof_dtype: ProofDtype | None = None,
+) -> ParityReport:
+    """Compare an ONNX file with a model in eval mode, on the given inputs.
+
+    Where an output does not pass, the comparison is repeated for every module on the worst input
+    set, and the report's ``divergence`` says where the two part.
+
+    Args:
+        model: the reference, with or without spectral norm. It and the inputs are left as
+            they were.
+        onnx_path: the file.
+        inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of
+            these for several calls.
+        rtol: relative tolerance; by default by dtype, see `sn_export.proving.tolerances`. A
+            mapping gives it by name or position of outputs; the others have the default.
+        atol: absolute tolerance in units of the output; by default by dtype and relative to
+            the largest reference value of each output. A mapping as for ``rtol``.
+        providers: onnxruntime execution providers, in order of preference.
+        per_module: compare every module (on the first input set) also where all outputs pass.
+        proof_dtype: ``"float32"`` runs a copy of the file in that dtype, for a file in half
+            precision or float64 whose operators the providers do not all have. Outputs are
+            compared in the narrower dtype, modules not at all.
+
+    Returns:
+        The report, passed or not.
+
+    Raises:
+        TypeError: if ``model`` is not a module, ``inputs`` are of no known form, or another
+            argument is of a wrong type.
+        ValueError: for no inputs, a negative tolerance, a tolerance for an output that the file
+            does not have, or an unknown provider.
+        FileNotFoundError: if there is no such file.
+        SnExportError: if the model rejects an input.
+        ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
+            are not those of the model.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    model = unwrapped(model)
+    rtol, atol = require_tolerances(rtol, atol)
+    require_proof_dtype(proof_dtype)
+    path = as_path(onnx_path, "onnx_path")
+    if not path.is_file():
+        raise FileNotFoundError(f"no ONNX file at '{path}'")
+    session = proof_session(path, providers, proof_dtype)
+    sets = as_input_sets(inputs, arity=len(session.get_inputs()))
+    if not sets:
+        raise ValueError("inputs must hold at least one input, got none")
+    with preserved(model) as state:
+        references = [run_reference(model, state, one) for one in sets]
+        report = compare(model, session, references, rtol, atol, None, proof_dtype)
+        if per_module or not report.passed:
+            report = explained(report, model, state, path, references, rtol, atol)
+    return report
+
+
+def require_proof_dtype(proof_dtype: object) -> None:
+    """Raise a ValueError for a dtype in which no proof can be made."""
+    if proof_dtype not in PROOF_DTYPES:
+        raise ValueError(f"proof_dtype must be None or 'float32', got {proof_dtype!r}")
+
+
+def proof_session(path: Path, providers: Sequence[str], proof_dtype: ProofDtype | None) -> Any:
+    """Return a session with the file, or with a copy of it in ``proof_dtype``.
+
+    Raises:
+        ExportError: if onnxruntime cannot load it.
+    """
+    if proof_dtype is None:
+        return open_session(path, providers)
+    with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
+        copied = Path(folder) / path.name
+        write_float32(path, copied)
+        return open_session(copied, providers, at_once=True)  # it is gone when that runs
+
+
+def compare(
+    model: nn.Module,
+    session: Any,
+    references: Sequence[Reference],
+    rtol: Tolerance,
+    atol: Tolerance,
+    input_names: Mapping[str, str] | None = None,
+    proof_dtype: ProofDtype | None = None,
+) -> ParityReport:
+    """Run every reference's inputs through ``session`` and compare the outputs.
+
+    The file's inputs are matched as by `named_inputs`. With ``proof_dtype`` the session is with
+    a copy of the file in that dtype.
+
+    Raises:
+        ValueError: for a tolerance for an output that the file does not have.
+        ExportError: if onnxruntime cannot run the inputs, or the number of inputs or
+            outputs differs.
+    """
+    names = [output.name for output in session.get_outputs()]
+    running = running_errors(names, rtol, atol, coarsest_of(model, references))
+    for reference in references:
+        inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
+        feed = named_inputs(model, session, inputs, input_names)
+        add_results(running, session, feed, inputs.label, reference.outputs, proof_dtype)
+    providers = tuple(session.get_providers())
+    return ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
+
+
+def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None:
+    """Return the coarsest floating dtype of a model's parameters, buffers and inputs."""
+    inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors(model)]
+    return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
+
+
+def running_errors(
+    names: Sequence[str], rtol: Tolerance, atol: Tolerance, coarsest: str | None = None
+) -> list[RunningErrors]:
+    """Return an empty record of errors for each output of the file.
+
+    Raises:
+        ValueError: for a tolerance for an output that the file does not have.
+    """
+    require_tolerances(rtol, atol, names)
+    return [
+        RunningErrors(name, tolerance_of(rtol, i, name), tolerance_of(atol, i, name), coarsest)
+        for i, name in enumerate(names)
+    ]
+
+
+def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
+    """Return the errors of each output; none passes if no output has a single element."""
+    found = tuple(state.result() for state in running)
+    if any(state.elements for state in running):
+        return found
+    reason = "no element was compared: the outputs are empty for every input set"
+    return tuple(replace(output, passed=False, reason=output.reason or reason) for output in found)
+
+
+def add_results(
+    running: Sequence[RunningErrors],
+    session: Any,
+    feed: Any,
+    label: str,
+    expected: Sequence[Any],
+    proof_dtype: ProofDtype | None = None,
+) -> None:
+    """Run one input set and take its errors in.
+
+    Raises:
+        ExportError: if onnxruntime cannot run it, or the number of outputs differs.
+    """
+    found = run_session(session, feed, label)
+    if len(found) != len(expected):
+        raise ExportError(f"the file has {len(found)} outputs, the model {len(expected)}")
+    for state, wanted, got in zip(running, expected, found, strict=True):
+        if got is None:
+            raise ExportError(f"the file's output '{state.name}' is no tensor of numbers")
+        state.add(label, *(comparable(wanted, got) if proof_dtype else (wanted, got)))
+
+
+def explained(
+    report: ParityReport,
+    model: nn.Module,
+    state: Preserved,
+    path: Path,
+    references: Sequence[Reference],
+    rtol: Tolerance,
+    atol: Tolerance,
+    input_names: Mapping[str, str] | None = None,
+) -> ParityReport:
+    """Return the report with the comparison module by module.
+
+    It is made on the worst input set of the first output that did not pass, or on the first set,
+    with that output's tolerances.
+    """
+    if report.proof_dtype or not any(output.histogram for output in report.outputs):
+        return report  # modules would have to be cast, or nothing was compared
+    failed = [i for i, output in enumerate(report.outputs) if not output.passed]
+    position = failed[0] if failed else 0
+    output = report.outputs[position]
+    chosen = next(
+        (r for r in references if failed and r.inputs.label == output.worst_sample), references[0]
+    )
+    strictness = Strictness.of(
+        chosen.outputs[position],
+        tolerance_of(rtol, position, output.name),
+        tolerance_of(atol, position, output.name),
+        coarsest_of(model, references),
+    )
+    providers = report.providers
+    try:
+        divergence = locate(
+            model, state, path, chosen.inputs, strictness, providers, input_names, bool(failed)
+        )
+    except Exception as error:  # what cannot be told must not hide what is known
+        reason = f"cannot tell where: {type(error).__name__}: {error}"
+        divergence = Divergence((), None, reason, sample=chosen.inputs.label)
+    return replace(report, divergence=divergence)

@@ -1,0 +1,146 @@
+"""The proof of one file: against the unfrozen model, on every input set that fits the file."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..results import ParityReport, ProofDtype, Tolerance
+from ..running import DynamicDim, InputSet, Preserved, Reference, paths_of_tensors
+from .case_file import Case
+from .cases import case_of
+from .dynamic_sizes import require_apart, require_declared, require_dynamic, sizes_of, tied
+from .parity import compare, explained, proof_session
+
+_logger = logging.getLogger("sn_export")
+_SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma
+
+
+class Proved(NamedTuple):
+    """What a proof gives: the comparison, and its inputs and outputs where those were asked for."""
+
+    parity: ParityReport
+    case: Case | None
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What files are held against.
+
+    Attributes:
+        model: the unfrozen model.
+        state: what puts it back after a forward pass.
+        references: what it said, for each input set.
+        input_names: what a file calls its inputs, by their names in the forward's signature.
+        dims: the dimensions that may vary.
+        providers: onnxruntime execution providers.
+        rtol: relative tolerance.
+        atol: absolute tolerance.
+        per_module: whether modules are compared though all outputs pass.
+        proof_dtype: dtype of the copy that is run in the place of the file.
+        keeps_case: whether inputs and outputs are kept.
+    """
+
+    model: nn.Module
+    state: Preserved
+    references: Sequence[Reference]
+    input_names: Mapping[str, str]
+    dims: Sequence[DynamicDim]
+    providers: Sequence[str]
+    rtol: Tolerance
+    atol: Tolerance
+    per_module: bool
+    proof_dtype: ProofDtype | None
+    keeps_case: bool
+
+    def of(self, draft: Path, maker: str) -> Proved:
+        """Return the proof of a file.
+
+        Args:
+            draft: the file.
+            maker: who made it, for the message.
+
+        Raises:
+            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named
+                or that varies in an output, or made one of two.
+            ParityError: if it does not reproduce the model.
+        """
+        _logger.info("comparing %d input sets with onnxruntime", len(self.references))
+        session = proof_session(draft, self.providers, self.proof_dtype)
+        shapes = self._shapes(session)
+        require_dynamic(shapes, self.dims)
+        runnable = self._runnable(shapes)
+        tolerances = self.rtol, self.atol
+        names = self.input_names
+        parity = compare(self.model, session, runnable, *tolerances, names, self.proof_dtype)
+        keeps = self.keeps_case and parity.passed
+        case = (
+            case_of(self.model, session, runnable, *tolerances, names, self.proof_dtype)
+            if keeps
+            else None
+        )
+        if parity.passed:
+            declared = [(entry.name, entry.shape) for entry in session.get_outputs()]
+            for reference in runnable:
+                require_declared(declared, reference)
+        del session
+        if self.per_module or not parity.passed:
+            _logger.info("comparing module by module")
+            parity = explained(parity, self.model, self.state, draft, runnable, *tolerances, names)
+        parity.require_passed(f"the file made by {maker}")
+        return Proved(parity, case)
+
+    def _runnable(self, shapes: Mapping[str, Sequence[Any]]) -> list[Reference]:
+        """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
+        kept = []
+        for reference in self.references:
+            label = reference.inputs.label
+            if label.startswith("size ") and not self._fits(shapes, reference.inputs):
+                _logger.info("the file has fixed shapes; not run at %s", label)
+            else:
+                kept.append(reference)
+        return kept
+
+    def _fits(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
+        sizes = sizes_of(self.model, inputs)
+        one_for_two = tied(shapes, self.dims, sizes)
+        if one_for_two is not None:
+            require_apart(one_for_two, inputs.label)
+            return False
+        return not any(
+            isinstance(wanted, int) and sizes.get((name, position), wanted) != wanted
+            for name, shape in shapes.items()
+            for position, wanted in enumerate(shape)
+        )
+
+    def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
+        shapes = {entry.name: entry.shape for entry in session.get_inputs()}
+        return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
+
+
+def differs(proof: Proof, within: AbstractContextManager[Any], reference: Reference) -> bool:
+    """Whether the model itself gives other outputs within a context than it did without."""
+    given = reference.inputs.clone()
+    try:
+        with within, torch.no_grad():
+            found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
+        outputs = [leaf.detach().clone() for _, leaf in found]
+    except Exception:  # then an exporter has failed as well, and said so
+        return False
+    finally:
+        proof.state.reset()  # outside of a block, whose weights it does not know
+    pairs = zip(outputs, reference.outputs, strict=False)
+    return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
+
+
+def _close(one: Tensor, other: Tensor) -> bool:
+    one, other = one.double(), other.double()
+    scale = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 0.0
+    return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale, equal_nan=True)

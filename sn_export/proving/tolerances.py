@@ -1,0 +1,113 @@
+"""Tolerances: by dtype, or the user's own for all outputs or for each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..results import Tolerance
+from ..text import dtype_name, plain_integer, plain_number
+
+# rtol, and atol in units of the largest reference value of the output.
+DEFAULT_TOLERANCES: dict[str, tuple[float, float]] = {
+    "float64": (1e-9, 1e-9),
+    "float32": (1e-4, 1e-4),
+    "float16": (1e-2, 1e-2),
+    "bfloat16": (5e-2, 5e-2),
+}
+
+
+def require_tolerances(
+    rtol: Tolerance, atol: Tolerance, outputs: Sequence[str] | None = None
+) -> tuple[Tolerance, Tolerance]:
+    """Return both tolerances in numbers of Python, if a comparison can use them.
+
+    Args:
+        rtol: relative tolerance.
+        atol: absolute tolerance, in units of the output.
+        outputs: the names of the file's outputs, where they are known already.
+
+    Raises:
+        TypeError: for a key that is neither a name nor a position.
+        ValueError: for a tolerance that is negative or not a number, or a key that is no output.
+    """
+    return _required("rtol", rtol, outputs), _required("atol", atol, outputs)
+
+
+def tolerance_of(tolerance: Tolerance, position: int, name: str) -> float | None:
+    """Return the tolerance for one output, None where the default for its dtype applies."""
+    if not isinstance(tolerance, Mapping):
+        return tolerance
+    return tolerance.get(name, tolerance.get(position))
+
+
+def coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
+    """Return the name of the floating dtype with the widest default tolerance, if there is one.
+
+    A network that computes in half precision anywhere has no more than that in its outputs.
+    """
+    names = {dtype_name(tensor) for tensor in tensors} & DEFAULT_TOLERANCES.keys()
+    return max(names, key=lambda name: DEFAULT_TOLERANCES[name], default=None)
+
+
+def applied(
+    expected: Tensor, rtol: float | None, atol: float | None, coarsest: str | None = None
+) -> tuple[float, float]:
+    """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None.
+
+    Args:
+        expected: the reference.
+        rtol: relative tolerance, if one was given.
+        atol: absolute tolerance, if one was given.
+        coarsest: the coarsest dtype that the network computes in, if that is known.
+    """
+    default, scaled = DEFAULT_TOLERANCES.get(dtype_name(expected), (0.0, 0.0))
+    if coarsest is not None and expected.is_floating_point():
+        default, scaled = max((default, scaled), DEFAULT_TOLERANCES[coarsest])
+    if rtol is None:
+        rtol = default
+    if atol is not None:
+        return rtol, atol
+    return rtol, scaled * largest(expected)
+
+
+def largest(tensor: Tensor) -> float:
+    """Return the largest finite magnitude in ``tensor``, or 0."""
+    values = tensor.detach().cpu()
+    values = values.abs() if values.is_complex() else values.to(torch.float64).abs()
+    finite = values[torch.isfinite(values)]
+    return float(finite.max()) if finite.numel() else 0.0
+
+
+def _required(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tolerance:
+    if not isinstance(value, Mapping):
+        return _number(name, value)
+    found: dict[Any, Any] = {}
+    for key, entry in value.items():
+        known = key if isinstance(key, str) else plain_integer(key)
+        if known is None:
+            raise TypeError(f"{name} must be by name or position of an output, got the key {key!r}")
+        found[known] = _number(f"{name}[{known!r}]", entry)
+    if outputs is not None:
+        _require_known(name, found, outputs)
+    return found
+
+
+def _number(name: str, value: object) -> float | None:
+    if value is None:
+        return None
+    number = plain_number(value)
+    if number is None or not number >= 0:
+        raise ValueError(f"{name} must be 0 or more, got {value}")
+    return number
+
+
+def _require_known(name: str, tolerance: Mapping[Any, float], outputs: Sequence[str]) -> None:
+    for key in tolerance:
+        if key not in outputs if isinstance(key, str) else not 0 <= key < len(outputs):
+            raise ValueError(f"{name} names the output {key!r}, the file has {list(outputs)}")
+        if isinstance(key, int) and outputs[key] in tolerance:
+            raise ValueError(f"{name} names the output '{outputs[key]}' twice, also as {key}")
