@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 from computed_networks import hooked, pruned, registered
+from faults import Fault, second_is_printed
 from fingerprint import Fingerprint, fingerprint
 from networks import Scale, seed_torch
-from test_freezing_faults import Fault, second_is_printed
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

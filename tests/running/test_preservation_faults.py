@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 import torch
 from export_models import assert_as_before
+from faults import Fault
 from fingerprint import fingerprint
-from test_freezing_faults import Fault
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 

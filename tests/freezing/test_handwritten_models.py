@@ -11,6 +11,7 @@ from typing import Any, cast
 import onnx
 import pytest
 import torch
+from faults import Fault, damage, fault_while_entering, fault_while_leaving
 from fingerprint import assert_unchanged, fingerprint, same_bits
 from handwritten_networks import (
     CASES,
@@ -25,7 +26,6 @@ from handwritten_networks import (
     old_spectral_norm,
 )
 from networks import seed_torch
-from test_freezing_faults import Fault, damage, fault_while_entering, fault_while_leaving
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.utils.hooks import RemovableHandle

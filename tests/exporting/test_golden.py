@@ -23,7 +23,7 @@ def test_graph_is_as_written_down(tmp_path: Path, network: str, exporter: str) -
     )
     assert not difference, (
         f"the graph has changed:\n{difference}\n"
-        "if that is meant: .venv/bin/python tests/golden_graphs.py --write"
+        "if that is meant: .venv/bin/python tests/support/golden_graphs.py --write"
     )
 
 

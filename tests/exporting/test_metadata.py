@@ -140,12 +140,12 @@ for exporter in ("dynamo", "torchscript"):
 
 def test_same_bytes_whatever_the_hash_seed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A process with another hash seed, so other orders of a set, elsewhere writes the same."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parent.parent
     here, there = tmp_path / "here", tmp_path / "there"
     here.mkdir()
     there.mkdir()
     subprocess.run(
-        [sys.executable, "-c", _SCRIPT, str(there), str(tests), str(tests.parent)],
+        [sys.executable, "-c", _SCRIPT, str(there), str(tests / "support"), str(tests.parent)],
         cwd=there,
         env={**os.environ, "PYTHONHASHSEED": "12345"},
         check=True,

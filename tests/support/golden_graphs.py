@@ -2,7 +2,7 @@
 
 Write the tables anew after a change that is meant::
 
-    .venv/bin/python tests/golden_graphs.py --write
+    .venv/bin/python tests/support/golden_graphs.py --write
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm as parametrized
 from torch.nn.utils.spectral_norm import spectral_norm
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parent.parent / "golden"
 
 
 class Residual(nn.Module):
