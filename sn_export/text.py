@@ -29,12 +29,12 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def listed(names: Iterable[str], most: int = 5) -> str:
+def quote_names(names: Iterable[str], most: int = 5) -> str:
     """Return names in quotes, the first few of many."""
-    return first_few((f"'{name}'" for name in names), most)
+    return shorten_list((f"'{name}'" for name in names), most)
 
 
-def first_few(texts: Iterable[str], most: int = 5) -> str:
+def shorten_list(texts: Iterable[str], most: int = 5) -> str:
     """Return texts with commas between them, and how many more there are past ``most``."""
     texts = list(texts)
     more = f" and {len(texts) - most} more" if len(texts) > most else ""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..text import listed
+from ..text import quote_names
 
 _DEPTH = 4
 # Where several fit equally badly, what these names hold is the network.
@@ -76,7 +76,7 @@ class Checkpoint:
             if not named:
                 raise CheckpointError(
                     f"'{self.path}' holds no state dict under '{key}'; it holds one under "
-                    f"{listed(one.key for one in found)}"
+                    f"{quote_names(one.key for one in found)}"
                 )
             return named[0]
         if len(found) == 1:
@@ -90,11 +90,11 @@ class Checkpoint:
         if not fitting:
             raise CheckpointError(
                 f"'{self.path}' holds {len(found)} state dicts, and none {wanted}; choose with "
-                f"--key one of {listed(one.key for one in found)}"
+                f"--key one of {quote_names(one.key for one in found)}"
             )
         raise CheckpointError(
             f"'{self.path}' holds {len(fitting)} state dicts, each of which {wanted}; choose "
-            f"with --key one of {listed(one.key for one in fitting)}"
+            f"with --key one of {quote_names(one.key for one in fitting)}"
         )
 
 
@@ -125,5 +125,5 @@ def _is_state_dict(node: Mapping[Any, Any]) -> bool:
 
 def _describe(content: Any) -> str:
     if isinstance(content, Mapping):
-        return f"its keys are {listed(map(str, content))}" if content else "it holds nothing"
+        return f"its keys are {quote_names(map(str, content))}" if content else "it holds nothing"
     return f"it holds a {type(content).__name__}"

@@ -14,7 +14,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import drafts, publish_all
-from ..text import listed
+from ..text import quote_names
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
 from .lazy_tensors import LazyTensors
@@ -179,7 +179,7 @@ def _require_tensors_only(
     if others:
         raise CheckpointError(
             f"'{target.name}' can hold tensors only, and '{checkpoint.path}' also holds "
-            f"{listed(others)}; leave them out with --weights-only, or write a .pt"
+            f"{quote_names(others)}; leave them out with --weights-only, or write a .pt"
         )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import listed
+from ..text import quote_names
 from .stored_norms import StoredNorm
 from .torch_norm import TorchNorm
 
@@ -72,7 +72,7 @@ def require_known(dims: Mapping[str, int], sites: Sequence[StoredNorm]) -> None:
         if name not in names:
             raise CheckpointError(
                 f"--dim {name}={dims[name]} names no tensor under spectral norm; there are "
-                f"{listed(names) or 'none'}"
+                f"{quote_names(names) or 'none'}"
             )
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..text import listed
+from ..text import quote_names
 from .content import StateDict
 from .stored_norms import find_sites
 
@@ -84,12 +84,12 @@ def fit_names(
         if not any(name.startswith(prefix) for name in names.values()):
             raise CheckpointError(
                 f"no name in the checkpoint starts with '{prefix}'; it has "
-                f"{listed(dict.fromkeys(n.split('.')[0] + '.' for n in names.values()))}"
+                f"{quote_names(dict.fromkeys(n.split('.')[0] + '.' for n in names.values()))}"
             )
     notes = []
     wrappers = {m for old, new in names.items() if old != new for m in _WRAPPER.findall(old)}
     if wrappers:
-        notes.append(f"took the wrappers' {listed(sorted(wrappers))} out of the names")
+        notes.append(f"took the wrappers' {quote_names(sorted(wrappers))} out of the names")
     renamed: dict[str, str] = {}
     for name, short in names.items():
         if short.startswith(prefix):
@@ -123,9 +123,9 @@ def require_equal(
     ]
     problems = []
     if missing:
-        problems.append(f"it lacks {listed(missing)}")
+        problems.append(f"it lacks {quote_names(missing)}")
     if unexpected:
-        problems.append(f"it has the unknown {listed(unexpected)}")
+        problems.append(f"it has the unknown {quote_names(unexpected)}")
     problems += shapes[:5]
     if problems:
         raise CheckpointError(
@@ -141,7 +141,7 @@ def _suggestion(
     bare = [n for n in plain_want if len(plain_want[n]) > 1 and len(plain_have.get(n, ())) == 1]
     if bare:
         return (
-            f". The model has spectral norm on {listed(bare)} and the checkpoint has plain "
+            f". The model has spectral norm on {quote_names(bare)} and the checkpoint has plain "
             "weights there: build the model without spectral norm"
         )
     if renamed := _renamed_start(plain_have, plain_want, have, want):
@@ -228,7 +228,7 @@ def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple
     if len(fitting) > 1 and "" not in fitting and best == len(want) and model:
         raise CheckpointError(
             f"the names fit {model} under several prefixes; choose with --prefix one of "
-            f"{listed(fitting)}"
+            f"{quote_names(fitting)}"
         )
     return fitting[0], best
 

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import listed
+from ..text import quote_names
 
 DTYPES = {
     "BOOL": torch.bool,
@@ -103,7 +103,7 @@ class LazyTensors(Mapping[str, Tensor]):
             ) from error
         absent = sorted({path.name for path in files.values() if not path.is_file()})
         if absent:
-            raise CheckpointError(f"'{index}' lists shards that are absent: {listed(absent)}")
+            raise CheckpointError(f"'{index}' lists shards that are absent: {quote_names(absent)}")
         return cls(files)
 
     def __getitem__(self, name: str) -> Tensor:

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..freezing import described, stored_sigma
-from ..text import listed
+from ..freezing import describe_sites, stored_sigma
+from ..text import quote_names
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
 from .fit_names import fit_names, overlap, require_equal
@@ -83,7 +83,7 @@ def load_checkpoint(
 
 
 def _require_sigmas(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    known = {info.name: info.dim for info in described(model)}
+    known = {info.name: info.dim for info in describe_sites(model)}
     for site in find_sites(tensors):
         if site.name not in known or site.v is None:
             continue
@@ -113,11 +113,11 @@ def _in_spelling_of(
             changed.setdefault((site.kind, to[site.name]), []).append(site.name)
     if not changed:
         return state, notes
-    known = {info.name: info.dim for info in described(model)}
+    known = {info.name: info.dim for info in describe_sites(model)}
     result = respell(state, to, {**known, **dims})
     notes += [
         f"respelled {len(names)} spectral {'norm' if len(names) == 1 else 'norms'} from {before} "
-        f"to {after}: {listed(names)}"
+        f"to {after}: {quote_names(names)}"
         for (before, after), names in changed.items()
     ]
     tensors = {name: entry.read() for name, entry in result.entries.items()}

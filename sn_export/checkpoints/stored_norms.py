@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import listed, qualified
+from ..text import qualified, quote_names
 from .lazy_tensors import spec_of
 
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
@@ -164,8 +164,8 @@ def handwritten_notes(tensors: Mapping[str, Any]) -> tuple[str, ...]:
         return ()
     verb = "looks" if len(found) == 1 else "look"
     return (
-        f"{listed(found)} {verb} like handwritten spectral norm, which is left as it is: only the "
-        "model's code can tell the weight in use, and 'sn-export onnx' runs that",
+        f"{quote_names(found)} {verb} like handwritten spectral norm, which is left as it is: "
+        "only the model's code can tell the weight in use, and 'sn-export onnx' runs that",
     )
 
 

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import UsageError
-from .console import answering, run
+from .console import errors_as_messages, run
 from .options import parse_tolerance
 
 app = typer.Typer(
@@ -174,7 +174,7 @@ def onnx(
 
     Exit codes: 0 proved and written, 1 not equal and nothing written, 2 bad input.
     """
-    with answering(debug):
+    with errors_as_messages(debug):
         from .onnx_command import Export, run_onnx
         from .request import Request
 
@@ -209,7 +209,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """List the spectral norms in a checkpoint; no model code is needed."""
-    with answering(debug):
+    with errors_as_messages(debug):
         from .inspect_command import run_inspect
 
         run_inspect(checkpoint, key, dim, trust_pickle, as_json)
@@ -233,7 +233,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Write a checkpoint with its spectral norm spelled differently, bit for bit the same."""
-    with answering(debug):
+    with errors_as_messages(debug):
         from .convert_command import run_convert
 
         run_convert(
@@ -283,7 +283,7 @@ def check(
 
     Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
     """
-    with answering(debug):
+    with errors_as_messages(debug):
         relative, absolute = parse_tolerance("--rtol", rtol), parse_tolerance("--atol", atol)
         dtype: Any = proof_dtype.value if proof_dtype else None
         given = {

@@ -13,7 +13,7 @@ from ..errors import ExportError, SnExportError, UsageError
 from ..proving import check_parity, opened_case
 from ..results import ParityReport
 from ..running import random_sets
-from .console import BAD_INPUT, FAILED, answer, noted, number, progress, say
+from .console import BAD_INPUT, FAILED, collect_warnings, number, print_json, print_note, progress
 from .request import Request, _say_notes, _show_notes
 from .tables import show_parity
 
@@ -27,11 +27,11 @@ def run_case(file: Path, case: Path, check: Check, as_json: bool) -> None:
         parity = check(file, case)
     require_comparable(parity)
     if as_json:
-        answer({"path": str(file), "case": str(case), "parity": parity.content(), "notes": []})
+        print_json({"path": str(file), "case": str(case), "parity": parity.content(), "notes": []})
     else:
         show_parity(parity)
     if not parity.passed:
-        say(f"'{file}' does not reproduce '{case}'")
+        print_note(f"'{file}' does not reproduce '{case}'")
         raise typer.Exit(FAILED)
 
 
@@ -84,7 +84,7 @@ def run_folder(folder: Path, check: Check, as_json: bool) -> None:
     if as_json:
         passed = not unequal and not unknown
         cases = [one.content() for one in done]
-        answer({"path": str(folder), "passed": passed, "cases": cases})
+        print_json({"path": str(folder), "passed": passed, "cases": cases})
     else:
         for one in done:
             print(one.line())
@@ -92,9 +92,9 @@ def run_folder(folder: Path, check: Check, as_json: bool) -> None:
         count_of_all = f"{len(done)} case{'' if len(done) == 1 else 's'}"
         print(f"{count_of_all}: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")
     if unknown:
-        say(f"cannot be compared: {', '.join(unknown)}")
+        print_note(f"cannot be compared: {', '.join(unknown)}")
     if unequal:
-        say(f"not equal: {', '.join(unequal)}")
+        print_note(f"not equal: {', '.join(unequal)}")
     if unknown or unequal:
         raise typer.Exit(BAD_INPUT if unknown else FAILED)
 
@@ -131,7 +131,7 @@ def _replay(file: Path, check: Check) -> Replayed:
 
 def run_check(request: Request, file: Path, as_json: bool, proof_dtype: Any = None) -> None:
     """Compare; raise `typer.Exit` with code 1 if the outputs differ."""
-    with progress() as show, noted() as warned:
+    with progress() as show, collect_warnings() as warned:
         model, inputs, notes = request.prepare(show)
         sets = [inputs.example, *random_sets(inputs.example, request.samples), *inputs.own]
         show(f"comparing {len(sets)} input sets with onnxruntime")
@@ -141,12 +141,12 @@ def run_check(request: Request, file: Path, as_json: bool, proof_dtype: Any = No
     require_comparable(parity)
     _say_notes(warned)
     if as_json:
-        answer({"path": str(file), "parity": parity.content(), "notes": [*notes, *warned]})
+        print_json({"path": str(file), "parity": parity.content(), "notes": [*notes, *warned]})
     else:
         _show_notes(notes)
         show_parity(parity)
     if not parity.passed:
-        say(f"'{file}' does not reproduce the model")
+        print_note(f"'{file}' does not reproduce the model")
         raise typer.Exit(FAILED)
 
 

@@ -26,7 +26,7 @@ _WIDE = 160  # columns where there is no terminal to ask
 
 
 @contextlib.contextmanager
-def answering(debug: bool) -> Iterator[None]:
+def errors_as_messages(debug: bool) -> Iterator[None]:
     """Turn every error into one message on stderr and exit code 2."""
     try:
         yield
@@ -36,22 +36,22 @@ def answering(debug: bool) -> Iterator[None]:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(PIPE_CLOSED) from None
     except KeyboardInterrupt:
-        say("interrupted")
+        print_note("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except (Exception, SystemExit) as error:  # the latter by a network's own code
         if debug:
             traceback.print_exc()
         else:
-            say(_message(error))
+            print_note(_message(error))
         raise typer.Exit(BAD_INPUT) from error
 
 
-def say(message: str) -> None:
+def print_note(message: str) -> None:
     """Print one message on stderr."""
     print(f"sn-export: {message}", file=sys.stderr)
 
 
-def answer(content: Mapping[str, Any]) -> None:
+def print_json(content: Mapping[str, Any]) -> None:
     """Print JSON on stdout."""
     print(as_text(content))
 
@@ -79,7 +79,7 @@ def progress() -> Iterator[Callable[[str], None]]:
 
 
 @contextlib.contextmanager
-def noted() -> Iterator[list[str]]:
+def collect_warnings() -> Iterator[list[str]]:
     """Yield a list that the texts of sn_export's own warnings go to; others are shown as ever."""
     notes: list[str] = []
     with warnings.catch_warnings():
@@ -161,7 +161,7 @@ def run(app: typer.Typer, name: str) -> int:
     except typer.Abort:
         return INTERRUPTED
     except _USAGE_ERROR as error:
-        say(_usage_message(error, name))
+        print_note(_usage_message(error, name))
         return BAD_INPUT
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Conversion, Spelling, convert_checkpoint
-from .console import answer, progress, say
+from .console import print_json, print_note, progress
 from .options import parse_dims, parse_size
 
 
@@ -37,10 +37,10 @@ def run_convert(
             progress=lambda name, total: show(f"wrote {name}, of {total}"),
         )
     if as_json:
-        answer(_conversion(made))
+        print_json(_conversion(made))
         return
     for note in made.notes:
-        say(f"note: {note}")
+        print_note(f"note: {note}")
     under = f" under '{made.key}'" if made.key else ""
     kept = len(made.found) - len(made.changed)
     already = f"; {kept} were spelled so already" if kept else ""

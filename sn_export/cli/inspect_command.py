@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Inspection, inspect_checkpoint
-from .console import answer, number, progress, say, table
+from .console import number, print_json, print_note, progress, table
 from .options import parse_dims
 
 
@@ -25,10 +25,10 @@ def run_inspect(
             progress=lambda name, total: show(f"looked at {name}, of {total}"),
         )
     if as_json:
-        answer(_inspection(found))
+        print_json(_inspection(found))
         return
     for note in found.notes:
-        say(f"note: {note}")
+        print_note(f"note: {note}")
     _show(found)
 
 

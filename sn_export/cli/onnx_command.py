@@ -14,7 +14,7 @@ from ..exporting import export_onnx, require_metadata
 from ..files import require_place, side_file
 from ..freezing import find_suspects
 from ..results import ParityError
-from .console import FAILED, answer, noted, progress, say
+from .console import FAILED, collect_warnings, print_json, print_note, progress
 from .options import parse_dynamic, parse_metadata
 from .output_files import is_pictured, require_apart, require_report, write_report
 from .request import Request, _say_notes, _show_notes
@@ -59,7 +59,7 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
     """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
     metadata = export.require_possible(request)
     failed: ParityError | None = None
-    with progress() as show, noted() as warned:
+    with progress() as show, collect_warnings() as warned:
         model, inputs, notes = request.prepare(show)
         suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
         try:
@@ -94,15 +94,15 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
     _say_notes(warned)
     for attempt in made.attempts:
         when = "too" if failed else "first"
-        say(f"note: the {attempt.exporter} exporter was tried {when}: {attempt.error}")
+        print_note(f"note: the {attempt.exporter} exporter was tried {when}: {attempt.error}")
     if as_json:
-        answer(content)
+        print_json(content)
     else:
         _show_notes(notes)
         show_frozen(made.frozen)
         show_parity(made.parity, export.per_module)
     if failed:
-        say(
+        print_note(
             f"the file does not reproduce the model, and '{export.output}' was not written "
             f"(exporter: {made.exporter})"
         )

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, read_checkpoint
 from ..results import Tolerance
-from .console import say
+from .console import print_note
 from .inputs import Inputs, gather
 from .model_factory import build_model
 from .options import parse_dims, parse_kwargs
@@ -67,4 +67,4 @@ def _show_notes(notes: Iterable[str]) -> None:
 
 def _say_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        say(f"note: {note}")
+        print_note(f"note: {note}")

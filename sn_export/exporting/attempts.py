@@ -19,8 +19,8 @@ from ..errors import (
 from ..proving import Proof, differs
 from ..results import Attempt, Exporter, FoldedInitializer, ParityError, ParityReport
 from ..running import Reference
-from ..text import listed
-from .failures import decision
+from ..text import quote_names
+from .failures import traced_decision
 from .quiet import no_fused_attention
 
 Attempts = Sequence[tuple[Exporter, ExportError | ParityError]]
@@ -80,10 +80,11 @@ def warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
     if not weights:
         return
     warnings.warn(
-        f"the model computes {listed(entry.name for entry in weights)} by itself, in a way that "
-        "frozen_spectral_norm does not know. The file holds the computed values and is proved, "
-        "but a with-block of your own leaves these modules as they are. If it is spectral norm, "
-        "register_spectral_norm teaches the block; what was folded is in the report's 'folded'",
+        f"the model computes {quote_names(entry.name for entry in weights)} by itself, in a way "
+        "that frozen_spectral_norm does not know. The file holds the computed values and is "
+        "proved, but a with-block of your own leaves these modules as they are. If it is spectral "
+        "norm, register_spectral_norm teaches the block; what was folded is in the report's "
+        "'folded'",
         ReparametrizationNotRecognisedWarning,
         stacklevel=3,
     )
@@ -92,7 +93,7 @@ def warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
 def warn_of_decisions(attempts: Attempts, model: nn.Module, parity: ParityReport) -> None:
     """Warn if an exporter that takes no decision by values was tried first."""
     for _, error in attempts:
-        where = decision(error, model)
+        where = traced_decision(error, model)
         if where is not None:
             warnings.warn(
                 f"the forward decides by the values of a tensor ({where}), which the dynamo "
@@ -108,8 +109,8 @@ def warn_of_unseen(unseen: Sequence[str]) -> None:
     """Warn of outputs that the file lacks."""
     if unseen:
         warnings.warn(
-            f"the file lacks the tensors within {listed(unseen)}, which the model returns: return "
-            "them as tensors, in tuples, lists, dicts or dataclasses",
+            f"the file lacks the tensors within {quote_names(unseen)}, which the model returns: "
+            "return them as tensors, in tuples, lists, dicts or dataclasses",
             OutputNotExportedWarning,
             stacklevel=3,
         )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
 from ..files import publish, workspace
-from ..freezing import described, frozen_and_kept, require_module, with_exact_sigma
+from ..freezing import describe_sites, freeze_into, require_module, with_exact_sigma
 from ..proving import (
     Proof,
     Resizer,
@@ -202,7 +202,7 @@ def export_onnx(
     dims = dynamic_dims(model, example, dynamic_shapes)
     names = names_of_inputs(model, example, input_names)
     only = "spectral_norm" if freeze == "spectral_norm" else None
-    frozen = tuple(described(model, only))  # the block itself warns
+    frozen = tuple(describe_sites(model, only))  # the block itself warns
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
     with _one_at_a_time, preserved(model) as state, contextlib.ExitStack() as stack:
@@ -219,7 +219,7 @@ def export_onnx(
             model, example, dims, lambda one: run_reference(model, state, one), own
         )
         spill = Spill(model, target.parent)
-        block = frozen_and_kept(model, only, spill.keep)
+        block = freeze_into(model, only, spill.keep)
         proof = Proof(
             model=model,
             state=state,

@@ -60,7 +60,9 @@ class _Place:
     line: int = 0
 
 
-def told(error: BaseException, model: nn.Module, other: str | None, inputs: Sequence[str]) -> str:
+def describe_failure(
+    error: BaseException, model: nn.Module, other: str | None, inputs: Sequence[str]
+) -> str:
     """Return what failed, where in the user's model, and what to try.
 
     Args:
@@ -85,12 +87,12 @@ def told(error: BaseException, model: nn.Module, other: str | None, inputs: Sequ
     return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")
 
 
-def decision(error: BaseException, model: nn.Module) -> str | None:
+def traced_decision(error: BaseException, model: nn.Module) -> str | None:
     """Return where the forward decides by the values of a tensor, if that is what failed.
 
     Args:
         error: what the exporter raised, or is the cause of.
-        model: as for `told`.
+        model: as for `describe_failure`.
     """
     chain = list(_chain(error))
     if not any(re.search(_DECIDES, _named(e)) for e in chain):

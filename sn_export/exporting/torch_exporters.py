@@ -18,7 +18,7 @@ from ..proving import save, weight_bytes
 from ..results import Exporter, FoldedInitializer
 from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes
 from ..text import qualified
-from .failures import told
+from .failures import describe_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
 from .graph import rename, set_opset, strip_traces
@@ -115,7 +115,7 @@ def write_onnx(
     except Exception as error:
         raise ExportError(
             f"the {exporter} exporter cannot export {type(model).__name__}: "
-            f"{told(error, model, other, list(options.input_names))}"
+            f"{describe_failure(error, model, other, list(options.input_names))}"
         ) from error
     rename(
         graph.graph,

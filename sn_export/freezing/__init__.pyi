@@ -4,14 +4,14 @@ from .adapters import (
     register_spectral_norm as register_spectral_norm,
 )
 from .find import (
-    described as described,
+    describe_sites as describe_sites,
     find_parametrizations as find_parametrizations,
     find_spectral_norm as find_spectral_norm,
     find_suspects as find_suspects,
     with_exact_sigma as with_exact_sigma,
 )
 from .freeze import (
-    frozen_and_kept as frozen_and_kept,
+    freeze_into as freeze_into,
     frozen_parametrizations as frozen_parametrizations,
     frozen_spectral_norm as frozen_spectral_norm,
 )

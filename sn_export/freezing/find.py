@@ -71,12 +71,12 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
 
 
 @overload
-def described(model: nn.Module) -> list[SpectralNormInfo]: ...
+def describe_sites(model: nn.Module) -> list[SpectralNormInfo]: ...
 @overload
-def described(
+def describe_sites(
     model: nn.Module, only: Only
 ) -> list[SpectralNormInfo] | list[SpectralNormInfo | ParametrizationInfo]: ...
-def described(
+def describe_sites(
     model: nn.Module, only: Only = "spectral_norm"
 ) -> list[SpectralNormInfo] | list[SpectralNormInfo | ParametrizationInfo]:
     """Return what `find_spectral_norm` returns, and the same of other kinds, without a warning.

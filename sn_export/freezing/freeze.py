@@ -109,7 +109,7 @@ def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManag
     return Block(require_module(model), Selection(only))
 
 
-def frozen_and_kept(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
+def freeze_into(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
     """Freeze as `frozen_parametrizations` does, with the weights where ``keep`` puts them.
 
     Args:

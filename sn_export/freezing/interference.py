@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from torch import nn
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
-from ..text import listed
+from ..text import quote_names
 from .edits import Edits
 from .frozen_weight import FrozenWeight
 from .info import GROUPS, Group
@@ -52,7 +52,7 @@ def _unused(group: Group, names: list[str], reader: str) -> str:
         else f"Apply torch.nn.utils.parametrizations.{group} to {where} instead"
     )
     return (
-        f"the {group.replace('_', ' ')} of {listed(names)} is never applied: {reader}, so the "
+        f"the {group.replace('_', ' ')} of {quote_names(names)} is never applied: {reader}, so the "
         f"hook does not run. It is frozen at the weight in use. {remedy}"
     )
 
@@ -70,13 +70,13 @@ def complaints(plan: Plan) -> list[str]:
     messages = []
     if moved:
         messages.append(
-            f"the model was moved to another dtype or device while {listed(moved)} was frozen; "
-            "it is back as it was. Move it before entering the block, or move a copy made "
+            f"the model was moved to another dtype or device while {quote_names(moved)} was "
+            "frozen; it is back as it was. Move it before entering the block, or move a copy made "
             "inside it"
         )
     if edited:
         messages.append(
-            f"the frozen {listed(edited)} was changed inside the block; the change is "
+            f"the frozen {quote_names(edited)} was changed inside the block; the change is "
             "discarded. Change the model outside the block instead"
         )
     return messages

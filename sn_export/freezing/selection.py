@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..text import first_few
+from ..text import shorten_list
 from .info import GROUPS, Group
 from .kinds import ALL, SPECTRAL_NORM
 from .plan import Found, walk
@@ -106,7 +106,7 @@ def _fits_nothing(name: str, model: nn.Module) -> str:
     there: dict[str, Group] = {
         site.name: site.group for _, sites in walk(model, ALL) for site in sites
     }
-    shown = first_few((f"'{tensor}' ({group})" for tensor, group in there.items()), most=20)
+    shown = shorten_list((f"'{tensor}' ({group})" for tensor, group in there.items()), most=20)
     return (
         f"only={name!r} is no kind ({', '.join(GROUPS)}), and no name of a reparametrized tensor "
         f"or of a module that holds one. The model has {shown or 'none'}"

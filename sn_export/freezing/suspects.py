@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
-from ..text import first_few, listed
+from ..text import quote_names, shorten_list
 from .introspection.frozen_class import Frozen
 from .introspection.singular_vectors import (
     NORMS,
@@ -85,7 +85,7 @@ def warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) 
 def _description(suspects: Sequence[SpectralNormSuspect]) -> str:
     verb = "looks" if len(suspects) == 1 else "look"
     return (
-        f"{first_few(map(str, suspects))} {verb} like a spectral norm that is not known, and is "
+        f"{shorten_list(map(str, suspects))} {verb} like a spectral norm that is not known, and is "
         "left as it is. Describe it by an adapter, see sn_export.register_spectral_norm"
     )
 
@@ -113,7 +113,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     # The norm of a convolution as an operator has vectors of the size of its input and output.
     vectors = [name for name, _ in small_state(module) if is_named_as_vector(name)]
     if own and len(vectors) > 1 and not NORMS.isdisjoint(names):
-        return f"{listed(vectors)} are named like singular vectors of '{next(iter(own))}'"
+        return f"{quote_names(vectors)} are named like singular vectors of '{next(iter(own))}'"
     return None
 
 

@@ -24,7 +24,7 @@ from .parity import (
     running_errors,
 )
 from .session import DEFAULT_PROVIDERS, named_inputs
-from .tolerances import applied, require_tolerances, tolerance_of
+from .tolerances import require_tolerances, resolve_tolerance, tolerance_of
 
 
 def check_case(
@@ -141,7 +141,7 @@ def _saved(
     if given is not None or coarsest in (None, dtype_name(outputs[0])):
         return given
     # The dtype of the output does not tell in what precision the network computes.
-    return max(applied(output, None, None, coarsest)[which] for output in outputs)
+    return max(resolve_tolerance(output, None, None, coarsest)[which] for output in outputs)
 
 
 def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:

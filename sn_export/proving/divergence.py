@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ExportError, SnExportError
 from ..results import Divergence, ModuleParity
 from ..running import InputSet, Preserved
-from ..text import listed
+from ..text import quote_names
 from .module_errors import ModuleCall, Strictness, compare_calls, compare_whole, nearest
 from .module_scopes import module_values
 from .module_trace import first_random, trace, trace_inputs, type_name
@@ -88,8 +88,8 @@ def locate(
     if hidden:
         return replace(
             found,
-            reason=f"{found.reason}; nothing can be told of {listed(hidden, _SHOWN)} before it, "
-            "for want of a value in the file",
+            reason=f"{found.reason}; nothing can be told of {quote_names(hidden, _SHOWN)} before "
+            "it, for want of a value in the file",
         )
     given = trace_inputs(model, state, inputs, bad.module, bad.call)
     call = ModuleCall(bad.module, bad.type, bad.call, given)
@@ -188,7 +188,7 @@ def _judged(found: Divergence, failed: bool) -> Divergence:
             "it that has a value in the file agrees"
         )
         if found.unmatched:
-            reason += f", which cannot be told of {listed(found.unmatched, _SHOWN)}"
+            reason += f", which cannot be told of {quote_names(found.unmatched, _SHOWN)}"
         return replace(found, first="", reason=reason)
     return replace(
         found,

@@ -136,7 +136,7 @@ def require_declared(outputs: Sequence[tuple[str, Sequence[object]]], found: Ref
                 )
 
 
-def tied(
+def find_tied_dims(
     shapes: Mapping[str, Sequence[object]],
     dims: Sequence[DynamicDim],
     sizes: Mapping[Place, int],
@@ -164,7 +164,7 @@ def require_apart(dims: tuple[DynamicDim, DynamicDim], label: str) -> None:
     """Raise an ExportError about two dimensions that a file has made one, if both are named.
 
     Args:
-        dims: as `tied` returns them.
+        dims: as `find_tied_dims` returns them.
         label: the input set in which the model takes them apart.
     """
     one, other = dims

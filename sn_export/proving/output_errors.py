@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..results import Histogram, OutputParity
 from ..text import dtype_name
-from .tolerances import applied
+from .tolerances import resolve_tolerance
 
 _LOWEST, _HIGHEST = -18, 6  # decades of the histogram
 
@@ -71,7 +71,7 @@ class RunningErrors:
             self._measure(label, expected, got)
 
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
-        rtol, atol = applied(expected, self.rtol, self.atol, self.coarsest)
+        rtol, atol = resolve_tolerance(expected, self.rtol, self.atol, self.coarsest)
         left, right = _wide(expected), _wide(got)
         equal = expected == got  # before widening: float64 does not hold every integer
         # Equal infinities differ by nothing; inf - inf would say NaN.

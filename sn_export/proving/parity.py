@@ -84,7 +84,7 @@ def check_parity(
         references = [run_reference(model, state, one) for one in sets]
         report = compare(model, session, references, rtol, atol, None, proof_dtype)
         if per_module or not report.passed:
-            report = explained(report, model, state, path, references, rtol, atol)
+            report = locate_divergence(report, model, state, path, references, rtol, atol)
     return report
 
 
@@ -189,7 +189,7 @@ def add_results(
         state.add(label, *(comparable(wanted, got) if proof_dtype else (wanted, got)))
 
 
-def explained(
+def locate_divergence(
     report: ParityReport,
     model: nn.Module,
     state: Preserved,

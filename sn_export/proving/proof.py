@@ -16,8 +16,14 @@ from ..results import ParityReport, ProofDtype, Tolerance
 from ..running import DynamicDim, InputSet, Preserved, Reference, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
-from .dynamic_sizes import require_apart, require_declared, require_dynamic, sizes_of, tied
-from .parity import compare, explained, proof_session
+from .dynamic_sizes import (
+    find_tied_dims,
+    require_apart,
+    require_declared,
+    require_dynamic,
+    sizes_of,
+)
+from .parity import compare, locate_divergence, proof_session
 
 _logger = logging.getLogger("sn_export")
 _SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma
@@ -93,7 +99,9 @@ class Proof:
         del session
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")
-            parity = explained(parity, self.model, self.state, draft, runnable, *tolerances, names)
+            parity = locate_divergence(
+                parity, self.model, self.state, draft, runnable, *tolerances, names
+            )
         parity.require_passed(f"the file made by {maker}")
         return Proved(parity, case)
 
@@ -110,7 +118,7 @@ class Proof:
 
     def _fits(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
         sizes = sizes_of(self.model, inputs)
-        one_for_two = tied(shapes, self.dims, sizes)
+        one_for_two = find_tied_dims(shapes, self.dims, sizes)
         if one_for_two is not None:
             require_apart(one_for_two, inputs.label)
             return False

@@ -53,7 +53,7 @@ def coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
     return max(names, key=lambda name: DEFAULT_TOLERANCES[name], default=None)
 
 
-def applied(
+def resolve_tolerance(
     expected: Tensor, rtol: float | None, atol: float | None, coarsest: str | None = None
 ) -> tuple[float, float]:
     """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None.

@@ -24,7 +24,7 @@ from export_models import FRAMES
 from onnx import numpy_helper
 
 from sn_export import ExportError
-from sn_export.cli.console import answering
+from sn_export.cli.console import errors_as_messages
 
 
 @pytest.fixture
@@ -243,7 +243,7 @@ def test_errors_of_any_kind_are_told_without_frames(
     kind: type[Exception], capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Those that nobody expected too."""
-    with pytest.raises(typer.Exit), answering(debug=False):
+    with pytest.raises(typer.Exit), errors_as_messages(debug=False):
         raise kind(f"no such size\n{FRAMES}")
     told = capsys.readouterr().err
     assert "no such size" in told

@@ -17,7 +17,7 @@ from cli_running import CRITIC, ONNX, Run, names, runner
 from safetensors.torch import save_file
 
 import sn_export
-from sn_export.cli.console import noted
+from sn_export.cli.console import collect_warnings
 from sn_export.reporting.writing import save_report
 
 EXACT = ("--rtol", "0", "--atol", "0")
@@ -194,7 +194,7 @@ _WARNINGS = [name for name in sn_export.__all__ if name.endswith("Warning")]
 @pytest.mark.parametrize("name", _WARNINGS)
 def test_every_warning_of_ours_is_a_note(name: str) -> None:
     """It is kept once, also where warnings are errors, as in the tests; others are not kept."""
-    with noted() as notes:
+    with collect_warnings() as notes:
         for _ in range(2):
             warnings.warn("told", getattr(sn_export, name), stacklevel=1)
         with pytest.raises(UserWarning, match="of others"):

@@ -19,7 +19,7 @@ from sn_export import (
     TracedDecisionWarning,
     export_onnx,
 )
-from sn_export.exporting.failures import told
+from sn_export.exporting.failures import describe_failure
 from sn_export.text import without_frames
 
 
@@ -229,7 +229,7 @@ def test_dimension_that_another_fixes_is_named(
 )
 def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
     """By name, by position or within the arguments of a call; what is unknown stays."""
-    assert names in told(ValueError(said), Pair(), None, ["x", "y"])
+    assert names in describe_failure(ValueError(said), Pair(), None, ["x", "y"])
 
 
 @pytest.mark.parametrize(
@@ -246,7 +246,7 @@ def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
 def test_frames_are_cut(said: str, text: str) -> None:
     """What C++ adds to an error's text is left out, in the words of an export too."""
     assert without_frames(said) == text
-    assert told(ValueError(said), Pair(), None, []) == f"ValueError: {text}"
+    assert describe_failure(ValueError(said), Pair(), None, []) == f"ValueError: {text}"
 
 
 @pytest.mark.parametrize("exporter", ["onnx", None, "Dynamo", 3])

@@ -22,7 +22,7 @@ from torch.nn.utils import parametrize
 from sn_export import export_onnx
 from sn_export.exporting import spill
 from sn_export.exporting.spill import Spill
-from sn_export.freezing.freeze import frozen_and_kept
+from sn_export.freezing.freeze import freeze_into
 from sn_export.running import tensor_layouts
 from sn_export.running.input_set import InputSet
 from sn_export.running.preservation import preserved
@@ -254,7 +254,7 @@ def test_a_random_parametrization_is_asked_once(tmp_path: Path) -> None:
     model = nn.Linear(3, 3)
     parametrize.register_parametrization(model, "weight", Noisy())
     kept_by = _spill(tmp_path)
-    with frozen_and_kept(model, None, kept_by.keep) as plain:
+    with freeze_into(model, None, kept_by.keep) as plain:
         first = plain.weight.clone()
         kept_by.release()
         assert torch.equal(plain.weight, first)

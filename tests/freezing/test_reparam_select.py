@@ -19,7 +19,7 @@ from sn_export import (
     find_spectral_norm,
     frozen_parametrizations,
 )
-from sn_export.freezing.find import described
+from sn_export.freezing.find import describe_sites
 from sn_export.freezing.info import GROUPS
 
 SELECTIONS: list[tuple[Any, set[str]]] = [
@@ -50,7 +50,7 @@ def test_kinds_and_names(only: Any, names: set[str]) -> None:
     model = mixed()
     before = fingerprint(model)
     assert {info.name for info in find_parametrizations(model, only)} == names
-    assert {info.name for info in described(model, only)} == names
+    assert {info.name for info in describe_sites(model, only)} == names
     block = frozen_parametrizations(model, only)
 
     @block
@@ -74,7 +74,7 @@ def test_what_fits_nothing(only: Any) -> None:
     there = ", ".join(f"'{name}' ({kind})" for name, kind in KIND_OF.items())
     for call in (
         find_parametrizations,
-        described,
+        describe_sites,
         lambda *a: frozen_parametrizations(*a).__enter__(),
     ):
         with pytest.raises(ValueError) as caught:
@@ -161,11 +161,11 @@ def test_a_chain_is_what_torch_has_in_it() -> None:
 
 
 def test_listings_of_spectral_norm_agree() -> None:
-    """`described` is `find_spectral_norm` without warnings, and takes in the others if asked."""
+    """`describe_sites` is `find_spectral_norm` without warnings; it lists the others if asked."""
     model = mixed()
     infos = find_spectral_norm(model)
-    assert described(model) == infos
-    everything = described(model, None)
+    assert describe_sites(model) == infos
+    everything = describe_sites(model, None)
     assert [info for info in everything if isinstance(info, SpectralNormInfo)] == infos
     others = [info for info in everything if isinstance(info, ParametrizationInfo)]
     assert others == [i for i in find_parametrizations(model) if i.kind != "spectral_norm"]

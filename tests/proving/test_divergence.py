@@ -23,7 +23,7 @@ from sn_export import ParityError, check_parity, export_onnx
 from sn_export.exporting import export as exporting
 from sn_export.proving import parity
 from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
-from sn_export.proving.parity import explained
+from sn_export.proving.parity import locate_divergence
 from sn_export.running.input_set import as_input_sets
 from sn_export.running.preservation import preserved
 from sn_export.running.reference import run_reference
@@ -476,7 +476,7 @@ def test_difference_that_optimisations_make(tmp_path: Path) -> None:
     report = dataclasses.replace(report, outputs=(failed,))
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in as_input_sets(rows())]
-        found = explained(report, model, state, path, references, None, None)
+        found = locate_divergence(report, model, state, path, references, None, None)
     assert found.first_divergent is None
     assert found.divergence is not None
     assert found.divergence.reason.startswith(

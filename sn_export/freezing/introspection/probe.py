@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .frozen_class import torch_base
-from .sandbox import ask
+from .sandbox import compute_in_sandbox
 
 _FUNCTIONS: dict[type[nn.Module], tuple[Callable[..., Any], int]] = {
     # the function that the layer ends in, and the position of the weight
@@ -60,7 +60,7 @@ class Probe:
         None if it cannot be run on the probe alone, or uses no single weight.
         """
         try:
-            return ask(lambda: self._run(raw), [self._module])
+            return compute_in_sandbox(lambda: self._run(raw), [self._module])
         except Exception:
             return None
 

@@ -16,7 +16,7 @@ from ...running import restore_container, without_trace
 T = TypeVar("T")
 
 
-def ask(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
+def compute_in_sandbox(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     """Return ``run()`` with ``modules`` in eval mode and on copies of their tensors.
 
     `sn_export.running.without_trace` swaps buffers for copies. Handwritten spectral norms keep
@@ -52,7 +52,7 @@ def placeholders(module: nn.Module, make: Callable[[], object] = object) -> list
     return [make() for _ in range(max(len(required), variadic))]
 
 
-class Pliant:
+class AbsorbingArgument:
     """An argument whose methods, attributes and products are itself; no function of torch takes it.
 
     A forward that reshapes or scales its input gets past that with it.
@@ -60,10 +60,10 @@ class Pliant:
 
     __iter__ = None  # it would go on for ever
 
-    def _itself(self, *_: object, **__: object) -> Pliant:
+    def _itself(self, *_: object, **__: object) -> AbsorbingArgument:
         return self
 
-    def __getattr__(self, name: str) -> Pliant:
+    def __getattr__(self, name: str) -> AbsorbingArgument:
         """Return itself, but no protocol, such as that of tensor subclasses."""
         if name.startswith("__"):
             raise AttributeError(name)
@@ -73,7 +73,7 @@ class Pliant:
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __neg__ = _itself
 
 
-class Agreeable(Pliant):
+class AlwaysEqualArgument(AbsorbingArgument):
     """An argument that is equal to whatever a hook asserts of it."""
 
     __hash__ = None  # type: ignore[assignment]

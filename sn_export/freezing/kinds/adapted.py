@@ -14,7 +14,7 @@ from ...text import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..edits import Edits
 from ..info import SpectralNormInfo
-from ..introspection.sandbox import ask
+from ..introspection.sandbox import compute_in_sandbox
 from ..site import Site
 
 T = TypeVar("T")
@@ -47,7 +47,9 @@ class AdaptedSite(Site):
         """Ask the adapter, on copies."""
         value = self._call(
             "value",
-            lambda: ask(lambda: self.adapter.value(self.owner, self.told), self.owner.modules()),
+            lambda: compute_in_sandbox(
+                lambda: self.adapter.value(self.owner, self.told), self.owner.modules()
+            ),
         )
         if not isinstance(value, Tensor):
             raise self._error(f"value returned {type(value).__name__}, not a tensor")

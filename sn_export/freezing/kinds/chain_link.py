@@ -11,7 +11,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...running import without_trace
-from ..introspection.sandbox import ask
+from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.singular_vectors import (
     NORMS,
     fits,
@@ -65,7 +65,7 @@ def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
 
 
 def _divides(link: nn.Module, weight: Tensor) -> bool:
-    value = ask(lambda: link(weight), link.modules())
+    value = compute_in_sandbox(lambda: link(weight), link.modules())
     if not isinstance(value, Tensor) or value.shape != weight.shape:
         return False
     return is_multiple(weight, value) or (weight.ndim == 3 and all(map(is_multiple, weight, value)))
@@ -92,7 +92,7 @@ def asked_sigma(link: nn.Module, weight: Tensor) -> float:
     """Return what ``link`` divides ``weight`` by in eval mode; NaN if it does something else."""
     if weight.is_meta:
         return math.nan
-    value = ask(lambda: link(weight), link.modules())
+    value = compute_in_sandbox(lambda: link(weight), link.modules())
     if not isinstance(value, Tensor) or value.shape != weight.shape or value.dtype != weight.dtype:
         return math.nan
     with torch.no_grad():

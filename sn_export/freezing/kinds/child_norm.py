@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from ..edits import Edits
 from ..introspection.frozen_class import frozen_class
 from ..introspection.probe import Probe
-from ..introspection.sandbox import Pliant, ask, placeholders
+from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     NORMS,
     fits,
@@ -113,7 +113,7 @@ def _ask(module: nn.Module, code: Code, raw: str, child: str, helper: nn.Module)
         helper.__dict__["forward"] = listening
         helper.__dict__["_compiled_call_impl"] = None
         probe = Probe.of(module)
-        inputs = placeholders(module, Pliant) if probe is None else [probe.example()]
+        inputs = placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]
         with contextlib.suppress(Exception):
             module.forward(*inputs)
         weight = module._parameters[raw]
@@ -123,4 +123,4 @@ def _ask(module: nn.Module, code: Code, raw: str, child: str, helper: nn.Module)
         is_one = isinstance(first, Tensor) and all(torch.equal(first, other) for other in others)
         return first.clone() if is_one else None
 
-    return ask(run, [module, *helper.modules()])
+    return compute_in_sandbox(run, [module, *helper.modules()])

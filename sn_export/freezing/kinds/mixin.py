@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ..edits import Edits
 from ..introspection.frozen_class import Override, frozen_class
 from ..introspection.probe import Probe
-from ..introspection.sandbox import Pliant, ask, placeholders
+from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     NORMS,
     SINGULAR_VALUES,
@@ -185,16 +185,18 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
 
     def run() -> Tensor | None:
         with contextlib.suppress(Exception), _listening(module, member, values):
-            module.forward(*placeholders(module, Pliant))  # it ends where it needs an input
+            module.forward(
+                *placeholders(module, AbsorbingArgument)
+            )  # it ends where it needs an input
         return _weight_in(values[:1], module, raw)
 
-    first = ask(run, [module])
+    first = compute_in_sandbox(run, [module])
     return first if all(_is_equal(first, value) for value in values) else None
 
 
 @contextlib.contextmanager
 def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator[None]:
-    """Collect what ``member`` returns; to be used on copies, inside `ask`."""
+    """Collect what ``member`` returns; to be used on copies, inside `compute_in_sandbox`."""
 
     def noted(value: Any) -> Any:
         values.append(value)
@@ -227,13 +229,13 @@ def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
         return _weight_in([value], module, raw)
 
     try:
-        return ask(run, [module])
+        return compute_in_sandbox(run, [module])
     except Exception:  # it is not what it looked like, or cannot be run
         return None
 
 
 def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
-    """Return a copy, which is to be made inside `ask`: a caller may be in inference mode."""
+    """Return a copy; call it inside `compute_in_sandbox`, as a caller may be in inference mode."""
     shape = module._parameters[raw].shape  # type: ignore[union-attr]
     tensors = [v for v in values if isinstance(v, Tensor) and v.shape == shape]
     return tensors[0].clone() if tensors else None
@@ -254,7 +256,7 @@ def _updates(
 
     def returns_nothing(name: str) -> bool:
         try:
-            return ask(lambda: getattr(module, name)(), [module]) is None
+            return compute_in_sandbox(lambda: getattr(module, name)(), [module]) is None
         except Exception:
             return False
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...running import same_bits
 from ..edits import Edits
-from ..introspection.sandbox import Agreeable, ask, copied_attributes
+from ..introspection.sandbox import AlwaysEqualArgument, compute_in_sandbox, copied_attributes
 from ..introspection.singular_vectors import is_multiple, is_named_as_vector, missing_weights
 from ..introspection.source_code import mentioned, names_in
 from ..site import plan_registration
@@ -88,7 +88,7 @@ def _ask(module: nn.Module, tensor: str, key: int) -> Tensor | None:
     if value is not None or not hasattr(hook, "compute_weight"):
         return value
     # One that asserts the shape of its input; should it do more with that, the two differ.
-    value = _answer(module, hook, lambda: run(Agreeable()))
+    value = _answer(module, hook, lambda: run(AlwaysEqualArgument()))
     alone = _answer(module, hook, lambda: hook.compute_weight(module, do_power_iteration=False))
     return value if value is not None and alone is not None and same_bits(value, alone) else None
 
@@ -98,8 +98,8 @@ def _answer(module: nn.Module, hook: Any, run: Callable[[], Tensor | None]) -> T
     modules = [module, owner] if isinstance(owner, nn.Module) and owner is not module else [module]
     try:
         if isinstance(owner, nn.Module):
-            return ask(run, modules)
+            return compute_in_sandbox(run, modules)
         with copied_attributes(owner):
-            return ask(run, modules)
+            return compute_in_sandbox(run, modules)
     except Exception:  # another hook, which wanted an input
         return None

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ...text import qualified
 from ..edits import Edits
 from ..introspection.frozen_class import How, Override, frozen_class
-from ..introspection.sandbox import ask, placeholders
+from ..introspection.sandbox import compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     MissingWeight,
     fits,
@@ -128,7 +128,7 @@ class _Call:
 
 def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSite | None:
     try:
-        call = ask(lambda: _run(wrapper, layer), [wrapper, layer.module])
+        call = compute_in_sandbox(lambda: _run(wrapper, layer), [wrapper, layer.module])
     except Exception:  # it is not what it looked like
         return None
     overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
@@ -201,6 +201,6 @@ def _value_after(wrapper: nn.Module, layer: _Layer, setters: Sequence[Member]) -
         return value.detach().clone()
 
     try:
-        return ask(run, [wrapper, layer.module])
+        return compute_in_sandbox(run, [wrapper, layer.module])
     except Exception:
         return None
