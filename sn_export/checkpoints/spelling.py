@@ -88,7 +88,8 @@ def respell(
     }
     for key in tensors:
         if key in early:
-            entries.update(spelled.pop(early[key]))
+            # Already there where the raw weight stands before the bias, as in a sorted file.
+            entries.update(spelled.pop(early[key], {}))
         if key in spelled:
             entries.update(spelled.pop(key))
         elif key not in gone:

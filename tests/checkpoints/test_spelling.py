@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from cli_networks import APPLY, Critic, Kind, Lstm, Tokens, before_v, prefixed, trained
+from cli_networks import (
+    APPLY,
+    Critic,
+    Kind,
+    Lstm,
+    Tokens,
+    before_v,
+    prefixed,
+    trained,
+    trained_critic,
+)
+from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from sn_export.checkpoints.content import StateDict
@@ -22,6 +34,8 @@ NETWORKS: dict[str, tuple[Callable[[Kind], nn.Module], Callable[[], Tensor]]] = 
     "lstm": (Lstm, lambda: torch.randn(3, 2, 4)),
     "tokens": (Tokens, lambda: torch.randint(0, 7, (4, 5))),
 }
+
+_TRAINED = {kind: trained_critic(kind).state_dict() for kind in KINDS}
 
 
 def _state(state: dict[str, Any]) -> StateDict:
@@ -54,6 +68,20 @@ def test_outputs_are_equal_bit_for_bit(kind: Kind, to: Kind, name: str, dtype: t
     other = build(to).to(dtype).eval()
     other.load_state_dict(_respelled(model.state_dict(), to))
     assert torch.equal(other(x), model(x))
+
+
+@given(order=st.randoms(use_true_random=False), kind=st.sampled_from(KINDS))
+@settings(max_examples=25, deadline=None)
+def test_the_order_of_keys_does_not_matter(order: random.Random, kind: Kind) -> None:
+    """Keys in any order give the same values, as a sorted file or a late bias has them."""
+    state = _TRAINED[kind]
+    names = list(state)
+    order.shuffle(names)
+    shuffled = {name: state[name] for name in names}
+    for to in SPELLINGS:
+        result, wanted = _respelled(shuffled, to), _respelled(state, to)
+        assert result.keys() == wanted.keys()
+        assert all(torch.equal(value, wanted[name]) for name, value in result.items())
 
 
 @pytest.mark.parametrize("to", SPELLINGS)
