@@ -3,7 +3,14 @@
 from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
 from .input_set import InputSet, as_input_sets, as_kwargs, random_like, random_sets, require_seen
 from .nested import distinct, output_names, paths_of_tensors, tensor_leaves
-from .preservation import Guarded, Preserved, preserved, restore_container, without_trace
+from .preservation import (
+    Guarded,
+    Preserved,
+    preserved,
+    restore_container,
+    undo_on_exit,
+    without_trace,
+)
 from .reference import Reference, run_reference
 from .shared_memory import same_bits
 from .tensor_layouts import are_large, dense_parts, is_dense, is_large
@@ -36,6 +43,7 @@ __all__ = [
     "run_reference",
     "same_bits",
     "tensor_leaves",
+    "undo_on_exit",
     "unwrapped",
     "without_trace",
 ]

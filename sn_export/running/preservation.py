@@ -25,6 +25,29 @@ T = TypeVar("T")
 
 
 @contextmanager
+def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
+    """Call ``undo`` when the with-block is left, whatever leaves it, even an interrupt.
+
+    Ctrl-C raises a KeyboardInterrupt at any instruction, so also halfway through ``undo``. Then
+    ``undo`` is called a second time before the interrupt goes on its way: the block is undone as
+    a whole, and the interrupt is not lost. Without an interrupt the second call finds nothing to
+    do. A ``finally`` within the ``finally`` of the first call would leave one instruction between
+    the two unguarded; nested ``try`` statements leave none.
+
+    Args:
+        undo: may be repeated, from any point where it was stopped and after it has succeeded.
+            What it needs is remembered before the block is entered.
+    """
+    try:
+        try:
+            yield
+        finally:
+            undo()
+    finally:
+        undo()
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
     """Put back the global random states of torch (all devices), numpy and python."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -34,14 +57,8 @@ def preserved_rng() -> Iterator[None]:
         np.random.set_state(numpy_state)
 
     devices = list(range(torch.cuda.device_count())) if _cuda_is_used() else []
-    with torch.random.fork_rng(devices=devices):
-        try:  # twice: an interrupt may stop the first
-            try:
-                yield
-            finally:
-                restore()
-        finally:
-            restore()
+    with torch.random.fork_rng(devices=devices), undo_on_exit(restore):
+        yield
 
 
 class Preserved:
@@ -237,15 +254,10 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
     with preserved_rng():
         state = Preserved(model.modules(), belongings=True)
-        try:  # twice: an interrupt may stop the first
-            try:
-                state.guard_parameters()
-                state.begin()
-                yield state
-            finally:
-                state.restore()
-        finally:
-            state.restore()
+        with undo_on_exit(state.restore):
+            state.guard_parameters()
+            state.begin()
+            yield state
 
 
 def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters: bool = True) -> T:
@@ -258,16 +270,11 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
     """
     with preserved_rng():
         state = Preserved(modules, belongings=True)
-        try:  # twice: an interrupt may stop the first
-            try:
-                if parameters:
-                    state.guard_parameters()
-                state.begin()
-                return run()
-            finally:
-                state.restore()
-        finally:
-            state.restore()
+        with undo_on_exit(state.restore):
+            if parameters:
+                state.guard_parameters()
+            state.begin()
+            return run()
 
 
 def _cuda_is_used() -> bool:
