@@ -8,6 +8,7 @@ import os
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,12 +19,10 @@ from ..files import publish, workspace
 from ..freezing import describe_sites, freeze_into, require_module, with_exact_sigma
 from ..proving import (
     Proof,
+    ProofSettings,
     Resizer,
     coarsest_of,
     references_beyond,
-    require_proof_dtype,
-    require_providers,
-    require_tolerances,
     resized_references,
     write_case,
 )
@@ -186,9 +185,7 @@ def export_onnx(
     exporters = require_options(exporter, external_data, freeze)
     samples = require_samples(samples)
     opset_version = require_opset(opset_version)
-    rtol, atol = require_tolerances(rtol, atol)
-    require_providers(providers)
-    require_proof_dtype(proof_dtype)
+    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
     require_metadata(metadata)
     case = require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
@@ -209,7 +206,7 @@ def export_onnx(
         first = run_reference(model, state, example)
         state.settle()
         outputs = names_of_outputs(model, first.paths, output_names, list(names.values()))
-        require_tolerances(rtol, atol, outputs)
+        settings = replace(settings.checked(outputs), input_names=names)
         opset_version = opset_version or default_opset(coarsest_of(model, [first]))
         _logger.info("running the reference")
         references = [first]
@@ -224,13 +221,9 @@ def export_onnx(
             model=model,
             state=state,
             references=references,
-            input_names=names,
             dims=dims,
-            providers=providers,
-            rtol=rtol,
-            atol=atol,
+            settings=settings,
             per_module=per_module,
-            proof_dtype=proof_dtype,
             keeps_case=case is not None,
         )
         other = next((e for e in EXPORTERS if e not in exporters), None)

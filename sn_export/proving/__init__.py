@@ -6,14 +6,14 @@ from .dynamic_sizes import Resizer, resized_references
 from .external_data import save, weight_bytes
 from .module_scopes import using_modules
 from .module_trace import type_name
-from .parity import check_parity, coarsest_of, require_proof_dtype
+from .parity import check_parity, coarsest_of
 from .proof import Proof, differs
-from .session import require_providers
-from .tolerances import require_tolerances
+from .settings import ProofSettings
 from .traced_ranges import references_beyond
 
 __all__ = [
     "Proof",
+    "ProofSettings",
     "Resizer",
     "check_case",
     "check_parity",
@@ -21,9 +21,6 @@ __all__ = [
     "differs",
     "opened_case",
     "references_beyond",
-    "require_proof_dtype",
-    "require_providers",
-    "require_tolerances",
     "resized_references",
     "save",
     "type_name",

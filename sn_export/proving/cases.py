@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,16 +16,10 @@ from ..running import Reference
 from ..text import dtype_name
 from .case_file import Case, opened_case
 from .float32 import as_float32
-from .parity import (
-    add_results,
-    coarsest_of,
-    proof_session,
-    require_proof_dtype,
-    results,
-    running_errors,
-)
+from .parity import add_results, coarsest_of, proof_session, results, running_errors
 from .session import DEFAULT_PROVIDERS, named_inputs
-from .tolerances import require_tolerances, resolve_tolerance, tolerance_of
+from .settings import ProofSettings
+from .tolerances import resolve_tolerance
 
 
 def check_case(
@@ -63,25 +58,25 @@ def check_case(
         ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
             are not those of the case.
     """
-    rtol, atol = require_tolerances(rtol, atol)
-    require_proof_dtype(proof_dtype)
+    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
     path, saved = as_path(onnx_path, "onnx_path"), as_path(case_path, "case_path")
     for kind, file in (("ONNX file", path), ("case", saved)):
         if not file.is_file():
             raise FileNotFoundError(f"no {kind} at '{file}'")
     with opened_case(saved) as (case, sets):
-        proof_dtype = proof_dtype or case.proof_dtype
-        session = proof_session(path, providers, proof_dtype)
+        settings = replace(
+            settings,
+            rtol=_by_position(case.rtol) if settings.rtol is None else settings.rtol,
+            atol=_by_position(case.atol) if settings.atol is None else settings.atol,
+            proof_dtype=proof_dtype or case.proof_dtype,
+        )
+        session = proof_session(path, settings)
         names = [output.name for output in session.get_outputs()]
         if len(names) != len(case.outputs):
             raise ExportError(
                 f"the file has {len(names)} outputs, the case '{saved.name}' {len(case.outputs)}"
             )
-        running = running_errors(
-            names,
-            _by_position(case.rtol) if rtol is None else rtol,
-            _by_position(case.atol) if atol is None else atol,
-        )
+        running = running_errors(names, settings)
         wanted = [entry.name for entry in session.get_inputs()]
         if len(wanted) != len(case.inputs):
             raise ExportError(
@@ -89,25 +84,19 @@ def check_case(
             )
         known = case.inputs if set(wanted) == set(case.inputs) else wanted
         for label, inputs, outputs in sets:
-            given = map(as_float32, inputs) if proof_dtype else inputs
+            given = map(as_float32, inputs) if settings.proof_dtype else inputs
             feed = dict(zip(known, given, strict=True))
-            add_results(running, session, feed, label, outputs, proof_dtype)
+            add_results(running, session, feed, label, outputs, settings.proof_dtype)
     return ParityReport(
         results(running),
         len(case.sets),
         tuple(session.get_providers()),
-        proof_dtype=proof_dtype,
+        proof_dtype=settings.proof_dtype,
     )
 
 
 def case_of(
-    model: nn.Module,
-    session: Any,
-    references: Sequence[Reference],
-    rtol: Tolerance,
-    atol: Tolerance,
-    input_names: Mapping[str, str] | None,
-    proof_dtype: ProofDtype | None = None,
+    model: nn.Module, session: Any, references: Sequence[Reference], settings: ProofSettings
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
     coarsest = coarsest_of(model, references)
@@ -115,20 +104,20 @@ def case_of(
     outputs = tuple(entry.name for entry in session.get_outputs())
     sets = []
     for reference in references:
-        feed = named_inputs(model, session, reference.inputs, input_names)
+        feed = named_inputs(model, session, reference.inputs, settings.input_names)
         sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
     return Case(
         inputs,
         outputs,
-        tuple(_saved(rtol, 0, i, name, references, coarsest) for i, name in enumerate(outputs)),
-        tuple(_saved(atol, 1, i, name, references, coarsest) for i, name in enumerate(outputs)),
+        tuple(_saved(settings, 0, i, name, references, coarsest) for i, name in enumerate(outputs)),
+        tuple(_saved(settings, 1, i, name, references, coarsest) for i, name in enumerate(outputs)),
         sets,
-        proof_dtype,
+        settings.proof_dtype,
     )
 
 
 def _saved(
-    tolerance: Tolerance,
+    settings: ProofSettings,
     which: int,
     position: int,
     name: str,
@@ -136,7 +125,7 @@ def _saved(
     coarsest: str | None,
 ) -> float | None:
     """Return rtol (0) or atol (1) of an output as the case has it; None for its dtype's default."""
-    given = tolerance_of(tolerance, position, name)
+    given = settings.tolerances_of(position, name)[which]
     outputs = [reference.outputs[position] for reference in references]
     if given is not None or coarsest in (None, dtype_name(outputs[0])):
         return given

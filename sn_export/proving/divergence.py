@@ -6,7 +6,7 @@ on the other, for one input set. It holds every activation of that input set, on
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from .module_errors import ModuleCall, Strictness, compare_calls, compare_whole,
 from .module_scopes import module_values
 from .module_trace import first_random, trace, trace_inputs, type_name
 from .session import named_inputs, open_session, run_session
+from .settings import ProofSettings
 
 _SHOWN = 4  # how many modules a finding names
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
@@ -34,8 +35,7 @@ def locate(
     path: Path,
     inputs: InputSet,
     strictness: Strictness,
-    providers: Sequence[str],
-    input_names: Mapping[str, str] | None = None,
+    settings: ProofSettings,
     failed: bool = True,
 ) -> Divergence:
     """Compare every module's output on ``inputs``, and say where the file and the model part.
@@ -46,8 +46,7 @@ def locate(
         path: the file.
         inputs: the input set.
         strictness: the tolerances for all modules.
-        providers: onnxruntime execution providers.
-        input_names: as for `named_inputs`.
+        settings: how the file is run.
         failed: whether the outputs are known to differ.
     """
     try:
@@ -58,8 +57,8 @@ def locate(
     named = module_values(model, file, {call.module for call in calls})
     outputs = [output.name for output in file.graph.output]
     try:
-        session = open_session(path, providers, _with_all_values(file))
-        feed = named_inputs(model, session, inputs, input_names)
+        session = open_session(path, settings.providers, _with_all_values(file))
+        feed = named_inputs(model, session, inputs, settings.input_names)
         names = _made_values(file)
         tensors = run_session(session, feed, inputs.label, [*names, *outputs])
     except (ExportError, ValueError, EncodeError, MemoryError) as error:

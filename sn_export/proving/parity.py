@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,12 @@ from ..files import as_path
 from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrapped
 from .divergence import locate
-from .float32 import PROOF_DTYPES, comparable, float32_inputs, write_float32
+from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
-from .tolerances import coarsest_dtype, require_tolerances, tolerance_of
+from .settings import ProofSettings
+from .tolerances import coarsest_dtype
 
 
 def check_parity(
@@ -71,56 +72,46 @@ def check_parity(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     model = unwrapped(model)
-    rtol, atol = require_tolerances(rtol, atol)
-    require_proof_dtype(proof_dtype)
+    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
-    session = proof_session(path, providers, proof_dtype)
+    session = proof_session(path, settings)
     sets = as_input_sets(inputs, arity=len(session.get_inputs()))
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in sets]
-        report = compare(model, session, references, rtol, atol, None, proof_dtype)
+        report = compare(model, session, references, settings)
         if per_module or not report.passed:
-            report = locate_divergence(report, model, state, path, references, rtol, atol)
+            report = locate_divergence(report, model, state, path, references, settings)
     return report
 
 
-def require_proof_dtype(proof_dtype: object) -> None:
-    """Raise a ValueError for a dtype in which no proof can be made."""
-    if proof_dtype not in PROOF_DTYPES:
-        raise ValueError(f"proof_dtype must be None or 'float32', got {proof_dtype!r}")
-
-
-def proof_session(path: Path, providers: Sequence[str], proof_dtype: ProofDtype | None) -> Any:
-    """Return a session with the file, or with a copy of it in ``proof_dtype``.
+def proof_session(path: Path, settings: ProofSettings) -> Any:
+    """Return a session with the file, or with a copy of it in the dtype of the proof.
 
     Raises:
         ExportError: if onnxruntime cannot load it.
     """
-    if proof_dtype is None:
-        return open_session(path, providers)
+    if settings.proof_dtype is None:
+        return open_session(path, settings.providers)
     with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
         copied = Path(folder) / path.name
         write_float32(path, copied)
-        return open_session(copied, providers, at_once=True)  # it is gone when that runs
+        return open_session(copied, settings.providers, at_once=True)  # it is gone when that runs
 
 
 def compare(
     model: nn.Module,
     session: Any,
     references: Sequence[Reference],
-    rtol: Tolerance,
-    atol: Tolerance,
-    input_names: Mapping[str, str] | None = None,
-    proof_dtype: ProofDtype | None = None,
+    settings: ProofSettings,
 ) -> ParityReport:
     """Run every reference's inputs through ``session`` and compare the outputs.
 
-    The file's inputs are matched as by `named_inputs`. With ``proof_dtype`` the session is with
-    a copy of the file in that dtype.
+    The file's inputs are matched as by `named_inputs`. The session is that of `proof_session` with
+    the same settings.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
@@ -128,10 +119,11 @@ def compare(
             outputs differs.
     """
     names = [output.name for output in session.get_outputs()]
-    running = running_errors(names, rtol, atol, coarsest_of(model, references))
+    running = running_errors(names, settings, coarsest_of(model, references))
+    proof_dtype = settings.proof_dtype
     for reference in references:
         inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
-        feed = named_inputs(model, session, inputs, input_names)
+        feed = named_inputs(model, session, inputs, settings.input_names)
         add_results(running, session, feed, inputs.label, reference.outputs, proof_dtype)
     providers = tuple(session.get_providers())
     return ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
@@ -144,16 +136,16 @@ def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None
 
 
 def running_errors(
-    names: Sequence[str], rtol: Tolerance, atol: Tolerance, coarsest: str | None = None
+    names: Sequence[str], settings: ProofSettings, coarsest: str | None = None
 ) -> list[RunningErrors]:
     """Return an empty record of errors for each output of the file.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
     """
-    require_tolerances(rtol, atol, names)
+    settings = settings.checked(names)
     return [
-        RunningErrors(name, tolerance_of(rtol, i, name), tolerance_of(atol, i, name), coarsest)
+        RunningErrors(name, *settings.tolerances_of(i, name), coarsest)
         for i, name in enumerate(names)
     ]
 
@@ -195,9 +187,7 @@ def locate_divergence(
     state: Preserved,
     path: Path,
     references: Sequence[Reference],
-    rtol: Tolerance,
-    atol: Tolerance,
-    input_names: Mapping[str, str] | None = None,
+    settings: ProofSettings,
 ) -> ParityReport:
     """Return the report with the comparison module by module.
 
@@ -214,15 +204,11 @@ def locate_divergence(
     )
     strictness = Strictness.of(
         chosen.outputs[position],
-        tolerance_of(rtol, position, output.name),
-        tolerance_of(atol, position, output.name),
+        *settings.tolerances_of(position, output.name),
         coarsest_of(model, references),
     )
-    providers = report.providers
     try:
-        divergence = locate(
-            model, state, path, chosen.inputs, strictness, providers, input_names, bool(failed)
-        )
+        divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))
     except Exception as error:  # what cannot be told must not hide what is known
         reason = f"cannot tell where: {type(error).__name__}: {error}"
         divergence = Divergence((), None, reason, sample=chosen.inputs.label)

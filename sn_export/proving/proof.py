@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..results import ParityReport, ProofDtype, Tolerance
+from ..results import ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
@@ -24,6 +24,7 @@ from .dynamic_sizes import (
     sizes_of,
 )
 from .parity import compare, locate_divergence, proof_session
+from .settings import ProofSettings
 
 _logger = logging.getLogger("sn_export")
 _SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma
@@ -44,26 +45,18 @@ class Proof:
         model: the unfrozen model.
         state: what puts it back after a forward pass.
         references: what it said, for each input set.
-        input_names: what a file calls its inputs, by their names in the forward's signature.
         dims: the dimensions that may vary.
-        providers: onnxruntime execution providers.
-        rtol: relative tolerance.
-        atol: absolute tolerance.
+        settings: how files are run and held against the model.
         per_module: whether modules are compared though all outputs pass.
-        proof_dtype: dtype of the copy that is run in the place of the file.
         keeps_case: whether inputs and outputs are kept.
     """
 
     model: nn.Module
     state: Preserved
     references: Sequence[Reference]
-    input_names: Mapping[str, str]
     dims: Sequence[DynamicDim]
-    providers: Sequence[str]
-    rtol: Tolerance
-    atol: Tolerance
+    settings: ProofSettings
     per_module: bool
-    proof_dtype: ProofDtype | None
     keeps_case: bool
 
     def of(self, draft: Path, maker: str) -> Proved:
@@ -79,19 +72,13 @@ class Proof:
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
-        session = proof_session(draft, self.providers, self.proof_dtype)
+        session = proof_session(draft, self.settings)
         shapes = self._shapes(session)
         require_dynamic(shapes, self.dims)
         runnable = self._runnable(shapes)
-        tolerances = self.rtol, self.atol
-        names = self.input_names
-        parity = compare(self.model, session, runnable, *tolerances, names, self.proof_dtype)
+        parity = compare(self.model, session, runnable, self.settings)
         keeps = self.keeps_case and parity.passed
-        case = (
-            case_of(self.model, session, runnable, *tolerances, names, self.proof_dtype)
-            if keeps
-            else None
-        )
+        case = case_of(self.model, session, runnable, self.settings) if keeps else None
         if parity.passed:
             declared = [(entry.name, entry.shape) for entry in session.get_outputs()]
             for reference in runnable:
@@ -100,7 +87,7 @@ class Proof:
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")
             parity = locate_divergence(
-                parity, self.model, self.state, draft, runnable, *tolerances, names
+                parity, self.model, self.state, draft, runnable, self.settings
             )
         parity.require_passed(f"the file made by {maker}")
         return Proved(parity, case)
@@ -130,7 +117,8 @@ class Proof:
 
     def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
         shapes = {entry.name: entry.shape for entry in session.get_inputs()}
-        return {name: shapes[file] for name, file in self.input_names.items() if file in shapes}
+        names = self.settings.input_names or {}
+        return {name: shapes[file] for name, file in names.items() if file in shapes}
 
 
 def differs(proof: Proof, within: AbstractContextManager[Any], reference: Reference) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 
 from sn_export import ParityError, check_parity, export_onnx
 from sn_export.exporting import export as exporting
-from sn_export.proving import parity
+from sn_export.proving import ProofSettings, parity
 from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
 from sn_export.proving.parity import locate_divergence
 from sn_export.running.input_set import as_input_sets
@@ -476,7 +476,7 @@ def test_difference_that_optimisations_make(tmp_path: Path) -> None:
     report = dataclasses.replace(report, outputs=(failed,))
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in as_input_sets(rows())]
-        found = locate_divergence(report, model, state, path, references, None, None)
+        found = locate_divergence(report, model, state, path, references, ProofSettings())
     assert found.first_divergent is None
     assert found.divergence is not None
     assert found.divergence.reason.startswith(
