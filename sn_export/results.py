@@ -6,13 +6,13 @@ import dataclasses
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import SnExportError
 from .freezing import ParametrizationInfo, SpectralNormInfo
-from .text import plain
+from .text import to_json_values
 
 # One number for every output, or numbers by the name (str) or position (int) of an output.
 Tolerance = float | Mapping[Any, float] | None
@@ -192,8 +192,8 @@ class ParityReport:
         return self.divergence.first if self.divergence else None
 
     def content(self) -> dict[str, Any]:
-        """Return the report as dicts and lists, with what the properties say."""
-        content = asdict(self)
+        """Return what the JSON of the report holds: its fields, and what the properties say."""
+        content: dict[str, Any] = to_json_values(self)
         divergence = content.pop("divergence")
         content["passed"] = self.passed
         content["modules"] = divergence.pop("modules") if divergence else []
@@ -320,17 +320,30 @@ class ExportReport:
         """
         return self.onnx_program.exported_program if self.onnx_program is not None else None
 
+    def __str__(self) -> str:
+        """Return the verdict, what made the file, and a line for each output."""
+        tensors = f"{len(self.frozen)} tensor{'' if len(self.frozen) == 1 else 's'} frozen"
+        made = f"opset {self.opset}, {self.exporter}, {tensors}"
+        if self.parity.passed:
+            return f"proved: {self.path} ({made})\n{self.parity}"
+        return f"not proved, so '{self.path}' was not written ({made})\n{self.parity}"
+
+    def content(self) -> dict[str, Any]:
+        """Return what the JSON of the report holds; ``onnx_program`` is left out."""
+        content = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
+        del content["onnx_program"]
+        content["parity"] = self.parity.content()
+        if not self.parity.passed:
+            content["path"] = None
+        return {"schema": REPORT_SCHEMA, **to_json_values(content)}
+
     def to_json(self, indent: int | None = 2) -> str:
         """Return the report as JSON text; NaN and infinities become null and strings.
 
         ``sn_export/reporting/report.schema.json`` describes it; ``"schema"`` is the version of
         that. ``"path"`` is null where no file was published.
         """
-        names = [entry.name for entry in dataclasses.fields(self) if entry.name != "onnx_program"]
-        content = {"schema": REPORT_SCHEMA, **{name: getattr(self, name) for name in names}}
-        if not self.parity.passed:
-            content["path"] = None
-        return json.dumps(plain(content), indent=indent, allow_nan=False)
+        return json.dumps(self.content(), indent=indent, allow_nan=False)
 
     def save(self, path: str | os.PathLike[str], *, command: str = "") -> Path:
         """Write the report as ``.json``, ``.html`` or ``.md``; see `sn_export.reporting`."""

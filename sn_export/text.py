@@ -46,32 +46,25 @@ def without_frames(text: str) -> str:
     return _FRAMES.split(text, maxsplit=1)[0]
 
 
-def plain(value: Any) -> Any:
-    """Return ``value`` as JSON holds it: NaN becomes None, infinities become texts.
+def to_json_values(value: Any) -> Any:
+    """Return ``value`` as JSON can hold it.
 
-    Dataclasses become mappings of their fields; a comparison says itself what its JSON holds.
+    Dataclasses become mappings of their fields, tuples lists, paths texts, NaN None, and infinities
+    ``"inf"`` and ``"-inf"``::
+
+        to_json_values({"path": Path("a.onnx"), "shape": (2, 3), "max_abs": math.nan})
+        # {"path": "a.onnx", "shape": [2, 3], "max_abs": None}
     """
-    if hasattr(value, "outputs") and hasattr(value, "passed"):  # passed is no field of its own
-        return plain_parity(value)
     if isinstance(value, float) and not math.isfinite(value):
         return None if math.isnan(value) else ("inf" if value > 0 else "-inf")
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {
-            entry.name: plain(getattr(value, entry.name)) for entry in dataclasses.fields(value)
-        }
+        fields = (entry.name for entry in dataclasses.fields(value))
+        return {name: to_json_values(getattr(value, name)) for name in fields}
     if isinstance(value, Mapping):
-        return {str(key): plain(entry) for key, entry in value.items()}
+        return {str(key): to_json_values(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
+        return [to_json_values(entry) for entry in value]
     return fspath(value) if isinstance(value, PathLike) else value
-
-
-def plain_parity(parity: Any) -> dict[str, Any]:
-    """Return what the JSON of an `sn_export.ParityReport` holds."""
-    if hasattr(parity, "content"):
-        return dict(plain(parity.content()))
-    fields = {entry.name: getattr(parity, entry.name) for entry in dataclasses.fields(parity)}
-    return {**plain(fields), "passed": bool(parity.passed)}
 
 
 def plain_integer(value: object) -> int | None:

@@ -16,7 +16,7 @@ from typing import Any
 import typer
 
 from ..errors import SnExportWarning, UsageError
-from ..text import plain, without_frames
+from ..text import to_json_values, without_frames
 
 # Typer keeps click to itself, or depends on it, by version; this class is the same in both.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -58,7 +58,7 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 def as_text(content: Mapping[str, Any]) -> str:
     """Return JSON; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
-    return json.dumps(plain(content), indent=2, allow_nan=False)
+    return json.dumps(to_json_values(content), indent=2, allow_nan=False)
 
 
 @contextlib.contextmanager

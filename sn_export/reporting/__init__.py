@@ -1,10 +1,8 @@
 """Reports to look at: the JSON of a report as one HTML page or as Markdown. It needs no torch."""
 
-from .content import as_content
+from .content import ReportView, as_content, read_report
 from .html import to_html
 from .markdown import to_markdown
-from .reading import read_report
-from .view import ReportView
 from .writing import REPORT_SUFFIXES, file_facts, require_report_path, save_report
 
 __all__ = [

@@ -7,11 +7,13 @@ in percent of the page, y in pixels.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from . import numbers
-from .view import FrozenView, HistogramView, ModuleView, OutputView
+from .content import module_name, tensor_name
+from .numbers import as_number
 
 _LEAST = 0.8  # percent; what is not zero is seen
 _TICKS = 6
@@ -65,6 +67,14 @@ class Column:
 
 
 @dataclass(frozen=True)
+class _Histogram:
+    edges: list[float]
+    counts: list[int]
+    zeros: int
+    not_finite: int
+
+
+@dataclass(frozen=True)
 class Columns:
     """A histogram; ``limit`` is where the absolute tolerance lies, None if outside."""
 
@@ -73,40 +83,46 @@ class Columns:
     limit: float | None
 
 
-def sigma_chart(frozen: Sequence[FrozenView]) -> BarChart | None:
+def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     """Return sigma as stored above the true sigma, on a scale from 0; None without values."""
-    values = [
-        value
+    found = [
+        (tensor_name(entry), as_number(entry["sigma"]), as_number(entry["sigma_exact"]))
         for entry in frozen
-        for value in (entry.sigma, entry.sigma_exact)
-        if value is not None and math.isfinite(value)
+        if "sigma" in entry
     ]
+    values = [value for _, *both in found for value in both if math.isfinite(value)]
     top = max(values, default=0.0)
     if not top > 0:
         return None
     step = _step(top)
     end = math.ceil(top / step - 1e-9) * step
 
-    def bar(value: float | None, name: str, kind: str) -> Bar:
-        is_drawn = value is not None and math.isfinite(value) and value > 0
-        width = max(100 * value / end, _LEAST) if is_drawn and value is not None else 0.0
+    def bar(value: float, name: str, kind: str) -> Bar:
+        is_drawn = math.isfinite(value) and value > 0
+        width = max(100 * value / end, _LEAST) if is_drawn else 0.0
         return Bar(0.0, width, f"{name} {numbers.sigma(value)}", kind)
 
     rows = []
-    for entry in frozen:
-        bars = [bar(entry.sigma, "stored", "stored")]
-        if entry.sigma_exact is not None:
-            bars.append(bar(entry.sigma_exact, "true", "exact"))
-        rows.append(Row(entry.name, tuple(bars)))
+    for name, stored, exact in found:
+        bars = [bar(stored, "stored", "stored")]
+        if not math.isnan(exact):
+            bars.append(bar(exact, "true", "exact"))
+        rows.append(Row(name, tuple(bars)))
     ticks = [Tick(100 * i * step / end, f"{i * step:.6g}") for i in range(1 + round(end / step))]
     return BarChart(tuple(rows), tuple(ticks))
 
 
-def module_chart(modules: Sequence[ModuleView]) -> BarChart | None:
-    """Return the largest absolute error of each module on a scale of decades; None if empty."""
+def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> BarChart | None:
+    """Return the largest absolute error of each module on a scale of decades; None if empty.
+
+    Args:
+        modules: of the JSON, in network order.
+        first: position of the first one outside tolerance.
+    """
     if not modules:
         return None
-    finite = [m.max_abs for m in modules if math.isfinite(m.max_abs) and m.max_abs > 0]
+    errors = [as_number(entry["max_abs"]) for entry in modules]
+    finite = [value for value in errors if math.isfinite(value) and value > 0]
     low = math.floor(math.log10(min(finite, default=1e-9))) - 1
     high = max(low + 2, math.ceil(math.log10(max(finite, default=1e-9))))
 
@@ -117,23 +133,23 @@ def module_chart(modules: Sequence[ModuleView]) -> BarChart | None:
             return 100.0
         return max(100 * (math.log10(value) - low) / (high - low), _LEAST)
 
-    rows = tuple(
-        Row(
-            f"{m.name} · {m.type}",
-            (Bar(0.0, width(m.max_abs), numbers.error(m.max_abs), "value" if m.passed else "bad"),),
-            "✗ first outside" if m.is_first else "" if m.passed else "✗ outside",
-        )
-        for m in modules
-    )
-    return BarChart(rows, tuple(_decades(low, high)))
+    rows = []
+    for i, (entry, value) in enumerate(zip(modules, errors, strict=True)):
+        passed = entry["passed"]
+        bar = Bar(0.0, width(value), numbers.error(value), "value" if passed else "bad")
+        mark = "✗ first outside" if i == first else "" if passed else "✗ outside"
+        rows.append(Row(f"{module_name(entry)} · {entry['type']}", (bar,), mark))
+    return BarChart(tuple(rows), tuple(_decades(low, high)))
 
 
-def histogram_chart(output: OutputView) -> Columns | None:
+def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
     """Return the errors of an output by decade, in columns as high as the count's logarithm."""
-    found = output.histogram
-    if found is None or not (sum(found.counts) or found.zeros or found.not_finite):
+    if output["histogram"] is None:
         return None
-    first, last = _span(found, output.atol)
+    found, atol = _Histogram(**output["histogram"]), as_number(output["atol"])
+    if not (sum(found.counts) or found.zeros or found.not_finite):
+        return None
+    first, last = _span(found, atol)
     ranges = _ranges(found, first, last)
     width = 100 / len(ranges)
     top = math.log10(1 + max(count for _, count, _ in ranges))
@@ -147,10 +163,10 @@ def histogram_chart(output: OutputView) -> Columns | None:
         Tick(start + (i - first) * width, f"{found.edges[i]:.0e}")
         for i in range(first, last + 1, every)
     )
-    return Columns(columns, ticks, _place(output.atol, found, first, last, start, width))
+    return Columns(columns, ticks, _place(atol, found, first, last, start, width))
 
 
-def _ranges(found: HistogramView, first: int, last: int) -> list[tuple[str, int, str]]:
+def _ranges(found: _Histogram, first: int, last: int) -> list[tuple[str, int, str]]:
     ranges = [("no error", found.zeros, "zero")] if found.zeros else []
     for i in range(first, last):
         text = f"{found.edges[i]:.0e} to {found.edges[i + 1]:.0e}"
@@ -160,7 +176,7 @@ def _ranges(found: HistogramView, first: int, last: int) -> list[tuple[str, int,
     return ranges
 
 
-def _span(found: HistogramView, atol: float) -> tuple[int, int]:
+def _span(found: _Histogram, atol: float) -> tuple[int, int]:
     """Return the edges around the buckets that hold something, and the tolerance."""
     held = [i for i, count in enumerate(found.counts) if count]
     if not held:
@@ -169,12 +185,12 @@ def _span(found: HistogramView, atol: float) -> tuple[int, int]:
     return (min(held), max(held) + 1)
 
 
-def _holds(found: HistogramView, bucket: int, error: float) -> bool:
+def _holds(found: _Histogram, bucket: int, error: float) -> bool:
     return 0 < found.edges[bucket] <= error < found.edges[bucket + 1]
 
 
 def _place(
-    atol: float, found: HistogramView, first: int, last: int, start: float, width: float
+    atol: float, found: _Histogram, first: int, last: int, start: float, width: float
 ) -> float | None:
     for i in range(first, last):
         if _holds(found, i, atol):

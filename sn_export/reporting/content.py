@@ -1,16 +1,29 @@
-"""The content of a report: plain mappings, lists, texts and numbers, as they are in its JSON."""
+"""The content of a report, as its JSON holds it, and the sentences that the pages say of it."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
-from collections.abc import Mapping
-from typing import Any
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
 
-from ..text import plain, plain_parity
+import jinja2
+
+from ..text import qualified, to_json_values
 
 
-def as_content(report: Any) -> dict[str, Any]:
+@runtime_checkable
+class HasContent(Protocol):
+    """What `sn_export.ExportReport` and `sn_export.ParityReport` have in common."""
+
+    def content(self) -> dict[str, Any]:
+        """Return what the JSON of the report holds."""
+
+
+Report = HasContent | Mapping[str, Any]
+
+
+def as_content(report: Report) -> dict[str, Any]:
     """Return what the JSON of a report holds.
 
     Args:
@@ -18,25 +31,150 @@ def as_content(report: Any) -> dict[str, Any]:
             was read from the JSON of one.
 
     Returns:
-        A new mapping with the key ``parity``; NaN is None and infinities are texts.
+        A new mapping with the key ``parity``; NaN is None and infinities are texts. Of a
+        comparison alone ``parity`` is the only key.
 
     Raises:
         TypeError: for anything else.
     """
-    if dataclasses.is_dataclass(report) and not isinstance(report, type):
-        if hasattr(report, "outputs"):  # the comparison alone
-            return {"parity": plain_parity(report)}
-        if hasattr(report, "to_json"):
-            content = json.loads(report.to_json(indent=None))
-            return dict(content)
-    elif isinstance(report, Mapping):
-        content = plain(report)
-        if isinstance(content.get("parity"), dict):
-            return dict(content)
-        if isinstance(content.get("outputs"), list):
-            return {"parity": content}
-        raise TypeError(
-            "report must be the JSON content of a report with the key 'parity' or 'outputs', "
-            f"got the keys {sorted(content)}"
+    if not isinstance(report, (Mapping, HasContent)):
+        raise TypeError(f"report must be a report or its JSON content, got {type(report).__name__}")
+    given = report if isinstance(report, Mapping) else report.content()
+    content: dict[str, Any] = to_json_values(given)
+    if isinstance(content.get("parity"), dict):
+        return content
+    if isinstance(content.get("outputs"), list):
+        return {"parity": content}
+    raise TypeError(
+        "report must be the JSON content of a report with the key 'parity' or 'outputs', "
+        f"got the keys {sorted(content)}"
+    )
+
+
+@dataclass(frozen=True)
+class ReportView:
+    """A report as the pages show it: its content, and what they say of it in words.
+
+    Attributes:
+        content: what the JSON holds, as `as_content` returns it.
+        verdict: whether the file is proved, in one line.
+        details: sentences that say more: why not, where file and model part, notes.
+        facts: pairs of a name and a text about the export.
+        first: position of the first module outside tolerance in ``parity["modules"]``.
+    """
+
+    content: dict[str, Any]
+    verdict: str
+    details: tuple[str, ...]
+    facts: tuple[tuple[str, str], ...]
+    first: int | None
+
+    @property
+    def parity(self) -> dict[str, Any]:
+        """The comparison."""
+        return dict(self.content["parity"])
+
+
+def read_report(report: Report) -> ReportView:
+    """Return the view of a report or of its JSON content.
+
+    Raises:
+        TypeError: for what is no report.
+        ValueError: for the content of a report in which something is missing or of a wrong
+            type.
+    """
+    content = as_content(report)
+    with errors_of_content():
+        parity = content["parity"]
+        return ReportView(
+            content,
+            _verdict(parity),
+            tuple(_details(content, parity)),
+            tuple(_facts(content, parity)),
+            _first_outside(parity),
         )
-    raise TypeError(f"report must be a report or its JSON content, got {type(report).__name__}")
+
+
+@contextlib.contextmanager
+def errors_of_content() -> Iterator[None]:
+    """Turn what goes wrong with content from elsewhere into a ValueError."""
+    try:
+        yield
+    except KeyError as error:
+        raise ValueError(f"this is not the content of a report: no key {error}") from error
+    except (TypeError, ValueError, AttributeError, jinja2.UndefinedError) as error:
+        raise ValueError(f"this is not the content of a report: {error}") from error
+
+
+def module_name(entry: Mapping[str, Any]) -> str:
+    """Return the path of a module, with the number of the call where it was called before."""
+    call = f" (call {entry['call'] + 1})" if entry["call"] else ""
+    return f"{entry['module'] or '(the model)'}{call}"
+
+
+def tensor_name(entry: Mapping[str, Any]) -> str:
+    """Return the qualified name of a frozen tensor."""
+    return qualified(entry["module"], entry["tensor"])
+
+
+def as_text(value: Any) -> str:
+    """Return nested content in one line: ``[{"a": 1}, {"a": 2}]`` is ``a: 1; a: 2``."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key}: {as_text(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        is_simple = not any(isinstance(entry, (Mapping, list)) for entry in value)
+        return (", " if is_simple else "; ").join(as_text(entry) for entry in value)
+    return str(value)
+
+
+def _verdict(parity: Mapping[str, Any]) -> str:
+    outputs: Sequence[Any] = parity["outputs"]
+    sets = parity["samples"]
+    over = f"{sets} input set{'' if sets == 1 else 's'}"
+    if parity["passed"]:
+        all_of_them = f"all {len(outputs)} outputs are"
+        what = {1: "the output is", 2: "both outputs are"}.get(len(outputs), all_of_them)
+        return f"Proved: {what} within tolerance on {over}"
+    if not outputs:
+        return "Not proved: the file has no outputs"
+    bad = sum(not output["passed"] for output in outputs)
+    what = f"{bad} of {len(outputs)} outputs {'is' if bad == 1 else 'are'}"
+    what = "the output is" if len(outputs) == 1 else what
+    return f"Not proved: {what} outside tolerance on {over}"
+
+
+def _details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[str]:
+    for output in parity["outputs"]:
+        if output["reason"]:
+            yield f"{output['name']}: {output['reason']}."
+    if not parity["passed"]:
+        if parity["divergence"]:
+            yield _sentence(parity["divergence"]["reason"])
+        if "path" in content and content["path"] is None:
+            yield "No file was published."
+    yield from content.get("notes", ())
+
+
+def _sentence(text: str) -> str:
+    return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
+
+
+def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    for key, name in {"path": "file", "exporter": "exporter", "opset": "opset"}.items():
+        if content.get(key) is not None:
+            yield name, str(content[key])
+    if content.get("attempts"):
+        yield "tried before" if content.get("path") else "also tried", as_text(content["attempts"])
+    if content.get("folded"):
+        yield "folded", as_text(content["folded"])
+    yield "input sets", str(parity["samples"])
+    yield "onnxruntime providers", ", ".join(parity["providers"])
+    if parity["proof_dtype"]:
+        yield "proved as a copy in", parity["proof_dtype"]
+
+
+def _first_outside(parity: Mapping[str, Any]) -> int | None:
+    for i, entry in enumerate(parity["modules"]):
+        if not entry["passed"] and entry["module"] == parity["first_divergent"]:
+            return i
+    return None

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jinja2
 
-from . import charts, numbers
-from .reading import read_report
+from . import charts, content, numbers
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
 
 
-def to_html(report: Any) -> str:
+def to_html(report: content.Report) -> str:
     """Return a report as one self-contained HTML page.
 
     Args:
@@ -25,18 +23,21 @@ def to_html(report: Any) -> str:
         TypeError: for what is no report.
         ValueError: for JSON content in which something is missing.
     """
-    view = read_report(report)
-    page = _template().render(
-        view=view,
-        fold=_FOLD,
-        sigma_chart=charts.sigma_chart(view.frozen),
-        module_chart=charts.module_chart(view.modules),
-        histograms=[
-            (output, chart)
-            for output in view.outputs
-            if (chart := charts.histogram_chart(output)) is not None
-        ],
-    )
+    view = content.read_report(report)
+    with content.errors_of_content():
+        page = _template().render(
+            view=view,
+            report=view.content,
+            parity=view.parity,
+            fold=_FOLD,
+            sigma_chart=charts.sigma_chart(view.content.get("frozen", ())),
+            module_chart=charts.module_chart(view.parity["modules"], view.first),
+            histograms=[
+                (output, chart)
+                for output in view.parity["outputs"]
+                if (chart := charts.histogram_chart(output)) is not None
+            ],
+        )
     return page.strip() + "\n"
 
 
@@ -56,5 +57,9 @@ def _template() -> jinja2.Template:
         share=numbers.share,
         deviation=numbers.deviation,
         bytes=numbers.size,
+        shape=numbers.shape,
+        text=content.as_text,
+        module_name=content.module_name,
+        tensor_name=content.tensor_name,
     )
     return environment.get_template("report.html")

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 from . import numbers
-from .reading import read_report
-from .view import FrozenView, ModuleView, OutputView, ReportView
+from .content import (
+    Report,
+    ReportView,
+    errors_of_content,
+    module_name,
+    read_report,
+    tensor_name,
+)
 
 _ROWS = 20  # of each table; the HTML report holds all
 _AROUND = 3  # modules before and after the first one outside tolerance
@@ -17,7 +23,7 @@ _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!])")
 _LONGEST = 500  # characters of one text
 
 
-def to_markdown(report: Any) -> str:
+def to_markdown(report: Report) -> str:
     """Return a report as GitHub-flavoured Markdown: the verdict, and tables of bounded length.
 
     Args:
@@ -28,62 +34,59 @@ def to_markdown(report: Any) -> str:
         ValueError: for JSON content in which something is missing.
     """
     view = read_report(report)
-    parts = [
-        f"### {'✅' if view.passed else '❌'} {_text(view.verdict)}",
-        *(_text(sentence) for sentence in view.details),
-        _outputs(view.outputs),
-        _modules(view.modules),
-        _frozen(view.frozen),
-        _made(view),
-    ]
+    with errors_of_content():
+        parts = [
+            f"### {'✅' if view.parity['passed'] else '❌'} {_text(view.verdict)}",
+            *(_text(sentence) for sentence in view.details),
+            _outputs(view.parity["outputs"]),
+            _modules(view.parity["modules"], view.first),
+            _frozen(view.content.get("frozen", ())),
+            _made(view),
+        ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _outputs(outputs: Sequence[OutputView]) -> str:
-    ordered = sorted(outputs, key=lambda output: output.passed)  # failures are not cut off
+def _outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
+    ordered = sorted(outputs, key=lambda output: bool(output["passed"]))  # failures come first
     rows = [
         (
-            _code(o.name),
-            "passed" if o.passed else "**failed**",
-            numbers.error(o.max_abs),
-            numbers.error(o.max_rel),
-            numbers.error(o.mean_abs),
-            f"{numbers.error(o.atol)} + {numbers.error(o.rtol)} · ref",
+            _code(output["name"]),
+            "passed" if output["passed"] else "**failed**",
+            *(numbers.error(output[key]) for key in ("max_abs", "max_rel", "mean_abs")),
+            f"{numbers.error(output['atol'])} + {numbers.error(output['rtol'])} · ref",
         )
-        for o in ordered[:_ROWS]
+        for output in ordered[:_ROWS]
     ]
     head = ("output", "result", "max abs", "max rel", "mean abs", "tolerance")
     return _table(head, rows, len(ordered))
 
 
-def _modules(modules: Sequence[ModuleView]) -> str:
-    first = next((i for i, module in enumerate(modules) if module.is_first), None)
+def _modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> str:
     if first is None:
         return ""
-    around = modules[max(0, first - _AROUND) : first + _AROUND + 1]
+    start = max(0, first - _AROUND)
     rows = [
         (
-            _code(m.name),
-            _code(m.type),
-            numbers.error(m.max_abs),
-            "within" if m.passed else "**first outside**" if m.is_first else "outside",
+            _code(module_name(entry)),
+            _code(entry["type"]),
+            numbers.error(entry["max_abs"]),
+            "within" if entry["passed"] else "**first outside**" if i == first else "outside",
         )
-        for m in around
+        for i, entry in enumerate(modules[start : first + _AROUND + 1], start)
     ]
     head = ("module", "type", "max abs", "tolerance")
     return "Modules around the first to differ, in network order:\n\n" + _table(head, rows)
 
 
-def _frozen(frozen: Sequence[FrozenView]) -> str:
+def _frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
     if not frozen:
         return ""
     rows = [
         (
-            _code(entry.name),
-            entry.kind,
-            entry.shape,
-            numbers.sigma(entry.sigma),
-            numbers.sigma(entry.sigma_exact),
+            _code(tensor_name(entry)),
+            _code(entry["kind"]),
+            numbers.shape(entry["shape"]),
+            *(_sigma(entry.get(key)) for key in ("sigma", "sigma_exact")),
         )
         for entry in frozen[:_ROWS]
     ]
@@ -92,11 +95,18 @@ def _frozen(frozen: Sequence[FrozenView]) -> str:
     return _details(count, _table(head, rows, len(frozen)))
 
 
+def _sigma(value: numbers.Number) -> str:
+    return "–" if value is None else numbers.sigma(value)
+
+
 def _made(view: ReportView) -> str:
-    rows = [(_text(name), _code(text)) for name, text in (*view.facts, *view.versions)]
-    rows += [(f"sha256 of {_code(name)}", _code(digest)) for name, _, digest in view.files]
-    if view.command:
-        rows.append(("command", _code(view.command)))
+    content = view.content
+    facts = [*view.facts, *content.get("versions", {}).items()]
+    rows = [(_text(name), _code(text)) for name, text in facts]
+    for name, facts_of_file in content.get("files", {}).items():
+        rows.append((f"sha256 of {_code(name)}", _code(facts_of_file["sha256"])))
+    if content.get("command"):
+        rows.append(("command", _code(content["command"])))
     return _details("How it was made", _table(("", ""), rows))
 
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from ..files import as_path, require_place, side_file
-from .content import as_content
+from .content import Report, as_content
 from .html import to_html
 from .markdown import to_markdown
 
 REPORT_SUFFIXES = (".json", ".html", ".md")
 
 
-def save_report(report: Any, path: str | os.PathLike[str], *, command: str = "") -> Path:
+def save_report(report: Report, path: str | os.PathLike[str], *, command: str = "") -> Path:
     """Write a report to ``path``: JSON, HTML or Markdown by its suffix.
 
     Size and sha256 of the ONNX file, and of its external data, are added where the report names

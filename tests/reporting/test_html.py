@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,7 @@ from export_models import images, small_net
 from report_contents import LONG, NASTY, content, frozen, module, output
 
 from sn_export import export_onnx
-from sn_export.reporting.content import as_content
-from sn_export.reporting.html import to_html
-from sn_export.reporting.writing import file_facts, save_report
+from sn_export.reporting import as_content, file_facts, save_report, to_html, to_markdown
 
 needs_browser = pytest.mark.skipif(
     BROWSER is None,
@@ -93,37 +92,36 @@ def test_verdict_comes_first() -> None:
     assert "Proved: both outputs are within tolerance on 6 input sets" in good
     assert "Not proved: 1 of 2 outputs is outside tolerance on 6 input sets" in bad
     assert bad.index("49 of 3136 elements") < bad.index("<h2")
-    assert f"The first module to differ is {LONG}." in bad
+    assert f"The first module to differ is &#39;{LONG}&#39; (Conv2d), max_abs 0.02." in bad
 
 
-def test_old_content_is_shown(tmp_path: Path) -> None:
-    """What a report does not hold is left out: no empty part, no made-up number."""
-    old = content()
-    for key in ("files", "metadata", "command"):
-        del old[key]
-    del old["parity"]["modules"], old["parity"]["first_divergent"]
-    for entry in old["parity"]["outputs"]:
-        for key in ("histogram", "median_abs", "p999_abs", "fraction_outside", "worst_got"):
-            del entry[key]
-    for entry in old["frozen"]:
-        del entry["sigma_exact"]
-    page = to_html(old)
-    assert "Modules" not in page and "sha256" not in page and "histogram-" not in page
-    assert "was not computed" in page
+def test_the_comparison_alone() -> None:
+    """A page of a ParityReport has its outputs and no part about a file or frozen layers."""
+    for given in (content()["parity"], {"parity": content()["parity"]}):
+        page = to_html(given)
+        assert "Proved: both" in page and "histogram-" in page
+        assert "sha256" not in page and "Frozen" not in page and "No file was published" not in page
 
 
-@pytest.mark.parametrize("has_own", [True, False])
-def test_divergence_as_a_part_of_its_own(has_own: bool) -> None:
-    """Modules are read beside the finding in words, or with it."""
-    given = content(False)
-    parity = given["parity"]
-    parity["divergence"] = {"reason": "the file parts from the model at its convolution"}
-    if has_own:
-        parity["divergence"]["modules"] = parity.pop("modules")
-        parity["divergence"]["first"] = parity.pop("first_divergent")
-    page = to_html(given)
-    assert "✗ first outside" in page
-    assert "The file parts from the model at its convolution." in page
+def test_modules_that_were_not_compared() -> None:
+    """There is no part about them."""
+    given = content()
+    given["parity"]["modules"] = []
+    assert "Modules" not in to_html(given)
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_sigma_is_shown_where_there_is_one(exact: bool) -> None:
+    """A column that no tensor has a value for is left out."""
+    norm = {name: frozen("a")[name] for name in ("module", "tensor", "shape", "dtype")}
+    weight_norm = {**norm, "kind": "weight_norm", "is_applied": True}
+    page = to_html(content(frozen=[weight_norm]))
+    assert "sigma" not in page.split("<body>")[1]
+    assert "the computed value of 1 tensor under another reparametrization" in page
+    page = to_html(content(frozen=[weight_norm, frozen("b", sigma_exact=1.26 if exact else None)]))
+    assert "W / sigma of 1 tensor," in page
+    assert ("sigma true" in page) is ("deviation" in page) is exact
+    assert page.count("<tr>") == page.count("</tr>")
 
 
 def test_attempts_and_folding_are_told() -> None:
@@ -131,11 +129,11 @@ def test_attempts_and_folding_are_told() -> None:
     page = to_html(
         content(
             attempts=[{"exporter": "dynamo", "error": "no 5-D pixel_shuffle"}],
-            folded=[{"initializer": "body.weight", "nodes": 7}],
+            folded=[{"name": "body.weight", "nodes": 7}],
         )
     )
     assert "exporter: dynamo, error: no 5-D pixel_shuffle" in page
-    assert "initializer: body.weight, nodes: 7" in page
+    assert "name: body.weight, nodes: 7" in page
 
 
 @pytest.mark.parametrize(
@@ -145,10 +143,9 @@ def test_attempts_and_folding_are_told() -> None:
         {"shape": [], "worst_index": [], "atol": 0.0},
         {"histogram": None},
         {"histogram": {"edges": [1e-3, 1e-2], "counts": [0], "zeros": 0, "not_finite": 7}},
-        {"histogram": [[1e-9, 1e-8, 1e-7], [3, 4]]},
         {"atol": 1e9},
     ],
-    ids=["not finite", "scalar", "no histogram", "only NaN", "pair", "wide"],
+    ids=["not finite", "scalar", "no histogram", "only NaN", "wide"],
 )
 def test_unusual_outputs(values: dict[str, Any]) -> None:
     """NaN, infinity, scalars and empty parts do not stop a report of a failure."""
@@ -182,12 +179,14 @@ def test_what_is_no_report(given: Any, message: str) -> None:
         to_html(given)
 
 
-def test_what_is_missing_is_named() -> None:
+@pytest.mark.parametrize("write", [to_html, to_markdown])
+@pytest.mark.parametrize("key", ["max_abs", "reason", "passed"])
+def test_what_is_missing_is_named(key: str, write: Callable[[Any], str]) -> None:
     """Broken content is told by the key that it lacks."""
     given = content()
-    del given["parity"]["outputs"][0]["max_abs"]
-    with pytest.raises(ValueError, match="not the content of a report: no key 'max_abs'"):
-        to_html(given)
+    del given["parity"]["outputs"][0][key]
+    with pytest.raises(ValueError, match=f"not the content of a report: .*'{key}'"):
+        write(given)
 
 
 def test_saving(tmp_path: Path) -> None:

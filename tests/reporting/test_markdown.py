@@ -8,7 +8,7 @@ import pytest
 from markdown_it import MarkdownIt
 from report_contents import LONG, NASTY, content, frozen, module, output
 
-from sn_export.reporting.markdown import to_markdown
+from sn_export.reporting import to_markdown
 
 
 def _html(text: str) -> str:
@@ -23,8 +23,8 @@ def test_passed() -> None:
         "### ✅ Proved: both outputs are within tolerance on 6 input sets\n\n| output |"
     )
     assert "| `logits` | passed | 5.96e-07 | 2.28e-06 | 4.1e-08 | 0.00031 + 0.0001 · ref |" in text
-    assert f"| `{LONG}.weight` | parametrization | 64 × 32 × 3 × 3 | 1.25 | 1.2625 |" in text
-    assert "| `head.weight` | parametrization | 64 × 32 × 3 × 3 | 1.25 | – |" in text
+    assert f"| `{LONG}.weight` | `parametrization` | 64 × 32 × 3 × 3 | 1.25 | 1.2625 |" in text
+    assert "| `head.weight` | `parametrization` | 64 × 32 × 3 × 3 | 1.25 | – |" in text
     assert "| torch | `2.13.0+cpu` |" in text
     assert f"| sha256 of `critic.onnx` | `{'9f86d081' * 8}` |" in text
     assert "Modules" not in text

@@ -12,6 +12,7 @@ from typing import Any
 import jsonschema
 import pytest
 from export_models import EXPORTERS, Head, Liar, images, rows, small_net
+from report_contents import content as report_content
 
 from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
 from sn_export.freezing.info import ParametrizationInfo, SpectralNormInfo
@@ -22,6 +23,12 @@ from sn_export.results import REPORT_SCHEMA, Divergence, Histogram, ModuleParity
 def schema() -> Any:
     """The schema as it is shipped."""
     return json.loads((resources.files("sn_export.reporting") / "report.schema.json").read_text())
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_contents_of_tests_follow_the_schema(schema: Any, passed: bool) -> None:
+    """What the tests of the pages show is what reports hold."""
+    jsonschema.validate(report_content(passed), schema)
 
 
 def test_schema_is_sound(schema: Any) -> None:
@@ -72,6 +79,21 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
     assert content["path"] is None
     assert content["parity"]["first_divergent"] == ""
     assert content["parity"]["divergence"]["reason"] == caught.value.report.divergence.reason  # type: ignore[union-attr]
+
+
+def test_printed_reports_are_short(tmp_path: Path) -> None:
+    """A report printed is its verdict, what made the file, and a line for each output."""
+    report = export_onnx(small_net("hook"), images(), tmp_path / "a.onnx", exporter="torchscript")
+    verdict, *outputs = str(report).splitlines()
+    assert verdict.startswith(f"proved: {tmp_path / 'a.onnx'} (opset ")
+    assert verdict.endswith(f", torchscript, {len(report.frozen)} tensors frozen)")
+    assert outputs == str(report.parity).splitlines()
+    assert [line.split(":")[0] for line in outputs] == [o.name for o in report.parity.outputs]
+    with pytest.raises(ParityError) as caught:
+        export_onnx(Liar(), rows(), tmp_path / "no.onnx", exporter="torchscript")
+    lines = str(caught.value.export).splitlines()
+    assert lines[0].startswith(f"not proved, so '{tmp_path / 'no.onnx'}' was not written (opset ")
+    assert "FAILED" in lines[1] and len(lines) < 6
 
 
 @pytest.mark.parametrize(

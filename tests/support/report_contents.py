@@ -31,6 +31,7 @@ def output(name: str = "features", passed: bool = True, **entries: Any) -> dict[
         "reason": "" if passed else reason,
         "median_abs": 2.9e-8,
         "p999_abs": 4.7e-7,
+        "quantiles_are_exact": True,
         "fraction_outside": 0.0 if passed else 49 / 3136,
         "worst_expected": 0.0152,
         "worst_got": 0.015200596,
@@ -48,6 +49,10 @@ def module(name: str, passed: bool = True, **entries: Any) -> dict[str, Any]:
         "max_abs": error,
         "max_rel": error,
         "passed": passed,
+        "call": 0,
+        "shape": [2, 4, 8, 8],
+        "dtype": "float32",
+        "value": f"/{name}/Conv",
         **entries,
     }
 
@@ -73,7 +78,14 @@ def frozen(name: str, **entries: Any) -> dict[str, Any]:
 def content(passed: bool = True, name: str = LONG, **entries: Any) -> dict[str, Any]:
     """Return the content of a report in which untrusted names are ``name``."""
     modules = [module("stem"), module(name, passed), module("head", passed)]
+    divergence = {
+        "reason": f"the first module to differ is '{name}' (Conv2d), max_abs 0.02",
+        "unmatched": [],
+        "is_deterministic": True,
+        "sample": "random input 2",
+    }
     return {
+        "schema": 1,
         "path": "critic.onnx" if passed else None,
         "exporter": "dynamo",
         "opset": 20,
@@ -84,11 +96,15 @@ def content(passed: bool = True, name: str = LONG, **entries: Any) -> dict[str, 
             "passed": passed,
             "modules": modules,
             "first_divergent": None if passed else name,
+            "divergence": None if passed else divergence,
+            "proof_dtype": None,
         },
         "frozen": [frozen(name), frozen("head", sigma_exact=None)],
         "versions": {"sn-export": "0.1.0", "torch": "2.13.0+cpu", "onnxruntime": "1.32.0"},
         "files": {"critic.onnx": {"bytes": 1234567, "sha256": "9f86d081" * 8}},
         "metadata": {"source": name},
+        "folded": [],
+        "attempts": [],
         "command": f"sn-export onnx critic.pt --model {name}",
         **entries,
     }
