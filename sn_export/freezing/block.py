@@ -6,7 +6,7 @@ import gc
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ContextDecorator, contextmanager
 from types import TracebackType
 from typing import Generic, TypeVar
@@ -17,6 +17,7 @@ from ..errors import FreezeError, FrozenWeightChangedWarning
 from .interference import complaints, unused
 from .plan import Found, Keep, Plan
 from .selection import Selection
+from .site import Site
 from .suspects import warn_of_suspects
 
 M = TypeVar("M", bound=nn.Module)
@@ -27,28 +28,45 @@ _holders: dict[int, _Freezing] = {}  # id of a module -> the block that holds it
 _active: list[_Freezing] = []  # of all threads, in the order of entering
 
 
+class Planner:
+    """Finds what a block freezes and plans how; a subclass does it for models on several ranks.
+
+    Args:
+        selection: which tensors are frozen.
+        keep: where the frozen weights are kept, as `Plan` takes it; in memory by default.
+    """
+
+    def __init__(self, selection: Selection, keep: Keep = list) -> None:
+        self.selection = selection
+        self.keep = keep
+
+    def find(self, model: nn.Module, frozen: Iterable[Site]) -> list[Found]:
+        """Return the modules of ``model`` with their sites, as `Selection.find` does."""
+        return self.selection.find(model, frozen)
+
+    def plan(self, model: nn.Module, found: Sequence[Found]) -> Plan:
+        """Return the plan for ``found``, which is what `find` returned; nothing is changed."""
+        return Plan(found, self.keep)
+
+
 class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
     """Freezes a model for the length of a with-block, as often as it is entered.
 
     Args:
         model: what is frozen.
-        selection: which of its tensors.
-        keep: where the frozen weights are kept, as `Plan` takes it; in memory by default.
+        planner: finds and plans it.
     """
 
-    def __init__(self, model: M, selection: Selection, keep: Keep = list) -> None:
+    def __init__(self, model: M, planner: Planner) -> None:
         self._model = model
-        self._selection = selection
-        self._keep = keep
+        self._planner = planner
         self._entered: list[AbstractContextManager[M]] = []
 
     def _recreate_cm(self) -> Block[M]:
-        return type(self)(
-            self._model, self._selection, self._keep
-        )  # as a decorator: one for each call
+        return type(self)(self._model, self._planner)  # as a decorator: one for each call
 
     def __enter__(self) -> M:
-        block = _block(self._model, self._selection, self._keep)
+        block = _block(self._model, self._planner)
         model = block.__enter__()
         self._entered.append(block)
         return model
@@ -63,8 +81,8 @@ class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
 
 
 @contextmanager
-def _block(model: M, selection: Selection, keep: Keep) -> Iterator[M]:
-    freezing = _Freezing(model, selection, keep)
+def _block(model: M, planner: Planner) -> Iterator[M]:
+    freezing = _Freezing(model, planner)
     # Leaving can be repeated from any point, and does nothing once it is done. So an
     # interrupt that stops it, even at its first instruction, only moves it one level out.
     try:
@@ -84,11 +102,10 @@ def _block(model: M, selection: Selection, keep: Keep) -> Iterator[M]:
 class _Freezing:
     """The state of one block."""
 
-    def __init__(self, model: nn.Module, selection: Selection, keep: Keep) -> None:
+    def __init__(self, model: nn.Module, planner: Planner) -> None:
         self.thread = threading.get_ident()
         self._model = model
-        self._selection = selection
-        self._keep = keep
+        self._planner = planner
         self._plan: Plan | None = None
         self._is_frozen = False
         self._has_ended = False
@@ -103,15 +120,15 @@ class _Freezing:
         _refuse_held(self._model)
         around = [b._plan for b in _active if b.thread == self.thread and b._plan is not None]
         frozen = (weight.site for plan in around for weight in plan.weights)
-        found = self._selection.find(self._model, frozen)
+        found = self._planner.find(self._model, frozen)
         self._claim(found)
         self._modules = [module for module, _ in found]
         _active.append(self)
-        plan = Plan(found, self._keep)
+        plan = self._planner.plan(self._model, found)
         self._plan = plan
         for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
             warnings.warn(text, category, stacklevel=_CALLER)
-        if self._selection.includes_spectral_norm:
+        if self._planner.selection.includes_spectral_norm:
             warn_of_suspects(self._model, found, stacklevel=_CALLER)
         plan.edits.apply()
         self._is_frozen = True
@@ -141,6 +158,7 @@ class _Freezing:
                 plan.edits.roll_back()
             else:
                 if not plan.finished:
+                    plan.settle()
                     self._complaints = complaints(plan)
                     plan.finished = True
                 _undo(plan)

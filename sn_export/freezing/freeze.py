@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from .block import Block
+from .block import Block, Planner
 from .plan import Keep
 from .selection import Only, Selection
 from .site import require_module
@@ -57,7 +57,7 @@ def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
         FrozenWeightChangedWarning: on leaving, if a frozen weight was edited, or the model
             was moved to another dtype or device. Such changes are discarded.
     """
-    return Block(require_module(model), Selection("spectral_norm"))
+    return Block(require_module(model), Planner(Selection("spectral_norm")))
 
 
 def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManager[M]:
@@ -106,7 +106,7 @@ def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManag
         SpectralNormNotRecognisedWarning: as `frozen_spectral_norm`, if that kind is asked for.
         FrozenWeightChangedWarning: on leaving, as `frozen_spectral_norm`.
     """
-    return Block(require_module(model), Selection(only))
+    return Block(require_module(model), Planner(Selection(only)))
 
 
 def freeze_into(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
@@ -118,4 +118,4 @@ def freeze_into(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
         keep: takes the weights, each made when it is asked for, and returns tensors of the same
             bits, shapes and dtypes.
     """
-    return Block(require_module(model), Selection(only), keep)
+    return Block(require_module(model), Planner(Selection(only), keep))

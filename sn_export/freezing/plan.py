@@ -22,6 +22,9 @@ _SCRIPTED_SN = re.compile(r"(?P<name>.*)(_orig|\.original)$")
 
 Found = tuple[nn.Module, list[Site]]
 Keep = Callable[[Iterable[Tensor]], list[Tensor]]
+Walk = Callable[
+    [nn.Module, Iterable[Kind], Callable[[Site], bool] | None], Iterable[Found]
+]  # `walk`
 
 
 class Plan:
@@ -59,6 +62,13 @@ class Plan:
         self.edited: list[FrozenWeight] = []
         self.next_hook = RemovableHandle.next_id
         self.debris = Edits()  # takes away what was put around edited weights
+
+    def settle(self) -> None:
+        """Bring the model into the state in which the edits were applied, before it is looked at.
+
+        For subclasses whose models change their own containers while they run. It is called
+        before anything is undone, and again if an interrupt stops it.
+        """
 
 
 def walk(

@@ -9,7 +9,7 @@ from torch import nn
 from ..text import shorten_list
 from .info import GROUPS, Group
 from .kinds import ALL, SPECTRAL_NORM
-from .plan import Found, walk
+from .plan import Found, Walk, walk
 from .site import Kind, Site
 
 Only = str | Iterable[str] | None
@@ -36,12 +36,13 @@ class Selection:
         """Whether all of spectral norm is taken, so that one that is not known is missed."""
         return "spectral_norm" in self.groups
 
-    def find(self, model: nn.Module, frozen: Iterable[Site] = ()) -> list[Found]:
+    def find(self, model: nn.Module, frozen: Iterable[Site] = (), walk: Walk = walk) -> list[Found]:
         """Walk ``model`` for the sites that are taken.
 
         Args:
             model: any module.
             frozen: sites that blocks around hold already; their names are no mistakes.
+            walk: `plan.walk`, or what does more at each module.
 
         Raises:
             ValueError: if a name fits nothing.

@@ -68,7 +68,7 @@ class ChainSite(Site):
 
     def value(self) -> Tensor:
         """Run the whole chain in eval mode, or take what `parametrize.cached` holds."""
-        if self.tensor not in vars(type(self.module)):
+        if class_with_property(type(self.module), self.tensor) is None:
             raise FreezeError(
                 self.name,
                 f"class {type(self.module).__name__} has no property of its own for it",
@@ -113,11 +113,14 @@ class ChainSite(Site):
         module, name, lists = self.module, self.tensor, self.lists
         edits.remove(lists._modules, (name,))
         current = edits.planned_class(module)
+        owner = class_with_property(current, name)
+        assert owner is not None  # `value` has seen it
         if edits.of(lists._modules).remaining():
-            edits.set_class(module, without_property(current, name))
+            plain = without_property(owner, name)
         else:
             edits.remove(module._modules, ("parametrizations",))
-            edits.set_class(module, current.__bases__[0])
+            plain = owner.__bases__[0]
+        edits.set_class(module, with_base(current, owner, plain))
         hooks = module._load_state_dict_pre_hooks
         if hooks:
             keys = [key for key, e in hooks.items() if is_weight_norm_state_hook(e, name)]
@@ -178,6 +181,30 @@ def _is_pure(chain: ParametrizationList) -> bool:
         type(link) in _PURE and not _has_hooks(link) and not link._modules
         for link in chain._modules.values()
     )
+
+
+def class_with_property(cls: type, name: str) -> type | None:
+    """Return the class among ``cls`` and its bases that `parametrize` gave the property ``name``.
+
+    It is ``cls`` itself, unless something else has made a class on top of it: an FSDP module is of
+    a class ``FSDPParametrizedLinear`` with the bases ``FSDPModule`` and ``ParametrizedLinear``.
+    """
+    for base in cls.__mro__:
+        if name in vars(base):
+            return base if isinstance(vars(base)[name], property) else None
+    return None
+
+
+def with_base(cls: type, old: type, new: type) -> type:
+    """Return ``cls`` with ``new`` in the place of ``old`` among its bases, however far down.
+
+    Example: of ``FSDPParametrizedLinear(FSDPModule, ParametrizedLinear)`` with ``nn.Linear`` in the
+    place of ``ParametrizedLinear``, a class with the bases ``FSDPModule`` and ``nn.Linear``.
+    """
+    if cls is old:
+        return new
+    bases = tuple(with_base(b, old, new) if old in b.__mro__ else b for b in cls.__bases__)
+    return changed_class(cls, (), {}, bases)
 
 
 def without_property(cls: type, name: str) -> type:
