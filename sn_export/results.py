@@ -25,7 +25,14 @@ Exporter = Literal["dynamo", "torchscript"]
 
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "auto"
 
+# What options of the API and of the command line take; the latter reads them without torch.
+ExporterChoice = Literal["auto", Exporter]
+
+Freeze = Literal["spectral_norm", "all"]
+
 ProofDtype = Literal["float32"]
+
+Spelling = Literal["plain", "hook", "parametrization"]  # of spectral norm in a state dict
 
 REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 

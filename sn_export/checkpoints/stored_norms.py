@@ -11,13 +11,12 @@ from typing import Any, Literal
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..results import Spelling as Spelling
 from ..text import qualified, quote_names
 from .lazy_tensors import spec_of
 
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
-
-Spelling = Literal["plain", "hook", "parametrization"]
 
 _ORIGINAL = re.compile(r"(?:(?P<module>.*)\.)?parametrizations\.(?P<tensor>[^.]+)\.original")
 _LINK = re.compile(r"(?P<chain>(?:.*\.)?parametrizations\.[^.]+)\.(?P<index>\d+)\..*")

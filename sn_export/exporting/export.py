@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -26,7 +26,17 @@ from ..proving import (
     resized_references,
     write_case,
 )
-from ..results import EXPORTERS, Attempt, Exporter, ExportReport, ParityError, ProofDtype, Tolerance
+from ..results import (
+    EXPORTERS,
+    Attempt,
+    Exporter,
+    ExporterChoice,
+    ExportReport,
+    Freeze,
+    ParityError,
+    ProofDtype,
+    Tolerance,
+)
 from ..running import (
     InputSet,
     Preserved,
@@ -63,8 +73,6 @@ from .opset import default_opset, require_opset
 from .spill import Spill
 from .torch_exporters import ExportOptions, ExternalData, Written, write_onnx
 
-Freeze = Literal["spectral_norm", "all"]
-
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.
 _one_at_a_time = threading.RLock()
@@ -76,7 +84,7 @@ def export_onnx(
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
-    exporter: Exporter | Literal["auto"] = "auto",
+    exporter: ExporterChoice = "auto",
     freeze: Freeze = "spectral_norm",
     opset_version: int | None = None,
     input_names: Sequence[str] | None = None,
