@@ -1,16 +1,36 @@
-"""Where files go, and how they get there: several together or not at all. No torch."""
+"""Where files go, and how they get there: several together or not at all. No torch.
+
+A file is written as a draft, in a hidden folder beside its place (`drafts`), and moved from there
+(`publish`), so whoever looks sees whole files alone. The folder looks like this::
+
+    .sn_export.k2x0f8vt/
+      lock         locked while the process lives that made the folder
+      made/        the drafts, under their own names
+      replaced/    what was there before, until all is in place
+
+A killed process leaves its folder behind. The next one that writes beside it can lock the file
+``lock``, so it knows that nobody needs the folder, and removes it.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import CheckpointError, ExportError
+from .errors import SnExportError, SnExportWarning
+
+_PREFIX = ".sn_export."
+_LOCK, _MADE, _REPLACED, _KEPT = "lock", "made", "replaced", "kept"
+# Where flock works by process and not by open file (NFS), one's own lock could be taken again.
+_own_folders: set[Path] = set()
 
 
 def side_file(path: Path) -> Path:
@@ -31,140 +51,279 @@ def as_path(path: Any, option: str) -> Path:
 
 
 def require_place(target: Path) -> None:
-    """Raise if no file can be at ``target``.
+    """Raise if no file can be at ``target``. A symbolic link there is replaced, not followed.
 
     Raises:
         FileNotFoundError: if its folder does not exist.
-        IsADirectoryError: if it is a folder.
-        FileExistsError: if it is a device or a pipe.
+        IsADirectoryError: if it is a folder, or a link to one.
+        FileExistsError: if it is a device or a pipe, or a link to one.
+        OSError: if the system refuses the path: a name that is too long, links in a circle.
+        ValueError: for a path with a zero byte.
     """
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"cannot write '{target}': no folder '{target.parent}'")
-    if target.is_dir():
-        raise IsADirectoryError(f"cannot write '{target}': it is a folder")
-    if target.exists() and not target.is_file():  # it would be replaced, not written to
-        raise FileExistsError(f"cannot write '{target}': it is no regular file")
+    try:
+        if not stat.S_ISDIR(os.stat(target.parent).st_mode):
+            raise NotADirectoryError
+        mode = os.stat(target).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        if not target.parent.is_dir():
+            raise FileNotFoundError(
+                f"cannot write '{target}': no folder '{target.parent}'"
+            ) from None
+    except OSError as error:
+        raise type(error)(f"cannot write '{target}': {error.strerror}") from error
+    except ValueError as error:
+        raise ValueError(f"cannot write {str(target)!r}: {error}") from error
+    else:
+        if stat.S_ISDIR(mode):
+            raise IsADirectoryError(f"cannot write '{target}': it is a folder")
+        if not stat.S_ISREG(mode):  # it would be replaced, not written to
+            raise FileExistsError(f"cannot write '{target}': it is no regular file")
+
+
+def require_writable(target: Path) -> None:
+    """Raise as `require_place` does, or if the folder of ``target`` takes no new file.
+
+    Raises:
+        PermissionError: if the folder may not be written to.
+        OSError: if it cannot be: a read-only disk, say.
+    """
+    require_place(target)
+    try:
+        with drafts(target):
+            pass
+    except OSError as error:
+        raise type(error)(f"cannot write '{target}': {error.strerror}") from error
 
 
 @contextlib.contextmanager
-def workspace(target: Path) -> Iterator[Path]:
-    """Yield a path in a new folder beside ``target``; the folder is gone afterwards."""
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name[:64]}.", dir=target.parent))
-    try:
-        yield folder / target.name
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+def disk_errors_as(kind: type[SnExportError], target: Path) -> Iterator[None]:
+    """Raise a ``kind`` for every OSError, with a message that names ``target``.
 
-
-def publish(made: Path, target: Path, beside: Sequence[tuple[Path, Path]] = ()) -> None:
-    """Move ``made`` and its external data to ``target``, both or none.
-
-    Args:
-        made: the file in a workspace.
-        target: its place.
-        beside: further files, each in a workspace of its own, and their places; moved with it.
-
-    Raises:
-        ExportError: if a file cannot be moved; what was at ``target`` is there again.
+    An error of `require_place` has a message that does so already.
     """
-    pairs = [
-        (source, target.with_name(source.name))
-        for source in (side_file(made), made)
-        if source.exists()
-    ]
-    pairs += beside
-    kept: list[tuple[Path, Path | None]] = []
-    orphan = _orphan(made, target)
     try:
-        for number, (source, destination) in enumerate(pairs):
-            backup = source.with_name(f"replaced-{number}")
-            had = destination.exists()
-            kept.append((destination, backup if had else None))
-            if had:
-                os.link(destination, backup)
-            os.replace(source, destination)
-        if orphan is not None:
-            backup = made.with_name("orphan")
-            kept.append((orphan, backup))
-            os.replace(orphan, backup)
-    except BaseException as error:
-        for destination, earlier in kept:
-            if earlier is None:
-                destination.unlink(missing_ok=True)
-            elif earlier.exists():
-                os.replace(earlier, destination)
-        if not isinstance(error, OSError):
-            raise
-        raise ExportError(f"cannot write '{target}': {error.strerror}") from error
-
-
-def _orphan(made: Path, target: Path) -> Path | None:
-    """Return the external data of the file at ``target`` if nothing will read it any more."""
-    data = side_file(target)
-    if made.with_name(data.name).exists() or not data.is_file() or not target.is_file():
-        return None
-    import onnx  # takes a second, and only files to be replaced are looked into
-
-    try:
-        tensors = onnx.load(target, load_external_data=False).graph.initializer
-    except Exception:  # what was there is no ONNX file
-        return None
-    entries = [entry for tensor in tensors for entry in tensor.external_data]
-    is_its = any(entry.key == "location" and entry.value == data.name for entry in entries)
-    return data if is_its else None
+        yield
+    except OSError as error:
+        text = f"cannot write '{target}': {error.strerror}" if error.strerror else str(error)
+        raise kind(text) from error
 
 
 @contextlib.contextmanager
 def drafts(target: Path) -> Iterator[Path]:
-    """Yield a new folder beside ``target`` to write into; it is gone afterwards.
+    """Yield a path of the same name in a new folder beside ``target``, to be written to.
+
+    What killed processes left beside ``target`` is removed first, the new folder afterwards.
 
     Raises:
-        CheckpointError: if the folder of ``target`` is absent or cannot be written to, or
-            the disk is full.
+        OSError: if the folder of ``target`` takes no new folder.
+
+    Warns:
+        SnExportWarning: if there is something that looks left behind, and nobody can tell
+            whether a process still uses it, since files cannot be locked on this disk.
     """
-    if not target.parent.is_dir():
-        raise CheckpointError(f"cannot write '{target}': there is no folder '{target.parent}'")
-    if target.is_dir():
-        raise CheckpointError(f"cannot write '{target}': it is a folder")
-    folder: Path | None = None
+    _remove_leftovers(target.parent)
+    folder, lock = _make_folder(target.parent)
     try:
-        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-        yield folder
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise CheckpointError(f"cannot write '{target}': {reason}") from error
+        (folder / _MADE).mkdir()
+        yield folder / _MADE / target.name
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove(folder)
+        _own_folders.discard(folder)
+        if lock is not None:
+            os.close(lock)
 
 
-def publish_all(files: Sequence[Path], folder: Path) -> list[Path]:
-    """Move ``files`` into ``folder``, all or none; return where they are.
+def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> None:
+    """Move drafts to their places: all of them, or none, whenever the process is killed.
+
+    The last file is the one that names the others: a model its data, an index its shards. It is
+    moved aside first and into place last, so a kill in between leaves no such file, and never an
+    old one with new others::
+
+        net.onnx -> replaced/net.onnx              absent from here on
+        net.onnx.data -> replaced/net.onnx.data
+        made/net.onnx.data -> net.onnx.data
+        made/net.onnx -> net.onnx                  the new pair from here on
+
+    A file alone takes the place of an old one in one step. Each step is on the disk before the
+    next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
+
+    Args:
+        moves: drafts, from `drafts`, and their places; the one that names the others last.
+        stale: files that nobody reads afterwards, each beside one of the places.
 
     Raises:
-        OSError: if one cannot be moved; what was there before is there again.
+        OSError: if a file cannot be moved; what was at the places is there again.
     """
-    kept: list[tuple[Path, Path | None]] = []
+    for made, _ in moves:
+        _flush(made)
+    last, done = moves[-1][0], list[tuple[Path, Path]]()
     try:
-        for number, file in enumerate(files):
-            target = folder / file.name
-            backup = file.with_name(f"replaced-{number}") if target.exists() else None
-            if backup is not None:
-                _keep(target, backup)
-            kept.append((target, backup))
-            os.replace(file, target)
+        for phase in _plan(moves, stale):
+            for source, place in phase:
+                done.append((source, place))
+                os.replace(source, place)
+            _flush_folders(path.parent for pair in phase for path in pair)
     except BaseException:
-        for target, backup in kept:
-            if backup is not None:
-                os.replace(backup, target)
-            else:
-                target.unlink(missing_ok=True)
+        if os.path.lexists(last):  # else the last step was done, and all is in place
+            _undo(done)
         raise
-    return [target for target, _ in kept]
 
 
-def _keep(target: Path, backup: Path) -> None:
+def _plan(
+    moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]
+) -> list[list[tuple[Path, Path]]]:
+    """Return the steps of `publish`, in three groups that are flushed one after the other."""
+    *others, (made, target) = moves
+    aside = made.parent.with_name(_REPLACED)
+    removed = [(path, aside / path.name) for path in stale]
+    if not others and not removed:
+        return [[(made, target)]]
+    changed = removed
+    for source, place in others:
+        folder = source.parent.with_name(_REPLACED)
+        changed += [(place, folder / place.name)] if os.path.lexists(place) else []
+        changed.append((source, place))
+    first = [(target, aside / target.name)] if os.path.lexists(target) else []
+    for _, place in (*first, *changed):
+        if place.parent.name == _REPLACED:
+            place.parent.mkdir(exist_ok=True)
+    return [first, changed, [(made, target)]]
+
+
+def _undo(done: Sequence[tuple[Path, Path]]) -> None:
+    """Move back what was moved; no step takes the place of a file, so each can be repeated.
+
+    Raises:
+        OSError: if the disk refuses; says where the replaced files are, which are then kept.
+    """
     try:
-        os.link(target, backup)
-    except OSError:  # a file system without hard links
-        shutil.copy2(target, backup)
+        try:
+            _move_back(done)
+        except BaseException:  # an interrupt, which comes once
+            _move_back(done)
+            raise
+    except OSError as error:
+        kept = {path.parent for _, path in done if path.parent.name == _REPLACED and path.exists()}
+        for folder in kept:
+            folder.rename(folder.with_name(_KEPT))
+        where = ", ".join(f"'{folder.with_name(_KEPT)}'" for folder in sorted(kept))
+        there = f"; what was there is now in {where}" if kept else ""
+        raise OSError(error.errno, f"{error.strerror}{there}") from error
+
+
+def _move_back(done: Sequence[tuple[Path, Path]]) -> None:
+    for source, place in reversed(done):
+        if os.path.lexists(place) and not os.path.lexists(source):
+            os.replace(place, source)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folders(folders: Iterable[Path]) -> None:
+    for folder in dict.fromkeys(folders):
+        with contextlib.suppress(OSError):  # not every system can
+            _flush(folder)
+
+
+def _make_folder(parent: Path) -> tuple[Path, int | None]:
+    """Return a new folder and the descriptor that locks it; None where files cannot be locked.
+
+    Without a lock there is no file ``lock``, so that no other process takes it for unlocked.
+    """
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+        _own_folders.add(folder)
+        try:
+            return folder, _lock(folder / _LOCK, os.O_CREAT)
+        except (FileNotFoundError, BlockingIOError):  # taken for left behind before it was locked
+            _own_folders.discard(folder)
+        except OSError:
+            (folder / _LOCK).unlink(missing_ok=True)
+            return folder, None
+
+
+def _lock(path: Path, flags: int = 0) -> int:
+    """Return the descriptor of a file that nobody else has locked from now on.
+
+    Raises:
+        BlockingIOError: if another one has.
+        FileNotFoundError: if it is not there, or gone by the time it was locked.
+        OSError: if files cannot be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no flock") from None
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(parent: Path) -> None:
+    with os.scandir(parent) as entries:
+        found = [
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False)
+        ]
+    for folder in found:
+        if folder in _own_folders or (folder / _KEPT).exists():
+            continue
+        try:
+            lock = _lock(folder / _LOCK)
+        except BlockingIOError:  # by a living process
+            continue
+        except OSError as error:
+            if not _remove_empty(folder):
+                _warn_of_leftover(folder, error)
+            continue
+        try:
+            _remove(folder)
+        finally:
+            os.close(lock)
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove a folder that was made and not yet locked; whoever made it makes another one."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _warn_of_leftover(folder: Path, error: OSError) -> None:
+    is_unlocked = isinstance(error, FileNotFoundError)
+    reason = "it has no lock" if is_unlocked else f"locking it fails: {error.strerror}"
+    warnings.warn(
+        f"'{folder}' may be left from a process that was killed, or in use by one; nobody can tell "
+        f"({reason}), so it stays. Remove it if nothing is being exported there",
+        SnExportWarning,
+        stacklevel=2,
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of drafts, its lock last; what a kill leaves of it can be locked again."""
+    if (folder / _KEPT).exists():
+        return
+    for name in (_MADE, _REPLACED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import drafts, publish_all
+from ..files import disk_errors_as, drafts, publish, require_place
 from ..text import quote_names
 from .content import Checkpoint, StateDict
 from .dims import require_fitting
@@ -88,6 +88,8 @@ def convert_checkpoint(
             f"cannot write '{destination}': it must end in {', '.join(_SUFFIXES[:-1])} or "
             f"{_SUFFIXES[-1]}"
         )
+    with disk_errors_as(CheckpointError, destination):
+        require_place(destination)
     is_torch = destination.suffix != ".safetensors"
     if max_shard_size is not None and is_torch:
         raise CheckpointError(f"only safetensors can be sharded, and '{destination}' is not")
@@ -110,23 +112,24 @@ def convert_checkpoint(
     def written(name: str) -> None:
         progress(name, count)
 
-    with drafts(destination) as folder:
+    with disk_errors_as(CheckpointError, destination), drafts(destination) as draft:
         if is_torch:
-            made = [folder / destination.name]
-            _save(_content(checkpoint, state, result, weights_only, written), made[0])
+            made = [draft]
+            _save(_content(checkpoint, state, result, weights_only, written), draft)
         else:
             _require_tensors_only(checkpoint, state, weights_only, destination)
             made = write_safetensors(
-                folder,
-                destination.name,
+                draft.parent,
+                draft.name,
                 result.entries,
                 checkpoint.file_metadata,
                 max_shard_size,
                 written,
             )
         _require_unambiguous(destination, made)
-        files = publish_all(made, destination.parent)
-    return Conversion(tuple(files), state.key, found, result.changed, notes)
+        files = tuple(destination.with_name(file.name) for file in made)
+        publish(list(zip(made, files, strict=True)))
+    return Conversion(files, state.key, found, result.changed, notes)
 
 
 def _content(

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..files import drafts
+from ..files import require_writable
 from ..reporting import require_report_path, save_report
 
 _PICTURED = (".html", ".md")
@@ -39,13 +39,11 @@ def require_report(path: Path | None) -> None:
 
     Raises:
         ValueError: for a suffix that says no kind of report.
-        OSError: if its folder is absent, or it is a folder.
-        CheckpointError: if its folder cannot be written to.
+        OSError: if its folder is absent or cannot be written to, or it is a folder.
     """
     if path is not None:
         require_report_path(path)
-        with drafts(path):
-            pass
+        require_writable(path)
 
 
 def is_pictured(path: Path | None) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import SnExportError
-from ..files import as_path, require_place, side_file
+from ..files import as_path, require_place, require_writable, side_file
 from ..results import EXPORTERS, Exporter
 from ..text import plain_integer
 
@@ -50,8 +50,7 @@ def require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
         raise ValueError(f"{option} must name a file, got '{path}'")
     require_place(target)
     require_place(side_file(target))
-    if not os.access(target.parent, os.W_OK):
-        raise PermissionError(f"cannot write '{target}': folder '{target.parent}' is read-only")
+    require_writable(target)
     return target
 
 

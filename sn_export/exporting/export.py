@@ -15,13 +15,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
-from ..files import publish, workspace
+from ..files import disk_errors_as, drafts, publish, side_file
 from ..freezing import describe_sites, freeze_into, require_module, with_exact_sigma
 from ..proving import (
     Proof,
     ProofSettings,
+    Proved,
     Resizer,
     coarsest_of,
+    find_stale_data,
     references_beyond,
     resized_references,
     write_case,
@@ -237,7 +239,7 @@ def export_onnx(
         other = next((e for e in EXPORTERS if e not in exporters), None)
         made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
         for chosen in exporters:
-            draft = stack.enter_context(workspace(target))
+            draft = stack.enter_context(drafts(target))
             props = file_metadata(chosen, versions(), frozen, checkpoint, metadata)
             options = ExportOptions(
                 opset_version, names, outputs, dims, external_data, verbose, props, spill.release
@@ -277,11 +279,7 @@ def export_onnx(
         warn_of_folded(written.folded)
         warn_of_decisions(attempts, model, proved.parity)
         warn_of_unseen(first.unseen)
-        beside = []
-        if case is not None and proved.case is not None:
-            beside = [(stack.enter_context(workspace(case)), case)]
-            write_case(beside[0][0], proved.case)
-        publish(draft, target, beside)
+        _publish(draft, target, case, proved)
     _logger.info("wrote %s", target)
     return ExportReport(
         target,
@@ -308,14 +306,28 @@ def _write(
     other: Exporter | None,
 ) -> Written:
     try:
-        with block:
+        with disk_errors_as(ExportError, target), block:
             options.release()  # the block looks at its weights, on entering and on leaving
             return write_onnx(proof.model, reference, exporter, options, draft, other)
-    except OSError as error:
-        raise ExportError(f"cannot write '{target}': {error.strerror}") from error
     finally:
         options.release()
         proof.state.reset()
+
+
+def _publish(draft: Path, target: Path, case: Path | None, proved: Proved) -> None:
+    """Move a file to its place, with its external data and the case that was asked for."""
+    with contextlib.ExitStack() as stack:
+        moves = [(draft, target)]
+        data = side_file(draft)
+        if data.exists():
+            moves.insert(0, (data, side_file(target)))
+        if case is not None and proved.case is not None:
+            with disk_errors_as(ExportError, case):
+                made = stack.enter_context(drafts(case))
+                write_case(made, proved.case)
+            moves.insert(0, (made, case))
+        with disk_errors_as(ExportError, target):
+            publish(moves, find_stale_data(draft, target))
 
 
 def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:

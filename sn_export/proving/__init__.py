@@ -3,22 +3,24 @@
 from .case_file import opened_case, write_case
 from .cases import check_case
 from .dynamic_sizes import Resizer, resized_references
-from .external_data import save, weight_bytes
+from .external_data import find_stale_data, save, weight_bytes
 from .module_scopes import using_modules
 from .module_trace import type_name
 from .parity import check_parity, coarsest_of
-from .proof import Proof, differs
+from .proof import Proof, Proved, differs
 from .settings import ProofSettings
 from .traced_ranges import references_beyond
 
 __all__ = [
     "Proof",
     "ProofSettings",
+    "Proved",
     "Resizer",
     "check_case",
     "check_parity",
     "coarsest_of",
     "differs",
+    "find_stale_data",
     "opened_case",
     "references_beyond",
     "resized_references",

@@ -1,4 +1,4 @@
-"""Write a graph, with its weights in the file or in one side file."""
+"""ONNX files with their weights in the file or in one side file."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnx_ir as ir
 
 from ..files import side_file
@@ -43,3 +44,20 @@ def save(
     release()
     if outside and data.is_file() and not data.stat().st_size:
         data.unlink()
+
+
+def find_stale_data(made: Path, target: Path) -> list[Path]:
+    """Return the side file of the ONNX file at ``target``, if ``made`` in its place reads none.
+
+    A file that only has the name of a side file, and is not named in the ONNX file, is not stale.
+    """
+    data = side_file(target)
+    if side_file(made).exists() or not data.is_file() or not target.is_file():
+        return []
+    try:
+        tensors = onnx.load(target, load_external_data=False).graph.initializer
+    except Exception:  # what is there is no ONNX file
+        return []
+    entries = [entry for tensor in tensors for entry in tensor.external_data]
+    is_read = any(entry.key == "location" and entry.value == data.name for entry in entries)
+    return [data] if is_read else []

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from pathlib import Path
 from typing import Any
 
-from ..files import as_path, require_place, side_file
+from ..files import as_path, drafts, publish, require_place, side_file
 from .content import Report, as_content
 from .html import to_html
 from .markdown import to_markdown
@@ -48,7 +47,10 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     else:
         text = (to_html if target.suffix == ".html" else to_markdown)(content)
-    _replace(target, text)
+    with drafts(target) as draft:
+        # Written as bytes: line ends are the same on every system.
+        draft.write_bytes(text.encode("utf-8", "replace"))
+        publish([(draft, target)])
     return target
 
 
@@ -88,14 +90,3 @@ def _facts(path: Path, name: bytes = b"") -> tuple[dict[str, Any], bool]:
             has_name = has_name or (bool(name) and name in tail + block)
             tail = block[-len(name) :]
     return {"bytes": count, "sha256": digest.hexdigest()}, has_name
-
-
-def _replace(target: Path, text: str) -> None:
-    draft = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        # Written as bytes: line ends are the same on every system.
-        with draft.open("xb") as file:
-            file.write(text.encode("utf-8", "replace"))
-        draft.replace(target)
-    finally:
-        draft.unlink(missing_ok=True)

@@ -181,7 +181,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "a.pt"
     torch.save(trained_critic().state_dict(), path)
     assert _message(tmp_path, path, tmp_path / "no" / "b.pt", "plain") == (
-        "cannot write 'no/b.pt': there is no folder 'no'"
+        "cannot write 'no/b.pt': no folder 'no'"
     )
     assert _message(tmp_path, path, tmp_path / "b.onnx", "plain") == (
         "cannot write 'b.onnx': it must end in .pt, .pth, .ckpt, .bin or .safetensors"
