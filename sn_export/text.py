@@ -29,9 +29,35 @@ def dtype_name(tensor: Any) -> str:
     return str(tensor.dtype).removeprefix("torch.")
 
 
-def quote_names(names: Iterable[str], most: int = 5) -> str:
-    """Return names in quotes, the first few of many."""
-    return shorten_list((f"'{name}'" for name in names), most)
+def escape_unprintable(text: str) -> str:
+    r"""Return ``text`` with every character that is not printable written as Python escapes it.
+
+    What a file says must neither move a terminal's cursor (ESC, BEL, CR, C1), nor turn text
+    around (bidirectional marks), nor begin a line of its own, nor fail to be encoded (lone
+    surrogates). A text that was escaped stays as it is. HTML, Markdown and rich markup are
+    printable: whoever writes one of them escapes that besides.
+
+    Example::
+
+        escape_unprintable("a\x1b[31m\nsn-export: done")  # r"a\x1b[31m\nsn-export: done"
+    """
+    if text.isprintable():
+        return text
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
+
+
+def quote_name(name: object, most: int = 1000) -> str:
+    """Return a name or path in quotes, escaped, and the middle of a very long one left out."""
+    text = str(name)
+    if len(text) > most:
+        half = most // 2
+        text = f"{text[:half]}...{text[-half:]}"
+    return f"'{escape_unprintable(text)}'"
+
+
+def quote_names(names: Iterable[object], most: int = 5) -> str:
+    """Return names in quotes and escaped, the first few of many."""
+    return shorten_list(map(quote_name, names), most)
 
 
 def shorten_list(texts: Iterable[str], most: int = 5) -> str:
@@ -39,6 +65,11 @@ def shorten_list(texts: Iterable[str], most: int = 5) -> str:
     texts = list(texts)
     more = f" and {len(texts) - most} more" if len(texts) > most else ""
     return ", ".join(texts[:most]) + more
+
+
+def join_lines(text: str) -> str:
+    """Return ``text`` as one line: each break and the blanks around it become one blank."""
+    return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
 def without_frames(text: str) -> str:

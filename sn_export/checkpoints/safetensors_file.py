@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..text import quote_name
 from .lazy_tensors import DTYPES, Spec
 from .spelling import Entry
 
@@ -68,14 +69,21 @@ def write_safetensors(
 
 
 def _require_storable(key: str, entry: Entry) -> Spec:
+    try:
+        key.encode()
+    except UnicodeEncodeError as error:
+        raise CheckpointError(
+            f"safetensors has names in UTF-8 alone, and {quote_name(key)} is not; write a .pt"
+        ) from error
     if entry.spec is None:
         raise CheckpointError(
-            f"safetensors holds tensors only, and '{key}' is {type(entry.read()).__name__}; "
-            "write a .pt"
+            f"safetensors holds tensors only, and {quote_name(key)} is "
+            f"{type(entry.read()).__name__}; write a .pt"
         )
     if entry.spec.dtype not in _CODES:
         raise CheckpointError(
-            f"safetensors has no dtype for '{key}', which is {entry.spec.dtype}; write a .pt"
+            f"safetensors has no dtype for {quote_name(key)}, which is {entry.spec.dtype}; "
+            "write a .pt"
         )
     return entry.spec
 

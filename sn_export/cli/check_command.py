@@ -13,7 +13,16 @@ from ..errors import ExportError, SnExportError, UsageError
 from ..proving import check_parity, opened_case
 from ..results import ParityReport
 from ..running import random_sets
-from .console import BAD_INPUT, FAILED, collect_warnings, number, print_json, print_note, progress
+from .console import (
+    BAD_INPUT,
+    FAILED,
+    collect_warnings,
+    number,
+    print_json,
+    print_line,
+    print_note,
+    progress,
+)
 from .request import Request, _say_notes, _show_notes
 from .tables import show_parity
 
@@ -87,7 +96,7 @@ def run_folder(folder: Path, check: Check, as_json: bool) -> None:
         print_json({"path": str(folder), "passed": passed, "cases": cases})
     else:
         for one in done:
-            print(one.line())
+            print_line(one.line())
         equal = len(done) - len(unequal) - len(unknown)
         count_of_all = f"{len(done)} case{'' if len(done) == 1 else 's'}"
         print(f"{count_of_all}: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")

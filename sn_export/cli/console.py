@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import math
@@ -16,7 +17,7 @@ from typing import Any
 import typer
 
 from ..errors import SnExportWarning, UsageError
-from ..text import to_json_values, without_frames
+from ..text import escape_unprintable, join_lines, to_json_values, without_frames
 
 # Typer keeps click to itself, or depends on it, by version; this class is the same in both.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -47,8 +48,13 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
 
 
 def print_note(message: str) -> None:
-    """Print one message on stderr."""
-    print(f"sn-export: {message}", file=sys.stderr)
+    """Print one message on stderr, as one line."""
+    print(f"sn-export: {escape_unprintable(message)}", file=sys.stderr)
+
+
+def print_line(text: str) -> None:
+    """Print one line of the answer on stdout."""
+    print(escape_unprintable(text))
 
 
 def print_json(content: Mapping[str, Any]) -> None:
@@ -72,10 +78,16 @@ def progress() -> Iterator[Callable[[str], None]]:
             yield lambda text: None
             return
         from rich.console import Console
+        from rich.text import Text
 
         # The real stderr: exporters run with a replaced one.
-        with Console(file=sys.stderr).status("") as status, _followed(status.update):
-            yield status.update
+        with Console(file=sys.stderr).status("") as status:
+
+            def show(text: str) -> None:
+                status.update(Text(escape_unprintable(text)))  # no text, which is read as markup
+
+            with _followed(show):
+                yield show
 
 
 @contextlib.contextmanager
@@ -97,16 +109,20 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout."""
+    """Print a table on stdout; its cells and title are shown as they are, escaped."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
+    def cell(text: str) -> Text:  # rich reads a str as markup and emoji codes
+        return Text(escape_unprintable(text))
+
+    shown = Table(title=cell(title), title_justify="left", box=SIMPLE_HEAD, pad_edge=False)
     for column in columns:
         shown.add_column(column, overflow="fold", justify="left")
     for row in rows:
-        shown.add_row(*(cell.replace("[", r"\[") for cell in row))
+        shown.add_row(*map(cell, row))
     if sys.stdout.isatty():
         Console().print(shown)
         return
@@ -144,7 +160,7 @@ def _followed(show: Callable[[str], None]) -> Iterator[None]:
 def _message(error: BaseException) -> str:
     from ..errors import SnExportError
 
-    text = without_frames(str(error))
+    text = join_lines(without_frames(str(error)))
     if isinstance(error, (SnExportError, UsageError, ValueError, TypeError)):
         return text
     if isinstance(error, OSError):
@@ -155,6 +171,10 @@ def _message(error: BaseException) -> str:
 
 def run(app: typer.Typer, name: str) -> int:
     """Run the command line and return its exit code; without arguments it shows its help."""
+    if isinstance(
+        sys.stdout, io.TextIOWrapper
+    ):  # a terminal may lack a letter, and that is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] or ["--help"]
     try:
         return app(arguments, prog_name=name, standalone_mode=False) or 0

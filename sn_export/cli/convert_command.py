@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Conversion, Spelling, convert_checkpoint
-from .console import print_json, print_note, progress
+from .console import print_json, print_line, print_note, progress
 from .options import parse_dims, parse_size
 
 
@@ -44,9 +44,9 @@ def run_convert(
     under = f" under '{made.key}'" if made.key else ""
     kept = len(made.found) - len(made.changed)
     already = f"; {kept} were spelled so already" if kept else ""
-    print(f"respelled {len(made.changed)} spectral norms{under} as {to}{already}")
+    print_line(f"respelled {len(made.changed)} spectral norms{under} as {to}{already}")
     for file in made.files:
-        print(f"wrote {file}")
+        print_line(f"wrote {file}")
 
 
 def _conversion(made: Conversion) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints import Inspection, inspect_checkpoint
-from .console import number, print_json, print_note, progress, table
+from .console import number, print_json, print_line, print_note, progress, table
 from .options import parse_dims
 
 
@@ -39,7 +39,9 @@ def _show(found: Inspection) -> None:
         f"{len(found.layers)} tensors under spectral norm"
     )
     if not found.layers:
-        print(f"{found.path} ({found.format}){under}: no spectral norm in {found.tensors} entries")
+        print_line(
+            f"{found.path} ({found.format}){under}: no spectral norm in {found.tensors} entries"
+        )
         return
     keyed = len({layer.key for layer in found.layers}) > 1
     columns = ["module", "tensor", "kind", "shape", "dim", "sigma", "exact", "short by", "meaning"]

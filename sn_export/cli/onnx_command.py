@@ -14,7 +14,7 @@ from ..exporting import export_onnx, require_metadata
 from ..files import require_place, side_file
 from ..freezing import find_suspects
 from ..results import ParityError
-from .console import FAILED, collect_warnings, print_json, print_note, progress
+from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
 from .options import parse_dynamic, parse_metadata
 from .output_files import is_pictured, require_apart, require_report, write_report
 from .request import Request, _say_notes, _show_notes
@@ -108,4 +108,4 @@ def run_onnx(request: Request, export: Export, as_json: bool) -> None:
         )
         raise typer.Exit(FAILED)
     if not as_json:
-        print(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")
+        print_line(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")

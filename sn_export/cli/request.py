@@ -11,7 +11,7 @@ from torch import nn
 
 from ..checkpoints import load_checkpoint, read_checkpoint
 from ..results import Tolerance
-from .console import print_note
+from .console import print_line, print_note
 from .inputs import Inputs, gather
 from .model_factory import build_model
 from .options import parse_dims, parse_kwargs
@@ -62,7 +62,7 @@ class Request:
 
 def _show_notes(notes: Iterable[str]) -> None:
     for note in notes:
-        print(f"checkpoint: {note}")
+        print_line(f"checkpoint: {note}")
 
 
 def _say_notes(notes: Iterable[str]) -> None:

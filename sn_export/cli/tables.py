@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..results import Divergence, ParityReport
-from .console import number, table
+from ..text import join_lines
+from .console import number, print_line, table
 
 _BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ
 
@@ -58,7 +59,7 @@ def show_parity(parity: ParityReport, with_modules: bool = False) -> None:
     )
     for output in parity.outputs:
         if output.reason:
-            print(f"{output.name}: {output.reason}")
+            print_line(join_lines(f"{output.name}: {output.reason}"))
     if parity.divergence is not None and (with_modules or not parity.passed):
         _show_modules(parity.divergence, with_modules)
 
@@ -82,4 +83,4 @@ def _show_modules(divergence: Divergence, is_all: bool) -> None:
                 if is_all or bad - _BEFORE <= i <= bad + _AFTER
             ],
         )
-    print(divergence.reason)
+    print_line(join_lines(divergence.reason))

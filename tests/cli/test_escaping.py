@@ -1,0 +1,126 @@
+"""What files say is shown escaped: tests look at the bytes that reach the terminal."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from cli_running import Run, runner
+
+from sn_export.cli.console import print_note, table
+from sn_export.text import escape_unprintable, join_lines, quote_name, quote_names
+
+HOSTILE = {
+    "escape": "\x1b[2J\x1b]0;title\x07",
+    "bell": "a\x07b",
+    "carriage return": "good\rbad",
+    "nul": "a\0b",
+    "C1": "\x9b31m",
+    "delete": "a\x7fb",
+    "bidi": "\u202egnp.exe\u202c\u2066\u200f",
+    "new line": "a\nsn-export: proved and written: o.onnx",
+    "line separator": "a\u2028sn-export: proved",
+    "next line": "a\x85sn-export: proved",
+    "surrogate": "a\udc80\ud800",
+    "byte of another encoding": "a\udcff",
+    "zero width": "pay\u200bpal\ufeff",
+    "tag": "\U000e0041",
+}
+READABLE = ["body.0.weight", "größe", "重み", "[red]x[/red]", ":smile:", "a\\b", "😀", ""]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in a new folder."""
+    return runner(tmp_path, monkeypatch, capsys)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_nothing_unprintable_is_left(kind: str) -> None:
+    """The text is printable, can be encoded, is one line, and is not escaped a second time."""
+    escaped = escape_unprintable(HOSTILE[kind])
+    assert escaped.isprintable()
+    assert escaped.encode().decode() == escaped
+    assert "\\" in escaped
+    assert escape_unprintable(escaped) == escaped
+
+
+@pytest.mark.parametrize("text", READABLE)
+def test_readable_text_stays(text: str) -> None:
+    """Letters of any script, markup and backslashes are shown as they are."""
+    assert escape_unprintable(text) == text
+
+
+def test_quotes_and_lines() -> None:
+    """Names are escaped within their quotes, very long ones shortened, and breaks closed up."""
+    assert quote_name("a\nb") == r"'a\nb'"
+    assert quote_names(["a\x1b", Path("b")]) == r"'a\x1b', 'b'"
+    assert quote_name("x" * 5000) == f"'{'x' * 500}...{'x' * 500}'"
+    assert join_lines("one\n  two\r\n\n three ") == "one two three"
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("command", ["inspect", "convert", "onnx"])
+def test_keys_of_a_checkpoint(command: str, kind: str, run: Run) -> None:
+    """A hostile key reaches neither stdout nor stderr raw, in tables, notes and errors."""
+    weights = {"weight_orig": torch.eye(3, 2), "weight_u": torch.ones(3), "weight_v": torch.ones(2)}
+    state = {f"{HOSTILE[kind]}.{key}": value for key, value in weights.items()}
+    state[f"{HOSTILE[kind]}.weight_bar"] = state[f"{HOSTILE[kind]}.weight_u"]
+    torch.save({HOSTILE[kind]: state}, "b.pt")
+    more = {
+        "inspect": [],
+        "convert": ["--to", "plain", "-o", "c.pt"],
+        "onnx": ["--model", "cli_networks:critic", "--input", "2x3x8x8", "-o", "o.onnx"],
+    }
+    ran = run(command, "b.pt", *more[command])
+    assert ran.code == (2 if command == "onnx" else 0)
+    _require_clean(ran.out + ran.err)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind not in ("nul", "surrogate")])
+def test_names_of_files(kind: str, run: Run) -> None:
+    """A hostile file name is shown escaped as well."""
+    ran = run("inspect", HOSTILE[kind].replace("/", "_") + ".pt")
+    assert ran.code == 2
+    _require_clean(ran.out + ran.err)
+
+
+def test_markup_and_emoji_codes(capsys: pytest.CaptureFixture[str]) -> None:
+    """Cells and titles are text, which rich neither styles nor replaces."""
+    table("[red]title[/red] :smile:", ["a"], [["[bold]b[/bold] :smile: [/]"], ["\x1b[1m"]])
+    assert capsys.readouterr().out.splitlines() == [
+        "[red]title[/red] :smile:",
+        " a",
+        " ──────────────────────────",
+        " [bold]b[/bold] :smile: [/]",
+        r" \x1b[1m",
+        "",
+    ]
+
+
+def test_a_note_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    """No text can begin a line that seems to be the tool's own."""
+    print_note("a\nsn-export: b")
+    assert capsys.readouterr().err == "sn-export: a\\nsn-export: b\n"
+
+
+def test_names_that_safetensors_cannot_hold(run: Run) -> None:
+    """A name that is no text in UTF-8 ends in a message, and no file is there."""
+    weights = {"weight_orig": torch.eye(3, 2), "weight_u": torch.ones(3), "weight_v": torch.ones(2)}
+    torch.save({f"a\udc80.{key}": value for key, value in weights.items()}, "b.pt")
+    ran = run("convert", "b.pt", "--to", "plain", "-o", "c.safetensors")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "sn-export: safetensors has names in UTF-8 alone, and 'a\\udc80.weight' is not; "
+        "write a .pt\n"
+    )
+    assert not Path("c.safetensors").exists()
+
+
+def _require_clean(shown: str) -> None:
+    lines = shown.split("\n")
+    assert all(line.isprintable() for line in lines)
+    own = ("sn-export: '", "sn-export: note: '", "sn-export: there is no checkpoint at '")
+    assert all(line.startswith(own) for line in lines if line.startswith("sn-export:"))
+    shown.encode()
