@@ -6,14 +6,14 @@ import gc
 import logging
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ContextDecorator, contextmanager
-from types import TracebackType
+from collections.abc import Generator, Iterable, Sequence
+from contextlib import ContextDecorator
 from typing import Generic, TypeVar
 
 from torch import nn
 
 from ..errors import FreezeError, FrozenWeightChangedWarning
+from ..running import ClosedOnExit, undo_on_exit
 from .interference import complaints, unused
 from .plan import Found, Keep, Plan
 from .selection import Selection
@@ -22,7 +22,8 @@ from .suspects import warn_of_suspects
 
 M = TypeVar("M", bound=nn.Module)
 
-_CALLER = 5  # stack level of the with statement, seen from the methods of a freezing
+# Stack levels of the with statement, seen from `_Freezing.enter` and `_Freezing.complain`.
+_ENTERING, _LEAVING = 6, 4
 _logger = logging.getLogger("sn_export")
 _holders: dict[int, _Freezing] = {}  # id of a module -> the block that holds it frozen
 _active: list[_Freezing] = []  # of all threads, in the order of entering
@@ -49,7 +50,7 @@ class Planner:
         return Plan(found, self.keep)
 
 
-class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
+class Block(ClosedOnExit, ContextDecorator, Generic[M]):
     """Freezes a model for the length of a with-block, as often as it is entered.
 
     Args:
@@ -60,42 +61,23 @@ class Block(ContextDecorator, AbstractContextManager[M], Generic[M]):
     def __init__(self, model: M, planner: Planner) -> None:
         self._model = model
         self._planner = planner
-        self._entered: list[AbstractContextManager[M]] = []
 
     def _recreate_cm(self) -> Block[M]:
         return type(self)(self._model, self._planner)  # as a decorator: one for each call
 
-    def __enter__(self) -> M:
-        block = _block(self._model, self._planner)
-        model = block.__enter__()
-        self._entered.append(block)
-        return model
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> bool | None:
-        return self._entered.pop().__exit__(kind, error, traceback)
+    def __enter__(self) -> M:  # type: ignore[override]
+        return self.closing(_frozen(self._model, self._planner))
 
 
-@contextmanager
-def _block(model: M, planner: Planner) -> Iterator[M]:
+def _frozen(model: M, planner: Planner) -> Generator[M]:
+    """Hold ``model`` frozen until closed."""
     freezing = _Freezing(model, planner)
-    # Leaving can be repeated from any point, and does nothing once it is done. So an
-    # interrupt that stops it, even at its first instruction, only moves it one level out.
     try:
-        try:
-            try:
-                freezing.enter()
-                yield model
-            finally:
-                freezing.leave()
-        finally:
-            freezing.leave()
+        # Two, so that a second interrupt, of somebody who holds Ctrl-C, finds the model restored.
+        with undo_on_exit(freezing.leave), undo_on_exit(freezing.leave):
+            freezing.enter()
+            yield model
     finally:
-        freezing.leave()
         freezing.complain()
 
 
@@ -127,9 +109,9 @@ class _Freezing:
         plan = self._planner.plan(self._model, found)
         self._plan = plan
         for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
-            warnings.warn(text, category, stacklevel=_CALLER)
+            warnings.warn(text, category, stacklevel=_ENTERING)
         if self._planner.selection.includes_spectral_norm:
-            warn_of_suspects(self._model, found, stacklevel=_CALLER)
+            warn_of_suspects(self._model, found, stacklevel=_ENTERING)
         plan.edits.apply()
         self._is_frozen = True
         _logger.debug("froze %d tensors", len(plan.weights))
@@ -180,7 +162,7 @@ class _Freezing:
     def complain(self) -> None:
         """Warn about changes that were discarded."""
         for message in self._complaints:
-            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=_CALLER)
+            warnings.warn(message, FrozenWeightChangedWarning, stacklevel=_LEAVING)
 
     # No lock: claiming is one atomic operation for each module, and an interrupt between
     # acquiring and releasing cannot leave anything locked.

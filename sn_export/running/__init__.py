@@ -8,15 +8,16 @@ from .preservation import (
     Preserved,
     preserved,
     restore_container,
-    undo_on_exit,
     without_trace,
 )
 from .reference import Reference, run_reference
 from .shared_memory import same_bits
 from .tensor_layouts import are_large, dense_parts, is_dense, is_large
+from .undo import ClosedOnExit, undo_on_exit, undoing
 from .wrapped_models import is_never_called, unwrapped
 
 __all__ = [
+    "ClosedOnExit",
     "DynamicDim",
     "Guarded",
     "InputSet",
@@ -44,6 +45,7 @@ __all__ = [
     "same_bits",
     "tensor_leaves",
     "undo_on_exit",
+    "undoing",
     "unwrapped",
     "without_trace",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from operator import is_
 from typing import Any, TypeVar
 
@@ -18,46 +17,27 @@ from torch.nn.utils.weight_norm import WeightNorm
 from .plain_objects import Belongings
 from .shared_memory import Copies, is_in_place, on_memory_of, same_bits
 from .tensor_layouts import are_large
+from .undo import undo_on_exit, undoing
 from .wrapped_models import is_never_called, original_of
 from .write_watch import Watch
 
 T = TypeVar("T")
 
 
-@contextmanager
-def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
-    """Call ``undo`` when the with-block is left, whatever leaves it, even an interrupt.
-
-    Ctrl-C raises a KeyboardInterrupt at any instruction, so also halfway through ``undo``. Then
-    ``undo`` is called a second time before the interrupt goes on its way: the block is undone as
-    a whole, and the interrupt is not lost. Without an interrupt the second call finds nothing to
-    do. A ``finally`` within the ``finally`` of the first call would leave one instruction between
-    the two unguarded; nested ``try`` statements leave none.
-
-    Args:
-        undo: may be repeated, from any point where it was stopped and after it has succeeded.
-            What it needs is remembered before the block is entered.
-    """
-    try:
-        try:
-            yield
-        finally:
-            undo()
-    finally:
-        undo()
-
-
-@contextmanager
+@undoing
 def preserved_rng() -> Iterator[None]:
     """Put back the global random states of torch (all devices), numpy and python."""
     python_state, numpy_state = random.getstate(), np.random.get_state()
+    torch_state = torch.get_rng_state()
+    cuda_states = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
 
     def restore() -> None:
         random.setstate(python_state)
         np.random.set_state(numpy_state)
+        torch.set_rng_state(torch_state)
+        torch.cuda.set_rng_state_all(cuda_states)
 
-    devices = list(range(torch.cuda.device_count())) if _cuda_is_used() else []
-    with torch.random.fork_rng(devices=devices), undo_on_exit(restore):
+    with undo_on_exit(restore):
         yield
 
 
@@ -249,7 +229,7 @@ class Guarded:
             torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
 
 
-@contextmanager
+@undoing
 def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
     with preserved_rng():

@@ -6,6 +6,7 @@ import contextlib
 import gc
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,10 +40,13 @@ class Fault:
         self.error = error
         self.at = {at, at + again}
         self.places: list[tuple[str, int]] = []
+        self.tracer = sys.gettrace()  # a debugger's or that of a coverage measurement
         self.struck: list[str] = []
+        self.came_out = False
+        self.while_caught: Fingerprint | None = None
 
     def __enter__(self) -> None:
-        self.tracer = sys.gettrace()  # a debugger's or that of a coverage measurement
+        pass
 
     def __exit__(self, kind: type[BaseException] | None, error: object, traceback: object) -> bool:
         """Trace no more, and note whether what was raised came out, which is the end of it."""
@@ -53,6 +57,9 @@ class Fault:
 
     def start(self) -> None:
         """Count from here on, and raise."""
+        caller = sys._getframe(1)
+        if caller.f_code in USERS:
+            caller.f_trace = self
         sys.settrace(self)
 
     def stop(self) -> None:
@@ -61,7 +68,7 @@ class Fault:
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         code = frame.f_code
-        if not code.co_filename.startswith(WATCHED):
+        if not code.co_filename.startswith(WATCHED) and code not in USERS:
             return None
         if event == "line":
             self.places.append((code.co_filename, frame.f_lineno))
@@ -75,7 +82,7 @@ class Fault:
     def _go_on(self, frame: FrameType | None, event: str, arg: object) -> None:
         sys.setprofile(None)
         while frame is not None:
-            if frame.f_code.co_filename.startswith(WATCHED):
+            if frame.f_code.co_filename.startswith(WATCHED) or frame.f_code in USERS:
                 frame.f_trace = self
             frame = frame.f_back
         sys.settrace(self)
@@ -89,25 +96,48 @@ class Fault:
 
 def fault_while_entering(model: nn.Module, fault: Fault) -> None:
     """Enter a block under a fault, and leave it without one if entering was a success."""
-    try:
-        with fault:
-            fault.start()
-            with frozen_spectral_norm(model):
-                fault.stop()
-    except FreezeError:
-        pass
+    with suppress(FreezeError):
+        _users_block(model, fault, entering=True)
 
 
 def fault_while_leaving(model: nn.Module, fault: Fault) -> bool:
     """Leave a block under a fault; return whether it came out of the with statement."""
-    with fault, frozen_spectral_norm(model):
-        fault.start()
+    _users_block(model, fault, entering=False)
     return fault.came_out
 
 
+def _users_block(model: nn.Module, fault: Fault, entering: bool) -> None:
+    """Freeze as a user does, and look at the model where the user would save it."""
+    try:
+        if entering:
+            _entered(model, fault)
+        else:
+            _left(model, fault)
+    except fault.error:
+        fault.stop()
+        sys.setprofile(None)
+        fault.came_out = True
+        fault.while_caught = fingerprint(model)  # the traceback holds all frames
+    finally:
+        fault.stop()
+
+
+def _entered(model: nn.Module, fault: Fault) -> None:
+    fault.start()
+    with frozen_spectral_norm(model):
+        fault.stop()
+
+
+def _left(model: nn.Module, fault: Fault) -> None:
+    with frozen_spectral_norm(model):
+        fault.start()
+
+
 def damage(fault: Fault, before: Fingerprint, model: nn.Module) -> list[str]:
-    """Say what a fault has damaged: the model, or the chance to freeze it again."""
-    found = before.differences(fingerprint(model))[:2]
+    """Say what a fault has damaged: the model, also as a user catches it, or other threads' use."""
+    caught = [] if fault.while_caught is None else before.differences(fault.while_caught)[:2]
+    found = [*(f"while caught, {d}" for d in caught), *before.differences(fingerprint(model))[:2]]
+    fault.while_caught = None
     gc.enable()
     if not found and "block.py" in fault.struck[-1] and not other_thread_can_freeze(model):
         found = ["another thread cannot freeze it any more"]
@@ -126,3 +156,7 @@ def other_thread_can_freeze(model: nn.Module) -> bool:
     thread.start()
     thread.join(5)
     return bool(done)
+
+
+# Their lines count too: an interrupt may strike the with statement itself, on its way out.
+USERS = (_entered.__code__, _left.__code__)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ...running import restore_container, without_trace
+from ...running import restore_container, undo_on_exit, undoing, without_trace
 
 T = TypeVar("T")
 
@@ -82,20 +81,15 @@ class AlwaysEqualArgument(AbsorbingArgument):
         return True
 
 
-@contextmanager
+@undoing
 def copied_attributes(holder: Any) -> Iterator[None]:
     """Let a hook's object write its attributes, the tensors among them too, and put them back."""
     attributes: dict[str, Any] = getattr(holder, "__dict__", {})
     content = attributes.copy()
-    try:  # twice: an interrupt may stop the first
-        try:
-            tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
-            attributes.update({name: t.detach().clone() for name, t in tensors.items()})
-            yield
-        finally:
-            restore_container(attributes, content)
-    finally:
-        restore_container(attributes, content)
+    with undo_on_exit(lambda: restore_container(attributes, content)):
+        tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
+        attributes.update({name: t.detach().clone() for name, t in tensors.items()})
+        yield
 
 
 def _copy(parameter: Tensor) -> Tensor:

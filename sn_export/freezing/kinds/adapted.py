@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
-from ...running import Guarded, Preserved
+from ...running import Guarded, Preserved, undo_on_exit
 from ...text import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..edits import Edits
@@ -61,7 +61,8 @@ class AdaptedSite(Site):
         """Let the adapter freeze, make edits of what it changed, and take it back for now."""
         owner = self.owner
         modules = list(owner.modules())
-        with _Snapshot(modules, self._error) as snapshot:
+        snapshot = _Snapshot(modules, self._error)
+        with undo_on_exit(snapshot.restore):
             snapshot.advance(edits)
             self._call("freeze", lambda: self.adapter.freeze(owner, self.told, frozen))  # type: ignore[arg-type]
             edits.before_undoing(self._restore)
@@ -69,7 +70,8 @@ class AdaptedSite(Site):
             snapshot.plan(edits)
 
     def _restore(self) -> None:
-        with _Snapshot(list(self.owner.modules()), self._error):
+        snapshot = _Snapshot(list(self.owner.modules()), self._error)
+        with undo_on_exit(snapshot.restore):
             self._call("restore", lambda: self.adapter.restore(self.owner, self.told))
 
     def _locate(self, frozen: Tensor) -> None:
@@ -133,7 +135,7 @@ def _error(path: str, tensor: str, adapter: SpectralNormAdapter, reason: str) ->
 
 
 class _Snapshot:
-    """Modules as they were; put back when the with-block ends, tensors included."""
+    """Modules as they were, to be put back."""
 
     def __init__(self, modules: Sequence[nn.Module], error: Callable[[str], FreezeError]) -> None:
         self._modules = modules
@@ -145,10 +147,8 @@ class _Snapshot:
         }
         self._guarded = [Guarded(t) for t in tensors.values() if t is not None and not is_lazy(t)]
 
-    def __enter__(self) -> _Snapshot:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
+    def restore(self) -> None:
+        """Put everything back, tensors included; can be repeated."""
         self._state.restore()
         for module, cls in zip(self._modules, self._classes, strict=True):
             object.__setattr__(module, "__class__", cls)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightN
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...errors import FreezeError
-from ...running import restore_container, without_trace
+from ...running import restore_container, undo_on_exit, undoing, without_trace
 from ..edits import Edits
 from ..info import Group
 from ..site import Site, plan_registration
@@ -98,15 +97,10 @@ class ChainSite(Site):
             for link, mode in modes:
                 link.__dict__["training"] = mode
 
-        try:  # twice: an interrupt may stop the first
-            try:
-                for link, _ in modes:
-                    link.__dict__["training"] = False
-                return self._run()
-            finally:
-                restore_modes()
-        finally:
-            restore_modes()
+        with undo_on_exit(restore_modes):
+            for link, _ in modes:
+                link.__dict__["training"] = False
+            return self._run()
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take the tensor out of ``parametrizations`` and its property off this instance."""
@@ -157,18 +151,13 @@ def find_chains(path: str, module: nn.Module) -> Iterable[ChainSite]:
     return [ChainSite(path, module, tensor, chain) for tensor, chain in chains(module)]
 
 
-@contextmanager
+@undoing
 def _nothing_cached() -> Iterator[None]:
     """Let nothing of a chain stay in torch's cache: it is computed from copies here."""
     cache = parametrize._cache
     content = cache.copy()
-    try:  # twice: an interrupt may stop the first
-        try:
-            yield
-        finally:
-            restore_container(cache, content)
-    finally:
-        restore_container(cache, content)
+    with undo_on_exit(lambda: restore_container(cache, content)):
+        yield
 
 
 def _has_hooks(module: nn.Module) -> bool:

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...running import undo_on_exit, undoing
 from ..edits import Edits
 from ..introspection.frozen_class import Override, frozen_class
 from ..introspection.probe import Probe
@@ -194,7 +195,7 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     return first if all(_is_equal(first, value) for value in values) else None
 
 
-@contextlib.contextmanager
+@undoing
 def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator[None]:
     """Collect what ``member`` returns; to be used on copies, inside `compute_in_sandbox`."""
 
@@ -211,14 +212,9 @@ def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator
     entry: property = inspect.getattr_static(cls, member.name)
     listening = frozen_class(cls, ())
     setattr(listening, member.name, property(lambda self: noted(entry.__get__(self))))
-    try:  # twice: an interrupt may stop the first
-        try:
-            object.__setattr__(module, "__class__", listening)
-            yield
-        finally:
-            object.__setattr__(module, "__class__", cls)
-    finally:
-        object.__setattr__(module, "__class__", cls)
+    with undo_on_exit(lambda: object.__setattr__(module, "__class__", cls)):
+        object.__setattr__(module, "__class__", listening)
+        yield
 
 
 def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
