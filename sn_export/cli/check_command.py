@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 
 from ..errors import ExportError, SnExportError, UsageError
-from ..proving import check_parity, opened_case
 from ..results import ParityReport
-from ..running import random_sets
 from .console import (
     BAD_INPUT,
     FAILED,
@@ -23,25 +21,147 @@ from .console import (
     print_note,
     progress,
 )
-from .request import Request, _say_notes, _show_notes
+from .options import Parsed, parse_factory
+from .request import ModelOptions, ProofOptions, print_notes_of_checkpoint, print_warnings
 from .tables import show_parity
 
-Check = Callable[[Path, Path], ParityReport]  # `check_case` with its options
 
+@dataclass(frozen=True, kw_only=True)
+class CheckCommand(ModelOptions, ProofOptions):
+    """Compare an ONNX file with a checkpoint, or with a saved case.
 
-def run_case(file: Path, case: Path, check: Check, as_json: bool) -> None:
-    """Replay one case; raise `typer.Exit` with code 1 if the outputs differ."""
-    with progress() as show:
-        show(f"replaying {case}")
-        parity = check(file, case)
-    require_comparable(parity)
-    if as_json:
-        print_json({"path": str(file), "case": str(case), "parity": parity.content(), "notes": []})
-    else:
-        show_parity(parity)
-    if not parity.passed:
-        print_note(f"'{file}' does not reproduce '{case}'")
-        raise typer.Exit(FAILED)
+    A folder is searched for NAME.onnx with NAME.npz beside it, and every case is replayed.
+
+    Exit codes: 0 equal, 1 not equal, 2 they cannot be compared.
+    """
+
+    file: Annotated[
+        Path, typer.Argument(metavar="MODEL.onnx", help="The ONNX file, or a folder of cases.")
+    ]
+    checkpoint: Annotated[
+        Path | None, typer.Argument(metavar="[CHECKPOINT]", help="A file, or a folder of shards.")
+    ] = None
+    model: Annotated[
+        str | None,
+        Parsed(str | None, parse_factory, None),
+        typer.Option("--model", help="MODULE:FACTORY, as for 'onnx'."),
+    ]
+    case: Annotated[
+        Path | None, typer.Option(help="Replay what 'onnx --save-case' wrote; no model needed.")
+    ] = None
+
+    def run(self) -> None:
+        """Compare; raise `typer.Exit` with code 1 if the outputs differ."""
+        if self.case is not None and self.file.is_dir():
+            raise UsageError(f"--case goes with one ONNX file, and '{self.file}' is a folder")
+        if not self.file.exists():
+            raise UsageError(f"there is no file or folder '{self.file}'")
+        if self.case is not None:
+            self._require_no_model("--case")
+            self._replay_case(self.case)
+        elif self.file.is_dir():
+            self._require_no_model("a folder of cases")
+            self._replay_folder()
+        elif self.checkpoint is None or self.model is None:
+            missing = "CHECKPOINT" if self.checkpoint is None else "--model"
+            raise UsageError(f"check needs {missing}, or a saved case with --case")
+        else:
+            self._compare(self.checkpoint, self.model)
+
+    def _require_no_model(self, instead: str) -> None:
+        given = {
+            "CHECKPOINT": self.checkpoint,
+            "--model": self.model,
+            "--input": self.shapes,
+            "--input-file": self.input_files,
+            "--model-kwargs": self.model_kwargs,
+            "--key": self.key,
+            "--prefix": self.prefix,
+            "--dim": self.dims,
+            "--trust-pickle": self.trust_pickle,
+        }
+        names = [name for name, value in given.items() if value]
+        if names:
+            raise UsageError(f"{instead} needs no model: leave out {', '.join(names)}")
+
+    def _replay_case(self, case: Path) -> None:
+        if not case.is_file():
+            raise UsageError(f"there is no case '{case}'")
+        with progress() as show:
+            show(f"replaying {case}")
+            parity = self._replay(self.file, case)
+        if self.as_json:
+            print_json({"path": self.file, "case": case, "parity": parity.content(), "notes": []})
+        else:
+            show_parity(parity)
+        if not parity.passed:
+            print_note(f"'{self.file}' does not reproduce '{case}'")
+            raise typer.Exit(FAILED)
+
+    def _replay(self, file: Path, case: Path) -> ParityReport:
+        from ..proving import check_case
+
+        parity = check_case(file, case, **self.keywords_of(check_case))
+        require_comparable(parity)
+        return parity
+
+    def _compare(self, checkpoint: Path, factory: str) -> None:
+        self.require_files(checkpoint)
+        with progress() as show, collect_warnings() as warned:
+            from ..proving import check_parity
+            from ..running import random_sets
+            from .model_factory import prepare_model
+
+            model, inputs, notes = prepare_model(self, checkpoint, factory, show)
+            sets = [inputs.example, *random_sets(inputs.example, self.samples), *inputs.own]
+            show(f"comparing {len(sets)} input sets with onnxruntime")
+            parity = check_parity(model, self.file, sets, **self.keywords_of(check_parity))
+        require_comparable(parity)
+        print_warnings(warned)
+        if self.as_json:
+            content = {"path": self.file, "parity": parity.content(), "notes": [*notes, *warned]}
+            print_json(content)
+        else:
+            print_notes_of_checkpoint(notes)
+            show_parity(parity)
+        if not parity.passed:
+            print_note(f"'{self.file}' does not reproduce the model")
+            raise typer.Exit(FAILED)
+
+    def _replay_folder(self) -> None:
+        files = _files(self.file)
+        if not files:
+            raise UsageError(
+                f"folder '{self.file}' holds no case: no NAME.onnx with NAME.npz beside it"
+            )
+        done = []
+        with progress() as show:
+            for count, file in enumerate(files):
+                show(f"replaying {file}, {count + 1} of {len(files)}")
+                done.append(self._replay_one(file))
+        unequal = [str(one.file) for one in done if one.parity and not one.parity.passed]
+        unknown = [str(one.file) for one in done if one.parity is None]
+        if self.as_json:
+            passed = not unequal and not unknown
+            cases = [one.content() for one in done]
+            print_json({"path": self.file, "passed": passed, "cases": cases})
+        else:
+            _show_replayed(done, len(unequal), len(unknown))
+        if unknown:
+            print_note(f"cannot be compared: {', '.join(unknown)}")
+        if unequal:
+            print_note(f"not equal: {', '.join(unequal)}")
+        if unknown or unequal:
+            raise typer.Exit(BAD_INPUT if unknown else FAILED)
+
+    def _replay_one(self, file: Path) -> Replayed:
+        case = file.with_suffix(".npz")
+        if not case.is_file():
+            return Replayed(file, None, f"no case '{case.name}' beside '{file}'")
+        try:
+            return Replayed(file, self._replay(file, case))
+        except (SnExportError, OSError, ValueError) as error:
+            return Replayed(file, None, f"{file}, {error}")
 
 
 @dataclass(frozen=True)
@@ -70,42 +190,20 @@ class Replayed:
     def content(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {
-            "path": str(self.file),
-            "case": str(self.file.with_suffix(".npz")),
+            "path": self.file,
+            "case": self.file.with_suffix(".npz"),
             "result": self.result.lower(),
             "error": self.error or None,
             "parity": self.parity.content() if self.parity else None,
         }
 
 
-def run_folder(folder: Path, check: Check, as_json: bool) -> None:
-    """Replay each ``NAME.npz`` beside ``NAME.onnx``; raise `typer.Exit` if one is not equal."""
-    files = _files(folder)
-    if not files:
-        raise UsageError(f"folder '{folder}' holds no case: no NAME.onnx with NAME.npz beside it")
-    done = []
-    with progress() as show:
-        for count, file in enumerate(files):
-            show(f"replaying {file}, {count + 1} of {len(files)}")
-            done.append(_replay(file, check))
-    unequal = [str(one.file) for one in done if one.parity and not one.parity.passed]
-    unknown = [str(one.file) for one in done if one.parity is None]
-    if as_json:
-        passed = not unequal and not unknown
-        cases = [one.content() for one in done]
-        print_json({"path": str(folder), "passed": passed, "cases": cases})
-    else:
-        for one in done:
-            print_line(one.line())
-        equal = len(done) - len(unequal) - len(unknown)
-        count_of_all = f"{len(done)} case{'' if len(done) == 1 else 's'}"
-        print(f"{count_of_all}: {equal} equal, {len(unequal)} not, {len(unknown)} not compared")
-    if unknown:
-        print_note(f"cannot be compared: {', '.join(unknown)}")
-    if unequal:
-        print_note(f"not equal: {', '.join(unequal)}")
-    if unknown or unequal:
-        raise typer.Exit(BAD_INPUT if unknown else FAILED)
+def _show_replayed(done: Sequence[Replayed], unequal: int, unknown: int) -> None:
+    for one in done:
+        print_line(one.line())
+    equal = len(done) - unequal - unknown
+    count = f"{len(done)} case{'' if len(done) == 1 else 's'}"
+    print(f"{count}: {equal} equal, {unequal} not, {unknown} not compared")
 
 
 def _files(folder: Path) -> list[Path]:
@@ -119,44 +217,13 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _is_case(path: Path) -> bool:
+    from ..proving import opened_case
+
     try:
         with opened_case(path):
             return True
     except SnExportError:
         return False
-
-
-def _replay(file: Path, check: Check) -> Replayed:
-    case = file.with_suffix(".npz")
-    if not case.is_file():
-        return Replayed(file, None, f"no case '{case.name}' beside '{file}'")
-    try:
-        parity = check(file, case)
-        require_comparable(parity)
-    except (SnExportError, OSError, ValueError) as error:
-        return Replayed(file, None, f"{file}, {error}")
-    return Replayed(file, parity)
-
-
-def run_check(request: Request, file: Path, as_json: bool, proof_dtype: Any = None) -> None:
-    """Compare; raise `typer.Exit` with code 1 if the outputs differ."""
-    with progress() as show, collect_warnings() as warned:
-        model, inputs, notes = request.prepare(show)
-        sets = [inputs.example, *random_sets(inputs.example, request.samples), *inputs.own]
-        show(f"comparing {len(sets)} input sets with onnxruntime")
-        parity = check_parity(
-            model, file, sets, rtol=request.rtol, atol=request.atol, proof_dtype=proof_dtype
-        )
-    require_comparable(parity)
-    _say_notes(warned)
-    if as_json:
-        print_json({"path": str(file), "parity": parity.content(), "notes": [*notes, *warned]})
-    else:
-        _show_notes(notes)
-        show_parity(parity)
-    if not parity.passed:
-        print_note(f"'{file}' does not reproduce the model")
-        raise typer.Exit(FAILED)
 
 
 def require_comparable(parity: ParityReport) -> None:

@@ -2,58 +2,65 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
-from ..checkpoints import Conversion, Spelling, convert_checkpoint
+import typer
+
+from ..results import Spelling
 from .console import print_json, print_line, print_note, progress
-from .options import parse_dims, parse_size
+from .options import Parsed, parse_size
+from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
 
-def run_convert(
-    checkpoint: Path,
-    to: Spelling,
-    output: Path,
-    weights_only: bool,
-    max_shard_size: str | None,
-    key: str | None,
-    dim: list[str],
-    trust_pickle: bool,
-    as_json: bool,
-) -> None:
-    """Write ``checkpoint`` to ``output`` with its spectral norm spelled as ``to``."""
-    dims = parse_dims(dim)
-    limit = parse_size(max_shard_size) if max_shard_size is not None else None
-    with progress() as show:
-        made = convert_checkpoint(
-            checkpoint,
-            output,
-            to,
-            key=key,
-            weights_only=weights_only,
-            dims=dims,
-            max_shard_size=limit,
-            trust_pickle=trust_pickle,
-            progress=lambda name, total: show(f"wrote {name}, of {total}"),
-        )
-    if as_json:
-        print_json(_conversion(made))
-        return
-    for note in made.notes:
-        print_note(f"note: {note}")
-    under = f" under '{made.key}'" if made.key else ""
-    kept = len(made.found) - len(made.changed)
-    already = f"; {kept} were spelled so already" if kept else ""
-    print_line(f"respelled {len(made.changed)} spectral norms{under} as {to}{already}")
-    for file in made.files:
-        print_line(f"wrote {file}")
+@dataclass(frozen=True, kw_only=True)
+class ConvertCommand(CheckpointOptions):
+    """Write a checkpoint with its spectral norm spelled differently, bit for bit the same."""
 
+    checkpoint: CheckpointArgument
+    to: Annotated[Spelling, typer.Option(help="How to spell spectral norm.")]
+    output: Annotated[Path, typer.Option("--output", "-o", help="A .pt or .safetensors file.")]
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Keep the state dict alone.")
+    ] = False
+    max_shard_size: Annotated[
+        int | None,
+        Parsed(str | None, parse_size, None),
+        typer.Option(
+            "--max-shard-size", help="Shards of at most this size, e.g. 2GB, with an index."
+        ),
+    ]
 
-def _conversion(made: Conversion) -> dict[str, Any]:
-    return {
-        "files": [str(file) for file in made.files],
-        "key": made.key,
-        "found": [site.name for site in made.found],
-        "changed": [site.name for site in made.changed],
-        "notes": made.notes,
-    }
+    def run(self) -> None:
+        """Convert, and say what was done."""
+        require_checkpoint(self.checkpoint)
+        with progress() as show:
+            from ..checkpoints import convert_checkpoint
+
+            made = convert_checkpoint(
+                self.checkpoint,
+                self.output,
+                self.to,
+                progress=lambda name, total: show(f"wrote {name}, of {total}"),
+                **self.keywords_of(convert_checkpoint),
+            )
+        if self.as_json:
+            print_json(
+                {
+                    "files": made.files,
+                    "key": made.key,
+                    "found": [site.name for site in made.found],
+                    "changed": [site.name for site in made.changed],
+                    "notes": made.notes,
+                }
+            )
+            return
+        for note in made.notes:
+            print_note(f"note: {note}")
+        under = f" under '{made.key}'" if made.key else ""
+        kept = len(made.found) - len(made.changed)
+        already = f"; {kept} were spelled so already" if kept else ""
+        print_line(f"respelled {len(made.changed)} spectral norms{under} as {self.to}{already}")
+        for file in made.files:
+            print_line(f"wrote {file}")

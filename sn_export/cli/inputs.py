@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import math
-import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,71 +13,27 @@ from torch import Tensor, nn
 
 from ..errors import UsageError
 from ..running import InputSet
-
-_INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
-
-_SHAPE = re.compile(r"\d+(?:x\d+)*")
-
-_MOST = 2**31  # elements of one input; they are drawn in 8 bytes each
-
-_DTYPES = (
-    "float64",
-    "float32",
-    "float16",
-    "bfloat16",
-    "complex64",
-    "complex128",
-    "int64",
-    "int32",
-    "int16",
-    "int8",
-    "uint8",
-    "bool",
-)
+from .options import DynamicDims, InputShape
 
 
-def example_of(texts: list[str]) -> InputSet:
-    """Return random inputs of the shapes that ``--input`` gives, the same ones every time."""
+def draw_example(shapes: Iterable[InputShape]) -> InputSet:
+    """Return random inputs of the given shapes, the same ones every time."""
     generator = torch.Generator().manual_seed(0)
     args: list[Tensor] = []
     kwargs: dict[str, Tensor] = {}
-    for text in texts:
-        name, shape, dtype = _parse_input(text)
+    for one in shapes:
         try:
-            value = _random(shape, getattr(torch, dtype), generator)
+            value = _random(one.shape, getattr(torch, one.dtype), generator)
         except RuntimeError as error:  # for want of memory
-            raise UsageError(f"--input {text}: torch cannot draw it: {error}") from error
-        if name in kwargs:
-            raise UsageError(f"--input gives '{name}' twice, again with {text}")
-        if name is not None:
-            kwargs[name] = value
-        elif kwargs:
-            raise UsageError(f"--input {text} has no name and follows one that has")
-        else:
+            raise UsageError(f"--input {one.text}: torch cannot draw it: {error}") from error
+        if one.name is None:
             args.append(value)
+        else:
+            kwargs[one.name] = value
     return InputSet(tuple(args), kwargs, "the example input")
 
 
-def _parse_input(text: str) -> tuple[str | None, list[int], str]:
-    match = _INPUT.fullmatch(text)
-    if match is None or not (match["shape"] == "scalar" or _SHAPE.fullmatch(match["shape"])):
-        raise UsageError(
-            f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
-        )
-    dtype = match["dtype"] or "float32"
-    if dtype not in _DTYPES:
-        raise UsageError(f"--input {text}: dtype must be one of {', '.join(_DTYPES)}")
-    shape = [] if match["shape"] == "scalar" else [int(size) for size in match["shape"].split("x")]
-    count = math.prod(max(size, 1) for size in shape)  # beside a 0 no size may be too large either
-    if count > _MOST:
-        raise UsageError(
-            f"--input {text}: an input must have at most {_MOST} elements, not {count}"
-        )
-    return match["name"], shape, dtype
-
-
-def _random(shape: list[int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return torch.randn(shape, dtype=wide, generator=generator).to(dtype)
@@ -93,29 +48,33 @@ class Inputs:
     example: InputSet
     own: tuple[InputSet, ...]
 
-    def names(self, model: nn.Module) -> list[str]:
-        """Return the names of the arguments of the example, as the forward has them."""
+    def dynamic_shapes(
+        self, model: nn.Module, dims: DynamicDims
+    ) -> dict[str, dict[int, str] | None] | None:
+        """Return ``--dynamic`` as `torch.export` takes it: an entry for each input, or None."""
+        if not dims:
+            return None
         parameters = list(inspect.signature(model.forward).parameters)
-        return [*parameters[: len(self.example.args)], *self.example.kwargs]
+        names = [*parameters[: len(self.example.args)], *self.example.kwargs]
+        for name in dims:
+            if name not in names:
+                raise UsageError(
+                    f"--dynamic names the input '{name}'; the inputs are {', '.join(names)}"
+                )
+        return {name: dims.get(name) for name in names}
 
 
-def gather(shapes: list[str], files: list[Path]) -> Inputs:
-    """Return the inputs that ``--input`` and ``--input-file`` give.
+def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
+    """Return the inputs that ``--input`` and ``--input-file`` give; one of them does.
 
     Raises:
-        UsageError: if there are none, or a file is none of numpy's.
+        UsageError: if a file is none of numpy's.
     """
     own = tuple(_from_file(path) for path in files)
-    if shapes:
-        return Inputs(example_of(shapes), own)
-    if not own:
-        raise UsageError("give the shape of each input with --input, or values with --input-file")
-    return Inputs(own[0], own[1:])
+    return Inputs(draw_example(shapes), own) if shapes else Inputs(own[0], own[1:])
 
 
 def _from_file(path: Path) -> InputSet:
-    if not path.is_file():
-        raise UsageError(f"there is no input file '{path}'")
     try:
         with np.load(path, allow_pickle=False) as content:
             arrays = {name: torch.from_numpy(content[name]) for name in content.files}

@@ -3,36 +3,39 @@
 from __future__ import annotations
 
 import dataclasses
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
-from ..checkpoints import Inspection, inspect_checkpoint
 from .console import number, print_json, print_line, print_note, progress, table
-from .options import parse_dims
+from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
 
-def run_inspect(
-    checkpoint: Path, key: str | None, dim: list[str], trust_pickle: bool, as_json: bool
-) -> None:
-    """List the spectral norms in ``checkpoint``."""
-    dims = parse_dims(dim)
-    with progress() as show:
-        found = inspect_checkpoint(
-            checkpoint,
-            key=key,
-            dims=dims,
-            trust_pickle=trust_pickle,
-            progress=lambda name, total: show(f"looked at {name}, of {total}"),
-        )
-    if as_json:
-        print_json(_inspection(found))
-        return
-    for note in found.notes:
-        print_note(f"note: {note}")
-    _show(found)
+@dataclass(frozen=True, kw_only=True)
+class InspectCommand(CheckpointOptions):
+    """List the spectral norms in a checkpoint; no model code is needed."""
+
+    checkpoint: CheckpointArgument
+
+    def run(self) -> None:
+        """List them."""
+        require_checkpoint(self.checkpoint)
+        with progress() as show:
+            from ..checkpoints import inspect_checkpoint
+
+            found = inspect_checkpoint(
+                self.checkpoint,
+                progress=lambda name, total: show(f"looked at {name}, of {total}"),
+                **self.keywords_of(inspect_checkpoint),
+            )
+        if self.as_json:
+            print_json(_content(found))
+            return
+        for note in found.notes:
+            print_note(f"note: {note}")
+        _show(found)
 
 
-def _show(found: Inspection) -> None:
+def _show(found: Any) -> None:
     under = f" under '{found.key}'" if found.key else ""
     title = (
         f"{found.path} ({found.format}){under}: {found.tensors} entries, "
@@ -65,9 +68,9 @@ def _show(found: Inspection) -> None:
     table(title, columns, rows)
 
 
-def _inspection(found: Inspection) -> dict[str, Any]:
+def _content(found: Any) -> dict[str, Any]:
     return {
-        "path": str(found.path),
+        "path": found.path,
         "format": found.format,
         "key": found.key,
         "tensors": found.tensors,

@@ -1,4 +1,4 @@
-"""``MODULE:FACTORY``: import the code of a network and call it."""
+"""``MODULE:FACTORY``: import the code of a network, call it, and load a checkpoint into it."""
 
 from __future__ import annotations
 
@@ -6,13 +6,38 @@ import importlib
 import inspect
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from torch import nn
 
+from ..checkpoints import load_checkpoint, read_checkpoint
 from ..errors import UsageError
+from .inputs import Inputs, gather
+from .request import ModelOptions
+
+
+def prepare_model(
+    options: ModelOptions, checkpoint: Path, factory: str, show: Callable[[str], None]
+) -> tuple[nn.Module, Inputs, tuple[str, ...]]:
+    """Return the network with the checkpoint in it, the inputs, and what had to be done.
+
+    Args:
+        options: how to read the checkpoint and call the network.
+        checkpoint: the file or folder.
+        factory: ``MODULE:FACTORY``.
+        show: is told each step.
+    """
+    inputs = gather(options.shapes, options.input_files)
+    show(f"reading {checkpoint}")
+    content = read_checkpoint(checkpoint, **options.keywords_of(read_checkpoint))
+    show(f"building {factory}")
+    model = build_model(factory, options.model_kwargs)
+    show("loading the checkpoint into the model")
+    loaded = load_checkpoint(model, content, **options.keywords_of(load_checkpoint))
+    return model, inputs, loaded.notes
 
 
 def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
@@ -21,9 +46,7 @@ def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
     Raises:
         UsageError: if there is no such module or factory, or it raises or returns no module.
     """
-    module_name, colon, factory_name = text.partition(":")
-    if not (module_name and colon and factory_name):
-        raise UsageError(f"--model must be MODULE:FACTORY such as pkg.nets:critic, got '{text}'")
+    module_name, _, factory_name = text.partition(":")
     module = _import(module_name)
     factory: Any = module
     for part in factory_name.split("."):

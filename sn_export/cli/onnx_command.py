@@ -3,42 +3,125 @@
 from __future__ import annotations
 
 import dataclasses
-import json
+from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-from ..exporting import export_onnx, require_metadata
 from ..files import require_place, side_file
-from ..freezing import find_suspects
-from ..results import ParityError
+from ..results import ExporterChoice, ExportReport, Freeze, ParityError
 from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
-from .options import parse_dynamic, parse_metadata
+from .options import DynamicDims, Parsed, parse_dynamic, parse_metadata, parse_names
 from .output_files import is_pictured, require_apart, require_report, write_report
-from .request import Request, _say_notes, _show_notes
-from .tables import show_frozen, show_parity
+from .request import (
+    CheckpointArgument,
+    ModelOption,
+    ModelOptions,
+    ProofOptions,
+    print_notes_of_checkpoint,
+    print_warnings,
+)
+
+_EXTERNAL_DATA = {"auto": "auto", "always": True, "never": False}
 
 
-@dataclass(frozen=True)
-class Export:
-    """What ``sn-export onnx`` is given besides, as it was written."""
+@dataclass(frozen=True, kw_only=True)
+class OnnxCommand(ModelOptions, ProofOptions):
+    """Export a checkpoint to ONNX and prove the file; it is written only if it is equal.
 
-    output: Path
-    dynamic: list[str]
-    exporter: Any
-    opset: int | None
-    external_data: Any
-    report: Path | None
-    save_case: Path | None
-    metadata: list[str]
-    per_module: bool
-    freeze: Any
-    proof_dtype: Any
+    Exit codes: 0 proved and written, 1 not equal and nothing written, 2 bad input.
+    """
 
-    def require_possible(self, request: Request) -> dict[str, str]:
-        """Return the metadata, if that and the files to write are possible."""
+    checkpoint: CheckpointArgument
+    model: ModelOption
+    output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")]
+    dynamic: Annotated[
+        DynamicDims,
+        Parsed(list[str], parse_dynamic, []),
+        typer.Option("--dynamic", help="INPUT:DIM=NAME, a dimension that varies, e.g. x:0=batch."),
+    ]
+    exporter: Annotated[
+        ExporterChoice,
+        typer.Option(help="Torch's exporter; auto: dynamo, then torchscript where that fails."),
+    ] = "auto"
+    freeze: Annotated[
+        Freeze, typer.Option(help="Spectral norm alone, or every reparametrization.")
+    ] = "spectral_norm"
+    opset_version: Annotated[
+        int | None, typer.Option("--opset", help="ONNX opset; torch's by default.")
+    ] = None
+    input_names: Annotated[
+        list[str] | None,
+        Parsed(list[str], partial(parse_names, "--input-names"), []),
+        typer.Option("--input-names", help="Names of the file's inputs, with commas between."),
+    ]
+    output_names: Annotated[
+        list[str] | None,
+        Parsed(list[str], partial(parse_names, "--output-names"), []),
+        typer.Option("--output-names", help="Names of the file's outputs, with commas between."),
+    ]
+    external_data: Annotated[
+        bool | Literal["auto"],
+        Parsed(Literal["auto", "always", "never"], _EXTERNAL_DATA.__getitem__, "auto"),
+        typer.Option("--external-data", help="Weights in a file of their own; auto: past 2 GB."),
+    ]
+    report: Annotated[
+        Path | None, typer.Option(help="A report to keep: .html, .md or .json by its suffix.")
+    ] = None
+    save_case: Annotated[
+        Path | None,
+        typer.Option(help="An .npz of the proof's inputs and outputs, for 'check --case'."),
+    ] = None
+    metadata: Annotated[
+        Mapping[str, str],
+        Parsed(list[str], parse_metadata, []),
+        typer.Option("--metadata", help="KEY=VALUE, to be written into the file."),
+    ]
+    per_module: Annotated[
+        bool, typer.Option("--per-module", help="Compare the output of every module too.")
+    ] = False
+
+    def run(self) -> None:
+        """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
+        self._require_possible()
+        failed: ParityError | None = None
+        with progress() as show, collect_warnings() as warned:
+            from ..exporting import require_metadata
+            from ..freezing import find_suspects
+            from .model_factory import prepare_model
+
+            require_metadata(self.metadata)
+            model, inputs, notes = prepare_model(self, self.checkpoint, self.model, show)
+            suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
+            try:
+                made = self._export(model, inputs)
+            except ParityError as error:
+                assert error.export is not None
+                failed, made = error, error.export
+        content = made.content() | {"suspects": suspects, "notes": [*notes, *warned]}
+        write_report(content, self.report, None if failed else made.path)
+        print_warnings(warned)
+        for attempt in made.attempts:
+            when = "too" if failed else "first"
+            print_note(f"note: the {attempt.exporter} exporter was tried {when}: {attempt.error}")
+        if self.as_json:
+            print_json(content)
+        else:
+            print_notes_of_checkpoint(notes)
+            self._show(made)
+        if failed:
+            print_note(
+                f"the file does not reproduce the model, and '{self.output}' was not written "
+                f"(exporter: {made.exporter})"
+            )
+            raise typer.Exit(FAILED)
+
+    def _require_possible(self) -> None:
+        """Raise for a file that cannot be read or written; it needs no torch."""
+        self.require_files(self.checkpoint)
         require_place(self.output)
         require_apart(
             {
@@ -47,65 +130,35 @@ class Export:
                 "--report": self.report,
                 "--save-case": self.save_case,
             },
-            {"the checkpoint": [request.checkpoint], "--input-file": request.input_files},
+            {"the checkpoint": [self.checkpoint], "--input-file": self.input_files},
         )
         require_report(self.report)
-        metadata = parse_metadata(self.metadata)
-        require_metadata(metadata)
-        return metadata
 
+    def _export(self, model: Any, inputs: Any) -> ExportReport:
+        from ..exporting import export_onnx
 
-def run_onnx(request: Request, export: Export, as_json: bool) -> None:
-    """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
-    metadata = export.require_possible(request)
-    failed: ParityError | None = None
-    with progress() as show, collect_warnings() as warned:
-        model, inputs, notes = request.prepare(show)
-        suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
-        try:
-            made = export_onnx(
-                model,
-                inputs.example.args,
-                export.output,
-                kwargs=inputs.example.kwargs,
-                exporter=export.exporter,
-                opset_version=export.opset,
-                dynamic_shapes=parse_dynamic(export.dynamic, inputs.names(model)),
-                external_data=export.external_data,
-                rtol=request.rtol,
-                atol=request.atol,
-                samples=request.samples,
-                inputs=list(inputs.own),
-                freeze=export.freeze,
-                proof_dtype=export.proof_dtype,
-                keep_programs=False,
-                per_module=export.per_module or is_pictured(export.report),
-                save_case=export.save_case,
-                metadata=metadata,
-                source=request.source(),
-                sigma_exact=is_pictured(export.report),
-            )
-        except ParityError as error:
-            assert error.export is not None
-            failed, made = error, error.export
-    content = json.loads(made.to_json())
-    content |= {"suspects": suspects, "notes": [*notes, *warned]}
-    write_report(content, export.report, None if failed else made.path)
-    _say_notes(warned)
-    for attempt in made.attempts:
-        when = "too" if failed else "first"
-        print_note(f"note: the {attempt.exporter} exporter was tried {when}: {attempt.error}")
-    if as_json:
-        print_json(content)
-    else:
-        _show_notes(notes)
-        show_frozen(made.frozen)
-        show_parity(made.parity, export.per_module)
-    if failed:
-        print_note(
-            f"the file does not reproduce the model, and '{export.output}' was not written "
-            f"(exporter: {made.exporter})"
+        is_index = self.checkpoint.name.endswith(".index.json")
+        has_source = self.checkpoint.is_file() and not is_index  # others do not hold the weights
+        options = self.keywords_of(export_onnx) | {
+            "per_module": self.per_module or is_pictured(self.report),
+            "sigma_exact": is_pictured(self.report),
+        }
+        return export_onnx(
+            model,
+            inputs.example.args,
+            self.output,
+            kwargs=inputs.example.kwargs,
+            inputs=list(inputs.own),
+            dynamic_shapes=inputs.dynamic_shapes(model, self.dynamic),
+            source=self.checkpoint if has_source else None,
+            keep_programs=False,
+            **options,
         )
-        raise typer.Exit(FAILED)
-    if not as_json:
-        print_line(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")
+
+    def _show(self, made: ExportReport) -> None:
+        from .tables import show_frozen, show_parity
+
+        show_frozen(made.frozen)
+        show_parity(made.parity, self.per_module)
+        if made.parity.passed:
+            print_line(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")

@@ -1,20 +1,79 @@
-"""What a person writes on the command line, as values."""
+"""Options: each is declared here or in its command, once, with its name, help, type and parser.
+
+A command is a dataclass, and an option of it is a field. The name of the field is that of the
+keyword that it becomes, so that `Command.keywords_of` hands it on without naming it again. Nothing
+here imports torch: ``--help`` and messages about what was written come at once.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import math
 import re
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import UsageError
 from ..results import Tolerance
 
 _DYNAMIC = re.compile(r"(?P<name>\w+):(?P<position>\d+)=(?P<dim>[A-Za-z_]\w*)")
+_INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
+_MOST = 2**31  # elements of one input; they are drawn in 8 bytes each
+_SHAPE = re.compile(r"\d+(?:x\d+)*")
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
+_DTYPES = (
+    "float64",
+    "float32",
+    "float16",
+    "bfloat16",
+    "complex64",
+    "complex128",
+    "int64",
+    "int32",
+    "int16",
+    "int8",
+    "uint8",
+    "bool",
+)
 
 
-def parse_size(text: str) -> int:
+@dataclass(frozen=True)
+class Parsed:
+    """An option whose value is made from what is written.
+
+    Attributes:
+        written: the type that typer reads.
+        parse: makes the value of it; raises a UsageError for what cannot be understood.
+        default: what counts as written where the option is not given; ``...`` where it must be.
+    """
+
+    written: Any
+    parse: Callable[[Any], Any]
+    default: Any = ...
+
+
+@dataclass(frozen=True)
+class InputShape:
+    """One ``--input``: ``x=1x77:int64`` has the name x, the shape 1 x 77 and the dtype int64."""
+
+    text: str
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: str
+
+
+DynamicDims = dict[str, dict[int, str]]  # names of dimensions by input and position
+
+
+def parse_size(text: str | None) -> int | None:
     """Return the bytes that ``"500MB"`` or ``"2GiB"`` says."""
+    if text is None:
+        return None
     match = _SIZE.fullmatch(text.strip())
     if match is None or not float(match["number"]):
         raise UsageError(f"--max-shard-size must be a size such as 500MB or 2GiB, got '{text}'")
@@ -42,7 +101,7 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
         return {}
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UsageError(f"--model-kwargs must be a JSON object, got '{text}': {error}") from error
     if not isinstance(value, dict):
         raise UsageError(f"--model-kwargs must be a JSON object, got '{text}'")
@@ -85,25 +144,93 @@ def parse_tolerance(option: str, texts: list[str]) -> Tolerance:
     return entries or None
 
 
-def parse_dynamic(texts: list[str], names: list[str]) -> dict[str, dict[int, str] | None] | None:
-    """Return ``--dynamic x:0=batch`` as `torch.export` takes it, for inputs ``names``."""
-    if not texts:
-        return None
-    shapes: dict[str, dict[int, str] | None] = dict.fromkeys(names)
+def parse_names(option: str, texts: list[str]) -> list[str] | None:
+    """Return the names that ``--input-names x,y`` gives, or ``--input-names x --input-names y``."""
+    names = [name.strip() for text in texts for name in text.split(",")]
+    if "" in names:
+        raise UsageError(f"{option} must be names with commas between them, got '{texts[0]}'")
+    return names or None
+
+
+def parse_dynamic(texts: list[str]) -> DynamicDims:
+    """Return what ``--dynamic x:0=batch`` gives: ``{"x": {0: "batch"}}``."""
+    dims: DynamicDims = {}
     for text in texts:
         match = _DYNAMIC.fullmatch(text)
         if match is None:
             raise UsageError(f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'")
-        if match["name"] not in shapes:
-            raise UsageError(
-                f"--dynamic names the input '{match['name']}'; the inputs are {', '.join(names)}"
-            )
-        entry, position = shapes[match["name"]] or {}, int(match["position"])
+        entry, position = dims.setdefault(match["name"], {}), int(match["position"])
         if position in entry:
             raise UsageError(
                 f"--dynamic gives dimension {position} of '{match['name']}' twice: "
                 f"'{entry[position]}' and '{match['dim']}'"
             )
         entry[position] = match["dim"]
-        shapes[match["name"]] = entry
-    return shapes
+    return dims
+
+
+def parse_factory(text: str | None) -> str | None:
+    """Return ``--model`` if it is MODULE:FACTORY, names with dots on both sides."""
+    if text is not None:
+        module, colon, factory = text.partition(":")
+        if not (module and colon and factory):
+            raise UsageError(
+                f"--model must be MODULE:FACTORY such as pkg.nets:critic, got '{text}'"
+            )
+        if not all(part.isidentifier() for part in module.split(".")):
+            raise UsageError(
+                f"--model must be MODULE:FACTORY with the module as in an import, such as "
+                f"pkg.nets:critic, got '{text}'"
+            )
+    return text
+
+
+def parse_inputs(texts: list[str]) -> tuple[InputShape, ...]:
+    """Return the shapes that ``--input`` gives; those without a name come first."""
+    shapes: list[InputShape] = []
+    for text in texts:
+        one = _parse_input(text)
+        names = [shape.name for shape in shapes if shape.name is not None]
+        if one.name in names:
+            raise UsageError(f"--input gives '{one.name}' twice, again with {text}")
+        if one.name is None and names:
+            raise UsageError(f"--input {text} has no name and follows one that has")
+        shapes.append(one)
+    return tuple(shapes)
+
+
+def _parse_input(text: str) -> InputShape:
+    match = _INPUT.fullmatch(text)
+    if match is None or not (match["shape"] == "scalar" or _SHAPE.fullmatch(match["shape"])):
+        raise UsageError(
+            f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
+        )
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise UsageError(f"--input {text}: dtype must be one of {', '.join(_DTYPES)}")
+    sizes = () if match["shape"] == "scalar" else tuple(map(int, match["shape"].split("x")))
+    count = math.prod(max(size, 1) for size in sizes)  # beside a 0 no size may be too large either
+    if count > _MOST:
+        raise UsageError(
+            f"--input {text}: an input must have at most {_MOST} elements, not {count}"
+        )
+    return InputShape(text, match["name"], sizes, dtype)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand: its options are its fields, its help is its docstring."""
+
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON alone on stdout.")] = False
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
+
+    def run(self) -> None:
+        """Do it."""
+        raise NotImplementedError
+
+    def keywords_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+        """Return the options that ``function`` takes as keywords of the same name."""
+        taken = inspect.signature(function).parameters.values()
+        keywords = {one.name for one in taken if one.kind is one.KEYWORD_ONLY}
+        names = {entry.name for entry in dataclasses.fields(self)}
+        return {name: getattr(self, name) for name in sorted(names & keywords)}

@@ -11,12 +11,15 @@ import pytest
 import torch
 from cli_networks import Critic, critic
 
-from sn_export.cli.inputs import example_of, gather
+from sn_export.cli.inputs import Inputs, draw_example, gather
 from sn_export.cli.model_factory import build_model
 from sn_export.cli.options import (
     parse_dims,
     parse_dynamic,
+    parse_factory,
+    parse_inputs,
     parse_kwargs,
+    parse_names,
     parse_size,
     parse_tolerance,
 )
@@ -31,28 +34,30 @@ def _message(function: Callable[..., Any], *args: Any) -> str:
 
 def test_shapes_become_inputs() -> None:
     """Positional and named shapes, of the dtype asked for, the same values every time."""
-    inputs = example_of(["2x3x8x8", "1x4:int64", "x=5:bfloat16", "t=scalar"])
+    inputs = draw_example(parse_inputs(["2x3x8x8", "1x4:int64", "x=5:bfloat16", "t=scalar"]))
     first, second = inputs.args
     assert (first.shape, first.dtype) == ((2, 3, 8, 8), torch.float32)
     assert (second.shape, second.dtype) == ((1, 4), torch.int64)
     assert set(second.flatten().tolist()) <= {0, 1}
     assert inputs.kwargs["x"].dtype == torch.bfloat16
     assert inputs.kwargs["t"].shape == ()
-    assert torch.equal(example_of(["2x3x8x8"]).args[0], first)
+    assert torch.equal(draw_example(parse_inputs(["2x3x8x8"])).args[0], first)
 
 
 def test_bad_shapes() -> None:
     """What is no shape, no dtype, or out of order."""
     for text in ("2x3x", "2,3", "x=", "-1x3", "a b=3", "2x3:float32:x"):
-        assert _message(example_of, [text]) == (
+        assert _message(parse_inputs, [text]) == (
             f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
         )
-    assert _message(example_of, ["2:float99"]) == (
+    assert _message(parse_inputs, ["2:float99"]) == (
         "--input 2:float99: dtype must be one of float64, float32, float16, bfloat16, "
         "complex64, complex128, int64, int32, int16, int8, uint8, bool"
     )
-    assert _message(example_of, ["x=2", "3"]) == ("--input 3 has no name and follows one that has")
-    assert _message(example_of, ["x=2", "y=2", "x=3"]) == (
+    assert _message(parse_inputs, ["x=2", "3"]) == (
+        "--input 3 has no name and follows one that has"
+    )
+    assert _message(parse_inputs, ["x=2", "y=2", "x=3"]) == (
         "--input gives 'x' twice, again with x=3"
     )
 
@@ -64,10 +69,10 @@ def test_shapes_that_are_too_large() -> None:
         ("x=999999999999999999999x3:int8", 999999999999999999999 * 3),
         ("0x99999999999999999999", 99999999999999999999),
     ):
-        assert _message(example_of, [text]) == (
+        assert _message(parse_inputs, [text]) == (
             f"--input {text}: an input must have at most 2147483648 elements, not {count}"
         )
-    assert example_of(["0x2147483648"]).args[0].shape == (0, 2**31)
+    assert draw_example(parse_inputs(["0x2147483648"])).args[0].shape == (0, 2**31)
 
 
 def test_a_shape_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,7 +82,7 @@ def test_a_shape_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("you tried to allocate 9 bytes")
 
     monkeypatch.setattr(torch, "randn", randn)
-    assert _message(example_of, ["2x3"]) == (
+    assert _message(draw_example, parse_inputs(["2x3"])) == (
         "--input 2x3: torch cannot draw it: you tried to allocate 9 bytes"
     )
 
@@ -122,21 +127,36 @@ def test_tolerances() -> None:
 
 def test_dynamic_dimensions() -> None:
     """Several of one input, none of another, and an input that does not exist."""
-    assert parse_dynamic([], ["x"]) is None
-    assert parse_dynamic(["x:0=batch", "x:2=width"], ["x", "y"]) == {
-        "x": {0: "batch", 2: "width"},
-        "y": None,
-    }
+    dims = parse_dynamic(["x:0=batch", "x:2=width"])
+    assert dims == {"x": {0: "batch", 2: "width"}}
     for text in ("x=0", "x:0=", "x:0=a b", "x:0=1", "x:-1=a"):
-        assert _message(parse_dynamic, [text], ["x"]) == (
+        assert _message(parse_dynamic, [text]) == (
             f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'"
         )
-    assert _message(parse_dynamic, ["x:0=a", "x:1=a", "x:0=b"], ["x"]) == (
+    assert _message(parse_dynamic, ["x:0=a", "x:1=a", "x:0=b"]) == (
         "--dynamic gives dimension 0 of 'x' twice: 'a' and 'b'"
     )
-    assert _message(parse_dynamic, ["z:0=b"], ["x", "y"]) == (
+    given = Inputs(draw_example(parse_inputs(["4x2", "y=1"])), ())
+    assert given.dynamic_shapes(_Two(), dims) == {"x": {0: "batch", 2: "width"}, "y": None}
+    assert given.dynamic_shapes(_Two(), {}) is None
+    assert _message(given.dynamic_shapes, _Two(), {"z": {0: "b"}}) == (
         "--dynamic names the input 'z'; the inputs are x, y"
     )
+
+
+class _Two(torch.nn.Module):
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y
+
+
+def test_names_of_inputs_and_outputs() -> None:
+    """Names with commas between, or the option several times; an empty one is refused."""
+    assert parse_names("--input-names", []) is None
+    assert parse_names("--input-names", ["x, y", "z"]) == ["x", "y", "z"]
+    for text in ("", "x,", ",x", " "):
+        assert _message(parse_names, "--input-names", [text]) == (
+            f"--input-names must be names with commas between them, got '{text}'"
+        )
 
 
 def test_model_kwargs() -> None:
@@ -152,24 +172,20 @@ def test_inputs_from_files(tmp_path: Path) -> None:
     """Unnamed arrays are positional arguments, others keyword arguments."""
     np.savez(tmp_path / "a.npz", np.ones((2, 3), np.float32))
     np.savez(tmp_path / "b.npz", x=np.zeros(3))
-    inputs = gather([], [tmp_path / "a.npz", tmp_path / "b.npz"])
+    inputs = gather((), [tmp_path / "a.npz", tmp_path / "b.npz"])
     assert torch.equal(inputs.example.args[0], torch.ones(2, 3))
     assert torch.equal(inputs.own[0].kwargs["x"], torch.zeros(3, dtype=torch.float64))
-    inputs = gather(["2x3"], [tmp_path / "a.npz"])
+    inputs = gather(parse_inputs(["2x3"]), [tmp_path / "a.npz"])
     assert [one.label for one in inputs.own] == ["'a.npz'"]
 
 
 def test_bad_input_files(tmp_path: Path) -> None:
-    """None at all, an absent one, one that is none, one that would run code."""
-    assert _message(gather, [], []) == (
-        "give the shape of each input with --input, or values with --input-file"
-    )
+    """One that is none of numpy's, one that would run code."""
     path = tmp_path / "a.npz"
-    assert _message(gather, [], [path]) == f"there is no input file '{path}'"
     path.write_text("garbage")
-    assert _message(gather, [], [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
+    assert _message(gather, (), [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
     np.savez(path, x=np.array([{}], dtype=object))
-    assert _message(gather, [], [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
+    assert _message(gather, (), [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
 
 
 def test_factories() -> None:
@@ -179,13 +195,26 @@ def test_factories() -> None:
     assert type(critic()) is type(build_model("cli_networks:critic", {"kind": "hook"}))
 
 
+def test_factories_that_cannot_be_named() -> None:
+    """What is not MODULE:FACTORY, or has a path in the place of a module."""
+    assert parse_factory("pkg.nets:Critic.build") == "pkg.nets:Critic.build"
+    for text in ("nets", "nets:", ":critic"):
+        assert _message(parse_factory, text) == (
+            f"--model must be MODULE:FACTORY such as pkg.nets:critic, got '{text}'"
+        )
+    for text in ("../a/train:D", "a/train:D", "..:D", "a b:D", ".nets:D"):
+        assert _message(parse_factory, text) == (
+            "--model must be MODULE:FACTORY with the module as in an import, such as "
+            f"pkg.nets:critic, got '{text}'"
+        )
+
+
 def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way to be wrong says what exists, or what was raised."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets_of_a_test.py").write_text("import no_such_package\n")
     (tmp_path / "exits_of_a_test.py").write_text("raise SystemExit(3)\n")
     cases = {
-        "nets": "--model must be MODULE:FACTORY such as pkg.nets:critic, got 'nets'",
         "nots:critic": (
             "there is no module 'nots'; modules in the current folder: exits_of_a_test, "
             "nets_of_a_test"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 import os
 import pty
@@ -23,8 +25,19 @@ from cli_running import CRITIC, ONNX, Ran, Run, names, runner
 from export_models import FRAMES
 from onnx import numpy_helper
 
-from sn_export import ExportError
+from sn_export import ExportError, check_case, check_parity, export_onnx
+from sn_export.checkpoints import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+)
+from sn_export.cli import main
+from sn_export.cli.check_command import CheckCommand
 from sn_export.cli.console import errors_as_messages
+from sn_export.cli.convert_command import ConvertCommand
+from sn_export.cli.inspect_command import InspectCommand
+from sn_export.cli.onnx_command import OnnxCommand
 
 
 @pytest.fixture
@@ -75,6 +88,20 @@ def test_onnx_options(run: Run) -> None:
     assert "respelled 4 spectral norms from hook to parametrization" in ran.out
     assert onnx.load("o.onnx").opset_import[0].version == 17
     assert names() == ["a.pt", "o.onnx", "o.onnx.data"]
+
+
+def test_names_and_providers(run: Run) -> None:
+    """Inputs and outputs have the names asked for, and the providers ran the file."""
+    ran = run(*ONNX, "--input-names", "image", "--output-names", "score",
+              "--providers", "CPUExecutionProvider", "--json", "--dynamic", "x:0=n")  # fmt: skip
+    assert ran.code == 0, ran.err
+    graph = onnx.load("o.onnx").graph
+    assert [one.name for one in (*graph.input, *graph.output)] == ["image", "score"]
+    assert json.loads(ran.out)["parity"]["providers"] == ["CPUExecutionProvider"]
+    ran = run("check", "o.onnx", "a.pt", *CRITIC, "--providers", "NoSuchProvider")
+    assert ran.code == 2 and "NoSuchProvider" in ran.err
+    ran = run(*ONNX, "--input-names", "a,b,c")
+    assert ran.code == 2 and "input_names" in ran.err
 
 
 def test_onnx_with_real_inputs(run: Run) -> None:
@@ -393,6 +420,97 @@ def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
     )
     assert ran.stderr == "set()\n"
     assert "sn-export" in ran.stdout
+
+
+_ANSWERED_WITHOUT_TORCH = {
+    "absent checkpoint": ["onnx", "no.pt", *CRITIC, "-o", "o.onnx"],
+    "shape": ["onnx", "a.pt", *CRITIC[:2], "--input", "2y3", "-o", "o.onnx"],
+    "no input": ["onnx", "a.pt", *CRITIC[:2], "-o", "o.onnx"],
+    "absent input": ["onnx", "a.pt", *CRITIC[:2], "--input-file", "no.npz", "-o", "o.onnx"],
+    "factory": ["onnx", "a.pt", "--model", "nets", "--input", "2", "-o", "o.onnx"],
+    "arguments": ["onnx", "a.pt", *CRITIC, "--model-kwargs", "{", "-o", "o.onnx"],
+    "folder": ["onnx", "a.pt", *CRITIC, "-o", "no/o.onnx"],
+    "report": ["onnx", "a.pt", *CRITIC, "-o", "o.onnx", "--report", "r.pdf"],
+    "same file": ["onnx", "a.pt", *CRITIC, "-o", "a.pt"],
+    "tolerance": ["check", "o.onnx", "a.pt", "--rtol", "much"],
+    "dynamic": ["onnx", "a.pt", *CRITIC, "-o", "o.onnx", "--dynamic", "x"],
+    "metadata": ["onnx", "a.pt", *CRITIC, "-o", "o.onnx", "--metadata", "run"],
+    "choice": ["onnx", "a.pt", *CRITIC, "-o", "o.onnx", "--exporter", "jax"],
+    "absent file": ["check", "no.onnx", "a.pt", *CRITIC],
+    "absent case": ["check", "a.pt", "--case", "no.npz"],
+    "nothing to check against": ["check", "a.pt"],
+    "inspect": ["inspect", "no.pt"],
+    "dim": ["inspect", "a.pt", "--dim", "w"],
+    "convert": ["convert", "no.pt", "--to", "plain", "-o", "o.pt"],
+    "size": ["convert", "a.pt", "--to", "plain", "-o", "o.pt", "--max-shard-size", "much"],
+}
+
+
+@pytest.mark.parametrize("name", _ANSWERED_WITHOUT_TORCH)
+def test_what_needs_no_torch_is_answered_without(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Paths, shapes and options are checked before torch, onnx and numpy are imported."""
+    monkeypatch.chdir(tmp_path)
+    Path("a.pt").touch()
+    code = (
+        "import sys\n"
+        "from sn_export.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: assert end.code == 2, end.code\n"
+        "print({'torch', 'onnx', 'onnxruntime', 'numpy'} & set(sys.modules))\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", code, *_ANSWERED_WITHOUT_TORCH[name]],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert ran.stdout == "set()\n"
+    assert ran.stderr.startswith("sn-export: ") and len(ran.stderr.splitlines()) == 1
+
+
+_HANDLED = {
+    OnnxCommand: {"checkpoint", "model", "output", "shapes", "input_files", "model_kwargs"}
+    | {"dynamic", "report"},
+    InspectCommand: {"checkpoint"},
+    ConvertCommand: {"checkpoint", "to", "output"},
+    CheckCommand: {"file", "checkpoint", "model", "case", "shapes", "input_files", "model_kwargs"}
+    | {"samples"},
+}
+
+
+@pytest.mark.parametrize("command", _HANDLED)
+def test_every_option_arrives(command: type[Any]) -> None:
+    """An option that a command does not handle itself is a keyword of what the command calls.
+
+    It reaches inside, since an option with a misspelt name would be read and then dropped.
+    """
+    called = {
+        OnnxCommand: [export_onnx, load_checkpoint, read_checkpoint],
+        InspectCommand: [inspect_checkpoint],
+        ConvertCommand: [convert_checkpoint],
+        CheckCommand: [check_parity, check_case, load_checkpoint, read_checkpoint],
+    }[command]
+    keywords = {name for one in called for name in inspect.signature(one).parameters}
+    fields = {field.name for field in dataclasses.fields(command)} - {"as_json", "debug"}
+    assert fields - keywords == _HANDLED[command] - keywords
+
+
+def test_defaults_are_those_of_export_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where an option is not given, the command exports as the function does.
+
+    It reaches inside: both state their defaults for their readers.
+    """
+    seen: dict[str, Any] = {}
+    monkeypatch.setattr(OnnxCommand, "run", lambda self: seen.update(self.keywords_of(export_onnx)))
+    monkeypatch.setattr(sys, "argv", ["sn-export", "onnx", "a.pt", "--model", "a:b", "-o", "c"])
+    with pytest.raises(SystemExit):
+        main()
+    parameters = inspect.signature(export_onnx).parameters
+    as_given = {name: list(value) if isinstance(value, tuple) else value
+                for name, value in ((name, parameters[name].default) for name in seen)}  # fmt: skip
+    assert seen == as_given | {"metadata": {}}
 
 
 def test_progress_is_for_terminals_alone(tmp_path: Path) -> None:
