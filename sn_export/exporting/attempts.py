@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import NoReturn
 
@@ -27,19 +27,22 @@ Attempts = Sequence[tuple[Exporter, ExportError | ParityError]]
 
 
 def with_cause(
-    error: ParityError, proof: Proof, block: AbstractContextManager[nn.Module], first: Reference
+    error: ParityError,
+    proof: Proof,
+    freezing: Callable[[], AbstractContextManager[nn.Module]],
+    first: Reference,
 ) -> ParityError:
     """Say so where no exporter is to blame: the model itself differs under the same conditions."""
     found = error.divergence
     if found is None or not found.is_deterministic:
         return error
-    if differs(proof, no_fused_attention(), first):
+    if differs(proof, no_fused_attention, first):
         cause = (
             "the model's own outputs differ as well without torch's fused attention, which no "
             "exporter takes and which gives zeros at padding: call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    elif differs(proof, block, first):
+    elif differs(proof, freezing, first):
         cause = (
             "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
             "something else than one plain weight for each layer, such as the raw weight, by "

@@ -6,9 +6,10 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -226,7 +227,7 @@ def export_onnx(
             model, example, dims, lambda one: run_reference(model, state, one), own
         )
         spill = Spill(model, target.parent)
-        block = freeze_into(model, only, spill.keep)
+        freezing = partial(freeze_into, model, only, spill.keep)
         proof = Proof(
             model=model,
             state=state,
@@ -246,7 +247,7 @@ def export_onnx(
             )
             _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
             try:
-                written = _write(proof, block, first, chosen, options, draft, target, other)
+                written = _write(proof, freezing, first, chosen, options, draft, target, other)
                 if written.program is not None and dims:
                     references += references_beyond(  # for this proof and the next one
                         written.program,
@@ -262,7 +263,7 @@ def export_onnx(
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):
-                    error = with_cause(error, proof, block, first)
+                    error = with_cause(error, proof, freezing, first)
                     opset, folded = written.opset, written.folded
                     error.export = ExportReport(
                         target, chosen, opset, error.report, frozen, versions(), props, folded
@@ -297,7 +298,7 @@ def export_onnx(
 
 def _write(
     proof: Proof,
-    block: AbstractContextManager[nn.Module],
+    freezing: Callable[[], AbstractContextManager[nn.Module]],
     reference: Reference,
     exporter: Exporter,
     options: ExportOptions,
@@ -306,7 +307,8 @@ def _write(
     other: Exporter | None,
 ) -> Written:
     try:
-        with disk_errors_as(ExportError, target), block:
+        # No name holds the block: whatever strikes as it is left, it ends before the state around.
+        with disk_errors_as(ExportError, target), freezing():
             options.release()  # the block looks at its weights, on entering and on leaving
             return write_onnx(proof.model, reference, exporter, options, draft, other)
     finally:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from ..running import InputSet, Reference, paths_of_tensors
+from ..running import InputSet, Reference, paths_of_tensors, undoing
 
 
 class FlatCall(NamedTuple):
@@ -31,7 +31,7 @@ class FlatCall(NamedTuple):
     is_hidden: bool
 
 
-@contextlib.contextmanager
+@undoing
 def flat_call(model: nn.Module, reference: Reference) -> Iterator[FlatCall]:
     """Let ``model`` be called with the tensors of the example alone, and return tensors alone.
 
@@ -83,7 +83,7 @@ def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> 
 # The dictionaries are written to directly: a handle would count up torch's number of hooks.
 
 
-@contextlib.contextmanager
+@undoing
 def _first_pre_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     key: Any = object()
     hooks = cast("OrderedDict[Any, Any]", model._forward_pre_hooks)
@@ -97,7 +97,7 @@ def _first_pre_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None
         model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-@contextlib.contextmanager
+@undoing
 def _last_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
     key: Any = object()
     try:
@@ -107,7 +107,7 @@ def _last_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
         model._forward_hooks.pop(key, None)
 
 
-@contextlib.contextmanager
+@undoing
 def _hidden_signature(model: nn.Module) -> Iterator[None]:
     # Exporters bind what they are given to the signature, and fill in defaults.
     attributes, forward = model.__dict__, model.forward

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 
 import torch
 
+from ..running import undoing
+
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
 
-@contextlib.contextmanager
+@undoing
 def quiet(verbose: bool) -> Iterator[None]:
     """Keep prints, logs and warnings inside, unless ``verbose``."""
     if verbose:
@@ -40,7 +42,7 @@ def quiet(verbose: bool) -> Iterator[None]:
                 logger.setLevel(level)
 
 
-@contextlib.contextmanager
+@undoing
 def no_fused_attention() -> Iterator[None]:
     """Keep `torch.nn.TransformerEncoderLayer` off its fused operator, which has no ONNX form."""
     enabled = torch.backends.mha.get_fastpath_enabled()
@@ -51,7 +53,7 @@ def no_fused_attention() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-@contextlib.contextmanager
+@undoing
 def _silent_descriptor(descriptor: int) -> Iterator[None]:
     # The TorchScript exporter dumps its graph from C++, past sys.stdout.
     sys.stdout.flush()

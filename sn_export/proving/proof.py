@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -121,11 +121,13 @@ class Proof:
         return {name: shapes[file] for name, file in names.items() if file in shapes}
 
 
-def differs(proof: Proof, within: AbstractContextManager[Any], reference: Reference) -> bool:
+def differs(
+    proof: Proof, within: Callable[[], AbstractContextManager[Any]], reference: Reference
+) -> bool:
     """Whether the model itself gives other outputs within a context than it did without."""
     given = reference.inputs.clone()
     try:
-        with within, torch.no_grad():
+        with within(), torch.no_grad():
             found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
         outputs = [leaf.detach().clone() for _, leaf in found]
     except Exception:  # then an exporter has failed as well, and said so

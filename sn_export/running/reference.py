@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -17,6 +17,7 @@ from .input_set import InputSet
 from .nested import is_plain, paths_of_tensors, unseen_tensors
 from .preservation import Preserved, set_by_hooks
 from .tensor_layouts import are_large
+from .undo import undoing
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _call(model: nn.Module, inputs: InputSet) -> Any:
         return model(*given.args, **given.kwargs)
 
 
-@contextmanager
+@undoing
 def _weights_dropped(model: nn.Module) -> Iterator[None]:
     """Free each weight that a hook of torch's has set once its module has run.
 

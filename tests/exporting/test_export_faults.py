@@ -1,0 +1,51 @@
+"""Interrupts within an export: the block ends before the state around it is put back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from faults import Fault
+from fingerprint import fingerprint
+from networks import seed_torch
+from torch import nn
+from torch.nn.utils import spectral_norm
+
+from sn_export import export_onnx
+
+OFTEN = ("export.py", "undo.py")  # each line, of the rest every fifth
+SELDOM = ("block.py", "edits.py", "contextlib.py", "preservation.py")
+
+
+def interrupted_export(model: nn.Module, path: Path, fault: Fault) -> None:
+    """Export under a fault, and look at the model where a user would catch the interrupt."""
+    try:
+        fault.start()
+        export_onnx(model, torch.zeros(1, 2), path, exporter="torchscript", samples=0)
+    except KeyboardInterrupt:
+        fault.stop()
+        fault.while_caught = fingerprint(model)
+    finally:
+        fault.stop()
+
+
+def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> None:
+    """At whichever line of the export and its block an interrupt strikes, the model is whole."""
+    seed_torch(0)
+    model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
+    path = tmp_path / "model.onnx"
+    interrupted_export(model, path, Fault())  # what is read once is read here
+    dry = Fault()
+    interrupted_export(model, path, dry)
+    steps = [s for s in dry.steps() if Path(dry.places[s - 1][0]).name in OFTEN]
+    steps += [s for s in dry.steps() if Path(dry.places[s - 1][0]).name in SELDOM][::5]
+    before = fingerprint(model)
+    failures = []
+    for step in steps:
+        fault = Fault(KeyboardInterrupt, step)
+        interrupted_export(model, path, fault)
+        assert fault.struck
+        if fault.while_caught is not None:  # not where it was part of a destructor
+            failures += [f"{fault.struck}: {d}" for d in before.differences(fault.while_caught)]
+    assert len(steps) > 150
+    assert failures == []
