@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -21,6 +20,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import SpectralNorm, spectral_norm
 from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+# From inside: TorchScript's exporter prints from C++, which no fixture of pytest holds back.
+from sn_export.exporting.quiet import quiet
 
 KINDS = ("hook", "parametrization")
 EXPORTERS = ("dynamo", "torchscript")
@@ -164,11 +166,12 @@ class NotANumber(Head):
             self.layer.bias.fill_(torch.nan)
 
 
-def bare_export(model: nn.Module, args: tuple[Tensor, ...], path: Path, exporter: str) -> None:
-    """Export a network as torch does it on its own."""
-    with warnings.catch_warnings(), torch.no_grad():
-        warnings.simplefilter("ignore")
-        torch.onnx.export(model, args, path, dynamo=exporter == "dynamo", verbose=False)
+def bare_export(
+    model: nn.Module, args: tuple[Any, ...], path: Path, exporter: str, **options: Any
+) -> None:
+    """Export a network as torch does it on its own, without what its exporters print."""
+    with quiet(False), torch.no_grad():
+        torch.onnx.export(model, args, path, dynamo=exporter == "dynamo", verbose=False, **options)
 
 
 def assert_as_before(before: Fingerprint, *models: nn.Module) -> None:

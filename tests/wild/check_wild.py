@@ -31,7 +31,6 @@ from sn_export import (
     find_spectral_norm,
     frozen_spectral_norm,
 )
-from sn_export.exporting.quiet import quiet
 
 _HEADER = (
     "| package | model | frozen | block | dynamo: nodes | TorchScript: nodes |\n"
@@ -124,8 +123,7 @@ def _exports(model: nn.Module, args: tuple[Tensor, ...], exporter: str) -> Itera
 
 def _raw(model: nn.Module, args: tuple[Tensor, ...], exporter: str, path: Path) -> str:
     try:
-        with quiet(False):
-            bare_export(copy.deepcopy(model).eval(), args, path, exporter)
+        bare_export(copy.deepcopy(model).eval(), args, path, exporter)
     except Exception:
         return "fails"
     return str(len(onnx.load(path).graph.node))
