@@ -93,8 +93,3 @@ def test_commands(tmp_path: Path, failed: bool) -> None:
     assert upload["if"] == "${{ !cancelled() }}"
     made = {path.suffix for path in (tmp_path / upload["with"]["path"]).iterdir()}
     assert made == {".html", ".json", ".md"}
-
-
-def test_readme_has_the_recipe() -> None:
-    """What users copy is what is tested."""
-    assert f"```yaml\n{RECIPE.read_text()}```" in (ROOT / "README.md").read_text()
