@@ -1,3 +1,9 @@
+from .distributed import (
+    find_parametrizations as find_parametrizations,
+    find_spectral_norm as find_spectral_norm,
+    frozen_parametrizations as frozen_parametrizations,
+    frozen_spectral_norm as frozen_spectral_norm,
+)
 from .errors import (
     ExportError as ExportError,
     FreezeError as FreezeError,
@@ -19,11 +25,7 @@ from .freezing import (
     SpectralNormAdapter as SpectralNormAdapter,
     SpectralNormInfo as SpectralNormInfo,
     SpectralNormSuspect as SpectralNormSuspect,
-    find_parametrizations as find_parametrizations,
-    find_spectral_norm as find_spectral_norm,
     find_suspects as find_suspects,
-    frozen_parametrizations as frozen_parametrizations,
-    frozen_spectral_norm as frozen_spectral_norm,
     register_spectral_norm as register_spectral_norm,
 )
 from .proving import (

@@ -17,13 +17,16 @@ class FreezeError(SnExportError):
         tensor: qualified name of the tensor in the model, such as ``"body.0.weight"``.
         reason: why it cannot be frozen.
         remedy: what to do about it.
+        rank: the rank on which it failed, of a model that is spread over several; else None.
     """
 
-    def __init__(self, tensor: str, reason: str, remedy: str) -> None:
-        super().__init__(f"cannot freeze '{tensor}': {reason}. {remedy}")
+    def __init__(self, tensor: str, reason: str, remedy: str, rank: int | None = None) -> None:
+        where = "" if rank is None else f"rank {rank}: "
+        super().__init__(f"{where}cannot freeze '{tensor}': {reason}. {remedy}")
         self.tensor = tensor
         self.reason = reason
         self.remedy = remedy
+        self.rank = rank
 
 
 class SnExportWarning(UserWarning):

@@ -3,6 +3,11 @@ from .adapters import (
     SpectralNormAdapter as SpectralNormAdapter,
     register_spectral_norm as register_spectral_norm,
 )
+from .block import (
+    Block as Block,
+    Planner as Planner,
+)
+from .edits import Edits as Edits
 from .find import (
     describe_sites as describe_sites,
     find_parametrizations as find_parametrizations,
@@ -19,13 +24,27 @@ from .info import (
     ParametrizationInfo as ParametrizationInfo,
     SpectralNormInfo as SpectralNormInfo,
 )
+from .plan import (
+    Found as Found,
+    Plan as Plan,
+    Walk as Walk,
+    computed as computed,
+    walk as walk,
+)
+from .selection import (
+    Only as Only,
+    Selection as Selection,
+)
 from .sigma import (
     exact_sigma as exact_sigma,
     stored_sigma as stored_sigma,
 )
 from .site import (
+    Kind as Kind,
+    Site as Site,
     require_module as require_module,
 )
 from .suspects import (
     SpectralNormSuspect as SpectralNormSuspect,
+    warn_of_suspects as warn_of_suspects,
 )

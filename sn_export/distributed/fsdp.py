@@ -1,0 +1,182 @@
+"""What FSDP2 keeps of a sharded parameter. torch's private names that this needs stand here alone.
+
+`fully_shard` gives each module that it is called on a state, each state groups of parameters, and
+each parameter an ``FSDPParam``: it knows the modules that hold the parameter and under which name,
+this rank's shard of it as a DTensor (``sharded_param``), and the padded memory of that shard
+(``_sharded_param_data``), from which the whole parameter is gathered. A forward puts the gathered
+parameter into the modules and takes it out again.
+
+A frozen weight takes part in this through an ``FSDPParam`` of its own: a copy of that of the raw
+weight, with another name and another shard. The originals are not written to.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import FreezeError
+
+_STATE = ("_fsdp_param_groups",)
+_GROUP = ("fsdp_params", "_to_sharded", "_module_to_pre_save_state_dict_hook_handle", "mesh_info")
+_PARAM = (
+    "_module_info",
+    "_orig_param_uid",
+    "_orig_size",
+    "_post_load_hook_handle",
+    "_sharded_param_data",
+    "all_gather_outputs",
+    "fsdp_placement",
+    "mesh_info",
+    "padded_sharded_param_size",
+    "reset_sharded_param",
+    "sharded_param",
+    "sharded_size",
+    "to_sharded_dtensor",
+)
+_GATHERED = "_unsharded_param"  # there after the first time that it was gathered
+
+
+class Unit:
+    """The modules that one call of `fully_shard` gathers together.
+
+    Args:
+        module: one of them; it gathers and reshards for all.
+        state: torch's state behind them.
+    """
+
+    def __init__(self, module: Any, state: Any) -> None:
+        self.module = module
+        self.state = state
+
+    def gather(self) -> None:
+        """Put the whole parameters into the modules; a collective call."""
+        self.module.unshard()
+
+    def reshard(self) -> None:
+        """Put this rank's shards back into the modules; a local call."""
+        for group in self.groups:
+            group._to_sharded()
+
+    @property
+    def groups(self) -> list[Any]:
+        """The groups of parameters."""
+        return list(self.state._fsdp_param_groups)
+
+    def params(self) -> Iterator[tuple[Any, Any]]:
+        """Yield each ``FSDPParam`` with its group."""
+        for group in self.groups:
+            for param in group.fsdp_params:
+                yield group, param
+
+    def meshes(self) -> list[Any]:
+        """Return the device meshes that the parameters are spread over."""
+        return [group.mesh_info.mesh for group in self.groups]
+
+
+def units_of(model: nn.Module) -> dict[int, Unit]:
+    """Return the unit that gathers the parameters of each module, by the module's id.
+
+    Modules outside every unit are absent. A unit has the modules below its own, down to those of
+    another unit.
+
+    Raises:
+        FreezeError: if torch keeps its state in a way that is not known here.
+    """
+    from torch.distributed.fsdp import FSDPModule  # takes a moment, and few models are sharded
+
+    units: dict[int, Unit] = {}  # by the state
+    found: dict[int, Unit] = {}
+    stack: list[tuple[str, nn.Module, Unit | None]] = [("", model, None)]
+    seen: set[int] = set()
+    while stack:
+        path, module, unit = stack.pop()
+        if id(module) in seen:
+            continue
+        seen.add(id(module))
+        if isinstance(module, FSDPModule):
+            state = _state_of(path, module)
+            unit = units.setdefault(id(state), Unit(module, state))
+        if unit is not None:
+            found[id(module)] = unit
+        for name, child in reversed(module._modules.items()):
+            if child is not None:
+                stack.append((f"{path}.{name}" if path else name, child, unit))
+    return found
+
+
+def _state_of(path: str, module: Any) -> Any:
+    state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
+    missing = [f"FSDPState.{name}" for name in _STATE if not hasattr(state, name)]
+    for group in getattr(state, _STATE[0], ()):
+        missing += [f"FSDPParamGroup.{name}" for name in _GROUP if not hasattr(group, name)]
+        for param in getattr(group, "fsdp_params", ()):
+            missing += [f"FSDPParam.{name}" for name in _PARAM if not hasattr(param, name)]
+    if missing:
+        raise FreezeError(
+            path or type(module).__name__,
+            f"it is under fully_shard, and torch {torch.__version__} has moved {missing[0]}, by "
+            "which sn_export reaches the shards",
+            "Use a version of torch that sn_export is tested with, or freeze an unsharded copy",
+        )
+    return state
+
+
+def is_gathered_as(param: Any, tensor: Tensor) -> bool:
+    """Whether ``tensor`` is the whole parameter, as a forward sees it."""
+    return getattr(param, _GATHERED, None) is tensor
+
+
+def holders(param: Any) -> list[tuple[nn.Module, str]]:
+    """Return the modules that hold the parameter, each with the name under which it does."""
+    info = param._module_info
+    return [
+        (info.module, info.param_name),
+        *zip(info.shared_modules, info.shared_param_names, strict=True),
+    ]
+
+
+def held_by(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
+    """Return a copy of ``param`` that stands in ``places`` alone."""
+    other = copy.copy(param)
+    (module, name), *shared = places
+    info = copy.copy(param._module_info)
+    info.module, info.param_name = module, name
+    info.shared_modules = [module for module, _ in shared]
+    info.shared_param_names = [name for _, name in shared]
+    other._module_info = info
+    # Memory of its own for the whole parameter, made when it is first gathered.
+    other.all_gather_outputs = []
+    other.__dict__.pop(_GATHERED, None)
+    return other
+
+
+def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return this rank's part of ``value``, laid out as that of ``param`` is.
+
+    Args:
+        param: an ``FSDPParam`` of the same shape.
+        value: the whole tensor, in the dtype of the forward, which mixed precision may have made
+            a coarser one than that of the parameter.
+
+    Returns:
+        The padded memory as one dimension, and the part that belongs to ``value`` as a DTensor.
+
+    Example: of a tensor of shape (3, 4) on two ranks, both have memory for (2, 4); the first holds
+    two rows, the second one row and a row of zeros.
+    """
+    raw = param._sharded_param_data
+    dim, info = param.fsdp_placement.dim, param.mesh_info
+    rank, count = getattr(info, "shard_mesh_rank", 0), getattr(info, "shard_mesh_size", 1)
+    chunks = torch.chunk(value, count, dim=dim)
+    padded = torch.zeros(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)
+    length = chunks[rank].shape[dim] if rank < len(chunks) else 0
+    if length:
+        padded.narrow(dim, 0, length).copy_(chunks[rank])
+    if raw.is_pinned():
+        padded = padded.pin_memory()
+    return padded.view(-1), param.to_sharded_dtensor(padded.narrow(dim, 0, length))

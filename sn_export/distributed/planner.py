@@ -1,0 +1,300 @@
+"""Plans for models whose parameters are spread over ranks, by FSDP2 (`fully_shard`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from ..errors import FreezeError
+from ..freezing import Found, Kind, Plan, Planner, Site, Walk, computed, walk
+from .agreement import raise_on_all_ranks
+from .fsdp import Unit, held_by, holders, is_gathered_as, shard_of, units_of
+from .wrappers import keep_replicas_apart, refuse_flat_shards
+
+Take = Callable[[Site, "Unit | None"], None]
+
+
+class RankPlanner(Planner):
+    """Finds and plans on every rank; a model that is not sharded is planned as in one process.
+
+    Entering is a collective call for a sharded model: a unit at a time is gathered, each weight
+    in it computed, and this rank's shard kept.
+    """
+
+    def find(self, model: nn.Module, frozen: Iterable[Site]) -> list[Found]:
+        """Return the modules with their sites, and keep the shards of their values.
+
+        Raises:
+            FreezeError: as `freezing.Selection.find`, on all ranks if on one; if the model is
+                under FullyShardedDataParallel.
+        """
+        self._shards: dict[int, _Shard] = {}
+        self._units = sharded_units(model)
+        if not self._units:
+            return super().find(model, frozen)
+
+        def find(walk: Walk) -> list[Found]:
+            return self.selection.find(model, frozen, walk)
+
+        return find_gathered(model, self._units, self._keep_shard, find)
+
+    def plan(self, model: nn.Module, found: Sequence[Found]) -> Plan:
+        """Return the plan; on all ranks, or on none."""
+        if not self._units:
+            plan = Plan(found, self.keep)
+            keep_replicas_apart(model, plan)
+            return plan
+        error: Exception | None = None
+        made: ShardedPlan | None = None
+        try:
+            made = ShardedPlan(found, self._shards, self._units)
+        except Exception as caught:  # told on every rank
+            error = caught
+        raise_on_all_ranks(error, _meshes(self._units), type(model).__name__)
+        assert made is not None
+        return made
+
+    def _keep_shard(self, site: Site, unit: Unit | None) -> None:
+        raw = [] if unit is None else _raw_params(unit, site)
+        _require_dtype(site, raw)
+        value = computed(site)
+        if not raw:
+            self._shards[id(site)] = _Shard(value)
+            return
+        fitting = [param for _, param in raw if param._orig_size == value.shape]
+        if not fitting:
+            shapes = ", ".join(str(tuple(param._orig_size)) for _, param in raw)
+            raise FreezeError(
+                site.name,
+                f"its value has the shape {tuple(value.shape)}, and FSDP shards it as parameters "
+                f"of the shape {shapes}, none of which can hold it",
+                "Freeze an unsharded copy of the model",
+            )
+        memory, shard = shard_of(fitting[0], value)
+        self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw)
+
+
+def sharded_units(model: nn.Module) -> dict[int, Unit]:
+    """Return what `units_of` does; nothing where torch.distributed is not in use.
+
+    Raises:
+        FreezeError: if the model is under FullyShardedDataParallel, whose pieces are no tensors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    refuse_flat_shards(model)
+    return units_of(model)
+
+
+def find_gathered(
+    model: nn.Module, units: dict[int, Unit], take: Take, find: Callable[[Walk], list[Found]]
+) -> list[Found]:
+    """Walk a sharded model with the unit of each module gathered while it is looked at.
+
+    Every rank goes through the same collective calls, whatever fails on one.
+
+    Args:
+        model: the model.
+        units: what `units_of` returned.
+        take: called for each site while its unit is gathered.
+        find: calls a walk and returns what that yields.
+
+    Raises:
+        FreezeError: on all ranks, if something failed on one.
+    """
+    walking = _GatheredWalk(units, take)
+    found: list[Found] = []
+    error: Exception | None = None
+    for unit in set(units.values()):
+        unit.reshard()
+    try:
+        found = find(walking)
+    except Exception as caught:  # told on every rank
+        error = caught
+    finally:
+        walking.leave()
+    raise_on_all_ranks(walking.error or error, _meshes(units), type(model).__name__)
+    return found
+
+
+class _GatheredWalk:
+    """A walk that gathers the unit of a module before it is looked at."""
+
+    def __init__(self, units: dict[int, Unit], take: Take) -> None:
+        self._units = units
+        self._take = take
+        self._current: Unit | None = None
+        self.error: Exception | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        kinds: Iterable[Kind],
+        takes: Callable[[Site], bool] | None = None,
+    ) -> Iterator[Found]:
+        with torch.inference_mode(False), torch.no_grad():
+            for module, sites in walk(model, [self._gathering(kind) for kind in kinds], takes):
+                for site in sites:
+                    self._guard(self._take, site, self._units.get(id(site.module)))
+                yield module, sites
+
+    def _gathering(self, kind: Kind) -> Kind:
+        def find(path: str, module: nn.Module) -> Iterable[Site]:
+            if not _may_compute(module):
+                return ()
+            self._enter(self._units.get(id(module)))
+            return list(self._guard(kind, path, module) or ())
+
+        return find
+
+    def _guard(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:  # the other ranks are on their way to the next collective call
+            self.error = self.error or error
+            return None
+
+    def _enter(self, unit: Unit | None) -> None:
+        if unit is self._current or unit is None:
+            return
+        self.leave()
+        self._current = unit
+        unit.gather()
+
+    def leave(self) -> None:
+        """Reshard what is gathered."""
+        unit, self._current = self._current, None
+        if unit is not None:
+            unit.reshard()
+
+
+class _Shard:
+    """This rank's part of a frozen weight: a DTensor, or the whole where nothing is sharded.
+
+    Attributes:
+        tensor: the part.
+        memory: its padded memory in one dimension; None where nothing is sharded.
+        param: the ``FSDPParam`` whose place it takes.
+        raw: each ``FSDPParam`` that the weight is computed from, with its group.
+    """
+
+    def __init__(
+        self,
+        tensor: Tensor,
+        memory: Tensor | None = None,
+        param: Any = None,
+        raw: Sequence[tuple[Any, Any]] = (),
+    ) -> None:
+        self.tensor = tensor
+        self.memory = memory
+        self.param = param
+        self.raw = raw
+
+
+class ShardedPlan(Plan):
+    """A plan whose frozen weights are sharded in the place of the raw ones.
+
+    Args:
+        found: the modules with their sites.
+        shards: by the id of a site, its part of the weight.
+        units: what `units_of` returned.
+    """
+
+    def __init__(
+        self, found: Sequence[Found], shards: dict[int, _Shard], units: dict[int, Unit]
+    ) -> None:
+        sites = [site for _, module_sites in found for site in module_sites]
+        super().__init__(found, lambda _: [shards[id(site)].tensor for site in sites])
+        self._groups = {id(g): g for unit in units.values() for g in unit.groups}
+        self._originals: list[tuple[Any, Any]] = []
+        try:
+            self._plan_params([(w.tensor, w.site, shards[id(w.site)]) for w in self.weights])
+        except BaseException:
+            self.edits.cancel()
+            raise
+
+    def settle(self) -> None:
+        """Put the shards into the modules, where a forward has left whole parameters."""
+        for group in self._groups.values():
+            group._to_sharded()
+        for original, ours in self._originals:
+            original._param_fqn = getattr(ours, "_param_fqn", None)
+
+    def _plan_params(self, frozen: Sequence[tuple[Tensor, Site, _Shard]]) -> None:
+        hidden = {id(module) for _, site, _ in frozen for module in site.hidden}
+        instead: dict[int, list[Any]] = {}  # of an FSDPParam, by its id
+        for tensor, site, shard in frozen:
+            for _, param in shard.raw:
+                if id(param) not in instead:
+                    rest = [place for place in holders(param) if self._stays(place, hidden)]
+                    instead[id(param)] = [held_by(param, rest)] if rest else []
+            if shard.memory is not None:
+                ours = held_by(shard.param, [(site.module, site.tensor)])
+                ours.sharded_param, ours._sharded_param_data = tensor, shard.memory
+                ours._orig_param_uid = id(tensor)
+                instead[id(shard.param)].append(ours)
+                self._originals.append((shard.param, ours))
+                self._plan_hooks(site.module, shard, ours)
+        for group in self._groups.values():
+            if any(id(param) in instead for param in group.fsdp_params):
+                self.edits.of(group.__dict__).added["fsdp_params"] = [
+                    other for p in group.fsdp_params for other in instead.get(id(p), [p])
+                ]
+
+    def _stays(self, place: tuple[nn.Module, str], hidden: set[int]) -> bool:
+        module, name = place
+        return id(module) not in hidden and name in self.edits.of(module._parameters).remaining()
+
+    def _plan_hooks(self, module: nn.Module, shard: _Shard, ours: Any) -> None:
+        """Let the state dict of ``module`` be that of shards, and a loaded one reach ``ours``."""
+        loaded = module._load_state_dict_post_hooks
+        self.edits.remove(loaded, [param._post_load_hook_handle.id for _, param in shard.raw])
+        self._plan_hook(loaded, lambda *_: ours.reset_sharded_param())
+        group = next(group for group, param in shard.raw if param is shard.param)
+        if module not in group._module_to_pre_save_state_dict_hook_handle:
+            for hooks in (module._state_dict_pre_hooks, module._load_state_dict_pre_hooks):
+                self._plan_hook(hooks, lambda *_: group._to_sharded())
+
+    def _plan_hook(self, hooks: dict[Any, Any], hook: Callable[..., None]) -> None:
+        self.edits.of(hooks).added[RemovableHandle(hooks).id] = hook
+
+
+def _require_dtype(site: Site, raw: Sequence[tuple[Any, Any]]) -> None:
+    """Raise if mixed precision gathers the raw weight in another dtype than its buffers have."""
+    gathered = {param.unsharded_param.dtype for _, param in raw}
+    for source in site.sources if raw else ():
+        if source.is_floating_point() and source.dtype not in gathered:
+            raise FreezeError(
+                site.name,
+                f"mixed precision gathers its raw weight in {gathered.pop()}, and it computes with "
+                f"a buffer in {source.dtype}, as the singular vectors are; torch multiplies no two "
+                "dtypes, in a forward either",
+                "Convert these buffers, which FSDP leaves as they are, to the dtype of the policy",
+            )
+
+
+def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
+    sources = list(site.sources)
+    return [
+        (group, param)
+        for group, param in unit.params()
+        if any(is_gathered_as(param, source) for source in sources)
+    ]
+
+
+def _may_compute(module: nn.Module) -> bool:
+    """Whether a kind may have to run ``module``, and not merely look at its names."""
+    is_plain = type(module).__module__.startswith("torch.") and not module._forward_pre_hooks
+    return not is_plain or "parametrizations" in module._modules
+
+
+def _meshes(units: dict[int, Unit]) -> list[Any]:
+    meshes = []
+    for unit in units.values():
+        meshes += [mesh for mesh in unit.meshes() if mesh not in meshes]
+    return meshes

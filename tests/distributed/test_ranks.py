@@ -1,0 +1,62 @@
+"""Models on several ranks: torchrun starts them on loopback, and each case of theirs is a test."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import rank_cases
+from filelock import FileLock
+
+import sn_export
+
+SUPPORT = Path(rank_cases.__file__)
+SECONDS = 240  # for all cases together; torch waits for a lost rank for 60
+
+
+@pytest.fixture(scope="session")
+def results(tmp_path_factory: pytest.TempPathFactory) -> functools.partial[dict[str, list[str]]]:
+    """What failed by case, once for each number of ranks in a run of the tests."""
+    folder = tmp_path_factory.getbasetemp()
+    if os.environ.get("PYTEST_XDIST_WORKER"):
+        folder = folder.parent  # which the workers share
+    return functools.partial(_results, folder)
+
+
+def _results(folder: Path, ranks: int) -> dict[str, list[str]]:
+    file = folder / f"ranks-{ranks}.json"
+    with FileLock(folder / f"ranks-{ranks}.lock"):
+        if not file.exists():
+            _run(file, ranks)
+    found: dict[str, list[str]] = json.loads(file.read_text())
+    return found
+
+
+def _run(file: Path, ranks: int) -> None:
+    paths = [str(Path(sn_export.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={ranks}", str(SUPPORT), str(file)],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=SECONDS,
+        check=False,
+    )
+    if not file.exists():
+        file.write_text(json.dumps({}))
+        raise AssertionError(f"the ranks ended without results:\n{done.stderr[-4000:]}")
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("case", rank_cases.CASES)
+def test_ranks(case: str, ranks: int, results: functools.partial[dict[str, list[str]]]) -> None:
+    """Each case, of which `rank_cases` says what it holds, passes on every rank."""
+    found = results(ranks)
+    assert case in found, f"the ranks ended before '{case}'"
+    assert not found[case], "\n".join(found[case])

@@ -1,0 +1,450 @@
+"""What holds on several ranks, one function each; torchrun runs this file, one process a rank.
+
+    torchrun --standalone --nproc-per-node 2 tests/support/rank_cases.py results.json
+
+Rank 0 writes for each case what failed on any rank, by name; nothing failed where that is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from sn_export import (
+    FreezeError,
+    find_parametrizations,
+    find_spectral_norm,
+    frozen_parametrizations,
+    frozen_spectral_norm,
+)
+
+Wrap = Callable[[nn.Module], nn.Module]
+Case = Callable[[], None]
+
+
+class Halved(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / 2
+
+
+def chained(layer: nn.Module) -> nn.Module:
+    parametrizations.spectral_norm(layer)
+    parametrize.register_parametrization(layer, "weight", Halved())
+    return layer
+
+
+def with_two_chains(layer: nn.Module) -> nn.Module:
+    parametrizations.spectral_norm(layer)
+    if layer.bias is not None:
+        parametrize.register_parametrization(layer, "bias", Halved())
+    return layer
+
+
+def pruned(layer: nn.Module) -> nn.Module:
+    return prune.l1_unstructured(layer, "weight", amount=0.3)
+
+
+def untouched(layer: nn.Module) -> nn.Module:
+    return layer
+
+
+KINDS: dict[str, Wrap] = {
+    "hook": spectral_norm,
+    "parametrization": parametrizations.spectral_norm,
+    "chain": chained,
+    "two-chains": with_two_chains,
+    "weight-norm": parametrizations.weight_norm,
+    "weight-norm-hook": weight_norm,
+    "orthogonal": parametrizations.orthogonal,
+    "pruning": pruned,
+}
+CASES: dict[str, Case] = {}
+
+
+def case(name: str) -> Callable[[Case], Case]:
+    def add(function: Case) -> Case:
+        CASES[name] = function
+        return function
+
+    return add
+
+
+def network(kind: Wrap = untouched) -> nn.Sequential:
+    """Rows that no number of ranks divides, a layer without bias, a head with one output."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(8, 6), nn.Linear(6, 5, bias=False), nn.Linear(5, 1)]
+    first, second, head = (kind(layer) for layer in layers)
+    return nn.Sequential(first, nn.ReLU(), second, nn.ReLU(), head)
+
+
+def shard(model: nn.Sequential, layout: str, **options: Any) -> nn.Sequential:
+    if layout == "layers":
+        for layer in model:
+            if isinstance(layer, nn.Linear):
+                fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def rows(seed: int) -> Tensor:
+    return torch.randn(4, 8, generator=torch.Generator().manual_seed(seed))
+
+
+class Training:
+    """A network that trains, by Adam, on the same rows on every rank."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+
+    def step(self, seed: int) -> None:
+        self.optimizer.zero_grad()
+        self.model(rows(seed)).pow(2).mean().backward()
+        self.optimizer.step()
+
+    def answer(self) -> Tensor:
+        """Return the eval-mode output; modes are left as they were."""
+        training = self.model.training
+        self.model.eval()
+        with torch.no_grad():
+            output = self.model(rows(100))
+        self.model.train(training)
+        return output
+
+    def state(self) -> list[Tensor]:
+        model, optimizer = self.model, self.optimizer
+        tensors = [*model.parameters(), *model.buffers()]
+        for parameter in model.parameters():
+            tensors += [v for v in optimizer.state[parameter].values() if isinstance(v, Tensor)]
+        return [t.full_tensor() if isinstance(t, DTensor) else t for t in tensors]
+
+
+def objects(model: nn.Module) -> dict[str, Any]:
+    """Return everything that must be the same object afterwards, by name."""
+    found: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        found[f"{path} class"] = type(module)
+        for name, content in vars(module).items():
+            if isinstance(content, dict):
+                found[f"{path} {name}"] = [(key, id(entry)) for key, entry in content.items()]
+        if hasattr(module, "_get_fsdp_state"):
+            for number, group in enumerate(module._get_fsdp_state()._fsdp_param_groups):
+                ids = [(id(p), id(p._module_info), id(p.sharded_param)) for p in group.fsdp_params]
+                found[f"{path} group {number}"] = ids
+    return found
+
+
+def require_equal(left: Tensor, right: Tensor, what: str) -> None:
+    assert torch.equal(left, right), f"{what} differ by {(left - right).abs().max()}"
+
+
+def check_block(
+    kind: str, layout: str, *, steps: int = 2, exact: bool = True, **options: Any
+) -> None:
+    """The whole promise: outputs, plain state dict, same objects, training goes on bit for bit."""
+    ours = Training(shard(network(KINDS[kind]), layout, **options))
+    twin = Training(shard(network(KINDS[kind]), layout, **options))
+    for seed in range(steps):
+        ours.step(seed)
+        twin.step(seed)
+    expected = twin.answer()
+    if steps:  # else FSDP initialises itself in the block
+        before = objects(ours.model)
+    with frozen_parametrizations(ours.model):
+        plain = network()
+        assert [*ours.model.state_dict()] == [*plain.state_dict()]
+        outputs = [ours.answer(), ours.answer()]
+        whole = get_model_state_dict(
+            ours.model, options=StateDictOptions(full_state_dict=True, cpu_offload=True)
+        )
+        assert all(isinstance(p, DTensor) for p in ours.model.parameters())
+        assert not any(p.requires_grad for n, p in ours.model.named_parameters() if "weight" in n)
+    if steps:
+        assert objects(ours.model) == before
+    for seed in range(steps, steps + 3):
+        ours.step(seed)
+        twin.step(seed)
+    states = [*zip(ours.state(), twin.state(), strict=True)]
+    # No rank fails alone before here: the others would wait for it.
+    for left, right in states:
+        require_equal(left, right, "what was trained on and its twin")
+    if dist.get_rank() == 0:
+        plain.load_state_dict(whole)
+        outputs.append(Training(plain.eval()).answer())
+    for output in outputs:
+        if exact:
+            require_equal(output, expected, "outputs inside and outside")
+        else:
+            torch.testing.assert_close(output, expected, rtol=0, atol=1e-6)
+
+
+def add_blocks() -> None:
+    for kind in KINDS:
+        for layout in ("layers", "root"):
+            for reshard in (True, False):
+                name = f"block-{kind}-{layout}-{'resharded' if reshard else 'kept'}"
+                # Orthogonal weights come with other strides than FSDP gathers: other kernels.
+                exact = kind != "orthogonal"
+                CASES[name] = lambda k=kind, o=layout, r=reshard, e=exact: check_block(
+                    k, o, exact=e, reshard_after_forward=r
+                )
+        CASES[f"before-the-first-forward-{kind}"] = lambda k=kind: check_block(
+            k, "layers", steps=0, exact=k != "orthogonal"
+        )
+
+
+add_blocks()
+
+
+@case("cpu-offload")
+def _() -> None:
+    check_block("hook", "layers", offload_policy=CPUOffloadPolicy(pin_memory=False))
+
+
+@case("resharded-to-two")
+def _() -> None:
+    if dist.get_world_size() == 4:
+        check_block("parametrization", "layers", reshard_after_forward=2)
+
+
+@case("hsdp")
+def _() -> None:
+    if dist.get_world_size() == 4:
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+        check_block("hook", "layers", mesh=mesh)
+        check_block("parametrization", "root", mesh=mesh)
+
+
+@case("mixed-precision")
+def _() -> None:
+    """With vectors in bfloat16, as torch needs them, the outputs are equal."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    for kind in ("hook", "parametrization"):
+        model = shard(network(KINDS[kind]), "layers", mp_policy=policy).eval()
+        for buffer in model.buffers():
+            buffer.data = buffer.data.bfloat16()
+        with torch.no_grad():
+            expected = model(rows(0))
+            with frozen_spectral_norm(model):
+                assert {p.dtype for p in model.parameters()} == {torch.float32}
+                require_equal(model(rows(0)), expected, "outputs")
+            require_equal(model(rows(0)), expected, "outputs")
+
+
+@case("mixed-precision-with-vectors-in-float32")
+def _() -> None:
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = shard(network(spectral_norm), "layers", mp_policy=policy)
+    block = frozen_spectral_norm(model)
+    require_refused(block, "torch.bfloat16", "torch.float32", "dtype of the policy")
+
+
+@case("shared-module")
+def _() -> None:
+    torch.manual_seed(0)
+    layer = spectral_norm(nn.Linear(8, 8))
+    model = fully_shard(nn.Sequential(layer, nn.ReLU(), layer)).eval()
+    expected = model(rows(0))
+    with frozen_spectral_norm(model), torch.no_grad():
+        require_equal(model(rows(0)), expected, "outputs")
+    require_equal(model(rows(0)), expected, "outputs")
+
+
+@case("tied-raw-weight")
+def _() -> None:
+    """Two layers on one raw weight have vectors of their own, so two frozen weights."""
+    for frees in (True, False):
+        torch.manual_seed(0)
+        first, second, plain = spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
+        spectral_norm(second)
+        second.weight_orig = first.weight_orig
+        if not frees:
+            plain.weight = first.weight_orig
+        model = fully_shard(nn.Sequential(first, second, plain)).eval()
+        with torch.no_grad():
+            expected = model(rows(0))
+            model.reshard()  # a root stays gathered after a forward, and the block reshards it
+            before = objects(model)
+            with frozen_spectral_norm(model):
+                require_equal(model(rows(0)), expected, "outputs")
+            assert objects(model) == before
+            require_equal(model(rows(0)), expected, "outputs")
+
+
+@case("lists")
+def _() -> None:
+    for kind, sharded in ((k, s) for k in KINDS.values() for s in ("layers", "root")):
+        single = network(kind)
+        wanted = find_parametrizations(single)
+        norms = find_spectral_norm(single)
+        model = shard(network(kind), sharded)
+        assert find_parametrizations(model) == wanted
+        assert find_spectral_norm(model) == norms
+        model(rows(0))
+
+
+@case("error-on-one-rank")
+def _() -> None:
+    """What fails on the last rank is raised on all, and the model trains on."""
+    last = dist.get_world_size() - 1
+    ours, twin = (Training(shard(network(spectral_norm), "layers")) for _ in range(2))
+    ours.step(0)
+    twin.step(0)
+    before = objects(ours.model)
+    hooks = ours.model[2]._forward_pre_hooks.values()
+    hook = next(hook for hook in hooks if isinstance(hook, SpectralNorm))
+    if dist.get_rank() == last:
+
+        def failing(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("out of luck")
+
+        hook.compute_weight = failing
+    block = frozen_spectral_norm(ours.model)
+    require_refused(block, f"rank {last}: cannot freeze '2.weight'", "out of luck")
+    hook.__dict__.pop("compute_weight", None)
+    assert objects(ours.model) == before
+    for seed in (1, 2):
+        ours.step(seed)
+        twin.step(seed)
+    for left, right in zip(ours.state(), twin.state(), strict=True):
+        require_equal(left, right, "what was trained on and its twin")
+
+
+@case("exception-in-the-block-on-one-rank")
+def _() -> None:
+    ours = Training(shard(network(parametrizations.spectral_norm), "layers"))
+    ours.step(0)
+    before = objects(ours.model)
+    try:
+        with frozen_spectral_norm(ours.model):
+            ours.answer()
+            if dist.get_rank() == 1:
+                raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        pass
+    assert objects(ours.model) == before
+    ours.step(1)
+
+
+@case("names-that-fit-nothing")
+def _() -> None:
+    model = shard(network(spectral_norm), "layers")
+    require_refused(frozen_parametrizations(model, only="nothing.weight"), "nothing.weight")
+    model(rows(0))
+
+
+@case("fsdp1")
+def _() -> None:
+    """FSDP1 is refused; with its parameters summoned, the network within is exact."""
+    for kind in ("hook", "parametrization"):
+        for original in (True, False):
+            torch.manual_seed(0)
+            model = FullyShardedDataParallel(
+                network(KINDS[kind]),
+                use_orig_params=original,
+                device_id=torch.device("cpu"),
+                sharding_strategy=ShardingStrategy.FULL_SHARD,
+            )
+            training = Training(model)
+            training.step(0)
+            expected = training.answer()
+            for freeze in (frozen_spectral_norm, frozen_parametrizations):
+                require_refused(freeze(model), "only a piece of", "summon_full_params")
+            summoned = FullyShardedDataParallel.summon_full_params(model, writeback=False)
+            with summoned, frozen_spectral_norm(model.module), torch.no_grad():
+                weights = {n: p.clone() for n, p in model.module.named_parameters()}
+            plain = network().eval()
+            plain.load_state_dict(weights)
+            require_equal(plain(rows(100)), expected, "outputs")
+            training.step(1)
+
+
+def replica(kind: str, with_buffers: bool) -> nn.Module:
+    model = network(KINDS[kind])
+    return nn.Sequential(nn.BatchNorm1d(8), model) if with_buffers else model
+
+
+@case("ddp")
+def _() -> None:
+    """The wrapper runs forward and backward in the block; training goes on as a twin's."""
+    for kind, extra in ((k, e) for k in ("hook", "parametrization") for e in (False, True)):
+        ours, twin = (Training(DistributedDataParallel(replica(kind, extra))) for _ in range(2))
+        for seed in (0, 1):
+            ours.step(seed)
+            twin.step(seed)
+        expected = twin.answer()
+        with frozen_spectral_norm(ours.model):
+            require_equal(ours.answer(), expected, "outputs")
+            ours.model.eval()(rows(5)).sum().backward()
+            ours.model.train()
+        assert ours.model.broadcast_buffers and ours.model.require_backward_grad_sync
+        for seed in (2, 3):
+            ours.step(seed)
+            twin.step(seed)
+        for left, right in zip(ours.state(), twin.state(), strict=True):
+            require_equal(left, right, "what was trained on and its twin")
+
+
+def require_refused(block: AbstractContextManager[nn.Module], *texts: str) -> None:
+    try:
+        with block:
+            pass
+    except (FreezeError, ValueError) as error:
+        for text in texts:
+            assert text in str(error), f"{text!r} is not in {error}"
+    else:
+        raise AssertionError("the block was entered")
+
+
+def run(names: list[str]) -> dict[str, list[str]]:
+    """Run the cases on this rank, and return what failed on any."""
+    results: dict[str, list[str]] = {}
+    for name in names:
+        failure = ""
+        try:
+            CASES[name]()
+        except BaseException:
+            traceback.print_exc()
+            failure = f"rank {dist.get_rank()}: {traceback.format_exc()}"
+        everyone: list[str] = [""] * dist.get_world_size()
+        dist.all_gather_object(everyone, failure)
+        results[name] = [text for text in everyone if text]
+    return results
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+    results = run(sys.argv[2:] or [*CASES])
+    if dist.get_rank() == 0:
+        Path(sys.argv[1]).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
