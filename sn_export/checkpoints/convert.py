@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from itertools import compress
 from operator import not_
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 
 from ..errors import CheckpointError
 from ..files import disk_errors_as, drafts, publish, require_place
+from ..results import Respellable
 from ..text import quote_names
 from .content import Checkpoint, StateDict
 from .lazy_tensors import LazyTensors
@@ -31,8 +32,7 @@ from .spectral_norm import notes_on_lengths
 from .spelling import Respelled, require_fitting, respell
 from .weight_norm import notes_on_dims
 
-Only = Literal["spectral_norm", "weight_norm"]
-_LOOKED_FOR: dict[Only, str] = {
+_LOOKED_FOR: dict[Respellable, str] = {
     "spectral_norm": "no 'weight_orig' with 'weight_u', no 'parametrizations.weight.original' with "
     "'0._u'",
     "weight_norm": "no 'weight_g' with 'weight_v', no 'parametrizations.weight.original0' with "
@@ -67,7 +67,7 @@ def convert_checkpoint(
     target: str | os.PathLike[str],
     to: Spelling,
     *,
-    only: Only | None = None,
+    only: Respellable | None = None,
     key: str | None = None,
     weights_only: bool = False,
     dims: Mapping[str, int] | None = None,
@@ -152,7 +152,7 @@ def convert_checkpoint(
 
 
 def _chosen_sites(
-    state: StateDict, only: Only | None
+    state: StateDict, only: Respellable | None
 ) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
     """Return the sites that are to be respelled, and the others."""
     sites = find_reparametrizations(state.tensors, state.versions)
@@ -160,11 +160,11 @@ def _chosen_sites(
     return tuple(compress(sites, chosen)), tuple(compress(sites, map(not_, chosen)))
 
 
-def _label(only: Only | None) -> str:
+def _label(only: Respellable | None) -> str:
     return only.replace("_", " ") if only else "spectral norm, weight norm or the like"
 
 
-def _nothing_to_convert(checkpoint: Checkpoint, only: Only | None) -> str:
+def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str:
     absent = [
         f"no {_label(name)} to convert: {keys}"
         for name, keys in _LOOKED_FOR.items()
@@ -173,9 +173,9 @@ def _nothing_to_convert(checkpoint: Checkpoint, only: Only | None) -> str:
     return f"'{checkpoint.path}' holds {'; and '.join(absent)}"
 
 
-def _advice(found: Sequence[Reparametrization], only: Only | None) -> str:
+def _advice(found: Sequence[Reparametrization], only: Respellable | None) -> str:
     """Return how to convert the rest, where a part of what was found cannot be."""
-    possible = sorted({site.group for site in found if not site.blocked} & set(get_args(Only)))
+    possible = sorted({site.group for site in found if not site.blocked} & _LOOKED_FOR.keys())
     if only or not possible or len({site.group for site in found}) == 1:
         return ""
     return f"; to leave that as it is: {' or '.join(f'--only {name}' for name in possible)}"

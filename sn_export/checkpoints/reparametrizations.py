@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..freezing import Group
+from ..results import Spelling as Spelling
 from ..text import qualified, quote_names
 from .lazy_tensors import LazyTensors, Spec, spec_of
 
-Spelling = Literal["plain", "hook", "parametrization"]
 Keys = Mapping[str, str]
 
 _ALIGNMENT = 64  # of torch's CPU allocator

@@ -280,7 +280,7 @@ def test_vectors_and_complex_weights_have_no_other_spelling() -> None:
 
 
 def test_keys_that_only_look_alike_are_left_alone() -> None:
-    """A raw weight without a tensor for a mask, a g whose shape is no norm, a weight beside them."""
+    """A raw weight that is no tensor, a g whose shape is no norm, a weight beside g and v."""
     g, v = torch.ones(2, 2), torch.ones(4, 3)
     assert find_reparametrizations({"a.weight_orig": 1, "a.weight_mask": 2}) == []
     assert find_reparametrizations({"gate_g": g, "gate_v": v}) == []
