@@ -3,6 +3,7 @@ from .distributed import (
     find_spectral_norm as find_spectral_norm,
     frozen_parametrizations as frozen_parametrizations,
     frozen_spectral_norm as frozen_spectral_norm,
+    gather_plain_state_dict as gather_plain_state_dict,
 )
 from .errors import (
     ExportError as ExportError,

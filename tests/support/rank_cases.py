@@ -40,6 +40,7 @@ from sn_export import (
     find_spectral_norm,
     frozen_parametrizations,
     frozen_spectral_norm,
+    gather_plain_state_dict,
 )
 
 Wrap = Callable[[nn.Module], nn.Module]
@@ -355,6 +356,23 @@ def _() -> None:
     model = shard(network(spectral_norm), "layers")
     require_refused(frozen_parametrizations(model, only="nothing.weight"), "nothing.weight")
     model(rows(0))
+
+
+@case("gathered-state-dict")
+def _() -> None:
+    """The plain network loads what rank 0 gets, and gives the same outputs; the others get none."""
+    for kind, layout in ((k, o) for k in KINDS for o in ("layers", "root")):
+        ours = Training(shard(network(KINDS[kind]), layout))
+        ours.step(0)
+        expected = ours.answer()
+        state = gather_plain_state_dict(ours.model)
+        ours.step(1)
+        if dist.get_rank():
+            assert state == {}
+        else:
+            plain = network()
+            plain.load_state_dict(state)
+            torch.testing.assert_close(Training(plain).answer(), expected, rtol=0, atol=1e-6)
 
 
 @case("fsdp1")
