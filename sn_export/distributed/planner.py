@@ -46,7 +46,10 @@ class RankPlanner(Planner):
     def plan(self, model: nn.Module, found: Sequence[Found]) -> Plan:
         """Return the plan; on all ranks, or on none."""
         if not self._units:
-            plan = Plan(found, self.keep)
+            try:
+                plan = Plan(found, self.keep)
+            except FreezeError as failed:
+                raise _naming_placement(failed, found) from failed
             keep_replicas_apart(model, plan)
             return plan
         error: Exception | None = None
@@ -285,6 +288,21 @@ def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
         for group, param in unit.params()
         if any(is_gathered_as(param, source) for source in sources)
     ]
+
+
+def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError:
+    """Return ``error`` with the placement of what it is about, if that is spread over ranks."""
+    for site in (site for _, sites in found for site in sites if site.name == error.tensor):
+        for source in site.sources:
+            if hasattr(source, "placements"):
+                return FreezeError(
+                    site.name,
+                    f"it is computed from a DTensor with the placement {source.placements}, which "
+                    f"no fully_shard module of the given model gathers, and {error.reason}",
+                    "Freeze the module that fully_shard was called on, or a copy with the whole "
+                    "tensors (DTensor.full_tensor()), or use sn-export on a checkpoint",
+                )
+    return error
 
 
 def _may_compute(module: nn.Module) -> bool:

@@ -30,6 +30,11 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -373,6 +378,32 @@ def _() -> None:
             plain = network()
             plain.load_state_dict(state)
             torch.testing.assert_close(Training(plain).answer(), expected, rtol=0, atol=1e-6)
+
+
+@case("tensor-parallel")
+def _() -> None:
+    """Spectral norm put on layers that are tensor parallel already is exact, as on any other."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
+    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
+    for layer in (model[0], model[2]):
+        spectral_norm(layer)
+    with torch.no_grad():
+        expected = model(rows(0))
+        with frozen_spectral_norm(model):
+            assert "0.weight_orig" not in model.state_dict()
+            require_equal(model(rows(0)), expected, "outputs")
+        require_equal(model(rows(0)), expected, "outputs")
+
+
+@case("part-of-a-sharded-model")
+def _() -> None:
+    for kind in (spectral_norm, parametrizations.spectral_norm):
+        model = shard(network(kind), "root")
+        part = frozen_spectral_norm(model[0])
+        require_refused(part, "'weight'", "Shard(dim=0)", "full_tensor()")
+        model(rows(0))
 
 
 @case("fsdp1")
