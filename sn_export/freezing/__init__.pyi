@@ -26,7 +26,6 @@ from .info import (
     SpectralNormInfo as SpectralNormInfo,
 )
 from .plan import (
-    Found as Found,
     Plan as Plan,
     Walk as Walk,
     computed as computed,
@@ -41,6 +40,7 @@ from .sigma import (
     stored_sigma as stored_sigma,
 )
 from .site import (
+    Found as Found,
     Kind as Kind,
     Site as Site,
     require_module as require_module,

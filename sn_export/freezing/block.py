@@ -15,9 +15,9 @@ from torch import nn
 from ..errors import FreezeError, FrozenWeightChangedWarning
 from ..running import ClosedOnExit, undo_on_exit
 from .interference import complaints, unused
-from .plan import Found, Keep, Plan
+from .plan import Keep, Plan
 from .selection import Selection
-from .site import Site
+from .site import Found, Site
 from .suspects import warn_of_suspects
 
 M = TypeVar("M", bound=nn.Module)

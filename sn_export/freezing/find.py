@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from .info import ParametrizationInfo, SpectralNormInfo
 from .kinds import SPECTRAL_NORM
-from .plan import Found, computed, walk
+from .plan import computed, walk
 from .selection import Only, Selection
 from .sigma import exact_sigma, exact_sigma_cost
-from .site import Kind, Site, require_module
+from .site import Found, Kind, Site, require_module
 from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds

@@ -20,39 +20,31 @@ from .kinds.state_hooks import new_state_hooks
 from .plan import Plan
 from .site import Site
 
-_LISTS = (nn.ParameterList, nn.ParameterDict)
-
 
 def unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
     """Return the warnings about ``sites`` whose hook never runs, with their categories."""
     messages: list[tuple[str, type[UserWarning]]] = []
     for group in GROUPS:
-        of_group = [site for site in sites if site.group == group]
-        in_lists = [site.name for site in of_group if isinstance(site.module, _LISTS)]
-        others = [site.name for site in of_group if not isinstance(site.module, _LISTS)]
         category = (
             SpectralNormNotAppliedWarning
             if group == "spectral_norm"
             else ReparametrizationNotAppliedWarning
         )
-        for names, reader in (
-            (others, "torch.nn.MultiheadAttention reads the weight of out_proj without calling it"),
-            (in_lists, "nothing calls a torch.nn.ParameterList or ParameterDict"),
-        ):
-            if names:
-                messages.append((_unused(group, names, reader), category))
+        of_group = [site for site in sites if site.group == group]
+        for reason in dict.fromkeys(site.unapplied for site in of_group):
+            names = [site.name for site in of_group if site.unapplied == reason]
+            messages.append((_unused(group, names, reason), category))
     return messages
 
 
-def _unused(group: Group, names: list[str], reader: str) -> str:
-    where = "out_proj" if "out_proj" in reader else "it"
+def _unused(group: Group, names: list[str], reason: str) -> str:
     remedy = (
         "Prune in place, with torch.nn.utils.prune.remove, instead"
         if group == "pruning"
-        else f"Apply torch.nn.utils.parametrizations.{group} to {where} instead"
+        else f"Apply torch.nn.utils.parametrizations.{group} to it instead"
     )
     return (
-        f"the {group.replace('_', ' ')} of {quote_names(names)} is never applied: {reader}, so the "
+        f"the {group.replace('_', ' ')} of {quote_names(names)} is never applied: {reason}, so the "
         f"hook does not run. It is frozen at the weight in use. {remedy}"
     )
 

@@ -15,12 +15,12 @@ from ..errors import FreezeError, SnExportError
 from ..text import qualified
 from .edits import Edits
 from .frozen_weight import FrozenWeight, Residence
-from .site import Kind, Site
+from .site import Found, Kind, Site
+from .unapplied import Callers
 
 _SCRIPTED_SN = re.compile(r"(?P<name>.*)(_orig|\.original)$")
 
 
-Found = tuple[nn.Module, list[Site]]
 Keep = Callable[[Iterable[Tensor]], list[Tensor]]
 Walk = Callable[
     [nn.Module, Iterable[Kind], Callable[[Site], bool] | None], Iterable[Found]
@@ -86,6 +86,7 @@ def walk(
         FreezeError: for a ScriptModule that holds spectral norm.
     """
     kinds = tuple(kinds)
+    callers = Callers(model)
     seen: set[int] = set()
     stack: list[tuple[str, nn.Module]] = [("", model)]
     scripted = torch.jit.ScriptModule
@@ -107,6 +108,7 @@ def walk(
             sites = [site for site in sites if takes(site)]
         for site in sites:
             seen.update(map(id, site.hidden))
+            callers.mark(site)
         yield module, sites
         if module._modules:
             prefix = path + "." if path else ""

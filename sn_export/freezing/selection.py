@@ -9,8 +9,8 @@ from torch import nn
 from ..text import shorten_list
 from .info import GROUPS, Group
 from .kinds import ALL, SPECTRAL_NORM
-from .plan import Found, Walk, walk
-from .site import Kind, Site
+from .plan import Walk, walk
+from .site import Found, Kind, Site
 
 Only = str | Iterable[str] | None
 

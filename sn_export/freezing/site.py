@@ -19,7 +19,7 @@ M = TypeVar("M", bound=nn.Module)
 class Site(ABC):
     """One tensor that is computed; every method but `plan` leaves the model as it is."""
 
-    __slots__ = ("module", "path", "tensor")
+    __slots__ = ("module", "path", "tensor", "unapplied")
     kind: ClassVar[str]
     group: Group = "spectral_norm"
 
@@ -27,6 +27,7 @@ class Site(ABC):
         self.path = path
         self.module = module
         self.tensor = tensor
+        self.unapplied = ""  # why no forward uses the computed value, where none does
 
     @property
     def name(self) -> str:
@@ -49,9 +50,19 @@ class Site(ABC):
         return False
 
     @property
+    def caller(self) -> nn.Module | None:
+        """The module whose call sets the tensor; None where reading it computes it."""
+        return None
+
+    @property
     def is_applied(self) -> bool:
         """Whether a forward pass of the model uses the computed value at all."""
-        return True
+        return not self.unapplied
+
+    def value_in_use(self) -> Tensor:
+        """Return the tensor that stands there now, as a forward reads it that sets it not anew."""
+        in_use: Tensor = getattr(self.module, self.tensor)
+        return in_use.detach().clone()
 
     @abstractmethod
     def value(self) -> Tensor:
@@ -108,6 +119,9 @@ class Site(ABC):
 
     def follow_mode(self, training: bool) -> None:  # noqa: B027
         """Take over a train/eval mode that the module was given while frozen."""
+
+
+Found = tuple[nn.Module, list[Site]]
 
 
 class Kind(Protocol):

@@ -24,7 +24,7 @@ from .introspection.singular_vectors import (
     small_state,
 )
 from .introspection.source_code import Code, code_of, is_torch_layer, mentioned
-from .plan import Found
+from .site import Found
 
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
 _NAMED = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")

@@ -14,7 +14,7 @@ from .reference import Reference, run_reference
 from .shared_memory import same_bits
 from .tensor_layouts import are_large, dense_parts, is_dense, is_large
 from .undo import ClosedOnExit, undo_on_exit, undoing
-from .wrapped_models import is_never_called, unwrapped
+from .wrapped_models import unwrapped
 
 __all__ = [
     "ClosedOnExit",
@@ -33,7 +33,6 @@ __all__ = [
     "flat_shapes",
     "is_dense",
     "is_large",
-    "is_never_called",
     "output_names",
     "paths_of_tensors",
     "preserved",

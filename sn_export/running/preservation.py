@@ -18,7 +18,7 @@ from .plain_objects import Belongings
 from .shared_memory import Copies, is_in_place, on_memory_of, same_bits
 from .tensor_layouts import are_large
 from .undo import undo_on_exit, undoing
-from .wrapped_models import is_never_called, original_of
+from .wrapped_models import original_of
 from .write_watch import Watch
 
 T = TypeVar("T")
@@ -188,8 +188,6 @@ class Preserved:
 def set_by_hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
     """Yield the attributes that torch's hooks set anew on each call: module and name."""
     for module in modules:
-        if is_never_called(module):
-            continue  # its attribute is what the network reads
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
                 yield module, hook.name

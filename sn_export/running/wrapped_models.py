@@ -1,15 +1,11 @@
-"""The network within a wrapper that no exporter takes, and modules that are never called."""
+"""The network within a wrapper that no exporter takes."""
 
 from __future__ import annotations
 
 import sys
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.parallel import DataParallel, DistributedDataParallel
-
-# The first is the out_proj of attention, which reads its weight.
-_NEVER_CALLED = (NonDynamicallyQuantizableLinear, nn.ParameterList, nn.ParameterDict)
 
 
 def original_of(module: nn.Module) -> nn.Module | None:
@@ -23,11 +19,6 @@ def original_of(module: nn.Module) -> nn.Module | None:
     if kind is None or not isinstance(module, kind):
         return None
     return module._modules["_orig_mod"]
-
-
-def is_never_called(module: nn.Module) -> bool:
-    """Whether networks use the tensors of ``module`` without calling it, so that no hook runs."""
-    return isinstance(module, _NEVER_CALLED)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:

@@ -132,6 +132,19 @@ def names_in(function: Any) -> frozenset[str]:
     return code_of(type(function)).names
 
 
+_names_of_methods: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
+
+
+def names_of_methods(cls: type[nn.Module]) -> frozenset[str]:
+    """Return the names in all methods of ``cls`` below `nn.Module`, torch's own included."""
+    if cls not in _names_of_methods:
+        bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
+        entries = (function_of(entry) for base in bases for entry in vars(base).values())
+        found = [function for function in entries if function is not None]
+        _names_of_methods[cls] = _own_names(found) | _helper_names(found)
+    return _names_of_methods[cls]
+
+
 def times_read(cls: type, method: str, name: str) -> int:
     """Return how often the code that ``method`` of ``cls`` runs reads the attribute ``name``."""
     return sum(

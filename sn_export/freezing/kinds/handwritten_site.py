@@ -56,7 +56,7 @@ class HandwrittenSite(Site):
 
     def value(self) -> Tensor:
         """Return what the module answered when it was found."""
-        return self.answer.value
+        return self.answer.value if self.is_applied else self.value_in_use()
 
     def take_away(self, edits: Edits) -> None:
         """Plan to remove what the weight is computed from, and the one that code has set."""

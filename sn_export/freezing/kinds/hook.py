@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ...errors import FreezeError
-from ...running import is_never_called, without_trace
+from ...running import without_trace
 from ..edits import Edits
 from ..info import SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
@@ -47,18 +47,14 @@ class HookSite(Site):
             ) from error
 
     @property
-    def is_applied(self) -> bool:
-        """Whether the hook ever runs.
-
-        `torch.nn.MultiheadAttention` reads the weight of its ``out_proj`` and does not call
-        it, so there the attribute that the hook once left behind is the weight in use.
-        """
-        return not is_never_called(self.module)
+    def caller(self) -> nn.Module:
+        """The module, whose pre-hook it is."""
+        return self.module
 
     def value(self) -> Tensor:
         """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
         if not self.is_applied:
-            return value_in_use(self)
+            return self.value_in_use()
         if len(self.module._forward_pre_hooks) > 1:
             refuse_stacked(self)
         if type(self.hook) is SpectralNorm:
@@ -124,12 +120,6 @@ class HookSite(Site):
         # Norms of the convolution operator keep vectors of another size, and sigma itself.
         recorded = self.module._buffers.get(self.tensor + "_sigma")
         return float(recorded) if recorded is not None and recorded.numel() == 1 else math.nan
-
-
-def value_in_use(site: Site) -> Tensor:
-    """Return the attribute that a hook left behind when it was registered."""
-    in_use: Tensor = getattr(site.module, site.tensor)
-    return in_use.detach().clone()
 
 
 def refuse_stacked(site: Site) -> None:

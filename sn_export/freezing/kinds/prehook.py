@@ -40,6 +40,11 @@ class PrehookSite(HandwrittenSite):
         super().__init__(path, module, tensor, answer, module)
         self.key = key
 
+    @property
+    def caller(self) -> nn.Module:
+        """The module, whose pre-hook it is."""
+        return self.module
+
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take away the hook and what it computes from, and store the weight."""
         module = self.module

@@ -10,12 +10,12 @@ from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
-from ...running import is_never_called, without_trace
+from ...running import without_trace
 from ..edits import Edits
 from ..info import Group
 from ..introspection.sandbox import copied_attributes
 from ..site import Site, plan_registration
-from .hook import refuse_stacked, value_in_use
+from .hook import refuse_stacked
 
 
 class WeightHookSite(Site):
@@ -49,14 +49,14 @@ class WeightHookSite(Site):
         return tuple(found)
 
     @property
-    def is_applied(self) -> bool:
-        """Whether the hook ever runs."""
-        return not is_never_called(self.module)
+    def caller(self) -> nn.Module:
+        """The module, whose pre-hook it is."""
+        return self.module
 
     def value(self) -> Tensor:
         """Ask the hook, never the module: its attribute is old after load_state_dict."""
         if not self.is_applied:
-            return value_in_use(self)
+            return self.value_in_use()
         _ = self.sources  # complete, or it says what is missing
         if len(self.module._forward_pre_hooks) > 1:
             refuse_stacked(self)

@@ -1,0 +1,138 @@
+"""Weights that a network reads without calling their layer: the block leaves what is in use."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable
+
+import pytest
+import torch
+from fingerprint import assert_unchanged, fingerprint, same_bits
+from handwritten_networks import old_spectral_norm
+from networks import seed_torch
+from reading_networks import CALLERS, READERS, Direct
+from torch import Tensor, nn
+from torch.nn.utils import prune, spectral_norm, weight_norm
+
+from sn_export import (
+    ReparametrizationNotAppliedWarning,
+    SpectralNormNotAppliedWarning,
+    find_parametrizations,
+    frozen_parametrizations,
+    frozen_spectral_norm,
+)
+
+
+def pruned(module: nn.Module) -> nn.Module:
+    return prune.random_unstructured(module, "weight", 0.5)
+
+
+HOOKS: dict[str, Callable[[nn.Module], nn.Module]] = {
+    "spectral_norm": spectral_norm,
+    "weight_norm": weight_norm,
+    "pruning": pruned,
+    "old": old_spectral_norm,
+}
+
+
+def as_built(model: nn.Module) -> nn.Module:
+    return model
+
+
+def as_run(model: nn.Module) -> nn.Module:
+    for training in (True, False):
+        model.train(training)
+        with torch.no_grad():
+            model(torch.randn(4, 3))
+    return model
+
+
+def as_loaded(model: nn.Module) -> nn.Module:
+    state = {
+        key: t + 1 if t.is_floating_point() and "mask" not in key else t
+        for key, t in model.state_dict().items()
+    }
+    model.load_state_dict(state)
+    return model
+
+
+def as_copied(model: nn.Module) -> nn.Module:
+    with torch.no_grad():
+        return as_loaded(copy.deepcopy(as_run(model).eval()))
+
+
+def as_moved(model: nn.Module) -> nn.Module:
+    return as_run(model).to(torch.float64).to(torch.float32)
+
+
+STATES = (as_built, as_run, as_loaded, as_copied, as_moved)
+each_state = pytest.mark.parametrize("state", STATES, ids=[s.__name__ for s in STATES])
+each_hook = pytest.mark.parametrize("hook", HOOKS)
+
+
+def output(model: nn.Module) -> Tensor:
+    """What an eval forward gives, after one that has set what hooks set."""
+    x = torch.linspace(-1, 1, 12).reshape(4, 3)
+    with torch.no_grad():
+        model(x)
+        result: Tensor = model(x)
+    return result
+
+
+@each_hook
+@each_state
+@pytest.mark.parametrize("name", READERS)
+def test_what_is_read_and_never_called_is_left_and_named(
+    name: str, hook: str, state: Callable[[nn.Module], nn.Module]
+) -> None:
+    """The block holds the weight that the network reads, and says that the norm is not applied."""
+    seed_torch(0)
+    with torch.no_grad():  # so that what the hook leaves can be copied
+        model = state(READERS[name](HOOKS[hook])).eval()
+    before = fingerprint(model)
+    with (
+        pytest.warns(ReparametrizationNotAppliedWarning, match="without calling it") as caught,
+        frozen_parametrizations(model),
+    ):
+        inside = output(model)
+    assert_unchanged(before, model)
+    is_norm = hook in ("spectral_norm", "old")
+    assert (caught[0].category is SpectralNormNotAppliedWarning) == is_norm
+    assert caught[0].filename == __file__
+    assert same_bits(inside, output(model))
+    infos = find_parametrizations(model)
+    assert infos
+    assert not any(info.is_applied for info in infos)
+
+
+@each_hook
+@each_state
+@pytest.mark.parametrize("name", CALLERS)
+def test_what_is_called_and_read_stays_exact(
+    name: str, hook: str, state: Callable[[nn.Module], nn.Module]
+) -> None:
+    """A layer that is called too has the weight that its hook sets, and nothing is said."""
+    seed_torch(0)
+    with torch.no_grad():
+        model = state(CALLERS[name](HOOKS[hook])).eval()
+    iterates = hook == "old"  # in eval mode, too
+    expected = None if iterates else output(copy.deepcopy(model))
+    before = fingerprint(model)
+    with frozen_parametrizations(model):
+        inside = output(model)
+    assert_unchanged(before, model)
+    if expected is not None:
+        assert same_bits(inside, expected)
+    assert all(info.is_applied for info in find_parametrizations(model))
+
+
+def test_a_block_on_the_layer_alone_has_its_norm() -> None:
+    """Who calls a layer in front of a block calls it, whatever a network around reads."""
+    seed_torch(0)
+    model = Direct(spectral_norm).eval()
+    with torch.no_grad():
+        expected = copy.deepcopy(model.l)(torch.ones(1, 3))
+    with warnings.catch_warnings(), frozen_spectral_norm(model.l), torch.no_grad():
+        warnings.simplefilter("error")
+        assert same_bits(model.l(torch.ones(1, 3)), expected)

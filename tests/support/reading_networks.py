@@ -1,0 +1,254 @@
+"""Networks that read the weight of a layer: some call the layer too, some never do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+Hooked = Callable[[nn.Module], nn.Module]
+
+
+def _linear(hooked: Hooked, size: int = 3) -> nn.Linear:
+    return cast(nn.Linear, hooked(nn.Linear(size, size)))
+
+
+def project(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
+def transform(layer: nn.Linear, x: Tensor) -> Tensor:
+    return cast(Tensor, layer(x))
+
+
+class Direct(nn.Module):
+    """Reads the weight, and calls nothing."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.l = _linear(hooked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.l.weight, self.l.bias)
+
+
+class Aliased(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        layer = self.l
+        weight = layer.weight
+        return x @ weight.t()
+
+
+class Named(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, getattr(self.l, "weight"))  # noqa: B009
+
+
+class Helped(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        return project(self.l, x)
+
+
+class Methodical(Direct):
+    def project(self, layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.l, x)
+
+
+class Owned(Direct):
+    @property
+    def kernel(self) -> Tensor:
+        return self.l.weight.t()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.kernel
+
+
+class Listed(nn.Module):
+    """Reads the weights of a list in a loop."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([_linear(hooked), _linear(hooked)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.linear(x, cast(Tensor, layer.weight))
+        return x
+
+
+class Indexed(Listed):
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(len(self.layers)):
+            x = torch.einsum("bi,oi->bo", x, cast(Any, self.layers[i]).weight)
+        return x
+
+
+class Stacked(Listed):
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.stack([cast(Any, layer).weight for layer in self.layers])
+        return x @ weights.sum(0)
+
+
+class Mapped(nn.Module):
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({"a": _linear(hooked)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for _, layer in self.layers.items():
+            x = x @ cast(Any, layer).weight
+        return x
+
+
+class Deep(nn.Module):
+    """Reads through a child that holds the layer."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.inner = nn.Module()
+        self.inner.l = _linear(hooked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(Any, self.inner).l.weight)
+
+
+class Nested(nn.Sequential):
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__(nn.Linear(3, 3), Direct(hooked), nn.Tanh())
+
+
+_READER = """
+class FromText(nn.Module):
+    def __init__(self, hooked):
+        super().__init__()
+        self.l = hooked(nn.Linear(3, 3))
+
+    def forward(self, x):
+        return F.linear(x, self.l.weight, self.l.bias)
+"""
+_made: dict[str, Any] = {"nn": nn, "F": F, "__name__": "from_text"}
+exec(_READER, _made)
+
+
+class Loss(nn.Module):
+    """Torch's own loss with a projection in it, at fixed targets."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.loss = cast(Any, nn).LinearCrossEntropyLoss(3, 3, bias=True)
+        hooked(self.loss.linear)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.loss(x, torch.arange(len(x)) % 3))
+
+
+class Attention(nn.Module):
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(3, 1)
+        hooked(self.attention.out_proj)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.attention(x, x, x, need_weights=False)[0])
+
+
+# ------------------------------------------------------------------ called as well
+
+
+class Both(Direct):
+    """Calls the layer, then reads it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(cast(Tensor, self.l(x)), self.l.weight)
+
+
+class Typed(Direct):
+    """Reads the dtype alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.l(x.to(self.l.weight.dtype)))
+
+
+class Handed(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        y = checkpoint(self.l, x, use_reentrant=False)
+        return F.linear(cast(Tensor, y), self.l.weight)
+
+
+class HelpedCall(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(transform(self.l, x), self.l.weight)
+
+
+class Looped(Listed):
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.linear(layer(x), cast(Tensor, layer.weight))
+        return x
+
+
+class Dynamic(nn.Module):
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.l0, self.l1 = _linear(hooked), _linear(hooked)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i in range(2):
+            layer = getattr(self, f"l{i}")
+            x = layer(x) @ layer.weight
+        return x
+
+
+class Tied(nn.Module):
+    """Read by one parent, called by another."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.caller = nn.Sequential(_linear(hooked), nn.ReLU())
+        self.reader = Direct(hooked)
+        self.reader.l = cast(nn.Linear, self.caller[0])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.reader(self.caller(x)))
+
+
+class Inherited(Both):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + x
+
+
+READERS: dict[str, Callable[[Hooked], nn.Module]] = {
+    "direct": Direct,
+    "aliased": Aliased,
+    "named": Named,
+    "helped": Helped,
+    "methodical": Methodical,
+    "owned": Owned,
+    "listed": Listed,
+    "indexed": Indexed,
+    "stacked": Stacked,
+    "mapped": Mapped,
+    "deep": Deep,
+    "nested": Nested,
+    "from-text": _made["FromText"],
+    "attention": Attention,
+}
+if hasattr(nn, "LinearCrossEntropyLoss"):
+    READERS["loss"] = Loss
+CALLERS: dict[str, Callable[[Hooked], nn.Module]] = {
+    "both": Both,
+    "typed": Typed,
+    "handed": Handed,
+    "helped-call": HelpedCall,
+    "looped": Looped,
+    "dynamic": Dynamic,
+    "tied": Tied,
+    "inherited": Inherited,
+}
