@@ -23,13 +23,11 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from .errors import SnExportError, SnExportWarning
 
 _PREFIX = ".sn_export."
-# A full disk, a quota, a limit of the process, a broken or read-only disk.
-_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOCK, _MADE, _REPLACED, _KEPT = "lock", "made", "replaced", "kept"
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
@@ -50,6 +48,35 @@ def as_path(path: Any, option: str) -> Path:
         return Path(path)
     except TypeError as error:
         raise TypeError(f"{option} must be the path of a file, got {path!r}") from error
+
+
+def require_regular(path: Path) -> None:
+    """Raise if opening ``path`` could wait for a writer, or read without end.
+
+    Raises:
+        OSError: if there is nothing, or a pipe, device or folder.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file for reading bytes; pipes and devices are refused before they are waited for.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+    """
+    require_regular(path)
+    # A pipe may have come into its place meanwhile.
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "it is no regular file", os.fspath(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
 
 
 def require_place(target: Path) -> None:
@@ -80,22 +107,6 @@ def require_place(target: Path) -> None:
             raise IsADirectoryError(f"cannot write '{target}': it is a folder")
         if not stat.S_ISREG(mode):  # it would be replaced, not written to
             raise FileExistsError(f"cannot write '{target}': it is no regular file")
-
-
-def are_one_place(one: Path, other: Path) -> bool:
-    """Whether two paths name one file, whether or not it is there."""
-    return os.path.realpath(one) == os.path.realpath(other)
-
-
-def find_disk_error(error: BaseException | None) -> OSError | None:
-    """Return what a disk refused a write with, if that is what an error came from."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-            return error
-        seen.add(id(error))
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def require_writable(target: Path) -> None:

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..text import quote_names
+from ..text import quote_name, quote_names, shorten_list
+from .lazy_tensors import LazyTensors
+from .pickle_globals import Global, Unread
 
-_DEPTH = 4
+_DEPTH = 6
+_MOST = 100  # state dicts that are looked for, and items of a list that are looked into
 # Where several fit equally badly, what these names hold is the network.
 _USUAL = ("state_dict", "model_state_dict", "model", "net", "network", "params")
 
@@ -44,39 +51,59 @@ class Checkpoint:
     Attributes:
         path: the file or folder.
         format: of the file.
-        content: everything in it; for safetensors the tensors alone, read when asked for.
+        content: everything in it; tensors of safetensors and distributed checkpoints are read
+            when they are asked for.
         file_metadata: texts in the header of a safetensors file.
+        notes: what was left unread, in words.
     """
 
     path: Path
     format: Literal["torch", "safetensors", "distributed"]
     content: Any
     file_metadata: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def state_dicts(self) -> list[StateDict]:
-        """Return every state dict in the checkpoint; an optimizer's state is none."""
-        return list(_search(self.content, ()))
+        """Return the state dicts in the checkpoint, at most a hundred.
 
-    def choose(self, key: str | None, fits: Callable[[StateDict], bool], wanted: str) -> StateDict:
+        An optimizer's state is none. One that is there under several keys is returned under each.
+        """
+        return list(islice(_search(self.content, (), {}), _MOST))
+
+    def choose(
+        self,
+        key: str | None,
+        fits: Callable[[StateDict], bool],
+        wanted: str,
+        describe: Callable[[StateDict], str] = lambda one: "",
+    ) -> StateDict:
         """Return the state dict under ``key``, or the one that fits.
 
         Args:
             key: keys that lead to it, joined by dots; None to find it.
             fits: whether one is what is wanted.
             wanted: what that is, for the message: ``"fits Critic"``.
+            describe: what to say of a candidate beside its number of tensors.
 
         Raises:
             CheckpointError: if there is none, or several fit.
         """
         found = self.state_dicts()
+        what = quote_name(self.path)
         if not found:
-            raise CheckpointError(f"'{self.path}' holds no state dict: {_describe(self.content)}")
+            raise CheckpointError(f"{what} holds no state dict: {_describe(self.content)}")
+
+        def candidates(of: Iterable[StateDict]) -> str:
+            return shorten_list((_describe_candidate(one, describe(one)) for one in of), 20)
+
         if key is not None:
-            named = [one for one in found if one.key == key]
+            named = [one for one in found if one.key == key] or list(_under(self.content, key))
             if not named:
+                near = get_close_matches(key, [one.key for one in found], 1)
                 raise CheckpointError(
-                    f"'{self.path}' holds no state dict under '{key}'; it holds one under "
-                    f"{quote_names(one.key for one in found)}"
+                    f"{what} holds no state dict under {quote_name(key)}"
+                    + (f" (did you mean {quote_name(near[0])}?)" if near else "")
+                    + f"; it holds one under {candidates(found)}"
                 )
             return named[0]
         if len(found) == 1:
@@ -89,41 +116,169 @@ class Checkpoint:
             return usual[0]
         if not fitting:
             raise CheckpointError(
-                f"'{self.path}' holds {len(found)} state dicts, and none {wanted}; choose with "
-                f"--key one of {quote_names(one.key for one in found)}"
+                f"{what} holds {len(found)} state dicts, and none {wanted}; choose with --key one "
+                f"of {candidates(found)}"
             )
         raise CheckpointError(
-            f"'{self.path}' holds {len(fitting)} state dicts, each of which {wanted}; choose "
-            f"with --key one of {quote_names(one.key for one in fitting)}"
+            f"{what} holds {len(fitting)} state dicts, each of which {wanted}; choose with --key "
+            f"one of {candidates(fitting)}"
         )
 
 
-def _search(node: Any, path: tuple[str, ...]) -> Iterator[StateDict]:
-    if isinstance(node, nn.Module):  # pickled whole, and trusted
-        node = node.state_dict()
-    if not isinstance(node, Mapping) or "param_groups" in node or len(path) > _DEPTH:
+def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterator[StateDict]:
+    """Yield the state dicts in ``node``.
+
+    Objects that hold each other have more paths than can be walked: of twenty mappings in a
+    chain, each of which is twice in the one before, there are a million.
+
+    Args:
+        node: what may hold some.
+        path: keys that led to it.
+        barren: the objects, by identity, in which there are none, and the least length of a path
+            to each; they are not looked into again.
+    """
+    mapping = as_mapping(node)
+    if mapping is None or "param_groups" in mapping or len(path) > _DEPTH:
         return
-    inner = [
-        found
-        for name, value in node.items()
-        if isinstance(name, str) and not name.endswith("_extra_state")
-        for found in _search(value, (*path, name))
-    ]
-    if inner:
-        yield from inner
-    elif _is_state_dict(node):
-        yield StateDict(path, node, getattr(node, "_metadata", None))
+    if barren.get(id(node), _DEPTH + 1) <= len(path):
+        return
+    is_barren = True
+    for name, value in _inner(mapping):
+        for found in _search(value, (*path, name), barren):
+            is_barren = False
+            yield found
+    if not is_barren:
+        return
+    if _is_state_dict(mapping) and not isinstance(node, (list, tuple)):
+        yield StateDict(path, mapping, getattr(mapping, "_metadata", None))
+    else:
+        barren[id(node)] = len(path)
+
+
+def as_mapping(node: Any) -> Mapping[Any, Any] | None:
+    """Return a mapping, the state dict of a module, or a list as the mapping of its numbers.
+
+    None for anything else: it holds no state dict.
+    """
+    if isinstance(node, nn.Module):  # pickled whole, and trusted
+        return node.state_dict()
+    if isinstance(node, (list, tuple)):
+        return {str(number): item for number, item in enumerate(node[:_MOST])}
+    return node if isinstance(node, Mapping) else None
+
+
+def _inner(node: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+    values = node.others if isinstance(node, LazyTensors) else node
+    for name, value in values.items():
+        if isinstance(name, str) and not name.endswith("_extra_state"):
+            yield name, value
+
+
+def _under(node: Any, key: str) -> Iterator[StateDict]:
+    """Yield the state dict that the keys in ``key`` lead to; a key may itself have dots."""
+    places: list[tuple[Any, tuple[str, ...], str]] = [(node, (), key)]
+    while places:
+        node, path, rest = places.pop()
+        mapping = as_mapping(node)
+        if mapping is None or len(path) > _DEPTH:
+            continue
+        if not rest and _is_state_dict(mapping) and not isinstance(node, (list, tuple)):
+            yield StateDict(path, mapping, getattr(mapping, "_metadata", None))
+        for name, value in _inner(mapping):
+            if rest == name or rest.startswith(f"{name}."):
+                places.append((value, (*path, name), rest[len(name) + 1 :]))
 
 
 def _is_state_dict(node: Mapping[Any, Any]) -> bool:
+    if isinstance(node, LazyTensors):
+        return bool(node.specs)
     names = list(node)
     if not names or not all(isinstance(name, str) for name in names):
         return False
-    # A lazy mapping holds tensors only; asking for one would read it.
-    return not isinstance(node, dict) or any(isinstance(v, Tensor) for v in node.values())
+    return any(isinstance(value, Tensor) for value in node.values())
+
+
+def _describe_candidate(state: StateDict, fit: str) -> str:
+    count = len(state.tensors)
+    text = f"{count} tensor{'' if count == 1 else 's'}" + (f", {fit}" if fit else "")
+    return f"{quote_name(state.key)} ({text})"
 
 
 def _describe(content: Any) -> str:
+    if isinstance(content, Unread):
+        return f"it holds a value of {quote_name(content.name)}, which was left unread"
     if isinstance(content, Mapping):
-        return f"its keys are {quote_names(map(str, content))}" if content else "it holds nothing"
+        return f"its keys are {quote_names(content)}" if content else "it holds nothing"
+    if isinstance(content, (list, tuple)) and any(isinstance(v, Tensor) for v in content):
+        return "it holds tensors without names"
     return f"it holds a {type(content).__name__}"
+
+
+def require_read(content: Any, what: str) -> None:
+    """Raise if a value in ``content`` was left unread, so that it cannot be written again.
+
+    Args:
+        content: everything in a checkpoint.
+        what: it, for the message.
+
+    Raises:
+        CheckpointError: naming the class of the value.
+    """
+    seen: set[int] = set()
+    waiting = [content]
+    while waiting:
+        node = waiting.pop()
+        if isinstance(node, (Unread, Global)):
+            raise CheckpointError(
+                f"{what} also holds a value of {quote_name(node.name)}, which was left unread and "
+                "cannot be written again; leave out all but the state dict with --weights-only, "
+                "or read everything with --trust-pickle if you trust its origin"
+            )
+        if id(node) in seen:
+            continue
+        seen.add(id(node))
+        if isinstance(node, Mapping):
+            waiting += (node.others if isinstance(node, LazyTensors) else node).values()
+            waiting += node
+        elif isinstance(node, (list, tuple, set, frozenset, deque)):
+            waiting += node
+
+
+def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:
+    """Return ``node`` with ``value`` where ``path`` leads; nothing in ``node`` is changed.
+
+    Example::
+
+        replace_at({"models": [a, b], "step": 3}, ("models", "1"), c)
+        # {"models": [a, c], "step": 3}
+    """
+    if not path:
+        return value
+    if isinstance(node, (list, tuple)):
+        number = int(path[0])
+        items = [*node[:number], replace_at(node[number], path[1:], value), *node[number + 1 :]]
+        return items if isinstance(node, list) else tuple(items)
+    inner = replace_at(node[path[0]], path[1:], value)
+    if isinstance(node, LazyTensors):
+        return LazyTensors(node.specs, node.__getitem__, {**node.others, path[0]: inner})
+    changed = copy.copy(node)
+    changed[path[0]] = inner
+    return changed
+
+
+def read_all(node: Any) -> Any:
+    """Return ``node`` with all tensors in memory that were to be read later."""
+    if isinstance(node, LazyTensors):
+        # Cloned, not to be torn by whoever writes the file.
+        tensors = {name: node[name].clone() for name in node.specs}
+        return tensors | {name: read_all(value) for name, value in node.others.items()}
+    if type(node) is dict:
+        return {name: read_all(value) for name, value in node.items()} if _is_lazy(node) else node
+    if type(node) is list:
+        return [read_all(value) for value in node] if _is_lazy(node) else node
+    return node
+
+
+def _is_lazy(node: Any) -> bool:
+    values = node.values() if isinstance(node, dict) else node if isinstance(node, list) else ()
+    return isinstance(node, LazyTensors) or any(map(_is_lazy, values))

@@ -1,14 +1,11 @@
-"""From one spelling to another, file to file; what is not reparametrized stays as it is."""
+"""From one spelling to another, file to file; what is no spectral norm stays as it is."""
 
 from __future__ import annotations
 
-import copy
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from itertools import compress
-from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +13,14 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import disk_errors_as, drafts, publish, require_place
-from ..results import Respellable
-from ..text import quote_names
-from .content import Checkpoint, StateDict
+from ..text import quote_name, quote_names
+from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
+from .dims import require_fitting
 from .lazy_tensors import LazyTensors
 from .read import read_checkpoint
-from .reparametrizations import (
-    Reparametrization,
-    Spelling,
-    find_reparametrizations,
-    handwritten_notes,
-)
 from .safetensors_file import write_safetensors
-from .spectral_norm import notes_on_lengths
-from .spelling import Respelled, require_fitting, respell
-from .weight_norm import notes_on_dims
-
-_LOOKED_FOR: dict[Respellable, str] = {
-    "spectral_norm": "no 'weight_orig' with 'weight_u', no 'parametrizations.weight.original' with "
-    "'0._u'",
-    "weight_norm": "no 'weight_g' with 'weight_v', no 'parametrizations.weight.original0' with "
-    "'original1'",
-}
+from .spelling import Respelled, respell
+from .stored_norms import Spelling, StoredNorm, find_sites, handwritten_notes
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
@@ -49,16 +32,15 @@ class Conversion:
     Attributes:
         files: the files written.
         key: where in the checkpoint the state dict is.
-        found: every reparametrized tensor that was to be respelled.
+        found: every tensor under spectral norm.
         changed: those that were spelled differently.
-        notes: what else there is to say, such as keys that look like handwritten spectral norm,
-            or what ``only`` left as it was.
+        notes: what else there is to say, such as keys that look like handwritten spectral norm.
     """
 
     files: tuple[Path, ...]
     key: str
-    found: tuple[Reparametrization, ...]
-    changed: tuple[Reparametrization, ...]
+    found: tuple[StoredNorm, ...]
+    changed: tuple[StoredNorm, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -67,7 +49,6 @@ def convert_checkpoint(
     target: str | os.PathLike[str],
     to: Spelling,
     *,
-    only: Respellable | None = None,
     key: str | None = None,
     weights_only: bool = False,
     dims: Mapping[str, int] | None = None,
@@ -75,31 +56,30 @@ def convert_checkpoint(
     trust_pickle: bool = False,
     progress: Callable[[str, int], None] = lambda name, total: None,
 ) -> Conversion:
-    """Write a checkpoint with its reparametrizations spelled as ``to``, without model code.
+    """Write a checkpoint with its spectral norms spelled as ``to``, without model code.
 
     ::
 
         convert_checkpoint("critic.pt", "plain.safetensors", "plain", weights_only=True)
 
-    A plain network that loads the result computes, bit for bit, what the reparametrized
-    network computes in eval mode. From safetensors to safetensors one tensor at a
+    A plain network that loads the result computes, bit for bit, what the network under
+    spectral norm computes in eval mode. From safetensors to safetensors one tensor at a
     time is in memory. Files appear together once all are written, or none does.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
         target: the file to write, ``.safetensors`` or torch's ``.pt``, ``.pth``, ``.ckpt``.
         to: ``"plain"``, ``"hook"`` or ``"parametrization"``.
-        only: respell spectral norm or weight norm alone, and leave others as they are.
-        key: where in the checkpoint the state dict is, if several are reparametrized.
+        key: where in the checkpoint the state dict is, if several have spectral norm.
         weights_only: write the state dict alone, and leave out what else is there.
-        dims: dims by name of the tensor, where the file cannot tell.
+        dims: dims of square weights by name, where their vectors cannot tell.
         max_shard_size: bytes for each safetensors file; with more of them there is an index.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor written and how many there will be.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read or written, or not all of it be
-            spelled so; it names what cannot. What was at ``target`` is untouched then.
+        CheckpointError: if the checkpoint cannot be read, spelled so or written. What was
+            at ``target`` is untouched then.
     """
     destination = Path(target)
     if destination.suffix not in _SUFFIXES:
@@ -114,18 +94,18 @@ def convert_checkpoint(
         raise CheckpointError(f"only safetensors can be sharded, and '{destination}' is not")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     state = checkpoint.choose(
-        key, lambda one: bool(_chosen_sites(one, only)[0]), f"has {_label(only)} in it"
+        key, lambda one: bool(find_sites(one.tensors)), "has spectral norm in it"
     )
-    found, left = _chosen_sites(state, only)
+    found = tuple(find_sites(state.tensors))
     notes = handwritten_notes(state.tensors)
     if not found:
-        raise CheckpointError(". ".join((_nothing_to_convert(checkpoint, only), *notes)))
+        raise CheckpointError(
+            f"'{checkpoint.path}' holds no spectral norm to convert: no 'weight_orig' with "
+            "'weight_u', no 'parametrizations.weight.original' with '0._u'"
+            + "".join(f". {n}" for n in notes)
+        )
     require_fitting(dims or {}, found, state.tensors)
-    try:
-        result = respell(state, {site.name: to for site in found}, dims)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_advice(found, only)}") from error
-    notes += _notes(found, left, state.tensors, dims or {})
+    result = respell(state, to, dims)
     count = len(result.entries)
 
     def written(name: str) -> None:
@@ -151,52 +131,6 @@ def convert_checkpoint(
     return Conversion(files, state.key, found, result.changed, notes)
 
 
-def _chosen_sites(
-    state: StateDict, only: Respellable | None
-) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
-    """Return the sites that are to be respelled, and the others."""
-    sites = find_reparametrizations(state.tensors, state.versions)
-    chosen = [only in (None, site.group) for site in sites]
-    return tuple(compress(sites, chosen)), tuple(compress(sites, map(not_, chosen)))
-
-
-def _label(only: Respellable | None) -> str:
-    return only.replace("_", " ") if only else "spectral norm, weight norm or the like"
-
-
-def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str:
-    absent = [
-        f"no {_label(name)} to convert: {keys}"
-        for name, keys in _LOOKED_FOR.items()
-        if only in (None, name)
-    ]
-    return f"'{checkpoint.path}' holds {'; and '.join(absent)}"
-
-
-def _advice(found: Sequence[Reparametrization], only: Respellable | None) -> str:
-    """Return how to convert the rest, where a part of what was found cannot be."""
-    possible = sorted({site.group for site in found if not site.blocked} & _LOOKED_FOR.keys())
-    if only or not possible or len({site.group for site in found}) == 1:
-        return ""
-    return f"; to leave that as it is: {' or '.join(f'--only {name}' for name in possible)}"
-
-
-def _notes(
-    found: Sequence[Reparametrization],
-    left: Sequence[Reparametrization],
-    tensors: Mapping[str, Any],
-    dims: Mapping[str, int],
-) -> tuple[str, ...]:
-    """Return what is to be said of a conversion beside its result."""
-    notes = notes_on_lengths(found, tensors) + notes_on_dims(found, tensors, dims)
-    by_label: dict[str, list[str]] = {}
-    for site in left:
-        by_label.setdefault(site.label, []).append(site.name)
-    return notes + tuple(
-        f"left as it is, under {label}: {quote_names(names)}" for label, names in by_label.items()
-    )
-
-
 def _content(
     checkpoint: Checkpoint,
     state: StateDict,
@@ -207,22 +141,17 @@ def _content(
     tensors: dict[str, Any] = OrderedDict() if result.versions is not None else {}
     for name, entry in result.entries.items():
         tensors[name] = entry.read()
-        if isinstance(state.tensors, LazyTensors):
+        if isinstance(state.tensors, LazyTensors) and entry.spec is not None:
             tensors[name] = tensors[name].clone()  # not to be torn by whoever writes the file
         written(name)
     if result.versions is not None:
         tensors._metadata = result.versions  # type: ignore[attr-defined]
+    require_read(tensors, f"the state dict in {quote_name(checkpoint.path)}")
     if weights_only or not state.path:
         return tensors
-    return _replaced(checkpoint.content, state.path, tensors)
-
-
-def _replaced(node: Any, path: tuple[str, ...], value: Any) -> Any:
-    if not path:
-        return value
-    changed = copy.copy(node)
-    changed[path[0]] = _replaced(node[path[0]], path[1:], value)
-    return changed
+    content = replace_at(checkpoint.content, state.path, tensors)
+    require_read(content, quote_name(checkpoint.path))
+    return read_all(content)
 
 
 def _save(content: Any, path: Path) -> None:
@@ -240,10 +169,10 @@ def _require_tensors_only(
 ) -> None:
     if weights_only or not state.path:
         return
-    node, others = checkpoint.content, []
+    node, others = as_mapping(checkpoint.content) or {}, []
     for number, name in enumerate(state.path):
         others += [".".join((*state.path[:number], str(k))) for k in node if k != name]
-        node = node[name]
+        node = as_mapping(node[name]) or {}
     if others:
         raise CheckpointError(
             f"'{target.name}' can hold tensors only, and '{checkpoint.path}' also holds "

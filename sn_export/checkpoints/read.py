@@ -3,30 +3,53 @@
 from __future__ import annotations
 
 import os
-import warnings
-import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
+from ..files import open_regular
+from ..text import quote_name, quote_names
 from .content import Checkpoint
-from .distributed import forbidden_call, is_distributed, read_distributed, refusal
-from .lazy_tensors import LazyTensors, index_in
+from .distributed import is_distributed, read_distributed, read_sharded_safetensors
+from .lazy_tensors import (
+    LazyTensors,
+    lacking,
+    read_index,
+    read_safetensors,
+    read_safetensors_index,
+)
+from .torch_file import read_torch_file
+
+_SAFETENSORS, _INDEX = ".safetensors", ".index.json"
+_TORCH = (".bin", ".pt", ".pth", ".ckpt")
+# Of the files that Hugging Face's libraries write beside the weights.
+_USUAL = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
+# How other files begin, what they are, and what to do.
+_OTHERS = (
+    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
+    (b"\x89HDF", "an HDF5 file, as Keras writes it"),
+    (b"GGUF", "a GGUF file of llama.cpp"),
+    (b"\x1f\x8b", "a gzip archive; unpack it first"),
+    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
+    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
+    (b"\x93NUMPY", "a numpy array, not a checkpoint of torch"),
+)
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpoint:
     """Return what is in a checkpoint: a file of torch or safetensors, or a folder.
 
-    Known are torch's zip and legacy formats, ``.safetensors``, shards of it with an index
-    (the index, or the folder it is in) and the folders of `torch.distributed.checkpoint`.
-    What a file is shows in its first bytes, not in its name.
+    Known are torch's zip and legacy formats, ``.safetensors``, shards of ``.safetensors`` or
+    ``.bin`` with an index (the index, or the folder it is in), folders with one such file, and
+    those of `torch.distributed.checkpoint`, safetensors of several ranks among them. What a file
+    is shows in its first bytes, not in its name.
 
     Args:
         path: the file or folder.
         trust_pickle: let pickled Python objects be built, which runs whatever code the
-            file's author put there. Without it only tensors and plain data are read.
+            file's author put there. Without it only tensors and plain data are read, and
+            `Checkpoint.notes` says what else there was.
 
     Raises:
         CheckpointError: if there is nothing, or nothing that can be read without running
@@ -35,61 +58,137 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
     source = Path(path)
     if source.is_dir():
         return _read_folder(source, trust_pickle)
-    if not source.is_file():
-        raise CheckpointError(f"there is no checkpoint at '{source}'")
+    head = _read_head(source)
+    if source.name.endswith(_INDEX):
+        return _read_index(source, source, trust_pickle)
+    if source.suffix == _SAFETENSORS or head[8:9] == b"{":
+        return Checkpoint(source, "safetensors", *read_safetensors(source))
+    _require_torch(source, head)
+    return _read_torch(source, source, trust_pickle)
+
+
+def _read_head(path: Path) -> bytes:
     try:
-        with source.open("rb") as file:
-            head = file.read(9)
-    except OSError as error:
-        raise CheckpointError(f"cannot read '{source}': {error.strerror}") from error
+        with open_regular(path) as file:
+            head = file.read(64)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"there is no checkpoint at {quote_name(path)}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"cannot read {quote_name(path)}: {reason}") from error
     if not head:
-        raise CheckpointError(f"'{source}' is empty")
-    if source.name.endswith(".index.json"):
-        return _lazy(source, LazyTensors.from_index(source))
-    if source.suffix == ".safetensors" or head[8:] == b"{":
-        return _lazy(source, LazyTensors.from_file(source))
-    if not head.startswith((b"PK\x03\x04", b"\x80")):
+        raise CheckpointError(f"{quote_name(path)} is empty")
+    return head
+
+
+def _require_torch(path: Path, head: bytes) -> None:
+    if head.startswith((b"PK", b"\x80")):
+        return
+    for start, kind in _OTHERS:
+        if head.startswith(start):
+            raise CheckpointError(f"{quote_name(path)} is {kind}")
+    if head[:1] == b"\x08" and (head[2:3] == b"\x12" or path.suffix == ".onnx"):
         raise CheckpointError(
-            f"'{source}' is no checkpoint: it starts with {head[:8]!r}, which is neither torch's "
-            "format nor safetensors"
+            f"{quote_name(path)} is an ONNX file, which holds a graph; give the checkpoint that "
+            "it was made from"
         )
-    return Checkpoint(source, "torch", _load(source, trust_pickle))
+    raise CheckpointError(
+        f"{quote_name(path)} is no checkpoint: it starts with {head[:8]!r}, which is neither "
+        "torch's format nor safetensors"
+    )
+
+
+def _read_torch(path: Path, file: Path, trust_pickle: bool) -> Checkpoint:
+    unread: set[str] = set()
+    content = read_torch_file(file, trust_pickle, unread)
+    return Checkpoint(path, "torch", content, notes=_notes(unread))
+
+
+def _read_index(path: Path, index: Path, trust_pickle: bool) -> Checkpoint:
+    if not index.name.endswith(".bin" + _INDEX):
+        return Checkpoint(path, "safetensors", *read_safetensors_index(index))
+    places, unread = read_index(index), set[str]()
+    shards: dict[Path, Any] = {}
+    for file in dict.fromkeys(places.values()):
+        _require_torch(file, _read_head(file))
+        shards[file] = read_torch_file(file, trust_pickle, unread)
+    for name, file in places.items():
+        if not isinstance(shards[file], Mapping) or name not in shards[file]:
+            raise lacking(file, name)
+    content = {name: shards[file][name] for name, file in places.items()}
+    return Checkpoint(path, "torch", content, notes=_notes(unread))
 
 
 def _read_folder(folder: Path, trust_pickle: bool) -> Checkpoint:
     if is_distributed(folder):
-        return Checkpoint(folder, "distributed", read_distributed(folder, trust_pickle))
-    index = index_in(folder)
-    if index is not None:
-        return _lazy(folder, LazyTensors.from_index(index))
+        unread: set[str] = set()
+        content = read_distributed(folder, trust_pickle, unread)
+        return Checkpoint(folder, "distributed", content, notes=_notes(unread))
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    tensors = [path for path in files if path.suffix == _SAFETENSORS]
+    for kind in (_SAFETENSORS, ".bin"):
+        indexes = [path for path in files if path.name.endswith(kind + _INDEX)]
+        if len(indexes) > 1:
+            raise _several(folder, indexes)
+        if indexes:
+            return _read_index(folder, indexes[0], trust_pickle)
+        if kind == _SAFETENSORS and tensors:
+            return _read_safetensors_of(folder, tensors)
+    others = [path for path in files if path.suffix in _TORCH]
+    others = [path for path in others if path.name in _USUAL] or others
+    if len(others) > 1:
+        raise _several(folder, others)
+    if others:
+        _require_torch(others[0], _read_head(others[0]))
+        return _read_torch(folder, others[0], trust_pickle)
     raise CheckpointError(
-        f"folder '{folder}' is no checkpoint: it holds neither the '.metadata' of "
-        "torch.distributed.checkpoint nor one '*.safetensors.index.json'"
+        f"folder {quote_name(folder)} is no checkpoint: it holds "
+        + _describe_absence(files, folder)
     )
 
 
-def _lazy(path: Path, tensors: LazyTensors) -> Checkpoint:
-    return Checkpoint(path, "safetensors", tensors, tensors.file_metadata)
+def _read_safetensors_of(folder: Path, files: list[Path]) -> Checkpoint:
+    tensors: LazyTensors | None = read_sharded_safetensors(folder, files)
+    if tensors is not None:
+        return Checkpoint(folder, "safetensors", tensors)
+    usual = [path for path in files if path.name == "model.safetensors"] or files
+    if len(usual) > 1:
+        raise _several(folder, usual)
+    return Checkpoint(folder, "safetensors", *read_safetensors(usual[0]))
 
 
-def _load(path: Path, trust_pickle: bool) -> Any:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle, which is dealt with here
-            return torch.load(
-                path,
-                map_location="cpu",
-                weights_only=not trust_pickle,
-                mmap=zipfile.is_zipfile(path),
-            )
-    except Exception as error:  # a broken pickle can raise anything
-        if "TorchScript" in str(error):
-            raise CheckpointError(
-                f"'{path}' is a TorchScript archive, which holds code; save the state dict instead"
-            ) from error
-        name = forbidden_call(error)
-        if name is not None and not trust_pickle:
-            raise CheckpointError(refusal(f"'{path}'", name)) from error
-        raise CheckpointError(
-            f"'{path}' is damaged or truncated: torch cannot read its {path.stat().st_size} bytes"
-        ) from error
+def _describe_absence(files: Iterable[Path], folder: Path) -> str:
+    parts = [path.name for path in files if path.name.endswith(".metadata")]
+    if parts:
+        return (
+            f"{quote_names(parts)} of single ranks and no '.metadata', so the pieces cannot be put "
+            "together"
+        )
+    inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
+    within = f"; there are the folders {quote_names(inner)} in it" if inner else ""
+    return (
+        "neither the '.metadata' of torch.distributed.checkpoint nor one "
+        f"'*.safetensors{_INDEX}', '*.bin{_INDEX}' or file of weights{within}"
+    )
+
+
+def _several(folder: Path, files: Iterable[Path]) -> CheckpointError:
+    return CheckpointError(
+        f"folder {quote_name(folder)} holds several checkpoints; give one of "
+        f"{quote_names(path.name for path in files)}"
+    )
+
+
+def _notes(unread: Iterable[str]) -> tuple[str, ...]:
+    names = sorted({_readable(name) for name in unread})
+    if not names:
+        return ()
+    return (
+        f"left unread: values of {quote_names(names)}, which weights do not need; --trust-pickle "
+        "reads them, and lets the file run any code as you",
+    )
+
+
+def _readable(name: str) -> str:
+    """Return what a person calls the class of a value: numpy's are made by helpers."""
+    return "numpy" if name.startswith("numpy.") else name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
+from importlib.metadata import PackageNotFoundError, version as version_of
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -68,10 +69,8 @@ def add_command(name: str, command: type[Command]) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from importlib.metadata import PackageNotFoundError, version
-
         try:
-            print(f"sn-export {version('sn-export')}")
+            print(f"sn-export {version_of('sn-export')}")
         except PackageNotFoundError:
             print("sn-export, not installed")
         raise typer.Exit

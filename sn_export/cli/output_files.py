@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -11,6 +10,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import require_writable
+from ..reporting import require_report_path, save_report
 
 _PICTURED = (".html", ".md")
 
@@ -25,11 +25,11 @@ def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Itera
     Raises:
         UsageError: naming both.
     """
-    seen = {os.path.realpath(path): name for name, paths in inputs.items() for path in paths}
+    seen = {path.resolve(): name for name, paths in inputs.items() for path in paths}
     for name, path in outputs.items():
         if path is None:
             continue
-        other = seen.setdefault(os.path.realpath(path), name)
+        other = seen.setdefault(path.resolve(), name)
         if other != name:
             raise UsageError(f"{name} must be another file than {other}, both are '{path}'")
 
@@ -42,8 +42,6 @@ def require_report(path: Path | None) -> None:
         OSError: if its folder is absent or cannot be written to, or it is a folder.
     """
     if path is not None:
-        from ..reporting import require_report_path  # its templates take a moment to load
-
         require_report_path(path)
         require_writable(path)
 
@@ -66,8 +64,6 @@ def write_report(content: Mapping[str, Any], path: Path | None, written: Path | 
     """
     if path is None:
         return
-    from ..reporting import save_report
-
     try:
         save_report(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
     except OSError as error:

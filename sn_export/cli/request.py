@@ -47,7 +47,7 @@ class CheckpointOptions(Command):
     dims: Annotated[
         Mapping[str, int],
         Parsed(list[str], parse_dims, []),
-        typer.Option("--dim", help="NAME=D, where the dim of a tensor cannot be told."),
+        typer.Option("--dim", help="NAME=D, where a square weight's dim cannot be told."),
     ]
     trust_pickle: Annotated[
         bool,

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..text import escape_unprintable
 from . import numbers
 from .content import (
     Report,
@@ -20,9 +19,7 @@ from .content import (
 
 _ROWS = 20  # of each table; the HTML report holds all
 _AROUND = 3  # modules before and after the first one outside tolerance
-# Markup; what makes an address a link; what begins a list or a heading.
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!]|:(?=//)|(?<=www)\.|^[-+=])", re.IGNORECASE)
-_NUMBERED = re.compile(r"^(\d+)\.")
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!])")
 _LONGEST = 500  # characters of one text
 
 
@@ -138,10 +135,9 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Return untrusted text as a sentence, in which every letter stands for itself."""
-    return _NUMBERED.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", _line(text)))
+    return _SPECIAL.sub(r"\\\1", _line(text))
 
 
 def _line(text: str) -> str:
-    text = escape_unprintable(" ".join(text.split()))
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LONGEST else text[: _LONGEST - 2] + " …"

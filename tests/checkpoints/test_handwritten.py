@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sn_export.checkpoints.convert import convert_checkpoint
 from sn_export.checkpoints.inspection import inspect_checkpoint
-from sn_export.checkpoints.reparametrizations import handwritten_norms
+from sn_export.checkpoints.stored_norms import handwritten_norms
 from sn_export.errors import CheckpointError
 
 WEIGHT = torch.ones(4, 3, 2, 2)

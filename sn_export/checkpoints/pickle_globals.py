@@ -1,0 +1,446 @@
+"""The one closed list of what a pickle may name, for every format, and what each name does.
+
+Nothing here is imported or looked up by a name in a file. Where torch's own functions rebuild a
+tensor, they are called with arguments that were checked before.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+import re
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Any, TypeGuard
+
+import torch
+from torch import Tensor
+from torch.distributed.checkpoint import metadata as dcp
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+
+from ..text import quote_name
+
+MOST_DIMS = 64  # the most that torch computes with
+# A tensor may be larger than its storage, as after expand(); a few bytes must not become 4 TB.
+_EXPANDED = 2**24
+_rebuild: Any = torch._utils  # its functions are what torch.save names
+
+
+class ForbiddenPickleError(pickle.UnpicklingError):
+    """A pickle wants what is not on the list; the text says what: ``"call 'posix.mkdir'"``."""
+
+
+class DamagedPickleError(pickle.UnpicklingError):
+    """A pickle hands one of the listed functions what no writer writes; the text says what."""
+
+
+@dataclass(frozen=True, eq=False)
+class Global:
+    """What stands on the stack, and in the content, in the place of a class or function.
+
+    Attributes:
+        name: its qualified name.
+        call: what REDUCE does with it.
+        new: what NEWOBJ and NEWOBJ_EX do with it.
+    """
+
+    name: str
+    call: Callable[..., Any] | None = None
+    new: Callable[..., Any] | None = None
+
+
+@dataclass(eq=False)
+class Unread:
+    """A harmless value that was left unread, since reading it would import its package.
+
+    Attributes:
+        name: qualified name of its class.
+    """
+
+    name: str
+
+
+def call_global(target: Any, how: str, args: Any, kwargs: Any) -> Any:
+    """Return what ``target.call`` or ``target.new`` makes of arguments from a file.
+
+    Raises:
+        ForbiddenPickleError: if ``target`` is no `Global` that can be called so.
+    """
+    function = getattr(target, how) if type(target) is Global else None
+    if function is None:
+        raise ForbiddenPickleError(f"call {describe_value(target)}")
+    if type(args) is not tuple or type(kwargs) is not dict:
+        raise DamagedPickleError("a call without arguments")
+    return function(*args, **kwargs)
+
+
+def describe_value(value: Any) -> str:
+    """Return a value of a file for a message: by its name or type, never by its own text."""
+    return quote_name(value.name if type(value) is Global else f"a {type(value).__name__}")
+
+
+def as_key(value: Any) -> Any:
+    """Return ``value`` if its hash is cheap.
+
+    That of a tuple is computed anew each time: sixty tuples, each of which holds the one before
+    twice, take a few bytes in a file and years to be hashed.
+    """
+    inner = value if type(value) in (tuple, torch.Size) else (value,)
+    if not all(type(one) in _KEYS for one in inner):
+        raise DamagedPickleError(f"{describe_value(value)} as a key")
+    return value
+
+
+_KEYS = (
+    *(str, bytes, int, float, complex, bool, type(None), torch.dtype),
+    *(Global, Unread, dcp.MetadataIndex),
+)
+
+
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether ``value`` is a size or a number of elements."""
+    return type(value) is int and value >= 0
+
+
+def is_shape(value: Any) -> bool:
+    """Whether ``value`` is a list of sizes, or of offsets, that torch can take."""
+    return (
+        isinstance(value, (tuple, list)) and len(value) <= MOST_DIMS and all(map(is_count, value))
+    )
+
+
+def _require(is_sound: bool, what: str) -> None:
+    if not is_sound:
+        raise DamagedPickleError(what)
+
+
+def _require_held(storage: Any, size: Any, stride: Any) -> None:
+    """Raise unless ``storage`` can be that of a tensor of this size."""
+    _require(is_shape(size) and is_shape(stride), "a tensor whose shape is no list of sizes")
+    _require(isinstance(storage, torch.storage.TypedStorage), "a tensor without a storage")
+    count, held = math.prod(size), len(storage)
+    _require(
+        count <= max(held, _EXPANDED),
+        f"a tensor of shape {list(size)} whose storage holds {held} elements",
+    )
+
+
+def _flags(metadata: Any) -> dict[str, bool]:
+    """Return whether a tensor is to be conjugated or negated when it is read."""
+    given = metadata if type(metadata) is dict else {}
+    return {name: True for name in ("conj", "neg") if given.get(name) is True}
+
+
+def _tensor(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any = False,
+    hooks: Any = None,
+    metadata: Any = None,
+) -> Tensor:
+    _require_held(storage, size, stride)
+    # Hooks are code: torch writes none, and none is taken.
+    result: Tensor = _rebuild._rebuild_tensor_v2(
+        storage, offset, size, stride, requires_grad is True, OrderedDict(), _flags(metadata)
+    )
+    return result
+
+
+def _tensor_of_dtype(
+    storage: Any,
+    offset: Any,
+    size: Any,
+    stride: Any,
+    requires_grad: Any,
+    hooks: Any,
+    dtype: Any,
+    metadata: Any = None,
+) -> Tensor:
+    _require_held(storage, size, stride)
+    result: Tensor = _rebuild._rebuild_tensor_v3(
+        storage,
+        *(offset, size, stride, requires_grad is True, OrderedDict(), dtype, _flags(metadata)),
+    )
+    return result
+
+
+def _quantized(
+    storage: Any, offset: Any, size: Any, stride: Any, scheme: Any, grad: Any, hooks: Any
+) -> Tensor:
+    _require_held(storage, size, stride)
+    result: Tensor = _rebuild._rebuild_qtensor(
+        storage, offset, size, stride, scheme, grad is True, OrderedDict()
+    )
+    return result
+
+
+def _sparse(layout: Any, data: Any) -> Tensor:
+    result: Tensor = _rebuild._rebuild_sparse_tensor(layout, data)
+    return result
+
+
+def _meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
+    _require(is_shape(size) and is_shape(stride), "a tensor whose shape is no list of sizes")
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
+def _from_device(data: Any, dtype: Any, device: Any, requires_grad: Any) -> Tensor:
+    _require(isinstance(data, Tensor) and isinstance(dtype, torch.dtype), "a tensor without values")
+    result: Tensor = data.to(dtype)
+    return result
+
+
+def _parameter(data: Any, requires_grad: Any = True, *rest: Any) -> torch.nn.Parameter:
+    _require(isinstance(data, Tensor), "a parameter without a tensor")
+    can = data.is_floating_point() or data.is_complex()
+    return torch.nn.Parameter(data, requires_grad is True and can)
+
+
+def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
+    """Return a tensor that has attributes of its own; these are left out."""
+    value = call_global(function, "call", args, {})
+    if type(kind) is not Global or kind.name not in (_TENSOR, _PARAMETER):
+        raise ForbiddenPickleError(f"make {describe_value(kind)}")
+    return _parameter(value) if kind.name == _PARAMETER else value
+
+
+def _ordered(pairs: Iterable[Any] = ()) -> OrderedDict[Any, Any]:
+    _require(type(pairs) in (tuple, list), "an ordered dictionary of no pairs")
+    _require(all(type(pair) in (tuple, list) and len(pair) == 2 for pair in pairs), "no pair")
+    return OrderedDict((as_key(key), value) for key, value in pairs)
+
+
+def _counter(counts: Any = None) -> Counter[Any]:
+    _require(counts is None or type(counts) is dict, "a counter of no counts")
+    return Counter(counts)
+
+
+def _default(factory: Any = None) -> defaultdict[Any, Any]:
+    _require(factory is None or type(factory) is Global, "a default that is no class")
+    return defaultdict(_FACTORIES.get(factory.name) if factory is not None else None)
+
+
+def _deque(items: Any = (), maxlen: Any = None) -> deque[Any]:
+    _require(type(items) in (tuple, list), "a deque of no items")
+    _require(maxlen is None or is_count(maxlen), "a deque of no length")
+    return deque(items, maxlen)
+
+
+def _encode(text: Any, encoding: Any) -> bytes:
+    _require(type(text) is str and encoding in ("latin1", "latin-1"), "bytes in no encoding")
+    return str(text).encode("latin-1")
+
+
+def _bytearray(content: Any = b"", encoding: Any = "latin-1") -> bytearray:
+    content = _encode(content, encoding) if type(content) is str else content
+    _require(type(content) is bytes, "a bytearray of no bytes")
+    return bytearray(content)
+
+
+def _set(elements: Any = ()) -> set[Any]:
+    _require(type(elements) in (tuple, list), "a set of no elements")
+    return set(map(as_key, elements))
+
+
+def _complex(real: Any, imaginary: Any = 0) -> complex:
+    return complex(float(real), float(imaginary))
+
+
+def _size(sizes: Any = ()) -> torch.Size:
+    _require(type(sizes) in (tuple, list) and all(type(n) is int for n in sizes), "no sizes")
+    return torch.Size(sizes)
+
+
+def _device(kind: Any, index: Any = None) -> torch.device:
+    _require(type(kind) is str and (index is None or type(index) is int), "a device of no name")
+    return torch.device(kind) if index is None else torch.device(kind, index)
+
+
+def _layout(name: Any) -> torch.layout:
+    _require(type(name) is str and name.startswith("torch."), "a layout of no name")
+    layout = getattr(torch, name.removeprefix("torch."), None)
+    _require(isinstance(layout, torch.layout), f"the layout {quote_name(name)}")
+    assert isinstance(layout, torch.layout)
+    return layout
+
+
+def _reconstruct(kind: Any, base: Any, state: Any) -> Any:
+    return call_global(kind, "new", (), {})
+
+
+def _memory_format(value: Any) -> Any:
+    _require(type(value) is int, "a memory format of no number")
+    return dcp._MEM_FORMAT_ENCODING(value)
+
+
+def _restore_versions(target: OrderedDict[Any, Any], state: Any) -> None:
+    """Give a state dict the versions of its modules, the one attribute that torch sets."""
+    versions = state.get("_metadata") if type(state) is dict else None
+    if type(versions) in (dict, OrderedDict):
+        target._metadata = versions  # type: ignore[attr-defined]
+
+
+def _restore_properties(target: dcp.TensorProperties, state: Any) -> None:
+    _require(
+        type(state) is tuple and len(state) == 5 and isinstance(state[0], torch.dtype),
+        "the properties of a tensor without a dtype",
+    )
+    target.__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def _restore_index(target: dcp.MetadataIndex, state: Any) -> None:
+    _restore_fields(target, state)
+    sound = type(target.fqn) is str and (target.offset is None or is_shape(target.offset))
+    _require(sound, "a part of a tensor without a name or place")
+
+
+def _restore_fields(target: Any, state: Any) -> None:
+    names = [field.name for field in fields(target)]
+    _require(
+        type(state) is dict and all(name in names for name in state),
+        f"a {type(target).__name__} with other fields than {names}",
+    )
+    for name, value in state.items():
+        object.__setattr__(target, name, value)  # some are frozen
+
+
+_TENSOR, _PARAMETER = "torch.Tensor", "torch.nn.parameter.Parameter"
+_RECORDS: tuple[type[Any], ...] = (
+    *(dcp.Metadata, dcp.StorageMeta, dcp.TensorStorageMetadata, dcp.BytesStorageMetadata),
+    *(dcp.ChunkStorageMetadata, dcp.MetadataIndex, dcp.TensorProperties, _StorageInfo),
+)
+BUILDERS: dict[type[Any], Callable[[Any, Any], None]] = {
+    **dict.fromkeys(_RECORDS, _restore_fields),
+    OrderedDict: _restore_versions,
+    dcp.TensorProperties: _restore_properties,
+    dcp.MetadataIndex: _restore_index,
+    Unread: lambda target, state: None,
+}
+_FACTORIES: dict[str, type[Any]] = {
+    "collections.OrderedDict": OrderedDict,
+    **{f"builtins.{kind.__name__}": kind for kind in (dict, list, set, tuple, str, bytes)},
+    **{f"builtins.{kind.__name__}": kind for kind in (int, float, complex, bool)},
+}
+_CALLED: dict[str, Callable[..., Any]] = {
+    "torch._utils._rebuild_tensor": _tensor,
+    "torch._utils._rebuild_tensor_v2": _tensor,
+    "torch._utils._rebuild_tensor_v3": _tensor_of_dtype,
+    "torch._utils._rebuild_parameter": _parameter,
+    "torch._utils._rebuild_parameter_with_state": _parameter,
+    "torch._utils._rebuild_qtensor": _quantized,
+    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_meta_tensor_no_storage": _meta,
+    "torch._utils._rebuild_device_tensor_from_cpu_tensor": _from_device,
+    "torch._tensor._rebuild_from_type_v2": _of_type,
+    "torch.Size": _size,
+    "torch.device": _device,
+    "torch.serialization._get_layout": _layout,
+    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": _memory_format,
+    "collections.OrderedDict": _ordered,
+    "collections.Counter": _counter,
+    "collections.defaultdict": _default,
+    "collections.deque": _deque,
+    "copyreg._reconstructor": _reconstruct,
+    "_codecs.encode": _encode,
+    "builtins.bytearray": _bytearray,
+    "builtins.set": _set,
+    "builtins.frozenset": lambda elements=(): frozenset(_set(elements)),
+    "builtins.complex": _complex,
+}
+_MADE: dict[str, Callable[[], Any]] = {
+    "collections.OrderedDict": lambda: OrderedDict(),
+    **{
+        f"{kind.__module__}.{kind.__qualname__}": partial(object.__new__, kind) for kind in _RECORDS
+    },
+}
+_NAMED = (_TENSOR, _PARAMETER, "builtins.object", "builtins.NoneType", *_FACTORIES)
+
+
+def _list_globals() -> dict[tuple[str, str], Global]:
+    names = dict.fromkeys((*_NAMED, *_CALLED, *_MADE))
+    found = {name: Global(name, _CALLED.get(name), _MADE.get(name)) for name in names}
+    split = {name: name.rpartition(".") for name in names}
+    return {(split[name][0], split[name][2]): found[name] for name in names}
+
+
+_GLOBALS = _list_globals()
+_CONSTANTS = {
+    name: value
+    for name, value in vars(torch).items()
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
+}
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
+
+# Values that surround weights, of classes that hold none.
+_HARMLESS = {
+    *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "uuid.UUID"),
+    *("builtins.range", "builtins.slice", "decimal.Decimal", "fractions.Fraction"),
+    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
+    *(
+        f"{module}.{flavour}{kind}"
+        for module in ("pathlib", "pathlib._local")
+        for flavour in ("", "Pure", "Posix", "Windows", "PurePosix", "PureWindows")
+        for kind in ("Path",)
+    ),
+    *("numpy.ndarray", "numpy.dtype", "numpy.matrix"),
+    *(
+        f"numpy.{core}.{name}"
+        for core in ("core", "_core")
+        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
+    ),
+    "torch.torch_version.TorchVersion",
+    *("easydict.EasyDict", "addict.addict.Dict", "munch.Munch", "yacs.config.CfgNode"),
+    *(
+        f"ml_collections.config_dict.config_dict.{name}"
+        for name in ("ConfigDict", "FrozenConfigDict")
+    ),
+    *(
+        f"{package}.AttributeDict"
+        for package in (
+            "pytorch_lightning.utilities.parsing",
+            "lightning.pytorch.utilities.parsing",
+            "lightning_fabric.utilities.data",
+            "lightning.fabric.utilities.data",
+        )
+    ),
+}
+# The class of each kind of value, and numpy's scalar types.
+_HARMLESS_KINDS = re.compile(r"omegaconf(\.\w+)*\.[A-Z]\w*|numpy\.(bool_?|[a-z]+\d+)")
+
+
+def _is_harmless(name: str) -> bool:
+    return name in _HARMLESS or _HARMLESS_KINDS.fullmatch(name) is not None
+
+
+def find_global(module: str, name: str, unread: set[str]) -> Any:
+    """Return what stands for ``module.name`` on the stack; nothing is imported.
+
+    Args:
+        module: the module as the file has it.
+        name: the qualified name in it.
+        unread: receives the names of the classes of which a value was left unread.
+
+    Raises:
+        ForbiddenPickleError: if it is not on the list.
+    """
+    module = _RENAMED.get(module, module)
+    known = _GLOBALS.get((module, name))
+    if known is not None:
+        return known
+    if module == "torch" and name in _CONSTANTS:
+        return _CONSTANTS[name]
+    if (module, name) == ("torch.storage", "UntypedStorage"):
+        return torch.UntypedStorage  # only ever compared, in the identity of a storage
+    full = f"{module}.{name}"
+    if not _is_harmless(full):
+        raise ForbiddenPickleError(f"call {quote_name(full)}")
+
+    def leave(*args: Any, **kwargs: Any) -> Unread:
+        unread.add(full)
+        return Unread(full)
+
+    return Global(full, leave, leave)

@@ -1,0 +1,229 @@
+"""Files of `torch.save`, read by `torch.load` with our own unpickler in the place of Python's."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import re
+import tarfile
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, BinaryIO
+
+import torch
+
+from ..errors import CheckpointError
+from ..files import open_regular
+from ..text import join_lines, quote_name, quote_names
+from .pickle_globals import DamagedPickleError, ForbiddenPickleError
+from .unpickling import RestrictedUnpickler
+
+_MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of files before zip
+_FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+_MISSING_ATTRIBUTE = re.compile(r"Can't get attribute '([^']+)' on <module '([^']+)'")
+
+
+def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
+    """Return what `torch.save` or `torch.jit.save` wrote; large tensors are mapped, not read.
+
+    Args:
+        path: a regular file that begins as a zip archive or a pickle does.
+        trust_pickle: let the file run code.
+        unread: receives the names of the classes of which a value was left unread.
+
+    Raises:
+        CheckpointError: if it is of another kind, damaged, or wants to run code.
+    """
+    with open_regular(path) as file:
+        kind = _require_torch(file, quote_name(path), trust_pickle)
+        size = os.fstat(file.fileno()).st_size
+    what, source = quote_name(path), os.fspath(path)
+    if kind == "script":
+        jit: Any = torch.jit
+        return _load(lambda: jit.load(source, "cpu"), what, f"its {size} bytes", True)
+    if kind == "pickle":
+        return _load(lambda: pickle.loads(path.read_bytes()), what, f"its {size} bytes", True)
+    return _torch_load(source, what, size, trust_pickle, unread, kind == "zip")
+
+
+def read_torch_bytes(content: bytes, what: str, trust_pickle: bool, unread: set[str]) -> Any:
+    """Return what `torch.save` wrote into a part of another file.
+
+    Args:
+        content: the bytes.
+        what: the part and the file, for messages.
+        trust_pickle: let it run code.
+        unread: receives the names of the classes of which a value was left unread.
+
+    Raises:
+        CheckpointError: if it is damaged, or wants to run code.
+    """
+    with io.BytesIO(content) as file:
+        _require_torch(file, what, False)
+        file.seek(0)
+        return _torch_load(file, what, len(content), trust_pickle, unread, False)
+
+
+def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any:
+    """Return the value of the bare pickle ``name`` of ``what``, in which there are no tensors.
+
+    Raises:
+        CheckpointError: if it is damaged, or wants to run code.
+    """
+    content = f"the {os.fstat(file.fileno()).st_size} bytes of {quote_name(name)}"
+    reader = pickle.Unpickler if trust_pickle else RestrictedUnpickler
+    return _load(lambda: reader(file).load(), what, content, trust_pickle)
+
+
+def _torch_load(
+    source: str | BinaryIO, what: str, size: int, trust_pickle: bool, unread: set[str], mmap: bool
+) -> Any:
+    if trust_pickle:
+        module: Any = pickle
+    elif os.environ.get(_FORCED, "0").lower() in ("1", "y", "yes", "true"):
+        raise CheckpointError(
+            f"{what} cannot be read while {_FORCED} is set, since torch then takes no unpickler "
+            "but its own; unset it: here nothing in a file is run either"
+        )
+    else:
+        module = _restricted_module(unread, size)
+
+    def read() -> Any:
+        # Invariants: the indices of a sparse tensor may lie outside of it.
+        invariants: Any = torch.sparse.check_sparse_tensor_invariants
+        with invariants():
+            return torch.load(
+                source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mmap
+            )
+
+    return _load(read, what, f"its {size} bytes", trust_pickle)
+
+
+def _restricted_module(unread: set[str], room: int) -> Any:
+    """Return what `torch.load` takes for a module such as pickle, bound to one file."""
+
+    class Unpickler(RestrictedUnpickler):
+        def __init__(self, file: BinaryIO, *, encoding: str = "ASCII") -> None:
+            super().__init__(file, unread=unread, room=room, encoding=encoding)
+
+    def load(file: BinaryIO, *, encoding: str = "ASCII") -> Any:
+        return Unpickler(file, encoding=encoding).load()
+
+    return SimpleNamespace(__name__=__name__, Unpickler=Unpickler, load=load)
+
+
+def _load(read: Callable[[], Any], what: str, content: str, trust_pickle: bool) -> Any:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickle, which is dealt with here
+            return read()
+    except CheckpointError:
+        raise
+    except ForbiddenPickleError as error:
+        raise CheckpointError(
+            f"{what} wants to {error} while it is read, and nothing was run; --trust-pickle lets "
+            "the file run any code as you, so use it only for files whose origin you trust"
+        ) from error
+    except DamagedPickleError as error:
+        raise CheckpointError(f"{what} is damaged: it holds {error}") from error
+    except Exception as error:  # a broken pickle can raise anything
+        raise CheckpointError(_describe_failure(error, what, content, trust_pickle)) from error
+
+
+def _describe_failure(error: Exception, what: str, content: str, trust_pickle: bool) -> str:
+    absent = _MISSING_ATTRIBUTE.match(str(error))
+    if trust_pickle and isinstance(error, ModuleNotFoundError):
+        return f"{what} needs the package {quote_name(error.name)}, which cannot be imported here"
+    if trust_pickle and absent:
+        name, module = map(quote_name, absent.groups())
+        return f"{what} needs {name} of the module {module}, which has no such name here"
+    if trust_pickle and not isinstance(error, (EOFError, pickle.UnpicklingError, RuntimeError)):
+        return f"{what} cannot be read: {type(error).__name__}: {join_lines(str(error))}"
+    return f"{what} is damaged or truncated: torch cannot read {content}"
+
+
+def _require_torch(file: BinaryIO, what: str, trust_pickle: bool) -> str:
+    """Return ``"zip"``, ``"script"``, ``"legacy"`` or, if trusted, ``"pickle"``.
+
+    Raises:
+        CheckpointError: if the file is damaged, or sound and of another kind.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    head = file.read(64)
+    if not head.startswith(b"PK"):
+        if _MAGIC in head or len(head) < 16:
+            return "legacy" if not _is_tar(file) else _refuse_tar(what)
+        if trust_pickle:
+            return "pickle"
+        raise CheckpointError(
+            f"{what} is a plain pickle, not a file of torch.save: load it where it comes from, "
+            "and torch.save the state dict in it; --trust-pickle reads it, and lets it run any "
+            "code as you"
+        )
+    try:
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        raise CheckpointError(
+            f"{what} is damaged or truncated: torch cannot read its {size} bytes"
+        ) from error
+    names = [entry.filename for entry in entries]
+    if any(name.endswith("constants.pkl") for name in names):
+        if not trust_pickle:
+            raise CheckpointError(
+                f"{what} is a TorchScript archive, which holds code; save the state dict instead, "
+                "or let it run with --trust-pickle if you trust its origin"
+            )
+        return "script"
+    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+        raise CheckpointError(f"{what} is {_describe_archive(names)}")
+    packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
+    if packed:  # a few bytes may unpack to any size
+        raise CheckpointError(
+            f"{what} holds {quote_name(packed[0])} compressed, which torch.save never does; save "
+            "it again with torch.save"
+        )
+    return "zip"
+
+
+def _is_tar(file: BinaryIO) -> bool:
+    """Whether torch would take the file for its first format, which it unpacks to disk."""
+    file.seek(0)
+    try:
+        tarfile.open(fileobj=file, mode="r:").close()
+    except (tarfile.TarError, OSError, ValueError):
+        return False
+    return True
+
+
+def _refuse_tar(what: str) -> str:
+    raise CheckpointError(
+        f"{what} is a tar archive, as torch.save wrote before 0.1.10; torch.load and torch.save "
+        "it again where it comes from"
+    )
+
+
+def _describe_archive(names: Sequence[str]) -> str:
+    bare = {name.rpartition("/")[2] for name in names}
+    if names and all(name.endswith(".npy") for name in names):
+        return (
+            "an archive of numpy arrays (.npz), not a checkpoint of torch; torch.save a dict with "
+            "torch.from_numpy of each"
+        )
+    if bare & {"archive_format", "serialized_exported_program.json"}:
+        return (
+            "a program of torch.export (.pt2), not a checkpoint; torch.save the state_dict of "
+            "what torch.export.load returns"
+        )
+    if any("/.data/extern_modules" in f"/{name}" for name in names):
+        return "a torch.package, which holds code; torch.save the state dict of what is in it"
+    return (
+        f"a zip archive of something else than a checkpoint: it holds {quote_names(names, 3)}"
+        if names
+        else "an empty zip archive"
+    )

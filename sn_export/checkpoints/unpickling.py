@@ -1,0 +1,190 @@
+"""A stack machine for pickles that can reach nothing but the names of one closed list.
+
+A pickle is a program. Its dangerous instructions are those that find a class or function by name
+(GLOBAL, STACK_GLOBAL, EXT, INST), that call one (REDUCE, NEWOBJ, OBJ) and that hand an object
+its state (BUILD), which sets attributes on whatever is on the stack. Here a name is looked up in
+`pickle_globals` and nowhere else, and what comes onto the stack is a `Global`: a record that only
+this machine can call, never the class, function or module itself. So no order of instructions
+reaches anything else. Every format is read by it: torch's zip and legacy files, shards of them,
+and what torch.distributed.checkpoint writes.
+"""
+
+from __future__ import annotations
+
+import math
+import pickle
+from collections import Counter, OrderedDict, defaultdict, deque
+from typing import Any, BinaryIO, ClassVar, NoReturn
+
+import torch
+from torch.serialization import StorageType
+
+from .pickle_globals import (
+    BUILDERS,
+    DamagedPickleError,
+    ForbiddenPickleError,
+    Unread,
+    as_key,
+    call_global,
+    describe_value,
+    find_global,
+    is_count,
+)
+
+# They need a class, a registry or a buffer that no writer of checkpoints asks for.
+_CODE = ("INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
+_Machine: Any = pickle._Unpickler  # the one in Python, whose instructions can be replaced
+
+
+class RestrictedUnpickler(_Machine):  # type: ignore[misc]
+    """Builds tensors, plain values and the records of torch.distributed.checkpoint.
+
+    Attributes:
+        unread: receives the names of the classes of which a value was left unread.
+        room: bytes that storages may still take: those of the file, since none is compressed.
+    """
+
+    unread: set[str]
+    room: float
+
+    def __init__(
+        self,
+        file: BinaryIO,
+        *,
+        unread: set[str] | None = None,
+        room: float = math.inf,
+        encoding: str = "ASCII",
+    ) -> None:
+        super().__init__(file, encoding=encoding)
+        self.unread = set() if unread is None else unread
+        self.room = room
+        self._storages: set[str] = set()
+
+    def find_class(self, module: str, name: str) -> Any:
+        """Return what stands for ``module.name``; nothing is imported, and nothing is asked."""
+        if type(module) is not str or type(name) is not str:
+            raise DamagedPickleError("a name that is no text")
+        return find_global(module, name, self.unread)
+
+    def _reduce(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = call_global(self.stack[-1], "call", args, {})
+
+    def _new(self) -> None:
+        args = self.stack.pop()
+        self.stack[-1] = call_global(self.stack[-1], "new", args, {})
+
+    def _new_with_names(self) -> None:
+        kwargs, args = self.stack.pop(), self.stack.pop()
+        self.stack[-1] = call_global(self.stack[-1], "new", args, kwargs)
+
+    def _build(self) -> None:
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if type(target) not in BUILDERS:
+            raise ForbiddenPickleError(f"set the state of {describe_value(target)}")
+        BUILDERS[type(target)](target, state)
+
+    def _append(self) -> None:
+        value = self.stack.pop()
+        self._extend(self.stack[-1], [value])
+
+    def _appends(self) -> None:
+        values = self.pop_mark()
+        self._extend(self.stack[-1], values)
+
+    def _extend(self, target: Any, values: list[Any]) -> None:
+        if type(target) in (list, deque):
+            target.extend(values)
+        elif type(target) is not Unread:
+            raise ForbiddenPickleError(f"append to {describe_value(target)}")
+
+    def _set_item(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set_all(self.stack[-1], [key, value])
+
+    def _set_items(self) -> None:
+        pairs = self.pop_mark()
+        self._set_all(self.stack[-1], pairs)
+
+    def _set_all(self, target: Any, pairs: list[Any]) -> None:
+        if type(target) in (dict, OrderedDict, Counter, defaultdict):
+            for key, item in _pairs(pairs):  # update() of a Counter would count them
+                target[key] = item
+        elif type(target) is not Unread:
+            raise ForbiddenPickleError(f"set entries of {describe_value(target)}")
+
+    def _dict(self) -> None:
+        self.append(dict(_pairs(self.pop_mark())))
+
+    def _add_items(self) -> None:
+        values = self.pop_mark()
+        if type(self.stack[-1]) is not set:
+            raise ForbiddenPickleError(f"add elements to {describe_value(self.stack[-1])}")
+        self.stack[-1].update(map(as_key, values))
+
+    def _frozenset(self) -> None:
+        self.append(frozenset(map(as_key, self.pop_mark())))
+
+    def _bytearray(self) -> None:
+        size = int.from_bytes(self.read(8), "little")
+        self.append(bytearray(self.read(size)))  # not made before the bytes are there
+
+    def _persistent(self) -> None:
+        identity = self.stack.pop()
+        self._require_storage(identity)
+        self.append(self.persistent_load(identity))
+
+    def _require_storage(self, identity: Any) -> None:
+        """Raise unless ``identity`` is that of a storage which the file can hold."""
+        sound = type(identity) is tuple and len(identity) in (5, 6) and identity[:1] == ("storage",)
+        if not sound:
+            raise ForbiddenPickleError(f"ask for the persistent object {describe_value(identity)}")
+        _, kind, key, location, numel = identity[:5]
+        if not (
+            (isinstance(kind, StorageType) or kind is torch.UntypedStorage)
+            and type(key) is str
+            and type(location) is str
+            and is_count(numel)
+            and (len(identity) == 5 or identity[5] is None or _is_view(identity[5]))
+        ):
+            raise DamagedPickleError("a storage without a type, key, place or size")
+        if key not in self._storages:
+            self._storages.add(key)
+            self.room -= numel * (kind.dtype.itemsize if isinstance(kind, StorageType) else 1)
+        if self.room < 0:
+            raise pickle.UnpicklingError("the storages are larger than the file")
+
+    def _forbid(self, instruction: str) -> NoReturn:
+        raise ForbiddenPickleError(f"use the pickle instruction {instruction}")
+
+    dispatch: ClassVar[dict[int, Any]] = {
+        **_Machine.dispatch,
+        pickle.REDUCE[0]: _reduce,
+        pickle.NEWOBJ[0]: _new,
+        pickle.NEWOBJ_EX[0]: _new_with_names,
+        pickle.BUILD[0]: _build,
+        pickle.APPEND[0]: _append,
+        pickle.APPENDS[0]: _appends,
+        pickle.SETITEM[0]: _set_item,
+        pickle.SETITEMS[0]: _set_items,
+        pickle.DICT[0]: _dict,
+        pickle.ADDITEMS[0]: _add_items,
+        pickle.FROZENSET[0]: _frozenset,
+        pickle.BYTEARRAY8[0]: _bytearray,
+        pickle.BINPERSID[0]: _persistent,
+        **{getattr(pickle, name)[0]: lambda self, name=name: self._forbid(name) for name in _CODE},
+    }
+
+
+def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+    return [(as_key(items[i]), items[i + 1]) for i in range(0, len(items), 2)]
+
+
+def _is_view(value: Any) -> bool:
+    return (
+        type(value) is tuple
+        and len(value) == 3
+        and type(value[0]) is str
+        and all(map(is_count, value[1:]))
+    )

@@ -1,0 +1,89 @@
+"""Files that nobody vouches for: nothing in them runs, waits, or takes more memory than they."""
+
+from __future__ import annotations
+
+import builtins
+import collections
+import copyreg
+import os
+import pickle
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from hostile_pickles import CODE, FORMATS, hostile_pickles, with_protocol
+
+from sn_export.checkpoints import Checkpoint, pickle_globals, read_checkpoint, unpickling
+from sn_export.errors import CheckpointError
+
+ATTEMPTS = hostile_pickles(Path("trace"))
+WATCHED: tuple[Any, ...] = (
+    *(os, sys, builtins, pickle, copyreg, collections, torch, torch.Tensor, torch.Size),
+    *(torch.serialization, torch._utils, torch.UntypedStorage, torch.storage.TypedStorage),
+    *(dcp.metadata, dcp.filesystem, dcp.metadata.Metadata, dcp.metadata.MetadataIndex),
+    *(pickle_globals, pickle_globals.Global, pickle_globals.Unread, unpickling),
+    unpickling.RestrictedUnpickler,
+)
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Work in a folder of its own, with an extension that makes folders in the registry."""
+    monkeypatch.chdir(tmp_path)
+    copyreg.add_extension("posix", "mkdir", CODE)
+    yield
+    copyreg.remove_extension("posix", "mkdir", CODE)
+
+
+@pytest.mark.parametrize("attempt", ATTEMPTS)
+@pytest.mark.parametrize("form", FORMATS)
+def test_nothing_runs(form: str, attempt: str, tmp_path: Path) -> None:
+    """Whatever a pickle asks for, in whatever format: one error, and nothing else has happened."""
+    path = FORMATS[form](tmp_path / "hostile", with_protocol(ATTEMPTS[attempt]))
+    before, files = _state(), sorted(tmp_path.rglob("*"))
+    with pytest.raises(CheckpointError) as caught:
+        _read_everything(read_checkpoint(path))
+    assert "unexpected" not in str(caught.value)
+    assert sorted(tmp_path.rglob("*")) == files
+    assert _state() == before
+
+
+def test_the_metadata_of_a_rank_is_not_read(tmp_path: Path) -> None:
+    """Where '.metadata' is of no use, torch would fall back to a file that nobody looked at."""
+    path = FORMATS["metadata"](tmp_path / "hostile", pickle.dumps(None))
+    (path / "__0.metadata").write_bytes(with_protocol(ATTEMPTS["call posix.mkdir"]))
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path)
+    assert str(caught.value) == (
+        f"folder '{path}' is damaged or incomplete: '.metadata' holds a NoneType, not its records"
+    )
+    assert not (tmp_path / "trace").exists()
+
+
+@pytest.mark.parametrize("attempt", ["call posix.mkdir", "INST", "OBJ", "EXT1"])
+def test_the_attempts_are_real(attempt: str, tmp_path: Path) -> None:
+    """Python's own unpickler does what they ask for: the test above would see it."""
+    pickle.loads(with_protocol(ATTEMPTS[attempt]))
+    assert (tmp_path / "trace").is_dir()
+
+
+def _read_everything(checkpoint: Checkpoint) -> None:
+    for state in checkpoint.state_dicts():
+        for name in state.tensors:
+            state.tensors[name]
+    if not checkpoint.state_dicts():
+        raise CheckpointError("there is nothing in it")
+
+
+def _state() -> list[Any]:
+    names = [{name: id(value) for name, value in vars(one).items()} for one in WATCHED]
+    # Caches of the interpreter and of torch, which reading anything fills.
+    passing = ("__warningregistry__", "last_value", "last_type", "last_traceback")
+    for one in names:
+        for name in passing:
+            one.pop(name, None)
+    return [*names, dict(os.environ), list(sys.path)]
