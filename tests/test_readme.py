@@ -15,7 +15,8 @@ import pytest
 import typer
 
 import sn_export
-from sn_export.cli.app import app, main  # from inside: typer's app alone knows the options
+from sn_export.cli import main
+from sn_export.cli.app import app
 
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")

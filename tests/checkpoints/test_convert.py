@@ -16,9 +16,8 @@ import torch
 from cli_networks import Critic, Kind, prefixed, trained_critic
 from safetensors.torch import load_file, save_file
 
-from sn_export.checkpoints.convert import convert_checkpoint
+from sn_export.checkpoints import convert_checkpoint, read_checkpoint
 from sn_export.checkpoints.lazy_tensors import spec_of
-from sn_export.checkpoints.read import read_checkpoint
 from sn_export.checkpoints.safetensors_file import write_safetensors
 from sn_export.checkpoints.spelling import Entry
 from sn_export.errors import CheckpointError

@@ -9,8 +9,7 @@ import torch
 from cli_networks import trained_critic
 from torch import Tensor
 
-from sn_export.checkpoints.convert import convert_checkpoint
-from sn_export.checkpoints.inspection import inspect_checkpoint
+from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint
 from sn_export.checkpoints.stored_norms import handwritten_norms
 from sn_export.errors import CheckpointError
 

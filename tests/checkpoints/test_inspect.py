@@ -10,7 +10,7 @@ from cli_networks import APPLY, Critic, Kind, before_v, trained_critic
 from torch import nn
 
 from sn_export import find_spectral_norm
-from sn_export.checkpoints.inspection import StoredLayer, inspect_checkpoint
+from sn_export.checkpoints import StoredLayer, inspect_checkpoint
 from sn_export.errors import CheckpointError
 
 

@@ -11,8 +11,7 @@ import torch
 from cli_networks import APPLY, Critic, Kind, before_v, prefixed, trained_critic
 from torch import nn
 
-from sn_export.checkpoints.load import Loaded, load_checkpoint
-from sn_export.checkpoints.read import read_checkpoint
+from sn_export.checkpoints import Loaded, load_checkpoint, read_checkpoint
 from sn_export.errors import CheckpointError
 
 KINDS: list[Kind] = ["hook", "parametrization"]

@@ -16,7 +16,7 @@ from cli_networks import Critic, prefixed
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sn_export.checkpoints.read import read_checkpoint
+from sn_export.checkpoints import read_checkpoint
 from sn_export.errors import CheckpointError
 
 

@@ -22,7 +22,7 @@ from cli_networks import (
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
-from sn_export.checkpoints.content import StateDict
+from sn_export.checkpoints import StateDict
 from sn_export.checkpoints.spelling import Respelled, respell
 from sn_export.checkpoints.stored_norms import find_sites
 from sn_export.errors import CheckpointError

@@ -1,4 +1,8 @@
-"""What is written on the command line, and the messages for what cannot be understood."""
+"""What is written on the command line, and the messages for what cannot be understood.
+
+It calls the parsers inside `cli`: they run before a model is built, and a command line cannot
+show what they return.
+"""
 
 from __future__ import annotations
 

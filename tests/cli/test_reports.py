@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 import sn_export
 from sn_export.cli.console import collect_warnings
-from sn_export.reporting.writing import save_report
+from sn_export.reporting import save_report
 
 EXACT = ("--rtol", "0", "--atol", "0")
 

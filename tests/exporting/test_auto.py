@@ -1,4 +1,7 @@
-"""``exporter="auto"``, and what is said when an exporter fails."""
+"""``exporter="auto"``, and what is said when an exporter fails.
+
+`describe_failure` is called inside, for errors that torch raises for no network of this size.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Dynamic shapes in every notation, proved at other sizes than the example's."""
+"""Dynamic shapes in every notation, proved at other sizes than the example's.
+
+`require_declared` is called inside, for sizes that no exporter would declare.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +18,7 @@ from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.proving.dynamic_sizes import require_declared
-from sn_export.running.input_set import InputSet
-from sn_export.running.reference import Reference
+from sn_export.running import InputSet, Reference
 
 
 class Filter(nn.Module):

@@ -1,4 +1,7 @@
-"""Which parts of a graph are folded, on graphs written in ONNX's text form."""
+"""Which parts of a graph are folded, on graphs written in ONNX's text form.
+
+`folding` is called inside: no exporter writes graphs like these on demand.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from numpy.typing import NDArray
 
 from sn_export.exporting.folding.fold import fold_initializers
 from sn_export.exporting.folding.naming import folded_name, plain_name
-from sn_export.proving.module_scopes import using_modules
+from sn_export.proving import using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
 _W = np.arange(1, 13, dtype=np.float32).reshape(3, 4) / 7

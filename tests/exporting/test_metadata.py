@@ -1,4 +1,7 @@
-"""A file says what made it, the same way every time, and nothing of the machine."""
+"""A file says what made it, the same way every time, and nothing of the machine.
+
+Two functions are called inside: the metadata and hash of files that no export makes.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,8 @@ import pytest
 import torch
 from export_models import EXPORTERS, Head, Raising, contents_of, images, rows, small_net
 
-from sn_export import export_onnx, find_spectral_norm
+from sn_export import SpectralNormInfo, export_onnx, find_spectral_norm
 from sn_export.exporting.metadata import file_metadata, file_sha256
-from sn_export.freezing.info import SpectralNormInfo
 
 
 def _metadata(path: Path) -> dict[str, str]:

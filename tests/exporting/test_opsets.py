@@ -1,4 +1,7 @@
-"""Opsets: each that both exporters and onnxruntime take, and a clear error outside."""
+"""Opsets: each that both exporters and onnxruntime take, and a clear error outside.
+
+The range is asked inside: it depends on what is installed.
+"""
 
 from __future__ import annotations
 

@@ -22,11 +22,8 @@ from torch.nn.utils import parametrize
 from sn_export import export_onnx
 from sn_export.exporting import spill
 from sn_export.exporting.spill import Spill
-from sn_export.freezing.freeze import freeze_into
-from sn_export.running import tensor_layouts
-from sn_export.running.input_set import InputSet
-from sn_export.running.preservation import preserved
-from sn_export.running.reference import run_reference
+from sn_export.freezing import freeze_into
+from sn_export.running import InputSet, preserved, run_reference, tensor_layouts
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8)
 

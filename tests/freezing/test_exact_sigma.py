@@ -1,4 +1,7 @@
-"""True sigma: the largest singular value, within a budget, without touching the model."""
+"""True sigma: the largest singular value, within a budget, without touching the model.
+
+`exact_sigma_cost` is called inside: the budget shows nowhere else but in time.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +17,8 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing.find import with_exact_sigma
-from sn_export.freezing.sigma import exact_sigma, exact_sigma_cost
+from sn_export.freezing import exact_sigma, with_exact_sigma
+from sn_export.freezing.sigma import exact_sigma_cost
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 7), (7, 1), (5, 40), (40, 5), (33, 33)])

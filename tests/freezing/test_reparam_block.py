@@ -22,6 +22,7 @@ from computed_networks import (
     registered,
     reparametrize,
 )
+from export_models import bare_export
 from fingerprint import all_same_bits, assert_unchanged, fingerprint, same_bits
 from networks import Custom, Scale
 from torch import Tensor, nn
@@ -34,7 +35,6 @@ from sn_export import (
     frozen_parametrizations,
     frozen_spectral_norm,
 )
-from sn_export.exporting.quiet import quiet
 
 each_pair = pytest.mark.parametrize(("how", "name"), PAIRS)
 each_how = pytest.mark.parametrize("how", REPARAMETRIZATIONS)
@@ -456,8 +456,7 @@ def test_exported_graph_is_the_plain_one(how: str, tmp_path: Path) -> None:
     model.eval()
     before = fingerprint(model)
     with frozen_parametrizations(model):
-        with quiet(verbose=False):
-            torch.onnx.export(model, (torch.ones(2, 3),), tmp_path / "model.onnx", dynamo=False)
+        bare_export(model, (torch.ones(2, 3),), tmp_path / "model.onnx", "torchscript")
         weight = model.weight.detach().clone()
     assert_unchanged(before, model)
     graph = onnx.load(tmp_path / "model.onnx").graph

@@ -1,4 +1,7 @@
-"""``only=``: kinds and names, and one clear error for what fits nothing."""
+"""``only=``: kinds and names, and one clear error for what fits nothing.
+
+`GROUPS` is taken from inside, so that a kind that is added is tested.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +22,7 @@ from sn_export import (
     find_spectral_norm,
     frozen_parametrizations,
 )
-from sn_export.freezing.find import describe_sites
+from sn_export.freezing import describe_sites
 from sn_export.freezing.info import GROUPS
 
 SELECTIONS: list[tuple[Any, set[str]]] = [

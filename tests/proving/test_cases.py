@@ -1,4 +1,7 @@
-"""A saved case replays a proof without the model, and a bad one is refused in one sentence."""
+"""A saved case replays a proof without the model, and a bad one is refused in one sentence.
+
+`Case` is taken from inside, to write files that no proof would save.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +31,8 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, SnExportError, check_case, export_onnx
-from sn_export.proving.case_file import Case, opened_case, write_case
+from sn_export.proving import opened_case, write_case
+from sn_export.proving.case_file import Case
 
 
 class Mixed(Head):

@@ -1,4 +1,7 @@
-"""When a file and its model differ, the first module to differ is named, and nobody is blamed."""
+"""When a file and its model differ, the first module to differ is named, and nobody is blamed.
+
+It reaches inside for the strictness of a comparison: no two runtimes differ by so much on demand.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,7 @@ from sn_export.exporting import export as exporting
 from sn_export.proving import ProofSettings, parity
 from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
 from sn_export.proving.parity import locate_divergence
-from sn_export.running.input_set import as_input_sets
-from sn_export.running.preservation import preserved
-from sn_export.running.reference import run_reference
+from sn_export.running import as_input_sets, preserved, run_reference
 
 
 class Block(nn.Module):

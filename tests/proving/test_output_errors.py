@@ -1,4 +1,7 @@
-"""Quantiles, histograms, the worst element, and tolerances for each output."""
+"""Quantiles, histograms, the worst element, and tolerances for each output.
+
+It reaches inside: errors of a given size, shape and dtype come from arrays, not from files.
+"""
 
 from __future__ import annotations
 

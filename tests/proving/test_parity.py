@@ -1,4 +1,7 @@
-"""check_parity on its own: every element counts, and every measure is numpy's."""
+"""check_parity on its own: every element counts, and every measure is numpy's.
+
+The default tolerances are taken from inside, to stand right before and beyond them.
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,15 @@ import pytest
 from export_models import EXPORTERS, Head, Liar, images, rows, small_net
 from report_contents import content as report_content
 
-from sn_export import ExportReport, OutputParity, ParityError, ParityReport, export_onnx
-from sn_export.freezing.info import ParametrizationInfo, SpectralNormInfo
+from sn_export import (
+    ExportReport,
+    OutputParity,
+    ParametrizationInfo,
+    ParityError,
+    ParityReport,
+    SpectralNormInfo,
+    export_onnx,
+)
 from sn_export.results import REPORT_SCHEMA, Divergence, Histogram, ModuleParity
 
 

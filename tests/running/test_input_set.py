@@ -11,8 +11,7 @@ from export_models import Head
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor
 
-from sn_export.running.input_set import InputSet, as_input_sets, random_like, random_sets
-from sn_export.running.nested import tensor_leaves
+from sn_export.running import InputSet, as_input_sets, random_like, random_sets, tensor_leaves
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)

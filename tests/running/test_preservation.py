@@ -1,4 +1,7 @@
-"""What a forward writes is there for its later steps, and gone before the next run."""
+"""What a forward writes is there for its later steps, and gone before the next run.
+
+`Copies` is called inside, on tensors that share memory as those of no module do.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from fingerprint import contents, fingerprint
 from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, export_onnx
-from sn_export.running.preservation import preserved
+from sn_export.running import preserved
 from sn_export.running.shared_memory import Copies
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -13,8 +13,7 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sn_export.running import tensor_layouts
-from sn_export.running.preservation import preserved, without_trace
+from sn_export.running import preserved, tensor_layouts, without_trace
 
 
 class Writing(nn.Module):

@@ -1,4 +1,7 @@
-"""Numpy arrays and plain objects that a forward changes start each run anew, and are put back."""
+"""Numpy arrays and plain objects that a forward changes start each run anew, and are put back.
+
+`attributes_of` is called inside: what it passes over leaves no trace outside.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,8 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 
 from sn_export import SnExportError, export_onnx, frozen_spectral_norm
+from sn_export.running import Preserved, preserved
 from sn_export.running.plain_objects import attributes_of
-from sn_export.running.preservation import Preserved, preserved
 
 T = TypeVar("T")
 

@@ -1,4 +1,7 @@
-"""Tensors of any layout in a model are no obstacle, and stay as they are."""
+"""Tensors of any layout in a model are no obstacle, and stay as they are.
+
+`Copies` is called inside, on layouts that no forward can be given.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from export_models import APPLY, KINDS, rows
 from torch import Tensor, nn
 
 from sn_export import export_onnx, frozen_spectral_norm
-from sn_export.running import tensor_layouts
-from sn_export.running.shared_memory import Copies, same_bits
+from sn_export.running import same_bits, tensor_layouts
+from sn_export.running.shared_memory import Copies
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in beta state:UserWarning"),

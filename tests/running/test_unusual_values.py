@@ -1,4 +1,7 @@
-"""Arguments and results of unusual types: taken, or refused by name, but no silent constants."""
+"""Arguments and results of unusual types: taken, or refused by name, but no silent constants.
+
+`entries_of` is called inside: which fields an object has shows in no file.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sn_export import OutputNotExportedWarning, SnExportError, export_onnx
-from sn_export.running.input_set import random_like
+from sn_export.running import random_like
 from sn_export.running.nested import entries_of
 
 

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sn_export import check_parity, export_onnx, frozen_spectral_norm
-from sn_export.running.wrapped_models import unwrapped
+from sn_export.running import unwrapped
 
 PLAIN = ["0.weight", "0.bias", "4.weight", "4.bias"]
 

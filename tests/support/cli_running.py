@@ -11,7 +11,7 @@ import pytest
 import torch
 from cli_networks import trained_critic
 
-from sn_export.cli.app import main
+from sn_export.cli import main
 
 CRITIC = ["--model", "cli_networks:critic", "--input", "2x3x8x8"]
 ONNX = ["onnx", "a.pt", *CRITIC, "-o", "o.onnx"]
