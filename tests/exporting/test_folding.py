@@ -11,10 +11,7 @@ import onnx
 import pytest
 import torch
 import torch.nn.functional as F
-from export_models import EXPORTERS, assert_as_before, bare_export, small_net
-from fingerprint import fingerprint
-from onnx import numpy_helper
-from reparam_networks import (
+from computed_networks import (
     DemodulatedConv,
     EqualisedConv,
     InlineLinear,
@@ -24,6 +21,9 @@ from reparam_networks import (
     Tied,
     stack,
 )
+from export_models import EXPORTERS, assert_as_before, bare_export, small_net
+from fingerprint import fingerprint
+from onnx import numpy_helper
 from torch import Tensor, nn
 
 from sn_export import (

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from computed_networks import REPARAMETRIZATIONS, hooked, pruned, reparametrize
 from fingerprint import Fingerprint, fingerprint, same_bits
 from networks import KINDS, Scale, images, net, seed_torch
+from reparam_networks import REPARAMETRIZATIONS, hooked, pruned, reparametrize
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 

@@ -8,9 +8,9 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from computed_networks import mixed
 from fingerprint import assert_unchanged, fingerprint, same_bits
 from networks import KINDS, net
+from reparam_networks import mixed
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 

@@ -10,7 +10,10 @@ from typing import Any, cast
 import onnx
 import pytest
 import torch
-from computed_networks import (
+from export_models import bare_export
+from fingerprint import all_same_bits, assert_unchanged, fingerprint, same_bits
+from networks import Custom, Scale
+from reparam_networks import (
     PAIRS,
     REPARAMETRIZATIONS,
     Cut,
@@ -22,9 +25,6 @@ from computed_networks import (
     registered,
     reparametrize,
 )
-from export_models import bare_export
-from fingerprint import all_same_bits, assert_unchanged, fingerprint, same_bits
-from networks import Custom, Scale
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-from computed_networks import hooked, pruned, registered
 from faults import Fault, second_is_printed
 from fingerprint import Fingerprint, fingerprint
 from networks import Scale, seed_torch
+from reparam_networks import hooked, pruned, registered
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 

@@ -8,9 +8,9 @@ from typing import Any, cast
 
 import pytest
 import torch
-from computed_networks import REPARAMETRIZATIONS, hooked, pruned, reparametrize
 from fingerprint import all_same_bits, assert_unchanged, fingerprint, same_bits
 from networks import seed_torch, tensors_of
+from reparam_networks import REPARAMETRIZATIONS, hooked, pruned, reparametrize
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 

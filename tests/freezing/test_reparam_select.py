@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from computed_networks import KIND_OF, mixed, pruned, registered
 from fingerprint import assert_unchanged, fingerprint
 from networks import Scale
+from reparam_networks import KIND_OF, mixed, pruned, registered
 from torch import nn
 from torch.nn.utils import parametrizations
 
