@@ -259,7 +259,7 @@ _PLAIN = {
     "token": (_Token, (2, 3, 8)),
     "lstm": (_Recurrent, (3, 1, 128)),
     "linear": (lambda: nn.Linear(128, 128), (2, 3, 128)),
-    "spectral norm": (lambda: small_net("none"), (2, 1, 8, 8)),
+    "spectral norm": (lambda: small_net("plain"), (2, 1, 8, 8)),
 }
 
 

@@ -121,7 +121,7 @@ def test_report_lists_what_was_frozen(exported: Exported) -> None:
 
 def test_plain_network_without_spectral_norm(tmp_path: Path) -> None:
     """A network without spectral norm is exported and proved too, with nothing frozen."""
-    report = export_onnx(small_net("none"), images(), tmp_path / "net.onnx")
+    report = export_onnx(small_net("plain"), images(), tmp_path / "net.onnx")
     assert report.frozen == ()
     assert report.parity.passed
 

@@ -6,16 +6,10 @@ from collections import OrderedDict
 from typing import Any, Literal
 
 import torch
+from networks import APPLY
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils.spectral_norm import spectral_norm
 
 Kind = Literal["plain", "hook", "parametrization"]
-APPLY: dict[str, Any] = {
-    "plain": lambda module, name="weight", **options: module,
-    "hook": spectral_norm,
-    "parametrization": parametrizations.spectral_norm,
-}
 
 
 class Critic(nn.Module):

@@ -13,12 +13,12 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import torch
-from fingerprint import Fingerprint, fingerprint
+from fingerprint import Fingerprint, changes_since
+from networks import APPLY
 from numpy.typing import NDArray
 from onnx import TensorProto, helper
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
-from torch.nn.utils.spectral_norm import SpectralNorm, spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # From inside: TorchScript's exporter prints from C++, which no fixture of pytest holds back.
@@ -41,13 +41,6 @@ frame #0: c10::Error::Error(c10::SourceLocation) + 0x9d (0x7f in /lib/libc10.so)
 frame #46: <unknown function> + 0x2724a (0x7f in /lib/libc.so.6)
 "
 """
-
-Apply = Callable[..., Any]
-APPLY: dict[str, Apply] = {
-    "hook": spectral_norm,
-    "parametrization": parametrizations.spectral_norm,
-    "none": lambda module, name="weight": module,
-}
 
 
 def small_net(kind: str) -> nn.Sequential:
@@ -115,7 +108,7 @@ def plain_values(model: nn.Module) -> dict[str, Tensor]:
 
 def plain_twin(model: nn.Module, build: Callable[[str], nn.Module]) -> nn.Module:
     """Build the network without spectral norm, with the weights that ``model`` evaluates to."""
-    twin = build("none")
+    twin = build("plain")
     state = {**model.state_dict(), **plain_values(model)}
     twin.load_state_dict({name: state[name] for name in twin.state_dict()})
     return twin.eval()
@@ -176,8 +169,7 @@ def bare_export(
 
 def assert_as_before(before: Fingerprint, *models: nn.Module) -> None:
     """Assert that the models have the same fingerprint, but for the number of hooks ever made."""
-    differences = before.differences(fingerprint(*models))
-    found = [line for line in differences if not line.startswith("next hook id")]
+    found = changes_since(before, *models)
     assert not found, "\n".join(found)
 
 

@@ -64,6 +64,12 @@ def assert_unchanged(before: Fingerprint, *models: nn.Module) -> None:
     assert not differences, "\n".join(differences)
 
 
+def changes_since(before: Fingerprint, *models: nn.Module) -> list[str]:
+    """Return what differs, but for how many hooks were ever made: that is no state of a model."""
+    found = before.differences(fingerprint(*models))
+    return [line for line in found if not line.startswith("next hook id")]
+
+
 def contents(tensor: Tensor) -> bytes:
     """Return the elements of a tensor of any dtype, bit for bit; none on the meta device."""
     if tensor.is_meta or not tensor.numel():

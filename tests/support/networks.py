@@ -100,6 +100,12 @@ KINDS: dict[str, Apply] = {
     "chain-twice": _chain("sn", "noise", "sn"),
 }
 HOOKS = ("hook", "subclass")
+# The same network without spectral norm, and under each of torch's two kinds.
+APPLY: dict[str, Apply] = {
+    "plain": lambda module, name="weight", **options: module,
+    "hook": spectral_norm,
+    "parametrization": parametrizations.spectral_norm,
+}
 # A vector has no u and v, and weight_norm and Scale are for real matrices.
 MATRIX_ONLY = ("chain-weight-norm",)
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import onnx
 import torch
 from export_models import EXPORTERS, bare_export
-from fingerprint import Fingerprint, fingerprint
+from fingerprint import changes_since, fingerprint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from wild_models import MODELS
@@ -81,16 +81,10 @@ def _block(model: nn.Module, args: tuple[Tensor, ...]) -> str:
             inner = copy.deepcopy(model).eval()
             with torch.no_grad():
                 got = inner(*[arg.clone() for arg in args])
-        if _differences(before, model):
+        if changes_since(before, model):
             told.append("CHANGED")
         told.append("exact" if _equal(got, wanted) else "outputs differ")
     return " / ".join(dict.fromkeys(told))
-
-
-def _differences(before: Fingerprint, model: nn.Module) -> list[str]:
-    found = before.differences(fingerprint(model))
-    # How many hooks were ever made is no state of the model.
-    return [line for line in found if not line.startswith("next hook id")]
 
 
 def _equal(left: object, right: object) -> bool:
@@ -116,7 +110,7 @@ def _exports(model: nn.Module, args: tuple[Tensor, ...], exporter: str) -> Itera
                     told = f"{raw}; {type(error).__name__}: {_short(error)}"
             if "folded" in told and not caught and any(entry.is_weight for entry in report.folded):
                 told += ", CHANGED: no warning"
-            if _differences(before, model):
+            if changes_since(before, model):
                 told += ", CHANGED"
             yield told
 
