@@ -36,6 +36,7 @@ from .proving import (
 from .results import (
     Divergence as Divergence,
     ExportReport as ExportReport,
+    FileInput as FileInput,
     FoldedInitializer as FoldedInitializer,
     Histogram as Histogram,
     ModuleParity as ModuleParity,

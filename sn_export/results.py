@@ -287,6 +287,22 @@ class Attempt:
 
 
 @dataclass(frozen=True)
+class FileInput:
+    """One input of a file, as whoever serves it needs it.
+
+    Attributes:
+        name: its name in the file.
+        dtype: such as ``"float32"``.
+        shape: sizes, and names where they vary: ``("batch", 3, 64, 64)``; ``"?"`` for a size that
+            varies without a name.
+    """
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
 class ExportReport:
     """What `export_onnx` made, and the proof.
 
@@ -301,6 +317,8 @@ class ExportReport:
         folded: initializers that replace arithmetic which depends on initializers alone: weights
             that modules compute in a way the block does not know.
         attempts: exporters that were tried besides, and why they did not make it.
+        inputs: the inputs of the file, in its order.
+        model: name of the model's class.
         onnx_program: torch's ONNXProgram, for those who go on from there; None where the
             TorchScript exporter made the file. It is not part of the JSON. Past 512 MB of
             external data its frozen weights are mapped from that file, which stays on disk, even
@@ -316,6 +334,8 @@ class ExportReport:
     metadata: Mapping[str, str] = field(default_factory=dict)
     folded: tuple[FoldedInitializer, ...] = ()
     attempts: tuple[Attempt, ...] = ()
+    inputs: tuple[FileInput, ...] = ()
+    model: str = ""
     onnx_program: ONNXProgram | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -339,7 +359,7 @@ class ExportReport:
         """Return what the JSON of the report holds; ``onnx_program`` is left out."""
         content = {entry.name: getattr(self, entry.name) for entry in dataclasses.fields(self)}
         del content["onnx_program"]
-        content["parity"] = self.parity.content()
+        content |= {"target": self.path, "parity": self.parity.content()}
         if not self.parity.passed:
             content["path"] = None
         return {"schema": REPORT_SCHEMA, **to_json_values(content)}
@@ -348,7 +368,7 @@ class ExportReport:
         """Return the report as JSON text; NaN and infinities become null and strings.
 
         ``sn_export/reporting/report.schema.json`` describes it; ``"schema"`` is the version of
-        that. ``"path"`` is null where no file was published.
+        that. ``"path"`` is null where no file was published, ``"target"`` is where it was to be.
         """
         return json.dumps(self.content(), indent=indent, allow_nan=False)
 

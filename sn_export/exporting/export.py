@@ -27,6 +27,7 @@ from ..proving import (
     find_stale_data,
     references_beyond,
     resized_references,
+    type_name,
     write_case,
 )
 from ..results import (
@@ -264,9 +265,17 @@ def export_onnx(
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):
                     error = with_cause(error, proof, freezing, first)
-                    opset, folded = written.opset, written.folded
                     error.export = ExportReport(
-                        target, chosen, opset, error.report, frozen, versions(), props, folded
+                        target,
+                        chosen,
+                        written.opset,
+                        error.report,
+                        frozen,
+                        versions(),
+                        props,
+                        written.folded,
+                        inputs=written.inputs,
+                        model=type_name(model),
                     )
                 attempts.append((chosen, error))
                 if is_hopeless(error):
@@ -292,6 +301,8 @@ def export_onnx(
         props,
         written.folded,
         tuple(Attempt(tried, str(error)) for tried, error in attempts),
+        written.inputs,
+        type_name(model),
         written.program,
     )
 

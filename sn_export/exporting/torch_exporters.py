@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..proving import save, weight_bytes
-from ..results import Exporter, FoldedInitializer
+from ..results import Exporter, FileInput, FoldedInitializer
 from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes
 from ..text import qualified
 from .failures import describe_failure
@@ -63,11 +63,13 @@ class Written:
         opset: version of the default opset.
         folded: what was folded because it depends on initializers alone.
         program: torch's ONNXProgram, of the dynamo exporter alone.
+        inputs: the inputs of the file.
     """
 
     opset: int
     folded: tuple[FoldedInitializer, ...]
     program: Any
+    inputs: tuple[FileInput, ...]
 
     def without_program(self) -> Written:
         """Return it without the program, whose weights are freed."""
@@ -126,11 +128,12 @@ def write_onnx(
     set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model), options.release)
+    inputs = tuple(map(_describe_input, graph.graph.inputs))
     _save(graph, path, options)
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
     _check(path)
-    return Written(int(graph.opset_imports.get("", 0)), folded, program)
+    return Written(int(graph.opset_imports.get("", 0)), folded, program, inputs)
 
 
 def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
@@ -171,6 +174,13 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
         if all(node.op_type != "BatchNormalization" for node in value.consumers()):
             value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
     return graph
+
+
+def _describe_input(value: ir.Value) -> FileInput:
+    sizes = () if value.shape is None else value.shape
+    shape = tuple(size if isinstance(size, int) else size.value or "?" for size in sizes)
+    dtype = "" if value.dtype is None else str(value.dtype.numpy())
+    return FileInput(value.name or "", dtype, shape)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:

@@ -117,6 +117,18 @@ def tensor_name(entry: Mapping[str, Any]) -> str:
     return qualified(entry["module"], entry["tensor"])
 
 
+def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+    """Return the metadata of a file without what the page's own tables show better."""
+    shown = ("sn_export.frozen", "sn_export.versions")
+    return {key: text for key, text in metadata.items() if key not in shown}
+
+
+def dynamic_dims(entry: Mapping[str, Any]) -> str:
+    """Return which dimensions of an input vary: ``0: batch``, or ``none``."""
+    named = (f"{i}: {size}" for i, size in enumerate(entry["shape"]) if isinstance(size, str))
+    return ", ".join(named) or "none"
+
+
 def as_text(value: Any) -> str:
     """Return nested content in one line: ``[{"a": 1}, {"a": 2}]`` is ``a: 1; a: 2``."""
     if isinstance(value, Mapping):
@@ -150,8 +162,8 @@ def _details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[
     if not parity["passed"]:
         if parity["divergence"]:
             yield _sentence(parity["divergence"]["reason"])
-        if "path" in content and content["path"] is None:
-            yield "No file was published."
+        if "target" in content:
+            yield f"'{content['target']}' was not written."
     yield from content.get("notes", ())
 
 
@@ -160,9 +172,14 @@ def _sentence(text: str) -> str:
 
 
 def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    for key, name in {"path": "file", "exporter": "exporter", "opset": "opset"}.items():
-        if content.get(key) is not None:
-            yield name, str(content[key])
+    if content.get("model"):
+        yield "model", content["model"]
+    if "target" in content:
+        written = "" if content["path"] else ", which was not written"
+        yield "file", f"{content['target']}{written}"
+    for key in ("exporter", "opset"):
+        if key in content:
+            yield key, str(content[key])
     if content.get("attempts"):
         yield "tried before" if content.get("path") else "also tried", as_text(content["attempts"])
     if content.get("folded"):

@@ -58,7 +58,8 @@ def _template() -> jinja2.Template:
         deviation=numbers.deviation,
         bytes=numbers.size,
         shape=numbers.shape,
-        text=content.as_text,
+        dynamic_dims=content.dynamic_dims,
+        own_metadata=content.own_metadata,
         module_name=content.module_name,
         tensor_name=content.tensor_name,
     )

@@ -39,6 +39,7 @@ def to_markdown(report: Report) -> str:
             f"### {'✅' if view.parity['passed'] else '❌'} {_text(view.verdict)}",
             *(_text(sentence) for sentence in view.details),
             _outputs(view.parity["outputs"]),
+            _inputs(view.content.get("inputs", ())),
             _modules(view.parity["modules"], view.first),
             _frozen(view.content.get("frozen", ())),
             _made(view),
@@ -59,6 +60,16 @@ def _outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
     ]
     head = ("output", "result", "max abs", "max rel", "mean abs", "tolerance")
     return _table(head, rows, len(ordered))
+
+
+def _inputs(inputs: Sequence[Mapping[str, Any]]) -> str:
+    if not inputs:
+        return ""
+    rows = [
+        (_code(one["name"]), _code(one["dtype"]), _code(numbers.shape(one["shape"])))
+        for one in inputs[:_ROWS]
+    ]
+    return _table(("input", "dtype", "shape"), rows, len(inputs))
 
 
 def _modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> str:

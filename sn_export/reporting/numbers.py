@@ -62,6 +62,6 @@ def size(count: int) -> str:
     return f"{count} bytes" if unit == "bytes" else f"{amount:.3g} {unit}"
 
 
-def shape(sizes: Sequence[int]) -> str:
-    """Return a shape as ``64 × 32 × 3 × 3``."""
+def shape(sizes: Sequence[int | str]) -> str:
+    """Return a shape as ``batch × 32 × 3 × 3``."""
     return " × ".join(map(str, sizes)) or "scalar"

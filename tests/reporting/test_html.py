@@ -103,6 +103,27 @@ def test_the_comparison_alone() -> None:
         assert "sha256" not in page and "Frozen" not in page and "No file was published" not in page
 
 
+@pytest.mark.parametrize("passed", [True, False])
+def test_model_target_and_inputs(passed: bool) -> None:
+    """A page of a failure names model and target too; inputs say which dimensions vary."""
+    page = to_html(content(passed, "image"))
+    assert '<h1>sn_export · <span class="name">Critic</span>' in page
+    assert ("critic.onnx, which was not written" in page) is not passed
+    table = page.split('<h2 id="inputs">')[1].split("</table>")[0]
+    cells = re.findall(r"<t[dh][^>]*>(?:<span[^>]*>)?([^<]*)", table.split("<tbody>")[1])
+    assert cells[:4] == ["image", "float32", "batch × 3 × 64 × 64", "0: batch"]
+    assert cells[4:] == ["noise", "int64", "scalar", "none"]
+
+
+def test_no_table_is_repeated_as_metadata() -> None:
+    """What the file says of sigma and versions is in tables of the page already."""
+    own = {"sn_export.exporter": "dynamo", "run": "42"}
+    repeated = {"sn_export.frozen": '{"a": 1.25}', "sn_export.versions": '{"torch": "2"}'}
+    page = to_html(content(metadata={**own, **repeated}))
+    assert all(key in page for key in own)
+    assert not any(key in page for key in repeated)
+
+
 def test_modules_that_were_not_compared() -> None:
     """There is no part about them."""
     given = content()

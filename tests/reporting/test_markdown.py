@@ -36,7 +36,9 @@ def test_failed() -> None:
     assert text.startswith("### ❌ Not proved: 1 of 2 outputs is outside tolerance")
     assert text.index("49 of 3136 elements") < text.index("| output |")
     assert f"| `{LONG}` | `Conv2d` | 0.02 | **first outside** |" in text
-    assert "No file was published." in text
+    assert r"'critic.onnx' was not written." in text
+    assert "| model | `Critic` |" in text
+    assert "| `noise` | `int64` | `scalar` |" in text
 
 
 def test_it_is_short() -> None:

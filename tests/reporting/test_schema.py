@@ -23,7 +23,7 @@ from sn_export import (
     SpectralNormInfo,
     export_onnx,
 )
-from sn_export.results import REPORT_SCHEMA, Divergence, Histogram, ModuleParity
+from sn_export.results import REPORT_SCHEMA, Divergence, FileInput, Histogram, ModuleParity
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +88,22 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
     assert content["parity"]["divergence"]["reason"] == caught.value.report.divergence.reason  # type: ignore[union-attr]
 
 
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_inputs_of_the_file(tmp_path: Path, exporter: str) -> None:
+    """Each has its name, dtype and shape, in which a dimension that varies has its name."""
+    report = export_onnx(
+        small_net("hook"),
+        images(),
+        tmp_path / "net.onnx",
+        exporter=exporter,
+        dynamic_shapes={"input": {0: "batch"}},
+        input_names=["image"],
+        samples=0,
+    )
+    assert report.inputs == (FileInput("image", "float32", ("batch", 1, 8, 8)),)
+    assert report.model == type(small_net("hook")).__name__
+
+
 def test_printed_reports_are_short(tmp_path: Path) -> None:
     """A report printed is its verdict, what made the file, and a line for each output."""
     report = export_onnx(small_net("hook"), images(), tmp_path / "a.onnx", exporter="torchscript")
@@ -109,6 +125,7 @@ def test_printed_reports_are_short(tmp_path: Path) -> None:
         (OutputParity, "output"),
         (Histogram, "histogram"),
         (ModuleParity, "module"),
+        (FileInput, "input"),
         (SpectralNormInfo, "frozen"),
         (ParametrizationInfo, "parametrization"),
     ],
@@ -123,7 +140,7 @@ def test_every_field_is_described(schema: Any, kind: Any, place: str) -> None:
 def test_every_field_of_the_report_is_described(schema: Any) -> None:
     """So it is with the report itself, and with what parity adds to its fields."""
     fields = {field.name for field in dataclasses.fields(ExportReport)} - {"onnx_program"}
-    top = fields | {"schema"}
+    top = fields | {"schema", "target"}
     assert set(schema["required"]) == top
     added = {"files", "command", "notes", "suspects"}  # by saving it and by the command line
     assert set(schema["properties"]) == top | added
