@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from fingerprint import assert_unchanged, contents, fingerprint, same_bits
 from networks import Scale, seed_torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
+from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sn_export import find_spectral_norm, find_suspects, frozen_spectral_norm
@@ -280,6 +282,100 @@ def test_batch_of_matrices_with_parametrized_vectors() -> None:
         assert list(model.state_dict()) == ["weight", "bias"]
     assert_unchanged(before, model)
     assert same_bits(frozen, model.eval().weight)
+
+
+class BatchedIteration(PowerIteration):
+    """Of a weight with as many leading dimensions as there are."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        for _ in range(2):
+            self.v = weight.mT @ self.u
+            self.u = weight @ self.v
+        return weight / (self.u.detach().mT @ weight @ self.v.detach() + 1e-12)
+
+
+class BatchedBjorck(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return 1.5 * weight - 0.5 * weight @ weight.mT @ weight
+
+
+class Convolved(nn.Module):
+    """As BCOP: a convolution kernel made of a batch of orthogonal matrices, in another shape."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        first, second, last = weight.flatten(0, -3)[:3]
+        kernel = torch.stack([first @ second, first @ last], -1)
+        return kernel[..., None, :].expand(*kernel.shape[:2], 2, 2)
+
+
+class Holding(nn.Module):
+    """Holds the power iteration as a child, and goes on with what that gives."""
+
+    def __init__(self, child: nn.Module) -> None:
+        super().__init__()
+        self.child = child
+
+    def forward(self, weight: Tensor) -> Tensor:
+        matrix = weight.flatten(-2) if weight.ndim == 4 and len(weight) == 3 else weight
+        matrix = matrix.flatten(1) if matrix.ndim == 3 and len(weight) == 3 else matrix
+        normalised = cast(Tensor, self.child(matrix))
+        return (1.5 * normalised - 0.5 * normalised @ normalised.mT @ normalised).view_as(weight)
+
+
+class Dividing(Holding):
+    """Is told sigma by the child, and divides itself."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight / cast(Tensor, self.child(weight.flatten(1)))
+
+
+class Sigma(OwnNorm):
+    def forward(self, weight: Tensor) -> Tensor:
+        return (weight / super().forward(weight)).mean()
+
+
+class Raw(nn.Module):
+    """A kernel that is made of a batch of matrices."""
+
+    weight: Tensor
+
+    def __init__(self, *links: nn.Module, shape: tuple[int, ...] = (2, 2, 3, 3)) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(shape))
+        for link in links:
+            parametrize.register_parametrization(self, "weight", link, unsafe=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight)
+
+
+DEEP_CASES: dict[str, Callable[[], nn.Module]] = {
+    "batched": lambda: Raw(BatchedIteration(2, 2, 3, 3), BatchedBjorck(), Convolved()),
+    "batched-3": lambda: Raw(BatchedIteration(3, 4, 3), BatchedBjorck(), shape=(3, 4, 3)),
+    "held": lambda: Raw(Holding(BatchedIteration(2, 2, 3, 3)), Convolved()),
+    "held-own": chain(lambda: Holding(OwnNorm(3))),
+    "held-torch": chain(lambda: Holding(_SpectralNorm(torch.randn(3, 18)))),
+    "held-sigma": chain(lambda: Dividing(Sigma(3))),
+    "held-twice": chain(lambda: nn.Sequential(Holding(Holding(PowerIteration(3, 18))))),
+}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", DEEP_CASES)
+def test_batches_and_children_of_links_are_found_and_frozen(name: str, training: bool) -> None:
+    """A chain with a power iteration on a batch, or within a link, is listed and frozen whole."""
+    seed_torch(0)
+    model = DEEP_CASES[name]().train(training)
+    twin = copy.deepcopy(model).eval()
+    before = fingerprint(model)
+    (info,) = find_spectral_norm(model)
+    assert (info.name, info.kind) == ("weight", "parametrization")
+    assert find_suspects(model) == []
+    assert_unchanged(before, model)
+    with frozen_spectral_norm(model), torch.no_grad():
+        assert "weight" in model._parameters
+        assert same_bits(cast(Tensor, model.weight), cast(Tensor, twin.weight))
+    assert_unchanged(before, model)
 
 
 class Reflection(nn.Module):

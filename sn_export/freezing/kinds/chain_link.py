@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...running import without_trace
+from ...running import same_bits, without_trace
 from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.singular_vectors import (
     NORMS,
+    SIGMA,
     fits,
     is_multiple,
     is_named_as_vector,
@@ -33,20 +35,26 @@ def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
 
 
 def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
-    code = code_of(type(link))
+    return any(_normalises(module, link, chain) for module in link.modules())
+
+
+def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) -> bool:
+    """Whether ``module``, which is ``link`` or within it, is what makes that a spectral norm."""
+    if isinstance(module, _SpectralNorm):
+        return True
+    code = code_of(type(module))
     if code.is_torch:
         return False
-    vectors = {} if NORMS.isdisjoint(code.names) else _named(small_state(link))
+    vectors = {} if NORMS.isdisjoint(code.names) else _named(small_state(module))
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
     # Where the vectors are kept at length one by parametrizations, its own code need not do it.
-    inner = ((name, c.original) for name, c in chains(link) if c.is_tensor)
+    inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
     vectors |= _named((name, t) for name, t in inner if not t.requires_grad)
-    if not vectors:
+    if not vectors and (module is not link or SIGMA.isdisjoint(code.names)):
         return False
     try:
-        weight = arriving(chain, link)
-        return _fit(vectors, weight) and _divides(link, weight)
+        return _divides(module, link, arriving(chain, link))
     except Exception:  # an eval-mode forward would fail as well
         return False
 
@@ -56,19 +64,52 @@ def _named(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
+    """Whether one could be a singular vector of ``weight``, or of each matrix of a batch."""
     if weight.ndim < 2:
         return False
     if any(fits(name, vector, weight) for name, vector in vectors.items()):
         return True
-    batch = {name: v for name, v in vectors.items() if v.ndim == 3 and len(v) == len(weight) > 0}
-    return weight.ndim == 3 and any(fits(name, v[0], weight[0]) for name, v in batch.items())
+    batch, sides = weight.shape[:-2], weight.shape[-2:]
+    return weight.ndim > 2 and any(
+        v.shape == (*batch, side, *one)
+        for v in vectors.values()
+        for side in sides
+        for one in ((), (1,))
+    )
 
 
-def _divides(link: nn.Module, weight: Tensor) -> bool:
-    value = compute_in_sandbox(lambda: link(weight), link.modules())
-    if not isinstance(value, Tensor) or value.shape != weight.shape:
+def _divides(module: nn.Module, link: nn.Module, weight: Tensor) -> bool:
+    """Whether ``module`` divides what it is given by a number, or each matrix of it by its own.
+
+    It is listened to while ``link`` runs, which may hand it the weight in another shape, and may
+    be given sigma by it and divide itself.
+    """
+    calls: list[tuple[Any, Any]] = []
+    original = module.forward
+
+    def listening(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls.append((next(iter((*args, *kwargs.values())), None), result))
+        return result
+
+    def run() -> list[tuple[Any, Any]]:
+        module.__dict__["forward"] = listening
+        calls.append((weight, link(weight)))
+        return calls
+
+    return any(_is_divided(*call) for call in compute_in_sandbox(run, link.modules()))
+
+
+def _is_divided(given: Any, result: Any) -> bool:
+    value = next(iter(result), None) if isinstance(result, tuple) else result
+    if not isinstance(given, Tensor) or not isinstance(value, Tensor) or value.shape != given.shape:
         return False
-    return is_multiple(weight, value) or (weight.ndim == 3 and all(map(is_multiple, weight, value)))
+    if is_multiple(given, value):
+        return given.is_meta or not same_bits(given, value)
+    if given.ndim < 3:
+        return False
+    matrices = zip(given.flatten(0, -3), value.flatten(0, -3), strict=True)
+    return all(is_multiple(one, other) for one, other in matrices)
 
 
 def arriving(chain: ParametrizationList, link: nn.Module) -> Tensor:
