@@ -10,10 +10,12 @@ from .errors import (
     FreezeError as FreezeError,
     FrozenWeightChangedWarning as FrozenWeightChangedWarning,
     OutputNotExportedWarning as OutputNotExportedWarning,
+    PrecisionLostWarning as PrecisionLostWarning,
     ReparametrizationNotAppliedWarning as ReparametrizationNotAppliedWarning,
     ReparametrizationNotRecognisedWarning as ReparametrizationNotRecognisedWarning,
     SnExportError as SnExportError,
     SpectralNormNotAppliedWarning as SpectralNormNotAppliedWarning,
+    SpectralNormNotConvergedWarning as SpectralNormNotConvergedWarning,
     SpectralNormNotRecognisedWarning as SpectralNormNotRecognisedWarning,
     TracedDecisionWarning as TracedDecisionWarning,
 )
@@ -34,6 +36,7 @@ from .proving import (
     check_parity as check_parity,
 )
 from .results import (
+    Distance as Distance,
     Divergence as Divergence,
     ExportReport as ExportReport,
     FileInput as FileInput,
@@ -43,4 +46,5 @@ from .results import (
     OutputParity as OutputParity,
     ParityError as ParityError,
     ParityReport as ParityReport,
+    Rounding as Rounding,
 )

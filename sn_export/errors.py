@@ -61,6 +61,14 @@ class OutputNotExportedWarning(SnExportWarning):
     """The model returns tensors within an object that no exporter looks into."""
 
 
+class SpectralNormNotConvergedWarning(SnExportWarning):
+    """Stored singular vectors are far from the true ones: the weights in use are far too large."""
+
+
+class PrecisionLostWarning(SnExportWarning):
+    """A file is within tolerance, and much farther from the truth than rounding accounts for."""
+
+
 class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 

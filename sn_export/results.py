@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -56,6 +57,52 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Distance:
+    """How far an output is from the truth, over all elements of all input sets.
+
+    Attributes:
+        rms: root of the mean square, in units of the output.
+        p99: the smallest distance that 99 % of the elements do not exceed.
+        max: the largest.
+    """
+
+    rms: float
+    p99: float
+    max: float
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """What the same network says in float64, with the same frozen weights and inputs.
+
+    Attributes:
+        model: how far the model itself, in its own dtype, is from that.
+        file: how far the file is.
+        expected: how far rounding goes: the largest of the model's distance, of how far its
+            outputs move with every operator's result moved by a unit of rounding, and of one unit.
+        scale: root mean square of the output in float64.
+        dtype: the coarsest floating dtype on the way: of the model, or where that is float64 of
+            the file.
+    """
+
+    model: Distance
+    file: Distance
+    expected: Distance
+    scale: float
+    dtype: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """The file's distance as a multiple of what rounding does, the largest of the three."""
+        pairs = zip(astuple(self.file), astuple(self.expected), strict=True)
+        return max(_multiple(file, expected) for file, expected in pairs)
+
+
+def _multiple(value: float, of: float) -> float:
+    return value / of if of else (math.inf if value else 0.0)
+
+
+@dataclass(frozen=True)
 class OutputParity:
     """How one output of the file compares with the model's, over all input sets.
 
@@ -72,7 +119,8 @@ class OutputParity:
         samples: number of input sets compared.
         rtol: relative tolerance applied.
         atol: largest absolute tolerance applied, in units of the output.
-        passed: whether every element of every set is within ``atol + rtol * |reference|``.
+        passed: whether every element of every set is within ``atol + rtol * |reference|``, or,
+            with the default tolerances, as near to the network in float64 as rounding allows.
         is_comparable: False where shapes or dtypes differ.
         reason: why it did not pass, in words, for the worst input set; empty if passed.
         median_abs: the smallest absolute difference that half of the elements do not exceed.
@@ -86,6 +134,10 @@ class OutputParity:
         worst_got: the file's value of that element.
         histogram: the absolute differences by decade, exact counts; None where nothing was
             compared.
+        verdict: why it passed or not, in one sentence.
+        rounding: how far file and model are from the network in float64; None where that was not
+            asked, since the difference is far within the tolerance or a tolerance was given, or
+            could not be, which the verdict says.
     """
 
     name: str
@@ -109,6 +161,8 @@ class OutputParity:
     worst_expected: float | None = None
     worst_got: float | None = None
     histogram: Histogram | None = None
+    verdict: str = ""
+    rounding: Rounding | None = None
 
 
 @dataclass(frozen=True)
@@ -175,6 +229,8 @@ class ParityReport:
             did not pass.
         proof_dtype: ``"float32"`` if a copy of the file in that dtype was run, since the
             providers lack operators for the file's own.
+        notes: what else is to be known of the proof: layers whose stored sigma is far below the
+            true one, random inputs that the model rejects.
     """
 
     outputs: tuple[OutputParity, ...]
@@ -182,6 +238,7 @@ class ParityReport:
     providers: tuple[str, ...]
     divergence: Divergence | None = None
     proof_dtype: ProofDtype | None = None
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def passed(self) -> bool:
@@ -213,7 +270,7 @@ class ParityReport:
         lines = [
             f"{o.name}: {'passed' if o.passed else 'FAILED'}, max_abs {o.max_abs:.3g}, "
             f"max_rel {o.max_rel:.3g} over {o.samples} input sets"
-            + (f"; {o.reason}" if o.reason else "")
+            + (f"; {o.reason}" if o.reason else f"; {o.verdict}" if o.rounding else "")
             for o in self.outputs
         ]
         if self.divergence is not None and not self.passed:
@@ -321,8 +378,8 @@ class ExportReport:
         model: name of the model's class.
         onnx_program: torch's ONNXProgram, for those who go on from there; None where the
             TorchScript exporter made the file. It is not part of the JSON. Past 512 MB of
-            parameters its frozen weights lie in files without a name beside ``path``, whose room
-            on the disk is free again when the program goes.
+            external data its frozen weights are mapped from that file, which stays on disk, even
+            when deleted, until the program goes.
     """
 
     path: Path

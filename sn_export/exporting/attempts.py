@@ -13,10 +13,12 @@ from torch import nn
 from ..errors import (
     ExportError,
     OutputNotExportedWarning,
+    PrecisionLostWarning,
     ReparametrizationNotRecognisedWarning,
+    SpectralNormNotConvergedWarning,
     TracedDecisionWarning,
 )
-from ..proving import Proof, differs
+from ..proving import Proof, differs, is_imprecise
 from ..results import Attempt, Exporter, FoldedInitializer, ParityError, ParityReport
 from ..running import Reference
 from ..text import quote_names
@@ -104,6 +106,20 @@ def warn_of_decisions(attempts: Attempts, model: nn.Module, parity: ParityReport
                 f"decided for the example, and is proved for {parity.samples} input sets alone. "
                 "Pass inputs=[...] that are decided otherwise, or use torch.where or torch.cond",
                 TracedDecisionWarning,
+                stacklevel=3,
+            )
+
+
+def warn_of_proof(note: str, parity: ParityReport) -> None:
+    """Warn of layers that are far from converged, and of precision that a file has lost."""
+    if note:
+        warnings.warn(note, SpectralNormNotConvergedWarning, stacklevel=3)
+    for output in parity.outputs:
+        if is_imprecise(output.rounding):
+            warnings.warn(
+                f"output '{output.name}': {output.verdict}. rtol={output.rtol:g} as an argument "
+                "accepts that",
+                PrecisionLostWarning,
                 stacklevel=3,
             )
 

@@ -28,6 +28,7 @@ from ..proving import (
     references_beyond,
     resized_references,
     type_name,
+    unconverged_note,
     write_case,
 )
 from ..results import (
@@ -67,9 +68,11 @@ from .attempts import (
     raise_all,
     warn_of_decisions,
     warn_of_folded,
+    warn_of_proof,
     warn_of_unseen,
     with_cause,
 )
+from .mapped_weights import map_weights
 from .metadata import file_metadata, require_metadata, require_source, versions
 from .names import names_of_inputs, names_of_outputs
 from .opset import default_opset, require_opset
@@ -162,8 +165,7 @@ def export_onnx(
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.
         keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
-            weights that they hold: in memory, or past 512 MB of parameters in files without a
-            name beside ``path``, whose room on the disk is free again with the report.
+            weights that they hold in memory; past 512 MB of external data they lie in the file.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -190,6 +192,10 @@ def export_onnx(
         TracedDecisionWarning: if ``"auto"`` took the TorchScript exporter because the forward
             decides by the values of a tensor.
         OutputNotExportedWarning: if the model returns objects with tensors that no exporter sees.
+        SpectralNormNotConvergedWarning: if a stored sigma is far below the true one, as in a
+            network that was never trained.
+        PrecisionLostWarning: if the file is within the default tolerance, and much farther from
+            the network in float64 than rounding accounts for.
     """
     model = unwrapped(require_module(model))
     require_initialized(model)
@@ -212,6 +218,7 @@ def export_onnx(
     names = names_of_inputs(model, example, input_names)
     only = "spectral_norm" if freeze == "spectral_norm" else None
     frozen = tuple(describe_sites(model, only))  # the block itself warns
+    note = unconverged_note(model)
     if sigma_exact:
         frozen = with_exact_sigma(model, frozen)
     with _one_at_a_time, preserved(model) as state, contextlib.ExitStack() as stack:
@@ -233,10 +240,12 @@ def export_onnx(
             model=model,
             state=state,
             references=references,
+            freezing=freezing,
             dims=dims,
             settings=settings,
             per_module=per_module,
             keeps_case=case is not None,
+            notes=(note,) if note else (),
         )
         other = next((e for e in EXPORTERS if e not in exporters), None)
         made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
@@ -259,6 +268,8 @@ def export_onnx(
                     )
                 if not keep_programs:
                     written = written.without_program()
+                elif written.program is not None:
+                    map_weights(written.program, model, draft)
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):
@@ -287,6 +298,7 @@ def export_onnx(
         warn_of_folded(written.folded)
         warn_of_decisions(attempts, model, proved.parity)
         warn_of_unseen(first.unseen)
+        warn_of_proof(note, proved.parity)
         _publish(draft, target, case, proved)
     _logger.info("wrote %s", target)
     return ExportReport(

@@ -13,6 +13,7 @@ from .find import (
     find_parametrizations as find_parametrizations,
     find_spectral_norm as find_spectral_norm,
     find_suspects as find_suspects,
+    find_unconverged as find_unconverged,
     with_exact_sigma as with_exact_sigma,
 )
 from .freeze import (

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import cast, overload
 
 import torch
 from torch import Tensor, nn
 
-from .info import ParametrizationInfo, SpectralNormInfo
+from .info import ParametrizationInfo, SpectralNormInfo, UnconvergedSigma
 from .kinds import SPECTRAL_NORM
 from .plan import computed, walk
 from .selection import Only, Selection
-from .sigma import exact_sigma, exact_sigma_cost
+from .sigma import exact_sigma, exact_sigma_cost, least_sigma
 from .site import Found, Kind, Site, require_module
 from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds
+QUICK_BUDGET = 5e8  # likewise: a fraction of a second
+FAR = 0.5  # of the true sigma: one forward in train mode reaches more, from any start
 
 
 def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
@@ -137,12 +140,54 @@ def with_exact_sigma(
             tensors whose sigma is no norm of a matrix, and those on the meta device.
         kinds: the implementations of spectral norm to look for.
     """
-    matrices: dict[str, Tensor] = {}
+    found = _exact_sigmas(_matrices(model, kinds), budget)
+    return tuple(
+        replace(info, sigma_exact=found.get(info.name))
+        if isinstance(info, SpectralNormInfo)
+        else info
+        for info in infos
+    )
+
+
+def find_unconverged(model: nn.Module) -> tuple[UnconvergedSigma, ...]:
+    """Return the tensors whose stored sigma is far below the true one.
+
+    So it is where power iteration never ran: the vectors are as drawn, and what is divided by a
+    sigma that is next to nothing is huge.
+
+    Args:
+        model: any module. It is not changed; no power iteration of its own is run.
+
+    Raises:
+        FreezeError: as `find_spectral_norm`.
+    """
+    matrices = _matrices(model, SPECTRAL_NORM)
+    stored = {
+        info.name: info.sigma
+        for info in describe_sites(model)
+        if info.is_applied and info.name in matrices and math.isfinite(info.sigma)
+    }
+    least = {name: least_sigma(matrices[name]) for name in stored}
+    far = {name: matrices[name] for name in stored if stored[name] < FAR * least[name]}
+    exact = _exact_sigmas(far, QUICK_BUDGET)
+    return tuple(
+        UnconvergedSigma(name, stored[name], exact.get(name, least[name]), name in exact)
+        for name in far
+    )
+
+
+def _matrices(model: nn.Module, kinds: Iterable[Kind]) -> dict[str, Tensor]:
+    """Return the weight matrices that have a norm, by the names of their tensors."""
+    found = {}
     for _, sites in walk(model, kinds):
         for site in sites:
             matrix = site.matrix()
             if matrix is not None and matrix.ndim == 2 and not matrix.is_meta:
-                matrices[site.name] = matrix
+                found[site.name] = matrix
+    return found
+
+
+def _exact_sigmas(matrices: Mapping[str, Tensor], budget: float) -> dict[str, float]:
     found: dict[str, float] = {}
     spent = 0.0
     for name, matrix in sorted(matrices.items(), key=lambda entry: _cost(entry[1])):
@@ -150,12 +195,7 @@ def with_exact_sigma(
         if spent > budget:
             break
         found[name] = exact_sigma(matrix)
-    return tuple(
-        replace(info, sigma_exact=found.get(info.name))
-        if isinstance(info, SpectralNormInfo)
-        else info
-        for info in infos
-    )
+    return found
 
 
 def _cost(matrix: Tensor) -> float:

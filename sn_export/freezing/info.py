@@ -43,6 +43,28 @@ class ParametrizationInfo:
 
 
 @dataclass(frozen=True)
+class UnconvergedSigma:
+    """A stored sigma that is far below the true one.
+
+    Attributes:
+        name: qualified name of the tensor.
+        stored: ``u^H W v`` from the stored singular vectors.
+        true: the largest singular value of the weight matrix.
+        is_exact: False where ``true`` is only a bound that it is not below.
+    """
+
+    name: str
+    stored: float
+    true: float
+    is_exact: bool
+
+    def __str__(self) -> str:
+        """Return it as ``'fc.weight': stored 0.0019, true 1.13``."""
+        least = "" if self.is_exact else "at least "
+        return f"'{self.name}': stored {self.stored:.3g}, true {least}{self.true:.3g}"
+
+
+@dataclass(frozen=True)
 class SpectralNormInfo:
     """What `find_spectral_norm` tells about one tensor.
 

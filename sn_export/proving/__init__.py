@@ -10,6 +10,7 @@ from .parity import check_parity, coarsest_of
 from .proof import Proof, Proved, differs
 from .settings import ProofSettings
 from .traced_ranges import references_beyond
+from .verdicts import is_imprecise, unconverged_note
 
 __all__ = [
     "Proof",
@@ -21,11 +22,13 @@ __all__ = [
     "coarsest_of",
     "differs",
     "find_stale_data",
+    "is_imprecise",
     "opened_case",
     "references_beyond",
     "resized_references",
     "save",
     "type_name",
+    "unconverged_note",
     "using_modules",
     "weight_bytes",
     "write_case",

@@ -11,7 +11,7 @@ from torch import nn
 
 from ..errors import ExportError
 from ..files import as_path
-from ..results import ParityReport, ProofDtype, Tolerance
+from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Reference
 from ..text import dtype_name
 from .case_file import Case, opened_case
@@ -20,6 +20,7 @@ from .parity import add_results, coarsest_of, proof_session, results, running_er
 from .session import DEFAULT_PROVIDERS, named_inputs
 from .settings import ProofSettings
 from .tolerances import resolve_tolerance
+from .verdicts import FACTOR
 
 
 def check_case(
@@ -96,10 +97,21 @@ def check_case(
 
 
 def case_of(
-    model: nn.Module, session: Any, references: Sequence[Reference], settings: ProofSettings
+    model: nn.Module,
+    session: Any,
+    references: Sequence[Reference],
+    settings: ProofSettings,
+    parity: ParityReport,
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
     coarsest = coarsest_of(model, references)
+
+    def saved(which: int) -> tuple[float | None, ...]:
+        return tuple(
+            _saved(settings, which, i, entry, references, coarsest)
+            for i, entry in enumerate(parity.outputs)
+        )
+
     inputs = tuple(entry.name for entry in session.get_inputs())
     outputs = tuple(entry.name for entry in session.get_outputs())
     sets = []
@@ -109,8 +121,8 @@ def case_of(
     return Case(
         inputs,
         outputs,
-        tuple(_saved(settings, 0, i, name, references, coarsest) for i, name in enumerate(outputs)),
-        tuple(_saved(settings, 1, i, name, references, coarsest) for i, name in enumerate(outputs)),
+        saved(0),
+        saved(1),
         sets,
         settings.proof_dtype,
     )
@@ -120,13 +132,16 @@ def _saved(
     settings: ProofSettings,
     which: int,
     position: int,
-    name: str,
+    output: OutputParity,
     references: Sequence[Reference],
     coarsest: str | None,
 ) -> float | None:
     """Return rtol (0) or atol (1) of an output as the case has it; None for its dtype's default."""
-    given = settings.tolerances_of(position, name)[which]
+    given = settings.tolerances_of(position, output.name)[which]
     outputs = [reference.outputs[position] for reference in references]
+    if which and output.fraction_outside and output.rounding is not None:
+        # Without the model nobody can ask again how far rounding goes: what was allowed is kept.
+        return output.atol + (1 + FACTOR) * output.rounding.expected.max
     if given is not None or coarsest in (None, dtype_name(outputs[0])):
         return given
     # The dtype of the output does not tell in what precision the network computes.

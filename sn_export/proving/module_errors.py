@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -49,6 +49,11 @@ class Strictness:
         # Modules within may return a finer dtype than the one that limits their precision.
         defaults = DEFAULT_TOLERANCES[coarsest]
         return cls(defaults[0] if rtol is None else rtol, defaults[1] if scaled is None else scaled)
+
+    def relaxed(self, scaled_atol: float, dtype: str) -> Strictness:
+        """Return these tolerances with an absolute one that is at least so large."""
+        default = DEFAULT_TOLERANCES[dtype][1] if self.scaled_atol is None else self.scaled_atol
+        return replace(self, scaled_atol=max(default, scaled_atol))
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,10 @@ class RunningErrors:
         if error > self.blamed:
             self.blamed, self.reason = error, reason
 
+    def _within(self) -> str:
+        bounds = f"atol {self.applied_atol:.3g} + rtol {self.applied_rtol:.3g}"
+        return f"every element is within {bounds} of the model"
+
     def result(self) -> OutputParity:
         """Return the errors so far."""
         return OutputParity(
@@ -159,6 +163,7 @@ class RunningErrors:
             worst_expected=self.worst_values[0],
             worst_got=self.worst_values[1],
             histogram=self.spread.histogram() if self.elements else None,
+            verdict=self.reason or self._within(),
         )
 
 

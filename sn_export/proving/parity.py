@@ -6,13 +6,15 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..files import as_path
+from ..freezing import frozen_spectral_norm
 from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrapped
 from .divergence import locate
@@ -21,7 +23,9 @@ from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
 from .settings import ProofSettings
-from .tolerances import coarsest_dtype
+from .tolerances import coarsest_dtype, largest
+from .truth import Freezing
+from .verdicts import FACTOR, judge, unconverged_note
 
 
 def check_parity(
@@ -80,9 +84,12 @@ def check_parity(
     sets = as_input_sets(inputs, arity=len(session.get_inputs()))
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
+    note = unconverged_note(model)
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in sets]
-        report = compare(model, session, references, settings)
+        freezing = partial(frozen_spectral_norm, model)
+        report = compare(model, freezing, session, path, references, settings)
+        report = replace(report, notes=(note,) if note else ())
         if per_module or not report.passed:
             report = locate_divergence(report, model, state, path, references, settings)
     return report
@@ -104,14 +111,22 @@ def proof_session(path: Path, settings: ProofSettings) -> Any:
 
 def compare(
     model: nn.Module,
+    freezing: Freezing,
     session: Any,
+    path: Path,
     references: Sequence[Reference],
     settings: ProofSettings,
 ) -> ParityReport:
-    """Run every reference's inputs through ``session`` and compare the outputs.
+    """Run every reference's inputs through ``session``, compare the outputs and judge.
 
-    The file's inputs are matched as by `named_inputs`. The session is that of `proof_session` with
-    the same settings.
+    Args:
+        model: the unfrozen model.
+        freezing: makes a block that freezes it.
+        session: that of `proof_session` with the same settings. The file's inputs are matched as
+            by `named_inputs`.
+        path: the file.
+        references: the input sets, with what the model said.
+        settings: how.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
@@ -121,12 +136,21 @@ def compare(
     names = [output.name for output in session.get_outputs()]
     running = running_errors(names, settings, coarsest_of(model, references))
     proof_dtype = settings.proof_dtype
-    for reference in references:
+
+    def feed_of(reference: Reference) -> dict[str, Tensor]:
         inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
-        feed = named_inputs(model, session, inputs, settings.input_names)
-        add_results(running, session, feed, inputs.label, reference.outputs, proof_dtype)
+        return named_inputs(model, session, inputs, settings.input_names)
+
+    for reference in references:
+        label = reference.inputs.label
+        add_results(running, session, feed_of(reference), label, reference.outputs, proof_dtype)
     providers = tuple(session.get_providers())
-    return ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
+    report = ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
+
+    def run_file(reference: Reference) -> list[Any]:
+        return run_session(session, feed_of(reference), reference.inputs.label)
+
+    return judge(report, model, freezing, path, references, settings, run_file)
 
 
 def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None:
@@ -156,7 +180,10 @@ def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
     if any(state.elements for state in running):
         return found
     reason = "no element was compared: the outputs are empty for every input set"
-    return tuple(replace(output, passed=False, reason=output.reason or reason) for output in found)
+    return tuple(
+        replace(one, passed=False, reason=one.reason or reason, verdict=one.reason or reason)
+        for one in found
+    )
 
 
 def add_results(
@@ -207,6 +234,10 @@ def locate_divergence(
         *settings.tolerances_of(position, output.name),
         coarsest_of(model, references),
     )
+    if output.rounding is not None:  # what rounding moves in the output, it moves in the modules
+        strictness = strictness.relaxed(
+            FACTOR * output.rounding.expected.max / largest(chosen.outputs[position]), output.dtype
+        )
     try:
         divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))
     except Exception as error:  # what cannot be told must not hide what is known

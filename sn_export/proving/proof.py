@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +25,7 @@ from .dynamic_sizes import (
 )
 from .parity import compare, locate_divergence, proof_session
 from .settings import ProofSettings
+from .truth import Freezing
 
 _logger = logging.getLogger("sn_export")
 _SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma
@@ -45,19 +46,23 @@ class Proof:
         model: the unfrozen model.
         state: what puts it back after a forward pass.
         references: what it said, for each input set.
+        freezing: makes a block that freezes the model, as for the export.
         dims: the dimensions that may vary.
         settings: how files are run and held against the model.
         per_module: whether modules are compared though all outputs pass.
         keeps_case: whether inputs and outputs are kept.
+        notes: what is to be known of every proof.
     """
 
     model: nn.Module
     state: Preserved
     references: Sequence[Reference]
+    freezing: Freezing
     dims: Sequence[DynamicDim]
     settings: ProofSettings
     per_module: bool
     keeps_case: bool
+    notes: tuple[str, ...] = ()
 
     def of(self, draft: Path, maker: str) -> Proved:
         """Return the proof of a file.
@@ -76,9 +81,11 @@ class Proof:
         shapes = self._shapes(session)
         require_dynamic(shapes, self.dims)
         runnable = self._runnable(shapes)
-        parity = compare(self.model, session, runnable, self.settings)
+        parity = compare(self.model, self.freezing, session, draft, runnable, self.settings)
+        self.state.reset()  # outside of the block, whose weights it does not know
+        parity = replace(parity, notes=(*parity.notes, *self.notes))
         keeps = self.keeps_case and parity.passed
-        case = case_of(self.model, session, runnable, self.settings) if keeps else None
+        case = case_of(self.model, session, runnable, self.settings, parity) if keeps else None
         if parity.passed:
             declared = [(entry.name, entry.shape) for entry in session.get_outputs()]
             for reference in runnable:

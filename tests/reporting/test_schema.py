@@ -15,11 +15,13 @@ from export_models import EXPORTERS, Head, Liar, images, rows, small_net
 from report_contents import content as report_content
 
 from sn_export import (
+    Distance,
     ExportReport,
     OutputParity,
     ParametrizationInfo,
     ParityError,
     ParityReport,
+    Rounding,
     SpectralNormInfo,
     export_onnx,
 )
@@ -124,6 +126,8 @@ def test_printed_reports_are_short(tmp_path: Path) -> None:
     [
         (OutputParity, "output"),
         (Histogram, "histogram"),
+        (Distance, "distance"),
+        (Rounding, "rounding"),
         (ModuleParity, "module"),
         (FileInput, "input"),
         (SpectralNormInfo, "frozen"),

@@ -36,6 +36,10 @@ def output(name: str = "features", passed: bool = True, **entries: Any) -> dict[
         "worst_expected": 0.0152,
         "worst_got": 0.015200596,
         "histogram": {"edges": EDGES, "counts": counts, "zeros": 411, "not_finite": 0},
+        "verdict": "every element is within atol 0.00031 + rtol 0.0001 of the model"
+        if passed
+        else reason,
+        "rounding": None,
         **entries,
     }
 
@@ -98,6 +102,7 @@ def content(passed: bool = True, name: str = LONG, **entries: Any) -> dict[str, 
             "first_divergent": None if passed else name,
             "divergence": None if passed else divergence,
             "proof_dtype": None,
+            "notes": [],
         },
         "frozen": [frozen(name), frozen("head", sigma_exact=None)],
         "versions": {"sn-export": "0.1.0", "torch": "2.13.0+cpu", "onnxruntime": "1.32.0"},

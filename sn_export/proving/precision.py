@@ -1,0 +1,124 @@
+"""Run a forward in another precision than its own: in float64, or with every result rounded anew.
+
+Both are modes of torch's dispatcher, which sees each operator on its way to a kernel. So nothing
+of the model is copied or rewritten, and a forward that casts, or that makes tensors of a dtype that
+it names, is caught as well.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_WIDER = {
+    torch.float32: torch.float64,
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.complex64: torch.complex128,
+    torch.complex32: torch.complex128,
+}
+
+
+def widened(value: Any) -> Any:
+    """Return a tensor of low precision in float64, such a dtype as float64, all else as it is."""
+    if isinstance(value, Tensor):
+        wide = _WIDER.get(value.dtype)
+        return value if wide is None else value.to(wide)
+    return _WIDER.get(value, value) if isinstance(value, torch.dtype) else value
+
+
+class InFloat64(TorchDispatchMode):
+    """Gives every operator its arguments in float64, whatever they are and it asks for.
+
+    Tensors that the operator writes to, and those that it returns a view of, stay in their dtype:
+    a copy would take the writing.
+
+    Attributes:
+        obstacle: why the run is not that of the same network, in words; empty if it is.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.obstacle = ""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        kwargs = dict(kwargs or {})
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            self.obstacle = f"the forward draws random numbers ({_name(func)})"
+        if func is torch.ops.aten.view.dtype:
+            self.obstacle = "the forward reads the bits of numbers (view as another dtype)"
+            return func(*args, **kwargs)
+        written = _written_to(func, args, kwargs)
+        if func.is_view:
+            return func(*args, **kwargs)
+        args, kwargs = pytree.tree_map(
+            lambda value: value if id(value) in written else widened(value), (args, kwargs)
+        )
+        result = func(*args, **kwargs)
+        return result if func._schema.is_mutable else pytree.tree_map(widened, result)
+
+
+class MovedByRounding(TorchDispatchMode):
+    """Moves every result of an operator by a unit of rounding, up or down at random.
+
+    This is Monte Carlo arithmetic (Parker, "Monte Carlo Arithmetic: exploiting randomness in
+    floating-point arithmetic", 1997) on whole operators: how far the outputs move is how far
+    rounding moves them. What is exact stays: integers, views, and what an operator writes in place.
+
+    Args:
+        seed: of the draws; the global generators are not used.
+        floor: no unit of rounding is smaller than that of this dtype.
+
+    Attributes:
+        dtypes: how many results had each floating dtype.
+    """
+
+    def __init__(self, seed: int, floor: torch.dtype = torch.float64) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._generator = torch.Generator().manual_seed(seed)
+        self._floor = torch.finfo(floor).eps
+        self.dtypes: Counter[torch.dtype] = Counter()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator."""
+        result = func(*args, **(kwargs or {}))
+        if func.is_view or func._schema.is_mutable:
+            return result
+        return pytree.tree_map(self._moved, result)
+
+    def _moved(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+            return value
+        if value.layout != torch.strided or value.itemsize < 2:
+            return value
+        self.dtypes[value.dtype] += 1
+        unit = max(torch.finfo(value.dtype).eps, self._floor)
+        signs = torch.randint(0, 2, value.shape, generator=self._generator, dtype=torch.int8)
+        wide = value.double()
+        moved = wide * (1 + unit * (2 * signs.to(wide) - 1))
+        return torch.where(wide == wide.trunc(), wide, moved).to(value.dtype)
+
+
+def _written_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> set[int]:
+    """Return the ids of the arguments that an operator writes to."""
+    found = set()
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found |= {id(leaf) for leaf in pytree.tree_leaves(value)}
+    return found
+
+
+def _name(func: Any) -> str:
+    return str(func).split(".")[1] if "." in str(func) else str(func)

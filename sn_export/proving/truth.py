@@ -1,0 +1,236 @@
+"""The truth about an output: the frozen network in float64, and how far rounding goes from it.
+
+It is asked where a fixed tolerance cannot judge: see `verdicts`. Measured is, for each output and
+over all elements of all input sets, how far model and file are from it, and how far the model's own
+outputs move when every operator's result is moved by a unit of rounding (`MovedByRounding`). The
+model's distance is one draw of what rounding does, and may be small by luck where an output has few
+elements; the moved runs are further draws. They also tell whether the float64 run is of the same
+function at all: a model much farther from it than rounding moves it does something else there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import astuple
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..errors import FreezeError, SnExportError
+from ..results import Distance, Rounding
+from ..running import (
+    InputSet,
+    Preserved,
+    Reference,
+    are_large,
+    preserved,
+    restore_container,
+    tensor_leaves,
+)
+from ..text import without_frames
+from .output_errors import Spread
+from .precision import InFloat64, MovedByRounding, widened
+
+Freezing = Callable[[], AbstractContextManager[Any]]  # makes a block, to be entered once
+
+_RUNS = 2  # with moved results, for each input set
+_PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
+_MEANINGFUL = 0.1  # of an output: what rounding moves more than that tells nothing
+
+
+class NoTruthError(SnExportError):
+    """The network cannot be run in float64, or that run is not of the same function."""
+
+
+def measure_rounding(
+    model: nn.Module,
+    freezing: Freezing,
+    references: Sequence[Reference],
+    run_file: Callable[[Reference], Sequence[Tensor]],
+    positions: Sequence[int],
+    coarsest: torch.dtype,
+) -> dict[int, Rounding]:
+    """Return how far outputs of the model and of the file are from the network in float64.
+
+    One input set at a time is in memory. So are weights in float64 up to 512 MB of parameters, and
+    past that those of one operator.
+
+    Args:
+        model: the unfrozen model; it is left as it was.
+        freezing: makes a block that freezes it: float64 then has the same weights as the model
+            and the file, not others that were computed in float64.
+        references: the input sets, with what the model said.
+        run_file: gives the outputs of the file for one of them.
+        positions: which outputs; they are floating.
+        coarsest: no unit of rounding is smaller than that of this dtype.
+
+    Raises:
+        NoTruthError: if the forward does not run in float64, draws random numbers, or does
+            something else in float64 than in its own dtype.
+    """
+    running = {position: _RunningRounding(coarsest) for position in positions}
+    dtypes = {coarsest}
+    for number, reference in enumerate(references):
+        with _frozen(model, freezing) as state:
+            exact = InFloat64()
+            truth = _run(model, state, reference.inputs, exact, in_float64=True)
+            if exact.obstacle:
+                raise NoTruthError(exact.obstacle)
+            seeds = range(number * _RUNS, (number + 1) * _RUNS)
+            modes = [MovedByRounding(seed, coarsest) for seed in seeds]
+            moved = [_run(model, state, reference.inputs, mode) for mode in modes]
+        shapes = [[tuple(output.shape) for output in one] for one in (truth, *moved)]
+        if any(one != [tuple(output.shape) for output in reference.outputs] for one in shapes):
+            raise NoTruthError("the forward returns tensors of other shapes in float64")
+        dtypes |= {dtype for mode in modes for dtype in mode.dtypes}
+        found = run_file(reference)
+        for position, one in running.items():
+            one.add(
+                truth[position],
+                model=reference.outputs[position],
+                moved=[outputs[position] for outputs in moved],
+                file=found[position],
+            )
+    units = {torch.finfo(dtype).eps: dtype for dtype in dtypes}
+    name = str(units[max(units)]).removeprefix("torch.")
+    return {position: one.result(name) for position, one in running.items()}
+
+
+@contextmanager
+def _frozen(model: nn.Module, freezing: Freezing) -> Iterator[Preserved]:
+    with contextlib.ExitStack() as stack:
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # all that is to be warned of has been
+                stack.enter_context(freezing())
+        except FreezeError as error:
+            raise NoTruthError(str(error)) from error
+        yield stack.enter_context(preserved(model))
+
+
+def _run(
+    model: nn.Module,
+    state: Preserved,
+    inputs: InputSet,
+    mode: TorchDispatchMode,
+    in_float64: bool = False,
+) -> list[Tensor]:
+    """Return the outputs in a mode, from the state that the model started in."""
+    given = inputs.map(widened) if in_float64 else inputs.clone()
+    try:
+        if in_float64 and not are_large(model.parameters()):
+            _widen_held(state)
+        with torch.no_grad(), mode:
+            result = model(*given.args, **given.kwargs)
+        return [leaf.detach().cpu().clone() for leaf in tensor_leaves(result)]
+    except (Exception, SystemExit) as error:
+        reason = without_frames(str(error)).strip().split("\n")[0]
+        raise NoTruthError(f"the forward does not run: {type(error).__name__}: {reason}") from error
+    finally:
+        state.reset()
+
+
+def _widen_held(state: Preserved) -> None:
+    """Put float64 in the place of every tensor that the modules hold, until the next reset.
+
+    Some functions, as `torch.lstm`, want all tensors in one dtype before they reach an operator.
+    """
+    done: dict[int, Any] = {}
+
+    def wide(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in done:
+            new = widened(value.detach())
+            is_parameter = isinstance(value, nn.Parameter)
+            done[id(value)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
+        return done[id(value)]
+
+    for container, _ in state.containers:
+        content = (
+            {key: wide(value) for key, value in container.items()}
+            if isinstance(container, dict)
+            else type(container)(map(wide, container))
+        )
+        restore_container(container, content)
+
+
+class _RunningDistance:
+    """How far outputs are apart."""
+
+    def __init__(self) -> None:
+        self._spread = Spread()
+        self._squares = self._largest = 0.0
+        self._elements = 0
+
+    def add(self, reference: Tensor, output: Tensor) -> None:
+        left, right = reference.detach().cpu().double(), output.detach().cpu().double()
+        apart = torch.where(left == right, 0.0, (left - right).abs()).flatten()
+        self._spread.add(apart.numpy())
+        self._squares += float(apart.square().sum())
+        self._elements += apart.numel()
+        if apart.numel():
+            self._largest = max(self._largest, float(apart.nan_to_num(math.inf).max()))
+
+    def result(self) -> Distance:
+        rms = math.sqrt(self._squares / self._elements) if self._elements else 0.0
+        return Distance(rms, self._spread.quantile(990), self._largest)
+
+
+class _RunningRounding:
+    """The distances of one output from the truth while input sets come in.
+
+    Args:
+        coarsest: the dtype whose unit of rounding is the least that counts.
+    """
+
+    def __init__(self, coarsest: torch.dtype) -> None:
+        self._model, self._moved, self._file = (_RunningDistance() for _ in range(3))
+        self._unit = torch.finfo(coarsest).eps
+        self._squares = 0.0
+        self._elements = 0
+
+    def add(self, truth: Tensor, model: Tensor, moved: Sequence[Tensor], file: Tensor) -> None:
+        """Take in the outputs for one input set."""
+        self._unit = max(self._unit, torch.finfo(model.dtype).eps)
+        self._model.add(truth, model)
+        for one in moved:
+            self._moved.add(model, one)
+        self._file.add(truth, file)
+        finite = truth[torch.isfinite(truth)].double()
+        self._squares += float(finite.square().sum())
+        self._elements += finite.numel()
+
+    def result(self, dtype: str) -> Rounding:
+        """Return the distances.
+
+        Args:
+            dtype: the coarsest one on the way.
+
+        Raises:
+            NoTruthError: if the model is farther from the truth than rounding explains, or so far
+                that it tells nothing.
+        """
+        scale = math.sqrt(self._squares / self._elements) if self._elements else 0.0
+        model, moved, least = self._model.result(), self._moved.result(), self._unit * scale
+        if not math.isfinite(model.max) or not math.isfinite(moved.max):
+            raise NoTruthError("it has NaN or infinities where the model has none")
+        if model.rms > _PLAUSIBLE * max(moved.rms, least):
+            raise NoTruthError(
+                f"it is {model.rms:.2g} from the model, and rounding accounts for {moved.rms:.2g}: "
+                "the forward does something else in float64"
+            )
+        pairs = zip(astuple(model), astuple(moved), strict=True)
+        expected = Distance(*(max(*pair, least) for pair in pairs))
+        if expected.rms > _MEANINGFUL * scale:
+            raise NoTruthError(
+                f"rounding alone moves the model's outputs by {expected.rms / scale:.0%} of their "
+                "size: no file can be told right from wrong"
+            )
+        return Rounding(model, self._file.result(), expected, scale, dtype)

@@ -1,0 +1,154 @@
+"""The verdict on each output: by tolerance, and by the truth where a tolerance cannot judge.
+
+A fixed tolerance is wrong on both sides. A network that was just built divides its weights by a
+sigma that is far from converged: they are huge, rounding is amplified a thousandfold, and a right
+file differs from torch by 1e-3 and more. A well-conditioned network and its file differ by 1e-7,
+and a file that is off by 5e-5 has lost something. What tells these apart is the distance of each
+from the same network in float64, beside the distance that rounding accounts for: see `truth`.
+
+Three statistics are held against each other, over all elements of all input sets: root mean square,
+99th percentile and maximum. The mean alone lets a single wrong element pass; the maximum alone
+hangs on one lucky element; the percentile sees what a few large errors hide.
+
+The bounds were set by measuring how many times as far as rounding goes a file is. Of 100 files of
+networks that were just built (generators with and without batch norm, LSTMs, critics; both
+exporters) none was more than 1.4, of 16 published networks none more than 1.1. Of 55 operators on
+their own, sums of 2000 products were 3.5, `torch.cdist` 9, and only what torch's exporter writes as
+a difference was more: ``log1p(x)`` and ``expm1(x)`` for x of 1e-3, 75 and 100. Files with a weight
+off by 1 %, a swapped channel, a missing bias or a weight rounded to float16 were 20 to 10,000.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import SnExportError
+from ..freezing import find_unconverged
+from ..results import OutputParity, ParityReport, Rounding
+from ..running import Reference
+from ..text import shorten_list
+from .narrow_path import narrow_operators
+from .settings import ProofSettings
+from .tolerances import DEFAULT_TOLERANCES
+from .truth import Freezing, NoTruthError, measure_rounding
+
+FACTOR = 4.0  # times what rounding accounts for: a right file is no farther from the truth
+IMPRECISE = 10.0  # likewise: a file that is farther has lost precision, and that is said
+WRONG = 100.0  # likewise: a file that is farther is refused, though within the default tolerance
+_ASKED = 0.03  # of the tolerance: an output that differs by less is not asked about
+
+
+def judge(
+    report: ParityReport,
+    model: nn.Module,
+    freezing: Freezing,
+    path: Path,
+    references: Sequence[Reference],
+    settings: ProofSettings,
+    run_file: Callable[[Reference], Sequence[Tensor]],
+) -> ParityReport:
+    """Return the report with a verdict on each output, in one sentence.
+
+    The truth is asked for outputs that are outside the default tolerance, or nearer to it than to
+    what rounding does. A tolerance that the user gave is binding, and the truth not asked.
+
+    Args:
+        report: the comparison by tolerance.
+        model: the unfrozen model.
+        freezing: makes a block that freezes it.
+        path: the file.
+        references: the input sets that were compared.
+        settings: how.
+        run_file: gives the outputs of the file for one of them.
+    """
+    asked = [
+        position
+        for position, output in enumerate(report.outputs)
+        if settings.proof_dtype is None
+        and settings.tolerances_of(position, output.name) == (None, None)
+        and _is_in_question(output)
+    ]
+    found: Mapping[int, Rounding] = {}
+    obstacle = narrow = ""
+    if asked:
+        coarsest = torch.float64
+        if all(report.outputs[position].dtype == "float64" for position in asked):
+            narrow = narrow_operators(path)
+            coarsest = torch.float32 if narrow else coarsest
+        try:
+            found = measure_rounding(model, freezing, references, run_file, asked, coarsest)
+        except NoTruthError as error:
+            obstacle = str(error)
+    outputs = tuple(
+        _judged(output, found.get(position), obstacle if position in asked else "", narrow)
+        for position, output in enumerate(report.outputs)
+    )
+    return replace(report, outputs=outputs)
+
+
+def _is_in_question(output: OutputParity) -> bool:
+    if output.dtype not in DEFAULT_TOLERANCES or not output.is_comparable:
+        return False
+    if not math.isfinite(output.max_abs) or not output.samples:
+        return False
+    return not output.passed or output.max_abs > _ASKED * output.atol
+
+
+def _judged(
+    output: OutputParity, rounding: Rounding | None, obstacle: str, narrow: str
+) -> OutputParity:
+    """Return one output with its verdict."""
+    if rounding is None:
+        if not obstacle or output.passed:
+            return output
+        verdict = f"{output.reason}; the network in float64 does not tell, since {obstacle}"
+        return replace(output, reason=verdict, verdict=verdict)
+    distances = (
+        f"from the network in float64 the file is {rounding.file.rms:.3g} away, the model itself "
+        f"{rounding.model.rms:.3g} (root mean square), and rounding in {rounding.dtype} accounts "
+        f"for {rounding.expected.rms:.3g}"
+    )
+    if narrow:
+        distances += f" (the file computes {narrow} in float32)"
+    is_right = rounding.ratio <= FACTOR
+    if output.passed and rounding.ratio <= WRONG:
+        verdict = f"{output.verdict}; {distances}"
+        if is_imprecise(rounding):
+            verdict += f": {rounding.ratio:.0f} times as far as that, so the file loses precision"
+        return replace(output, verdict=verdict, rounding=rounding)
+    if is_right:
+        bounds = f"atol {output.atol:.3g} + rtol {output.rtol:.3g}"
+        verdict = f"as near as rounding allows, though outside {bounds}: {distances}"
+        return replace(output, passed=True, reason="", verdict=verdict, rounding=rounding)
+    reason = f"{distances}: the file is {rounding.ratio:.3g} times as far as that"
+    if output.passed:
+        advice = f"too far, though within the default tolerance (rtol={output.rtol:g} accepts it)"
+        reason = f"{advice}: {reason}"
+    else:
+        reason = f"{output.reason}; {reason}"
+    return replace(output, passed=False, reason=reason, verdict=reason, rounding=rounding)
+
+
+def unconverged_note(model: nn.Module) -> str:
+    """Return a sentence on the layers whose stored sigma is far below the true one, or nothing."""
+    try:
+        found = find_unconverged(model)
+    except SnExportError:  # it sits where it cannot be read
+        return ""
+    if not found:
+        return ""
+    return (
+        f"spectral norm is far from converged in {shorten_list(map(str, found), 4)}: run some "
+        "forwards in train mode, or load a trained checkpoint"
+    )
+
+
+def is_imprecise(rounding: Rounding | None) -> bool:
+    """Whether a file is much farther from the truth than rounding goes."""
+    return rounding is not None and rounding.ratio > IMPRECISE
