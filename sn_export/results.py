@@ -378,8 +378,8 @@ class ExportReport:
         model: name of the model's class.
         onnx_program: torch's ONNXProgram, for those who go on from there; None where the
             TorchScript exporter made the file. It is not part of the JSON. Past 512 MB of
-            external data its frozen weights are mapped from that file, which stays on disk, even
-            when deleted, until the program goes.
+            parameters its frozen weights lie in files without a name beside ``path``, whose room
+            on the disk is free again when the program goes.
     """
 
     path: Path

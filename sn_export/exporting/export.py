@@ -72,7 +72,6 @@ from .attempts import (
     warn_of_unseen,
     with_cause,
 )
-from .mapped_weights import map_weights
 from .metadata import file_metadata, require_metadata, require_source, versions
 from .names import names_of_inputs, names_of_outputs
 from .opset import default_opset, require_opset
@@ -165,7 +164,8 @@ def export_onnx(
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.
         keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
-            weights that they hold in memory; past 512 MB of external data they lie in the file.
+            weights that they hold: in memory, or past 512 MB of parameters in files without a
+            name beside ``path``, whose room on the disk is free again with the report.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -268,8 +268,6 @@ def export_onnx(
                     )
                 if not keep_programs:
                     written = written.without_program()
-                elif written.program is not None:
-                    map_weights(written.program, model, draft)
                 proved = proof.of(draft, f"the {chosen} exporter")
             except (ExportError, ParityError) as error:
                 if isinstance(error, ParityError):

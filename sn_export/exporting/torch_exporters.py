@@ -127,7 +127,7 @@ def write_onnx(
     strip_traces(graph)
     set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
-    folded = fold_initializers(graph, _state(model), options.release)
+    folded = fold_initializers(graph, _state(model))
     inputs = tuple(map(_describe_input, graph.graph.inputs))
     _save(graph, path, options)
     if program is None:

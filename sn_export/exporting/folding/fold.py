@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import onnx_ir as ir
@@ -22,7 +22,7 @@ _logger = logging.getLogger("sn_export")
 
 
 def fold_initializers(
-    model: ir.Model, state: Mapping[str, Tensor], release: Callable[[], None] = lambda: None
+    model: ir.Model, state: Mapping[str, Tensor]
 ) -> tuple[FoldedInitializer, ...]:
     """Fold arithmetic that depends on initializers alone, at any size, in place.
 
@@ -33,13 +33,12 @@ def fold_initializers(
     Args:
         model: an exported model.
         state: parameters and buffers of the model that was exported, by qualified name.
-        release: called whenever weights have been read, to free the memory that took.
 
     Returns:
         What was folded, in the order of the graph.
     """
     graph = model.graph
-    sources = Sources(state, release)
+    sources = Sources(state)
     # First, for what follows gives names of its own.
     folded = [
         _rename(graph, value, names, sources)

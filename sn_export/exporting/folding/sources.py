@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -25,14 +25,10 @@ class Sources:
 
     Args:
         state: the tensors by qualified name, in the order of the state dict.
-        release: called whenever one has been read, to free the memory that took.
     """
 
-    def __init__(
-        self, state: Mapping[str, Tensor], release: Callable[[], None] = lambda: None
-    ) -> None:
+    def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
-        self._release = release
         self.positions = {name: index for index, name in enumerate(state)}
 
     def of(self, value: ir.Value) -> list[str]:
@@ -88,7 +84,6 @@ class Sources:
 
     def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
         missing, dtype = _sampled(tensor)
-        self._release()
         for name in names:
             source = self._state[name].detach()
             if not source.is_floating_point() or source.is_meta:
@@ -101,7 +96,6 @@ class Sources:
                 index = np.searchsorted(missing, values).clip(max=len(missing) - 1)
                 found = np.unique(index[missing[index] == values])
                 missing = np.delete(missing, found)
-            self._release()
             if not len(missing):
                 break
         return not len(missing)
