@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import CheckpointError
+from ..freezing import STATE_BESIDE, plain_name
 from ..results import Spelling as Spelling
 from ..text import qualified, quote_names
 from .lazy_tensors import is_tensor, spec_of
-
-# What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
-_BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
 _ORIGINAL = re.compile(r"(?:(?P<module>.*)\.)?parametrizations\.(?P<tensor>[^.]+)\.original")
 _LINK = re.compile(r"(?P<chain>(?:.*\.)?parametrizations\.[^.]+)\.(?P<index>\d+)\..*")
@@ -167,14 +165,15 @@ def handwritten_notes(tensors: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def _is_handwritten(tensors: Mapping[str, Any], key: str) -> bool:
-    if key.endswith("_bar"):
-        return f"{key.removesuffix('_bar')}_u" in tensors
     start, dot, name = key.rpartition(".")
+    plain = plain_name(name)
+    if plain != name and not name.endswith("_orig"):  # which is torch's hook
+        return f"{start}{dot}{plain}_u" in tensors
     if name != "weight":
         return False
     if f"{key}_u" in tensors:
         return f"{key}_orig" not in tensors
-    if any(all(start + dot + part in tensors for part in parts) for parts in _BESIDE):
+    if any(all(start + dot + part in tensors for part in parts) for parts in STATE_BESIDE):
         return True
     u = start + dot + "u"
     if u not in tensors or not (is_tensor(tensors, key) and is_tensor(tensors, u)):

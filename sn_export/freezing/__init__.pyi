@@ -25,6 +25,10 @@ from .info import (
     ParametrizationInfo as ParametrizationInfo,
     SpectralNormInfo as SpectralNormInfo,
 )
+from .names import (
+    STATE_BESIDE as STATE_BESIDE,
+    plain_name as plain_name,
+)
 from .plan import (
     Plan as Plan,
     Walk as Walk,

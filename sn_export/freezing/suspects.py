@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,19 +14,15 @@ from ..errors import SpectralNormNotRecognisedWarning
 from ..text import quote_names, shorten_list
 from .introspection.frozen_class import Frozen
 from .introspection.singular_vectors import (
-    NORMS,
-    SIGMA,
     fits,
-    is_named_as_vector,
     matrices,
     missing_weights,
     small_state,
 )
 from .introspection.source_code import Code, code_of, is_torch_layer, mentioned
+from .names import is_named_as_norm, is_named_as_vector, mentions_norm, mentions_sigma
 from .site import Found
 
-# SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
-_NAMED = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")
 _TORCH = frozenset({"_u", "_v", "normalize"})  # in the code of torch's own link
 
 
@@ -100,19 +95,19 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     code = code_of(type(module))
     if code.is_torch:
         return None
-    named = bool(_NAMED.search(type(module).__name__))
+    named = is_named_as_norm(type(module).__name__)
     for pair in _pairs(module, claimed, code):
         if not fits(pair.vector, pair.state, pair.weight):
             continue
-        signs = (named, is_named_as_vector(pair.vector), not NORMS.isdisjoint(pair.names))
+        signs = (named, is_named_as_vector(pair.vector), mentions_norm(pair.names))
         if sum(signs) >= 2 and mentioned(pair.vector, pair.names):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own, names = matrices(module), code.mentions(code.forward)
-    if own and named and not SIGMA.isdisjoint(names):
+    if own and named and mentions_sigma(names):
         return f"its name, and it computes with '{next(iter(own))}'"
     # The norm of a convolution as an operator has vectors of the size of its input and output.
     vectors = [name for name, _ in small_state(module) if is_named_as_vector(name)]
-    if own and len(vectors) > 1 and not NORMS.isdisjoint(names):
+    if own and len(vectors) > 1 and mentions_norm(names):
         return f"{quote_names(vectors)} are named like singular vectors of '{next(iter(own))}'"
     return None
 

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sn_export.exporting.folding.fold import fold_initializers
-from sn_export.exporting.folding.naming import folded_name, plain_name
+from sn_export.exporting.folding.naming import folded_name, plain_path
 from sn_export.proving import using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
@@ -234,7 +234,7 @@ def test_cone_that_nobody_can_evaluate_stays(caplog: pytest.LogCaptureFixture) -
 )
 def test_plain_names(raw: str, plain: str) -> None:
     """Suffixes of raw tensors and torch's parametrization names give the plain name."""
-    assert plain_name(raw) == plain
+    assert plain_path(raw) == plain
 
 
 @pytest.mark.parametrize(

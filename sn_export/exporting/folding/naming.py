@@ -5,20 +5,26 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable, Sequence
 
+from ...freezing import plain_name
 from ...text import qualified
 
-# What handwritten and torch's own reparametrizations append to the name of the raw weight.
-_RAW = re.compile(r"(?<=.)_(orig|original|bar|raw|v|param|parameter)$")
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
 
 
-def plain_name(raw: str) -> str:
-    """Return the plain name behind that of a raw tensor: ``a.weight`` for ``a.weight_orig``."""
+def plain_path(raw: str) -> str:
+    """Return the qualified name of a weight behind that of its raw tensor.
+
+    ::
+
+        plain_path("a.weight_orig")  # "a.weight"
+        plain_path("a.weight_v")  # "a.weight", the direction of weight norm
+        plain_path("a.parametrizations.weight.original0")  # "a.weight"
+    """
     parametrized = _PARAMETRIZED.match(raw)
     if parametrized:
         return qualified(parametrized[1] or "", parametrized[2])
     module, _, tensor = raw.rpartition(".")
-    return qualified(module, _RAW.sub("", tensor))
+    return qualified(module, plain_name(tensor.removesuffix("_v") or tensor))
 
 
 def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) -> str:
@@ -33,7 +39,7 @@ def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) ->
     if raw is None:
         wanted = qualified(user or "", "weight")
     else:
-        wanted = plain_name(raw)
+        wanted = plain_path(raw)
         module, _, tensor = wanted.rpartition(".")
         # A module above merely computes in the place of the one that holds the weight.
         if user is not None and not _is_within(module, user):

@@ -5,7 +5,6 @@ A layer that lacks its weight holds, under a name derived from it, what it is co
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -14,18 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...running import is_dense
-
-SUFFIXES = ("_bar", "_orig", "_raw", "_org")
-
-# A vector of one element fits any critic's last layer, so there the name has to say it.
-_TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
-_VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
-
-# Names in code that computes a largest singular value, without vectors that it keeps; in code
-# that says so; and in code that normalises vectors, as each power iteration does.
-SINGULAR_VALUES = {"svd", "svdvals", "svd_lowrank", "matrix_norm", "power_iteration", "lobpcg"}
-SIGMA = SINGULAR_VALUES | {"sigma", "l2normalize", "_l2normalize", "max_singular_value"}
-NORMS = SIGMA | {"normalize", "norm", "vector_norm", "l2_normalize", "normalise", "rsqrt"}
+from ..names import is_named_as_state, is_named_as_vector, plain_name
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -64,12 +52,7 @@ def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
     length = max(tensor.shape)
     sizes = {rows for rows in weight.shape}
     sizes |= {weight.numel() // rows for rows in weight.shape}
-    return length in sizes and (length > 1 or bool(_TELLING.search(name)))
-
-
-def is_named_as_vector(name: str) -> bool:
-    """Whether ``name`` is what people call singular vectors: ``u``, ``weight_v``, ``sn_u0``."""
-    return bool(_VECTOR.search(name))
+    return length in sizes and (length > 1 or is_named_as_state(name))
 
 
 def proportion(raw: Tensor, value: Tensor) -> float | None:
@@ -116,11 +99,6 @@ class MissingWeight(NamedTuple):
     value: Tensor
     state: tuple[str, ...]
     is_matrix: bool = True
-
-
-def plain_name(raw: str) -> str:
-    """Return ``raw`` without its suffix; without a suffix it stays."""
-    return next((raw.removesuffix(s) for s in SUFFIXES if raw.endswith(s)), raw) or raw
 
 
 def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[MissingWeight]:

@@ -14,15 +14,13 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ...running import same_bits, without_trace
 from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.singular_vectors import (
-    NORMS,
-    SIGMA,
     fits,
     is_multiple,
-    is_named_as_vector,
     proportion,
     small_state,
 )
 from ..introspection.source_code import code_of
+from ..names import is_named_as_vector, mentions_norm, mentions_sigma
 from .chain import chains, originals_of
 
 
@@ -45,13 +43,13 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     code = code_of(type(module))
     if code.is_torch:
         return False
-    vectors = {} if NORMS.isdisjoint(code.names) else _named(small_state(module))
+    vectors = {} if not mentions_norm(code.names) else _named(small_state(module))
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
     # Where the vectors are kept at length one by parametrizations, its own code need not do it.
     inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
     vectors |= _named((name, t) for name, t in inner if not t.requires_grad)
-    if not vectors and (module is not link or SIGMA.isdisjoint(code.names)):
+    if not vectors and (module is not link or not mentions_sigma(code.names)):
         return False
     try:
         return _divides(module, link, arriving(chain, link))

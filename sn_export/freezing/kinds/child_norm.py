@@ -25,14 +25,13 @@ from ..introspection.frozen_class import frozen_class
 from ..introspection.probe import Probe
 from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
-    NORMS,
     fits,
     is_multiple,
-    is_named_as_vector,
     matrices,
     small_state,
 )
 from ..introspection.source_code import Code, code_of, times_read
+from ..names import is_named_as_vector, mentions_norm
 from .handwritten_site import Answer, HandwrittenSite
 
 
@@ -84,7 +83,7 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
         if helper is None or isinstance(helper, torch.jit.ScriptModule):
             continue
         names = code_of(type(helper)).names
-        if not isinstance(helper, _SpectralNorm) and NORMS.isdisjoint(names):
+        if not isinstance(helper, _SpectralNorm) and not mentions_norm(names):
             continue
         state = tuple(name for name, t in small_state(helper) if fits(name, t, weight))
         is_trained = any(p.requires_grad for p in helper.parameters())

@@ -10,9 +10,8 @@ from torch import Tensor, nn
 from ..edits import Edits
 from ..info import SpectralNormInfo
 from ..introspection.singular_vectors import proportion
+from ..names import ITERATIONS
 from ..site import Site
-
-_ITERATIONS = ("power_iterations", "n_power_iterations", "num_iters", "num_itrs", "n_iter", "Ip")
 
 
 @dataclass(frozen=True)
@@ -82,7 +81,7 @@ class HandwrittenSite(Site):
         return 1 if raw.shape[1] in lengths and raw.shape[0] not in lengths else 0
 
     def _iterations(self) -> int | None:
-        for name in _ITERATIONS:
+        for name in ITERATIONS:
             count = getattr(self.owner, name, None)
             if isinstance(count, int):
                 return count

@@ -30,16 +30,13 @@ from ..introspection.frozen_class import Override, frozen_class
 from ..introspection.probe import Probe
 from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
-    NORMS,
-    SINGULAR_VALUES,
     fits,
     is_multiple,
-    is_named_as_vector,
     matrices,
-    plain_name,
     small_state,
 )
 from ..introspection.source_code import Code, Member, mentioned, times_read
+from ..names import is_named_as_vector, mentions_norm, mentions_sigma, plain_name
 from ..site import plan_registration
 from .handwritten_site import Answer, HandwrittenSite
 
@@ -94,7 +91,7 @@ def _site(
 ) -> MixinSite | None:
     if not _is_normalised(code.mentions(code.forward), raw, vectors):
         return None
-    if NORMS.isdisjoint(code.names) and not any(map(is_named_as_vector, vectors)):
+    if not mentions_norm(code.names) and not any(map(is_named_as_vector, vectors)):
         return None  # a mask, a scale: nothing that a power iteration would write
     probe = Probe.of(module)
     used = None if probe is None else probe.weight(raw)
@@ -157,13 +154,11 @@ def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
 
 
 def _is_normalised(
-    names: Collection[str], raw: str, vectors: Collection[str], member: Member | None = None
+    names: frozenset[str], raw: str, vectors: Collection[str], member: Member | None = None
 ) -> bool:
     """Whether code that uses ``names`` reads the weight and something to divide it by."""
     reads = mentioned(raw, names) or (member is not None and member.required == 1)
-    return reads and (
-        any(mentioned(v, names) for v in vectors) or not SINGULAR_VALUES.isdisjoint(names)
-    )
+    return reads and (any(mentioned(v, names) for v in vectors) or mentions_sigma(names))
 
 
 def _state(

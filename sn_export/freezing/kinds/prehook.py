@@ -22,8 +22,9 @@ from torch import Tensor, nn
 from ...running import same_bits
 from ..edits import Edits
 from ..introspection.sandbox import AlwaysEqualArgument, compute_in_sandbox, copied_attributes
-from ..introspection.singular_vectors import is_multiple, is_named_as_vector, missing_weights
+from ..introspection.singular_vectors import is_multiple, missing_weights
 from ..introspection.source_code import mentioned, names_in
+from ..names import is_named_as_vector
 from ..site import plan_registration
 from .handwritten_site import Answer, HandwrittenSite
 from .hook import find_hooks

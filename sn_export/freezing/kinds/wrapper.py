@@ -30,12 +30,12 @@ from ..introspection.sandbox import compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     MissingWeight,
     fits,
-    is_named_as_vector,
     matrices,
     missing_weights,
     small_state,
 )
 from ..introspection.source_code import Code, Member, is_torch_layer, mentioned
+from ..names import is_named_as_vector
 from ..site import plan_registration
 from .handwritten_site import Answer, HandwrittenSite
 
