@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import kills
 import pytest
 
 from sn_export.files import drafts, publish
@@ -91,3 +95,27 @@ def test_failing_step_leaves_all_as_it_was(
     with pytest.raises(type(error)):
         _publish(tmp_path, "ac", stale)
     assert _contents(tmp_path) == {name: OLD[name] for name in earlier}
+
+
+@pytest.mark.parametrize("stride", [5])
+def test_kill_at_any_step_leaves_the_old_files_or_the_new_ones(tmp_path: Path, stride: int) -> None:
+    """A model is absent, old with its old files, or new with its new ones; the next run tidies up.
+
+    External data or none before and after, a case beside it; a real process is really killed.
+    """
+    pairs = ["m-dm", "dm-m", "dm-dm", "m-m", "cdm-cdm"]
+    program = Path(kills.__file__)
+    ran = subprocess.run(
+        [sys.executable, program, tmp_path, str(stride), *pairs],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stderr
+    found = json.loads(ran.stdout)
+    assert list(found) == pairs
+    for pair, counts in found.items():
+        assert counts.pop("left behind") == 0, pair
+        assert set(counts) == {"old", "new"} | ({"absent"} if pair != "m-m" else set()), pair
+        assert sum(counts.values()) > 20
