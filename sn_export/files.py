@@ -28,6 +28,8 @@ from typing import Any, BinaryIO
 from .errors import SnExportError, SnExportWarning
 
 _PREFIX = ".sn_export."
+# A full disk, a quota, a limit of the process, a broken or read-only disk.
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOCK, _MADE, _REPLACED, _KEPT = "lock", "made", "replaced", "kept"
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
@@ -107,6 +109,22 @@ def require_place(target: Path) -> None:
             raise IsADirectoryError(f"cannot write '{target}': it is a folder")
         if not stat.S_ISREG(mode):  # it would be replaced, not written to
             raise FileExistsError(f"cannot write '{target}': it is no regular file")
+
+
+def are_one_place(one: Path, other: Path) -> bool:
+    """Whether two paths name one file, whether or not it is there."""
+    return os.path.realpath(one) == os.path.realpath(other)
+
+
+def find_disk_error(error: BaseException | None) -> OSError | None:
+    """Return what a disk refused a write with, if that is what an error came from."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+            return error
+        seen.add(id(error))
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def require_writable(target: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import subprocess
@@ -14,7 +15,8 @@ from pathlib import Path
 import kills
 import pytest
 
-from sn_export.files import drafts, publish
+from sn_export.errors import SnExportWarning
+from sn_export.files import drafts, find_disk_error, publish, require_writable
 
 OLD = {"a": b"old a", "b": b"old b", "c": b"old c"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -22,6 +24,10 @@ NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
 
 def _contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def _contents_of_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
 
 def _publish(folder: Path, names: str, stale: str = "") -> None:
@@ -32,6 +38,12 @@ def _publish(folder: Path, names: str, stale: str = "") -> None:
             made.write_bytes(NEW[name])
             moves.append((made, folder / name))
         publish(moves, [folder / name for name in stale])
+
+
+def _publish_one(target: Path, content: bytes) -> None:
+    with drafts(target) as made:
+        made.write_bytes(content)
+        publish([(made, target)])
 
 
 def _write(folder: Path, names: str) -> None:
@@ -119,3 +131,170 @@ def test_kill_at_any_step_leaves_the_old_files_or_the_new_ones(tmp_path: Path, s
         assert counts.pop("left behind") == 0, pair
         assert set(counts) == {"old", "new"} | ({"absent"} if pair != "m-m" else set()), pair
         assert sum(counts.values()) > 20
+
+
+def _link(path: Path, to: Path | str) -> Path:
+    path.symlink_to(to)
+    return path
+
+
+def _pipe(path: Path) -> Path:
+    os.mkfifo(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "message"),
+    [
+        (_pipe, FileExistsError, "it is no regular file"),
+        (lambda path: _link(path, "/dev/null"), FileExistsError, "it is no regular file"),
+        (lambda path: _link(path, path), OSError, "Too many levels of symbolic links"),
+        (lambda path: _link(path, path.parent), IsADirectoryError, "it is a folder"),
+        (lambda path: path.parent, IsADirectoryError, "it is a folder"),
+        (lambda path: path / "b", FileNotFoundError, "no folder '{parent}'"),
+        (lambda path: _pipe(path) / "b", FileNotFoundError, "no folder '{parent}'"),
+        (lambda path: path.with_name("x" * 256), OSError, "File name too long"),
+    ],
+    ids=["pipe", "device", "loop", "link-to-folder", "folder", "absent", "pipe-above", "long"],
+)
+def test_place_where_no_file_can_be(
+    tmp_path: Path, make: Callable[[Path], Path], kind: type[OSError], message: str
+) -> None:
+    """It is refused with one message that names it and the reason, and nothing is made."""
+    target = make(tmp_path / "a")
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(kind) as caught:
+        require_writable(target)
+    reason = message.format(parent=target.parent)
+    assert str(caught.value) == f"cannot write '{target}': {reason}"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127])
+def test_longest_name(tmp_path: Path, name: str) -> None:
+    """A name that the disk takes is taken: drafts have names of the same length."""
+    _publish_one(tmp_path / name, b"new")
+    assert (tmp_path / name).read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_symbolic_link_is_replaced(tmp_path: Path, is_there: bool) -> None:
+    """A link at the place gives way to the file; what it pointed to is left alone."""
+    if is_there:
+        (tmp_path / "other").write_bytes(b"other")
+    target = _link(tmp_path / "a", "other")
+    _publish_one(target, b"new")
+    assert not target.is_symlink()
+    assert target.read_bytes() == b"new"
+    assert (tmp_path / "other").exists() is is_there
+
+
+def test_folder_that_is_a_link(tmp_path: Path) -> None:
+    """Files go where a link among the folders above leads."""
+    (tmp_path / "real").mkdir()
+    _publish_one(_link(tmp_path / "link", "real") / "a", b"new")
+    assert _contents(tmp_path / "real") == {"a": b"new"}
+
+
+@pytest.mark.parametrize("is_cause", [True, False])
+def test_disk_error_within_another(is_cause: bool) -> None:
+    """A full disk is found below what others made of it; any other error of a file is none."""
+    full, outer = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch's")
+    if is_cause:
+        outer.__cause__ = full
+    else:
+        outer.__context__ = full
+    assert find_disk_error(outer) is full
+    full.__context__ = outer  # a circle
+    assert find_disk_error(full) is full
+    assert find_disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
+
+
+def _leave_behind(folder: Path) -> Path:
+    """Leave a folder of drafts as a killed process does: its lock is there and not held."""
+    left = folder / ".sn_export.killed"
+    (left / "made").mkdir(parents=True)
+    (left / "made" / "a").write_bytes(b"half")
+    (left / "lock").touch()
+    return left
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """Whatever file it was about; an empty folder without a lock, made by one, goes too."""
+    left = _leave_behind(tmp_path)
+    (tmp_path / ".sn_export.empty").mkdir()
+    _publish_one(tmp_path / "b", b"new")
+    assert not left.exists()
+    assert _contents(tmp_path) == {"b": b"new"}
+
+
+def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
+    """Neither another process's drafts go, nor one's own, nor what is no folder of drafts."""
+    program = (
+        "import sys, pathlib, sn_export.files as files\n"
+        "with files.drafts(pathlib.Path(sys.argv[1])) as draft:\n"
+        "    print(draft, flush=True); input()"
+    )
+    (tmp_path / ".sn_export.txt").write_text("somebody's own")
+    (tmp_path / ".sn_export.link").symlink_to(tmp_path)
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", program, tmp_path / "a"],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process,
+        drafts(tmp_path / "a") as own,
+    ):
+        assert process.stdin is not None and process.stdout is not None
+        others = Path(process.stdout.readline().strip())
+        _publish_one(tmp_path / "b", b"new")
+        assert others.parent.is_dir()
+        assert own.parent.is_dir()
+        process.stdin.write("\n")
+    assert {path.name for path in tmp_path.iterdir()} == {".sn_export.txt", ".sn_export.link", "b"}
+
+
+@pytest.mark.parametrize("has_lock", [True, False])
+def test_where_locks_fail_nothing_is_removed(
+    tmp_path: Path, has_lock: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on some network disks: files are published, what may be left over stays, and is named."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    left = _leave_behind(tmp_path)
+    if not has_lock:
+        (left / "lock").unlink()
+    with pytest.warns(SnExportWarning, match=f"'{left}' may be left from a process"):
+        _publish_one(tmp_path / "b", b"new")
+    assert (left / "made" / "a").read_bytes() == b"half"
+    assert {path.name for path in tmp_path.iterdir()} == {left.name, "b"}
+
+
+def test_failure_to_undo_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If the disk takes no more moves at all, the old files are kept, and the error says where."""
+    _write(tmp_path, "abc")
+    real, calls = os.replace, []
+
+    def replace(source: Path, place: Path) -> None:
+        calls.append(place)
+        if len(calls) > 2:
+            raise OSError(errno.EIO, "Input/output error")
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(OSError, match="Input/output error; what was there is now in") as caught:
+        _publish(tmp_path, "abc")
+    monkeypatch.undo()
+    kept = [path for path in tmp_path.iterdir() if path.is_dir()]
+    assert all(f"'{path / 'kept'}'" in str(caught.value) for path in kept)
+    found = {file.name: file.read_bytes() for path in kept for file in (path / "kept").iterdir()}
+    assert found | {n: c for n, c in _contents_of_files(tmp_path).items()} == OLD
+    _publish_one(tmp_path / "d", b"new")
+    assert all((path / "kept").is_dir() for path in kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
@@ -25,11 +26,11 @@ def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Itera
     Raises:
         UsageError: naming both.
     """
-    seen = {path.resolve(): name for name, paths in inputs.items() for path in paths}
+    seen = {os.path.realpath(path): name for name, paths in inputs.items() for path in paths}
     for name, path in outputs.items():
         if path is None:
             continue
-        other = seen.setdefault(path.resolve(), name)
+        other = seen.setdefault(os.path.realpath(path), name)
         if other != name:
             raise UsageError(f"{name} must be another file than {other}, both are '{path}'")
 

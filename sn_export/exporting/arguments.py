@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import SnExportError
-from ..files import as_path, require_place, require_writable, side_file
+from ..files import are_one_place, as_path, require_place, require_writable, side_file
 from ..results import EXPORTERS, Exporter
 from ..text import plain_integer
 
@@ -37,29 +37,33 @@ def require_initialized(model: nn.Module) -> None:
             )
 
 
-def require_target(path: str | os.PathLike[str], option: str = "path") -> Path:
-    """Return the path of a file to write.
+def require_target(path: str | os.PathLike[str]) -> Path:
+    """Return the path of an ONNX file to write.
 
     Raises:
         TypeError: if it is no path.
         ValueError: if it names no file.
         OSError: if it cannot be there, or its external data beside it.
     """
-    target = as_path(path, option)
-    if not target.name:
-        raise ValueError(f"{option} must name a file, got '{path}'")
-    require_place(target)
+    target = _require_file(path, "path")
     require_place(side_file(target))
-    require_writable(target)
     return target
 
 
 def require_case(path: str | os.PathLike[str], target: Path) -> Path:
     """Return the path of a saved case beside ``target``; raises as `require_target` does."""
-    case = require_target(path, "save_case")
-    if case.resolve() in (target.resolve(), side_file(target).resolve()):
+    case = _require_file(path, "save_case")
+    if are_one_place(case, target) or are_one_place(case, side_file(target)):
         raise ValueError(f"save_case must be another file than path, got '{path}'")
     return case
+
+
+def _require_file(path: str | os.PathLike[str], option: str) -> Path:
+    target = as_path(path, option)
+    if not target.name:
+        raise ValueError(f"{option} must name a file, got '{path}'")
+    require_writable(target)
+    return target
 
 
 def require_samples(samples: int) -> int:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..files import find_disk_error
 from ..proving import save, weight_bytes
 from ..results import Exporter, FileInput, FoldedInitializer
 from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes
@@ -101,6 +102,7 @@ def write_onnx(
     Raises:
         ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
             another opset, or a file that onnx finds fault with.
+        OSError: if the disk is full, say.
     """
     program = None
     try:
@@ -115,6 +117,9 @@ def write_onnx(
             else:
                 graph = _torchscript(model, call, options, path.with_suffix(".raw.onnx"))
     except Exception as error:
+        full = find_disk_error(error)
+        if full is not None:  # the exporter is not to blame, and the other would fail too
+            raise OSError(full.errno, full.strerror) from error
         raise ExportError(
             f"the {exporter} exporter cannot export {type(model).__name__}: "
             f"{describe_failure(error, model, other, list(options.input_names))}"

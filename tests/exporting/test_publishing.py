@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -230,6 +231,24 @@ def test_earlier_file_is_replaced(tmp_path: Path, exporter: str) -> None:
     export_onnx(Head(), rows(), path, exporter=exporter)
     assert list(contents_of(tmp_path)) == ["net.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
+
+
+@pytest.mark.parametrize("external", [True, False])
+@pytest.mark.parametrize("exporter", [*EXPORTERS, "auto"])
+def test_full_disk(tmp_path: Path, exporter: str, external: bool) -> None:
+    """The disk is said to be full, no other exporter is recommended, the old file stays."""
+    path = tmp_path / "net.onnx"
+    path.write_bytes(b"an earlier file")
+    before = contents_of(tmp_path)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+    try:
+        with pytest.raises(ExportError) as caught:
+            export_onnx(Head(), rows(), path, exporter=exporter, external_data=external)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value) == f"cannot write '{path}': File too large"
+    assert contents_of(tmp_path) == before
 
 
 def test_target_may_be_a_string(tmp_path: Path) -> None:
