@@ -7,19 +7,23 @@ A file is written as a draft, in a hidden folder beside its place (`drafts`), an
       lock         locked while the process lives that made the folder
       made/        the drafts, under their own names
       replaced/    what was there before, until all is in place
+      plan         the moves that are being made, as JSON
 
 A killed process leaves its folder behind. The next one that writes beside it can lock the file
-``lock``, so it knows that nobody needs the folder, and removes it.
+``lock``, so it knows that nobody needs the folder: it takes back moves that were not all made,
+and removes the folder.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
+import secrets
 import shutil
 import stat
-import tempfile
+import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -30,7 +34,7 @@ from .errors import SnExportError, SnExportWarning
 _PREFIX = ".sn_export."
 # A full disk, a quota, a limit of the process, a broken or read-only disk.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-_LOCK, _MADE, _REPLACED, _KEPT = "lock", "made", "replaced", "kept"
+_LOCK, _MADE, _REPLACED, _KEPT, _PLAN = "lock", "made", "replaced", "kept", "plan"
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
 
@@ -159,7 +163,8 @@ def disk_errors_as(kind: type[SnExportError], target: Path) -> Iterator[None]:
 def drafts(target: Path) -> Iterator[Path]:
     """Yield a path of the same name in a new folder beside ``target``, to be written to.
 
-    What killed processes left beside ``target`` is removed first, the new folder afterwards.
+    What killed processes left beside ``target`` is removed first, the new folder afterwards. If
+    one was killed while it replaced files, what it had moved aside is back in its place.
 
     Raises:
         OSError: if the folder of ``target`` takes no new folder.
@@ -169,15 +174,16 @@ def drafts(target: Path) -> Iterator[Path]:
             whether a process still uses it, since files cannot be locked on this disk.
     """
     _remove_leftovers(target.parent)
-    folder, lock = _make_folder(target.parent)
+    folder, locks = target.parent / f"{_PREFIX}{secrets.token_hex(8)}", list[int]()
     try:
-        (folder / _MADE).mkdir()
-        yield folder / _MADE / target.name
-    finally:
-        _remove(folder)
-        _own_folders.discard(folder)
-        if lock is not None:
-            os.close(lock)
+        try:
+            _own_folders.add(folder)
+            _make(folder, locks)
+            yield folder / _MADE / target.name
+        finally:
+            _close(folder, locks)
+    finally:  # an interrupt may have stopped the first one
+        _close(folder, locks)
 
 
 def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> None:
@@ -192,7 +198,8 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         made/net.onnx.data -> net.onnx.data
         made/net.onnx -> net.onnx                  the new pair from here on
 
-    A file alone takes the place of an old one in one step. Each step is on the disk before the
+    What was moved aside comes back when somebody writes there again (`drafts`). A file alone takes
+    the place of an old one in one step. Each step is on the disk before the
     next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
 
     Args:
@@ -205,8 +212,11 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
     for made, _ in moves:
         _flush(made)
     last, done = moves[-1][0], list[tuple[Path, Path]]()
+    phases = _plan(moves, stale)
+    if len(phases) > 1:
+        _write_plan(last.parents[1], [pair for phase in phases for pair in phase])
     try:
-        for phase in _plan(moves, stale):
+        for phase in phases:
             for source, place in phase:
                 done.append((source, place))
                 os.replace(source, place)
@@ -236,6 +246,37 @@ def _plan(
         if place.parent.name == _REPLACED:
             place.parent.mkdir(exist_ok=True)
     return [first, changed, [(made, target)]]
+
+
+def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
+    """Write down what is going to be moved, for whoever finds the folder after a kill."""
+    paths = [[os.path.abspath(path) for path in pair] for pair in steps]
+    plan = folder / _PLAN
+    plan.write_text(json.dumps({"folder": _identity(folder), "steps": paths}), "utf-8")
+    _flush(plan)
+    _flush_folders([folder])
+
+
+def _take_back(folder: Path) -> None:
+    """Take back the moves of a killed process, unless it had made the last one.
+
+    A folder that came from elsewhere, in an archive, may hold any plan. It is not followed: nobody
+    else can know the number that the disk gives a folder.
+    """
+    try:
+        plan = json.loads((folder / _PLAN).read_text("utf-8"))
+        steps = [(Path(source), Path(place)) for source, place in plan["steps"]]
+        made, target = steps[-1]
+        is_ours = plan["folder"] == _identity(folder)
+        if is_ours and os.path.lexists(made) and not os.path.lexists(target):
+            _move_back(steps[:-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return  # half written, before the first move; or another folder is gone
+
+
+def _identity(folder: Path) -> list[int]:
+    found = folder.stat()
+    return [found.st_dev, found.st_ino]
 
 
 def _undo(done: Sequence[tuple[Path, Path]]) -> None:
@@ -279,21 +320,28 @@ def _flush_folders(folders: Iterable[Path]) -> None:
             _flush(folder)
 
 
-def _make_folder(parent: Path) -> tuple[Path, int | None]:
-    """Return a new folder and the descriptor that locks it; None where files cannot be locked.
+def _make(folder: Path, locks: list[int]) -> None:
+    """Make a folder for drafts, and lock it where files can be locked.
 
     Without a lock there is no file ``lock``, so that no other process takes it for unlocked.
     """
-    while True:
-        folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-        _own_folders.add(folder)
+    while not locks:
+        folder.mkdir(mode=0o700, exist_ok=True)
         try:
-            return folder, _lock(folder / _LOCK, os.O_CREAT)
+            locks.append(_lock(folder / _LOCK, os.O_CREAT))
         except (FileNotFoundError, BlockingIOError):  # taken for left behind before it was locked
-            _own_folders.discard(folder)
+            time.sleep(0.01)
         except OSError:
             (folder / _LOCK).unlink(missing_ok=True)
-            return folder, None
+            break
+    (folder / _MADE).mkdir()
+
+
+def _close(folder: Path, locks: list[int]) -> None:
+    _remove(folder)
+    _own_folders.discard(folder)
+    while locks:
+        os.close(locks.pop())
 
 
 def _lock(path: Path, flags: int = 0) -> int:
@@ -326,20 +374,24 @@ def _remove_leftovers(parent: Path) -> None:
             for entry in entries
             if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False)
         ]
-    for folder in found:
-        if folder in _own_folders or (folder / _KEPT).exists():
-            continue
-        try:
-            lock = _lock(folder / _LOCK)
-        except BlockingIOError:  # by a living process
-            continue
-        except OSError as error:
-            if not _remove_empty(folder):
-                _warn_of_leftover(folder, error)
-            continue
-        try:
+    locks: dict[Path, int] = {}
+    try:
+        for folder in found:
+            if folder in _own_folders or (folder / _KEPT).exists():
+                continue
+            try:
+                locks[folder] = _lock(folder / _LOCK)
+            except BlockingIOError:  # by a living process
+                continue
+            except OSError as error:
+                if not _remove_empty(folder):
+                    _warn_of_leftover(folder, error)
+        for folder in locks:
+            _take_back(folder)
+        for folder in locks:  # after that, since moves go to and from several
             _remove(folder)
-        finally:
+    finally:
+        for lock in locks.values():
             os.close(lock)
 
 
@@ -369,6 +421,8 @@ def _remove(folder: Path) -> None:
     """Remove a folder of drafts, its lock last; what a kill leaves of it can be locked again."""
     if (folder / _KEPT).exists():
         return
+    with contextlib.suppress(OSError):
+        (folder / _PLAN).unlink(missing_ok=True)  # first: it holds while all drafts are there
     for name in (_MADE, _REPLACED):
         shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(OSError):

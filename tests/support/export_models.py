@@ -29,7 +29,7 @@ EXPORTERS = ("dynamo", "torchscript")
 MODES = ("train", "eval", "mixed")
 
 # Each dynamo export builds torch's table of operators anew, which takes most of its time.
-ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign,assignment]
+ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign]
     functools.cache(ONNXRegistry.from_torchlib)
 )
 
@@ -141,7 +141,8 @@ class Unsupported(Head):
     """Uses an operator that has no ONNX form."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.linalg.svdvals(self.layer(x))
+        values: Tensor = torch.linalg.svdvals(self.layer(x))
+        return values
 
 
 class Raising(Head):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
+import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -23,19 +25,25 @@ _EVENTS = ("os.", "open", "shutil.", "tempfile.", "fcntl.")
 
 
 class _Killer:
-    """Kills its own process at the n-th line of files.py, or call to the system, from now on."""
+    """Kills its own process at the n-th line of files.py, or call to the system.
 
-    def __init__(self, step: int) -> None:
+    It counts from the first line of the function ``since``.
+    """
+
+    def __init__(self, step: int, since: str) -> None:
         self.left = step
+        self.since = since
+        self.has_begun = False
 
     def count(self) -> None:
-        self.left -= 1
+        self.left -= self.has_begun
         if not self.left:
             os.kill(os.getpid(), signal.SIGKILL)
 
     def __call__(self, frame: FrameType, event: str, arg: object) -> Any:
         if frame.f_code.co_filename != files.__file__:
             return None
+        self.has_begun = self.has_begun or frame.f_code.co_name == self.since
         if event == "line":
             self.count()
         return self
@@ -45,13 +53,13 @@ class _Killer:
             self.count()
 
 
-def killed_at(step: int, work: Callable[[], None]) -> bool:
+def killed_at(step: int, work: Callable[[], None], since: str = "drafts") -> bool:
     """Do ``work`` in a child that is killed at its n-th step; return whether it came so far."""
-    return in_child(lambda: _die(work, step))
+    return in_child(lambda: _die(work, step, since))
 
 
-def in_child(work: Callable[[], None]) -> bool:
-    """Do ``work`` in a child process; return whether it was killed."""
+def in_child(work: Callable[[], None], seconds: float | None = None) -> bool:
+    """Do ``work`` in a child process, and kill it after some time; return whether it was killed."""
     child = os.fork()
     if not child:
         try:
@@ -60,6 +68,9 @@ def in_child(work: Callable[[], None]) -> bool:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
+    if seconds is not None:
+        time.sleep(seconds)
+        os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
         return os.WTERMSIG(status) == signal.SIGKILL
@@ -67,8 +78,8 @@ def in_child(work: Callable[[], None]) -> bool:
     return False
 
 
-def _die(work: Callable[[], None], step: int) -> None:
-    killer = _Killer(step)
+def _die(work: Callable[[], None], step: int, since: str) -> None:
+    killer = _Killer(step, since)
     sys.addaudithook(killer.hear)
     sys.settrace(killer)
     work()
@@ -106,17 +117,22 @@ def publish(folder: Path, new: Contents, stale: Sequence[str]) -> None:
         files.publish(moves, [folder / name for name in stale])
 
 
-def _write(folder: Path, old: Contents) -> None:
-    for name in contents(folder):
-        (folder / name).unlink()
-    for name, content in old.items():
+def fill(folder: Path, files: Contents) -> None:
+    """Let a folder hold these files and nothing else."""
+    for path in folder.iterdir():
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    for name, content in files.items():
         (folder / name).write_bytes(content)
 
 
 def try_every_step(folder: Path, earlier: str, wanted: str, stride: int) -> dict[str, int]:
     """Kill publishing at each step, or every few; count the verdicts.
 
-    After each kill the same is published once more, and must leave the new files alone.
+    After each kill the folder is written to, which must put back what was moved aside; then the
+    same is published once more, and must leave the new files alone.
 
     Args:
         folder: where to; its files are deleted.
@@ -131,10 +147,13 @@ def try_every_step(folder: Path, earlier: str, wanted: str, stride: int) -> dict
     final = new | {name: old[name] for name in earlier if name not in (*wanted, *stale)}
     counts: Counter[str] = Counter()
     for step in itertools.count(1, stride):
-        _write(folder, old)
+        fill(folder, old)
         if not killed_at(step, lambda: publish(folder, new, stale)):
             return dict(counts)
         counts[verdict(contents(folder), old, final, wanted[-1])] += 1
+        with files.drafts(folder / "x"):
+            pass
+        counts["not put back"] += contents(folder) not in (old, final)
         publish(folder, new, [name for name in stale if (folder / name).exists()])
         counts["left behind"] += {path.name for path in folder.iterdir()} != set(final)
     raise AssertionError
@@ -143,7 +162,10 @@ def try_every_step(folder: Path, earlier: str, wanted: str, stride: int) -> dict
 def main() -> None:
     """Print what `try_every_step` counts, for each ``earlier-wanted`` among the arguments."""
     folder, stride, *pairs = sys.argv[1:]
-    found = {pair: try_every_step(Path(folder), *pair.split("-"), int(stride)) for pair in pairs}
+    found = {}
+    for pair in pairs:
+        earlier, _, wanted = pair.partition("-")
+        found[pair] = try_every_step(Path(folder), earlier, wanted, int(stride))
     print(json.dumps(found))
 
 
