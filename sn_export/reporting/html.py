@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jinja2
+import markupsafe
 
+from ..text import escape_unprintable
 from . import charts, content, numbers
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
@@ -46,6 +49,7 @@ def _template() -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sn_export.reporting"),
         autoescape=True,
+        finalize=_escape,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
@@ -64,3 +68,12 @@ def _template() -> jinja2.Template:
         tensor_name=content.tensor_name,
     )
     return environment.get_template("report.html")
+
+
+def _escape(value: Any) -> Any:
+    """Return what a template is about to show, without control and bidirectional characters.
+
+    Jinja escapes ``<``, ``&`` and quotes itself, afterwards.
+    """
+    is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
+    return escape_unprintable(value) if is_text else value

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from ..text import escape_unprintable
 from . import numbers
 from .content import (
     Report,
@@ -19,7 +20,9 @@ from .content import (
 
 _ROWS = 20  # of each table; the HTML report holds all
 _AROUND = 3  # modules before and after the first one outside tolerance
-_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!])")
+# Markup; what makes an address a link; what begins a list or a heading.
+_SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!]|:(?=//)|(?<=www)\.|^[-+=])", re.IGNORECASE)
+_NUMBERED = re.compile(r"^(\d+)\.")
 _LONGEST = 500  # characters of one text
 
 
@@ -146,9 +149,10 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    return _SPECIAL.sub(r"\\\1", _line(text))
+    """Return untrusted text as a sentence, in which every letter stands for itself."""
+    return _NUMBERED.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", _line(text)))
 
 
 def _line(text: str) -> str:
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    text = escape_unprintable(" ".join(text.split()))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 2] + " …"

@@ -7,26 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from cli_running import Run, runner
+from hostile_texts import HOSTILE
 
 from sn_export.cli.console import print_note, table
 from sn_export.text import escape_unprintable, join_lines, quote_name, quote_names
 
-HOSTILE = {
-    "escape": "\x1b[2J\x1b]0;title\x07",
-    "bell": "a\x07b",
-    "carriage return": "good\rbad",
-    "nul": "a\0b",
-    "C1": "\x9b31m",
-    "delete": "a\x7fb",
-    "bidi": "\u202egnp.exe\u202c\u2066\u200f",
-    "new line": "a\nsn-export: proved and written: o.onnx",
-    "line separator": "a\u2028sn-export: proved",
-    "next line": "a\x85sn-export: proved",
-    "surrogate": "a\udc80\ud800",
-    "byte of another encoding": "a\udcff",
-    "zero width": "pay\u200bpal\ufeff",
-    "tag": "\U000e0041",
-}
 READABLE = ["body.0.weight", "größe", "重み", "[red]x[/red]", ":smile:", "a\\b", "😀", ""]
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from browser import BROWSER, look, printed, screenshot
 from export_models import images, small_net
+from hostile_texts import HOSTILE
 from report_contents import LONG, NASTY, content, frozen, module, output
 
 from sn_export import export_onnx
@@ -84,6 +85,32 @@ def test_names_are_only_text(passed: bool) -> None:
     wild, tame = (_Page(to_html(content(passed, name))) for name in (NASTY, LONG))
     assert wild.tags == tame.tags
     assert any(NASTY.splitlines()[0] in text for text in wild.texts)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+@pytest.mark.parametrize("write", [to_html, to_markdown])
+@pytest.mark.parametrize("passed", [True, False])
+def test_nothing_unprintable_in_a_page(
+    passed: bool, write: Callable[[Any], str], kind: str, tmp_path: Path
+) -> None:
+    """Control and bidirectional characters and lone surrogates are escaped wherever they stand."""
+    text = HOSTILE[kind]
+    given = content(
+        passed,
+        text,
+        notes=[text],
+        attempts=[{"exporter": "dynamo", "error": text}],
+        versions={text: text},
+    )
+    given["files"] = {text: {"bytes": 1, "sha256": text}}
+    given["frozen"].append(frozen(text, kind=text, dtype=text))
+    page = write(given)
+    assert all(line.isprintable() for line in page.split("\n"))
+    tame = write(json.loads(json.dumps(given).replace(json.dumps(text)[1:-1], "tame")))
+    assert page.count("\n") == tame.count("\n")
+    suffix = ".html" if write is to_html else ".md"
+    save_report(given, tmp_path / f"r{suffix}")
+    assert (tmp_path / f"r{suffix}").read_bytes() == page.encode()
 
 
 def test_verdict_comes_first() -> None:

@@ -13,7 +13,8 @@ from sn_export.reporting import to_markdown
 
 def _html(text: str) -> str:
     # As on GitHub: tables, and markup of one's own (this report has but <details>).
-    return MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    reader = MarkdownIt("commonmark", {"html": True}).enable(["table", "strikethrough"])
+    return reader.render(text)
 
 
 def test_passed() -> None:
@@ -68,8 +69,27 @@ def test_it_is_short() -> None:
         "[x](javascript:alert(1)) **b** _c_ ~~d~~ $e$ ![f](g)",
         "\x1b[31m\r\n\u2028# heading",
         "x" * 100_000,
+        "- item",
+        "1. item",
+        "+ item",
+        "===",
+        "https://example.com www.example.com",
     ],
-    ids=["markup", "pipes", "fences", "fence", "space", "links", "lines", "long"],
+    ids=[
+        "markup",
+        "pipes",
+        "fences",
+        "fence",
+        "space",
+        "links",
+        "lines",
+        "long",
+        "item",
+        "number",
+        "plus",
+        "rule",
+        "address",
+    ],
 )
 @pytest.mark.parametrize("passed", [True, False])
 def test_names_are_only_text(name: str, passed: bool) -> None:
@@ -82,6 +102,12 @@ def test_names_are_only_text(name: str, passed: bool) -> None:
     assert tags(wild) == tags(tame)
     assert wild.count("\n") == tame.count("\n")
     assert len(wild) < 10_000
+
+
+def test_addresses_are_no_links() -> None:
+    """GitHub makes links of addresses in text; those of a file are not ours to offer."""
+    text = to_markdown(content(False, notes=["see https://evil.example and www.evil.example"]))
+    assert r"see https\://evil.example and www\.evil.example" in text
 
 
 def test_everything_is_one_line_of_a_table() -> None:
