@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import ast
+import re
 import subprocess
 import sys
+from pathlib import Path
+from types import ModuleType
 
+import mypy.api
 import pytest
 
 import sn_export
+import sn_export.checkpoints
+import sn_export.freezing
+import sn_export.reporting
+
+_ROOT = Path(__file__).resolve().parent.parent
+_CACHE = _ROOT / ".mypy_cache"  # scripts/test has filled it
+_FACES = [sn_export, sn_export.checkpoints, sn_export.freezing, sn_export.reporting]
 
 
 @pytest.mark.parametrize("name", sn_export.__all__)
@@ -24,6 +36,36 @@ def test_a_name_that_is_not_there() -> None:
     """An unknown name is an AttributeError, as of any module."""
     with pytest.raises(AttributeError, match="No sn_export attribute frozen"):
         _ = sn_export.frozen  # type: ignore[attr-defined]
+
+
+def test_no_public_name_is_any(tmp_path: Path) -> None:
+    """A type checker knows every public name, also of the wings that have a face to import."""
+    names = [f"sn_export.{name}" for name in sn_export.__all__]
+    for face in _FACES:
+        names += [f"{face.__name__}.{name}" for name in face.__all__]
+    modules = "".join(f"import {face.__name__}\n" for face in _FACES)
+    program = tmp_path / "program.py"
+    program.write_text(modules + "".join(f"reveal_type({name})\n" for name in names))
+    shown, errors, _ = mypy.api.run(
+        ["--config-file", str(_ROOT / "pyproject.toml"), "--cache-dir", str(_CACHE), str(program)]
+    )
+    assert not errors
+    revealed = re.findall(r'note: Revealed type is "(.*)"', shown)
+    assert len(revealed) == len(names), shown
+    unknown = [name for name, kind in zip(names, revealed, strict=True) if kind == "Any"]
+    assert unknown == []
+
+
+@pytest.mark.parametrize("face", [sn_export, sn_export.freezing], ids=lambda face: face.__name__)
+def test_names_stand_once(face: ModuleType) -> None:
+    """A lazily loaded face has each name once, in its stub alone, imported from one place."""
+    assert face.__file__ is not None
+    stub = ast.parse(Path(face.__file__).with_suffix(".pyi").read_text())
+    assert {type(statement) for statement in stub.body} == {ast.ImportFrom}
+    names = [a.asname for node in stub.body for a in node.names]  # type: ignore[attr-defined]
+    assert sorted(names) == sorted(set(names)) == sorted(face.__all__)
+    code = Path(face.__file__).read_text()
+    assert not [name for name in names if name in code]
 
 
 @pytest.mark.parametrize(

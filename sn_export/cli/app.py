@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import sys
-from importlib.metadata import PackageNotFoundError, version as version_of
 from typing import Annotated, Any, get_type_hints
 
 import typer
@@ -69,8 +68,10 @@ def add_command(name: str, command: type[Command]) -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
+        from importlib.metadata import PackageNotFoundError, version
+
         try:
-            print(f"sn-export {version_of('sn-export')}")
+            print(f"sn-export {version('sn-export')}")
         except PackageNotFoundError:
             print("sn-export, not installed")
         raise typer.Exit

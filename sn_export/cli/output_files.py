@@ -11,7 +11,6 @@ from typing import Any
 
 from ..errors import UsageError
 from ..files import require_writable
-from ..reporting import require_report_path, save_report
 
 _PICTURED = (".html", ".md")
 
@@ -43,6 +42,8 @@ def require_report(path: Path | None) -> None:
         OSError: if its folder is absent or cannot be written to, or it is a folder.
     """
     if path is not None:
+        from ..reporting import require_report_path  # its templates take a moment to load
+
         require_report_path(path)
         require_writable(path)
 
@@ -65,6 +66,8 @@ def write_report(content: Mapping[str, Any], path: Path | None, written: Path | 
     """
     if path is None:
         return
+    from ..reporting import save_report
+
     try:
         save_report(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
     except OSError as error:
