@@ -136,3 +136,58 @@ def test_a_block_on_the_layer_alone_has_its_norm() -> None:
     with warnings.catch_warnings(), frozen_spectral_norm(model.l), torch.no_grad():
         warnings.simplefilter("error")
         assert same_bits(model.l(torch.ones(1, 3)), expected)
+
+
+class EveryStatement(nn.Module):
+    """A forward with the statements and expressions of the language, in which nothing is read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(3, 3))
+        self.calls = 0
+
+    def forward(self, x: Tensor, *rest: Tensor, **named: Tensor) -> Tensor:
+        import math as m
+
+        def inner(y: Tensor, scale: float = 1.0) -> Tensor:
+            nonlocal x
+            return y * scale
+
+        class Local:
+            factor = 1
+
+        pass
+        try:
+            assert x.ndim, f"{x.ndim:>{2}} dims"
+        except (AssertionError, ValueError) as error:
+            raise RuntimeError from error
+        else:
+            self.calls += 1
+        finally:
+            count: int = 0
+        while count < 2:
+            count += 1
+            if count == 1:
+                continue
+            break
+        with warnings.catch_warnings():
+            pairs = {k: v for k, v in zip("ab", (x, x), strict=True) if k}
+        match x.ndim:
+            case 0 | 1:
+                del pairs["a"]
+            case n if n > 9:
+                pairs = {}
+            case _:
+                pass
+        doubled = [y for y in (*pairs.values(),)][0:1][-1]
+        chosen = (lambda t: t)(doubled) if not rest or named else (yes := doubled) + yes
+        return self.layer(inner(chosen, m.cos(0) ** Local.factor))
+
+
+def test_every_statement_is_followed() -> None:
+    """Whatever a forward is written with, the layer that it calls is found and frozen."""
+    model = EveryStatement().eval()
+    wanted = output(model)
+    with frozen_spectral_norm(model):
+        assert set(model.layer._parameters) == {"bias", "weight"}
+        assert same_bits(output(model), wanted)

@@ -269,7 +269,7 @@ class _Evaluation:
             if isinstance(known, type) and isinstance(self._owner, known):
                 return _NONE  # Base.forward(self, x)
             function = getattr(known, node.attr, None) if known is not None else None
-            return self._pass(function, positional, named)
+            return self._follow(function, positional, named)
         found = _NONE
         for module in modules:
             child = self._child_or_held(module, node.attr)
@@ -332,9 +332,9 @@ class _Evaluation:
             return _NONE.union(*positional)
         if name in _PASSING:
             return _NONE.union(*map(_entries, positional))
-        return self._pass(self._meaning(node.func), positional, named)
+        return self._follow(self._meaning(node.func), positional, named)
 
-    def _pass(
+    def _follow(
         self, function: Any, positional: list[Modules], named: dict[str | None, Modules]
     ) -> Modules:
         if isinstance(function, FunctionType) and not is_library(function):
