@@ -208,13 +208,13 @@ def export_onnx(
     case = require_case(save_case, target) if save_case is not None else None
     checkpoint = require_source(source)
     keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
-    given = InputSet(as_args(args), keywords, "the example input")
-    require_seen(model, given)
-    example = given.clone().in_order(model)  # a copy, in which no tensor stands twice
-    own = as_input_sets(inputs, len(example.args), "inputs", example)
+    given = InputSet(as_args(args), keywords, "the example input").bind(model)
+    require_seen(given)
+    example = given.clone()  # a copy, in which no tensor stands twice
+    own = as_input_sets(model, inputs, len(example.args), "inputs", example)
     for one in own:
-        require_seen(model, one, example)
-    dims = dynamic_dims(model, example, dynamic_shapes)
+        require_seen(one, example)
+    dims = dynamic_dims(example, dynamic_shapes)
     names = names_of_inputs(model, example, input_names)
     only = "spectral_norm" if freeze == "spectral_norm" else None
     frozen = tuple(describe_sites(model, only))  # the block itself warns
@@ -232,7 +232,7 @@ def export_onnx(
         for one in (*random_sets(example, samples), *own):
             references.append(_run_further(model, state, one))
         references += resized_references(
-            model, example, dims, lambda one: run_reference(model, state, one), own
+            example, dims, lambda one: run_reference(model, state, one), own
         )
         spill = Spill(model, target.parent)
         freezing = partial(freeze_into, model, only, spill.keep)
@@ -261,9 +261,9 @@ def export_onnx(
                 if written.program is not None and dims:
                     references += references_beyond(  # for this proof and the next one
                         written.program,
-                        example.named_tensors(model),
+                        example.named_tensors(),
                         dims,
-                        Resizer(model, example).of,
+                        Resizer(example).of,
                         lambda one: run_reference(model, state, one),
                     )
                 if not keep_programs:

@@ -44,7 +44,7 @@ def flat_call(model: nn.Module, reference: Reference) -> Iterator[FlatCall]:
         The call.
     """
     example = reference.inputs.clone()
-    tensors = tuple(tensor for _, tensor in example.named_tensors(model))
+    tensors = tuple(tensor for _, tensor in example.named_tensors())
     if isinstance(model, torch.jit.ScriptModule):
         yield FlatCall(tensors, False)
         return

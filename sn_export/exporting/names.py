@@ -17,15 +17,15 @@ def names_of_inputs(
     """Return the names in the file by the name in the forward's signature, in its order.
 
     Args:
-        model: gives the names of its forward's parameters.
-        example: the example input.
+        model: its parameters and buffers keep their names.
+        example: the example input, bound.
         chosen: names that the user wants, for the first inputs or all.
 
     Raises:
         TypeError: if ``chosen`` is no sequence of text.
         ValueError: if it has more names than there are tensors, or one twice.
     """
-    signature = [name for name, _ in example.named_tensors(model)]
+    signature = [name for name, _ in example.named_tensors()]
     wanted = _require_names("input_names", chosen, signature, _TENSORS)
     rest = distinct(signature[len(wanted) :], {*wanted, *_state_names(model)})
     return dict(zip(signature, [*wanted, *rest], strict=True))

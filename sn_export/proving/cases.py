@@ -116,7 +116,7 @@ def case_of(
     outputs = tuple(entry.name for entry in session.get_outputs())
     sets = []
     for reference in references:
-        feed = named_inputs(model, session, reference.inputs, settings.input_names)
+        feed = named_inputs(session, reference.inputs, settings.input_names)
         sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
     return Case(
         inputs,

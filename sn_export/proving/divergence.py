@@ -58,7 +58,7 @@ def locate(
     outputs = [output.name for output in file.graph.output]
     try:
         session = open_session(path, settings.providers, _with_all_values(file))
-        feed = named_inputs(model, session, inputs, settings.input_names)
+        feed = named_inputs(session, inputs, settings.input_names)
         names = _made_values(file)
         tensors = run_session(session, feed, inputs.label, [*names, *outputs])
     except (ExportError, ValueError, EncodeError, MemoryError) as error:

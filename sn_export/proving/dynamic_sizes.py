@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ExportError, SnExportError
 from ..running import DynamicDim, InputSet, Reference, random_like
@@ -19,7 +19,6 @@ Place = tuple[str, int]  # name of the tensor, index of the dimension
 
 
 def resized_references(
-    model: nn.Module,
     example: InputSet,
     dims: Sequence[DynamicDim],
     run: Callable[[InputSet], Reference],
@@ -32,8 +31,7 @@ def resized_references(
     number as long as they are equal. Where it rejects a size, others near it are tried.
 
     Args:
-        model: gives the names of its forward's parameters.
-        example: the example input.
+        example: the example input, bound.
         dims: the dynamic dimensions of ``example``.
         run: runs the model, and raises a `SnExportError` where it rejects an input.
         own: input sets of the user's own, whose sizes count as tried.
@@ -42,8 +40,8 @@ def resized_references(
         ExportError: if the model takes no other size in a dimension that the user names.
     """
     roots = by_root(dims)
-    inputs = Resizer(model, example)
-    shapes = [sizes_of(model, one) for one in (example, *own)]
+    inputs = Resizer(example)
+    shapes = [sizes_of(one) for one in (example, *own)]
     found: list[Reference] = []
     errors: dict[str, SnExportError] = {}
 
@@ -56,7 +54,7 @@ def resized_references(
                 errors.update(dict.fromkeys(sizes, error))
                 continue
             found.append(reference)
-            shapes.append(sizes_of(model, reference.inputs))
+            shapes.append(sizes_of(reference.inputs))
             break
 
     def is_varied(group: Sequence[DynamicDim]) -> bool:
@@ -91,11 +89,11 @@ def by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
     return roots
 
 
-def sizes_of(model: nn.Module, inputs: InputSet) -> dict[Place, int]:
+def sizes_of(inputs: InputSet) -> dict[Place, int]:
     """Return the size of every dimension of every tensor."""
     return {
         (name, position): size
-        for name, tensor in inputs.named_tensors(model)
+        for name, tensor in inputs.named_tensors()
         for position, size in enumerate(tensor.shape)
     }
 
@@ -242,9 +240,9 @@ def _apart(name: str, group: Sequence[DynamicDim]) -> Iterator[dict[str, int]]:
 class Resizer:
     """Makes inputs like the example of other sizes, with random values."""
 
-    def __init__(self, model: nn.Module, example: InputSet) -> None:
+    def __init__(self, example: InputSet) -> None:
         self._example = example
-        self._names = {id(tensor): name for name, tensor in example.named_tensors(model)}
+        self._names = {id(tensor): name for name, tensor in example.named_tensors()}
         self._generator = torch.Generator().manual_seed(_SEED)
 
     def of(self, groups: Groups, sizes: Mapping[str, int]) -> InputSet:

@@ -81,7 +81,7 @@ def check_parity(
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
     session = proof_session(path, settings)
-    sets = as_input_sets(inputs, arity=len(session.get_inputs()))
+    sets = as_input_sets(model, inputs, arity=len(session.get_inputs()))
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
     note = unconverged_note(model)
@@ -139,7 +139,7 @@ def compare(
 
     def feed_of(reference: Reference) -> dict[str, Tensor]:
         inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
-        return named_inputs(model, session, inputs, settings.input_names)
+        return named_inputs(session, inputs, settings.input_names)
 
     for reference in references:
         label = reference.inputs.label
@@ -155,7 +155,7 @@ def compare(
 
 def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None:
     """Return the coarsest floating dtype of a model's parameters, buffers and inputs."""
-    inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors(model)]
+    inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors()]
     return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
 
 

@@ -111,7 +111,7 @@ class Proof:
         return kept
 
     def _fits(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
-        sizes = sizes_of(self.model, inputs)
+        sizes = sizes_of(inputs)
         one_for_two = find_tied_dims(shapes, self.dims, sizes)
         if one_for_two is not None:
             require_apart(one_for_two, inputs.label)

@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ExportError
 from ..files import side_file
@@ -105,16 +105,15 @@ def _size(path: Path) -> int:
 
 
 def named_inputs(
-    model: nn.Module, session: Any, inputs: InputSet, names: Mapping[str, str] | None
+    session: Any, inputs: InputSet, names: Mapping[str, str] | None
 ) -> dict[str, Tensor]:
     """Return the tensors of ``inputs`` by the names of the file's inputs.
 
     They go by name where the file has no others, else by position.
 
     Args:
-        model: gives the names of its forward's parameters.
         session: the session with the file.
-        inputs: the tensors.
+        inputs: the tensors, bound.
         names: what the file calls them, by their names in the forward's signature; the same if
             None.
 
@@ -122,7 +121,7 @@ def named_inputs(
         ExportError: if the number of inputs differs.
     """
     wanted = [entry.name for entry in session.get_inputs()]
-    named = inputs.named_tensors(model)
+    named = inputs.named_tensors()
     by_name = {(names or {}).get(name, name): tensor for name, tensor in named}
     if not all(name in by_name for name in wanted):
         if len(named) != len(wanted):

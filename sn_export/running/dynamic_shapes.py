@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from .input_set import InputSet, bound_arguments, flat_arguments, keyword_parameter
+from .input_set import Binding, InputSet
 from .nested import entries_of
 
 _FAR = 1 << 30
@@ -63,12 +63,11 @@ class DynamicDim:
         return next((n for n in range(self.size * 4 + 8) if self.size_for(n) == self.size), 0)
 
 
-def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
+def dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
     """Return the dynamic dimensions that ``dynamic_shapes`` declares for ``example``.
 
     Args:
-        model: gives the names of its forward's parameters.
-        example: the example input.
+        example: the example input, bound.
         dynamic_shapes: as `torch.export.export` takes it: by parameter name, or in the order
             of the arguments; nested like the inputs; for each tensor a dict or a sequence of
             `torch.export.Dim`, ``Dim.AUTO``, ``Dim.DYNAMIC``, a name, the size itself, or None.
@@ -82,10 +81,10 @@ def dynamic_dims(model: nn.Module, example: InputSet, dynamic_shapes: Any) -> li
     if not dynamic_shapes:
         return []
     declared: dict[int, dict[int, Any]] = {}
-    for name, value, spec in _by_argument(model, example, dynamic_shapes):
+    for name, value, spec in _by_argument(example, dynamic_shapes):
         declared.update(_declared(name, value, spec))
     found: list[DynamicDim] = []
-    for name, tensor in example.named_tensors(model):
+    for name, tensor in example.named_tensors():
         for position, entry in declared.get(id(tensor), {}).items():
             size = int(tensor.shape[position])
             dim = DynamicDim(name, position, _root(entry, size), size, entry)
@@ -121,19 +120,18 @@ def dynamic_axes(names: Mapping[str, str], dims: Sequence[DynamicDim]) -> dict[s
     return axes
 
 
-def _by_argument(
-    model: nn.Module, example: InputSet, dynamic_shapes: Any
-) -> Iterator[tuple[str, Any, Any]]:
-    arguments = flat_arguments(model, example)
+def _by_argument(example: InputSet, dynamic_shapes: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Yield each argument that ``dynamic_shapes`` names: its name, its value and its entry."""
+    arguments, binding = example.arguments, example.binding or Binding({})
     if isinstance(dynamic_shapes, Mapping):
-        bound, collected = bound_arguments(model, example), keyword_parameter(model)
         for name, spec in dynamic_shapes.items():
             if name in arguments:
                 yield name, arguments[name], spec
-            elif name == collected and isinstance(spec, Mapping):
+            elif name == binding.collector and isinstance(spec, Mapping):
                 for key, inner in spec.items():
-                    _require_known(f"{name}[{key!r}]", key in bound.get(name, {}), arguments)
-                    yield key, arguments[key], inner
+                    _require_known(f"{name}[{key!r}]", key in binding.collected, arguments)
+                    known = binding.collected[key]
+                    yield known, arguments[known], inner
             else:
                 # A parameter that the example leaves at its default has nothing to vary.
                 _require_known(repr(name), False, arguments)

@@ -19,6 +19,29 @@ _SEED = 0
 _NO_ARITHMETIC = (torch.uint16, torch.uint32, torch.uint64)
 
 
+Place = int | slice | str  # index of a positional argument, those of ``*args``, a keyword
+
+
+@dataclass(frozen=True)
+class Binding:
+    """Where each argument of a forward's signature stands in a call.
+
+    For ``forward(self, x, *rest, **more)``, called with ``(a, b, c, scale=d)``::
+
+        Binding({"x": 0, "rest": slice(1, 3), "scale": "scale"}, "more", {"scale": "scale"})
+
+    Attributes:
+        places: the place in the call by name of the argument, in the order of the signature.
+        collector: name of the signature's ``**kwargs``, if it has such.
+        collected: name of the argument by each keyword that ``**kwargs`` takes in; another than
+            the keyword where a parameter has that name.
+    """
+
+    places: Mapping[str, Place]
+    collector: str | None = None
+    collected: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass(frozen=True)
 class InputSet:
     """The arguments of one forward pass.
@@ -27,16 +50,34 @@ class InputSet:
         args: positional arguments; tensors may be nested in tuples, lists and dicts.
         kwargs: keyword arguments.
         label: what the set is, for messages: ``"the example input"``.
+        binding: the names of the arguments, once `bind` has asked a forward for them.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str = "the input"
+    binding: Binding | None = None
+
+    def bind(self, model: nn.Module) -> InputSet:
+        """Return the set with the names of ``model.forward``, and its keywords in that order."""
+        binding = _bind(model, self)
+        keywords = [place for place in binding.places.values() if isinstance(place, str)]
+        kwargs = {keyword: self.kwargs[keyword] for keyword in keywords}
+        return replace(self, kwargs=kwargs, binding=binding)
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """The arguments by name, in the order of the signature; `bind` must have been called."""
+        assert self.binding is not None
+        return {
+            name: self.kwargs[place] if isinstance(place, str) else self.args[place]
+            for name, place in self.binding.places.items()
+        }
 
     def map(self, change: Callable[[Tensor], Tensor], label: str | None = None) -> InputSet:
         """Return a set with every tensor replaced by ``change(tensor)``."""
         args, kwargs = map_tensors(change, (self.args, dict(self.kwargs)))
-        return InputSet(args, kwargs, label or self.label)
+        return replace(self, args=args, kwargs=kwargs, label=label or self.label)
 
     def clone(self) -> InputSet:
         """Return a copy that a forward pass may write to; the caller's tensors stay."""
@@ -46,20 +87,50 @@ class InputSet:
         """Return a set of the same shapes with random values: see `random_like`."""
         return self.map(lambda tensor: random_like(tensor, generator), label)
 
-    def named_tensors(self, model: nn.Module) -> list[tuple[str, Tensor]]:
-        """Return the tensors with their names in the forward signature, in its order."""
+    def named_tensors(self) -> list[tuple[str, Tensor]]:
+        """Return the tensors with their names, in the order of the signature.
+
+        Those nested in an argument are named by their way: ``pair=(a, {"b": b})`` gives ``pair_0``
+        and ``pair_1_b``. `bind` must have been called.
+        """
         named = [
             ("_".join((name, *path)), tensor)
-            for name, value in flat_arguments(model, self).items()
+            for name, value in self.arguments.items()
             for path, tensor in paths_of_tensors(value)
         ]
         names = distinct(name for name, _ in named)
         return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
 
-    def in_order(self, model: nn.Module) -> InputSet:
-        """Return the set with its keywords in the order of the forward's signature."""
-        order = [name for name in flat_arguments(model, self) if name in self.kwargs]
-        return replace(self, kwargs={name: self.kwargs[name] for name in order})
+
+def _bind(model: nn.Module, inputs: InputSet) -> Binding:
+    """Return where the arguments of ``model.forward`` stand in a call.
+
+    A forward without a usable signature (compiled code), and one that the call does not fit, has
+    the names ``input_0`` and on for what is positional.
+    """
+    try:
+        signature = inspect.signature(model.forward)
+        bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
+    except (TypeError, ValueError):
+        positions = {f"input_{index}": index for index in range(len(inputs.args))}
+        return Binding({**positions, **{name: name for name in inputs.kwargs}})
+    places: dict[str, Place] = {}
+    collector = None
+    for index, (name, parameter) in enumerate(signature.parameters.items()):
+        if parameter.kind is parameter.VAR_KEYWORD:
+            collector = name
+        elif name not in bound:
+            continue  # left at its default
+        elif parameter.kind is parameter.VAR_POSITIONAL:
+            places[name] = slice(index, None)
+        else:
+            is_positional = parameter.kind is not parameter.KEYWORD_ONLY
+            places[name] = index if is_positional and index < len(inputs.args) else name
+    collected = {}
+    for keyword in bound.get(collector or "", ()):
+        name = f"{collector}_{keyword}" if keyword in places else keyword
+        places[name], collected[keyword] = keyword, name
+    return Binding(places, collector, collected)
 
 
 def as_kwargs(kwargs: Any, option: str) -> dict[str, Any]:
@@ -79,12 +150,13 @@ def as_kwargs(kwargs: Any, option: str) -> dict[str, Any]:
 
 
 def as_input_sets(
+    model: nn.Module,
     inputs: Any,
     arity: int | None = None,
     label: str = "input",
     example: InputSet | None = None,
 ) -> list[InputSet]:
-    """Return what a user passes as ``inputs`` as a list of input sets.
+    """Return what a user passes as ``inputs`` as input sets, bound to the forward of ``model``.
 
     A tensor is one call; a dict one call by keywords; a tuple one call with these
     arguments; a list any number of calls. A tuple of tuples or dicts, or of more than
@@ -96,7 +168,7 @@ def as_input_sets(
     """
     if inputs is None:
         return []
-    return _input_sets(inputs, arity, label, example)
+    return [one.bind(model) for one in _input_sets(inputs, arity, label, example)]
 
 
 def _input_sets(
@@ -127,33 +199,32 @@ def _input_sets(
     )
 
 
-def require_seen(model: nn.Module, inputs: InputSet, example: InputSet | None = None) -> None:
+def require_seen(inputs: InputSet, example: InputSet | None = None) -> None:
     """Raise unless every tensor of ``inputs`` can become an input of a file.
 
     Args:
-        model: gives the names of its forward's parameters.
-        inputs: arguments of a call.
-        example: the call whose tensors are the file's inputs, if these are others.
+        inputs: a bound set.
+        example: the bound set whose tensors are the file's inputs, if these are others.
 
     Raises:
         TypeError: for a sparse tensor, a numpy array, or an object whose tensors no exporter
             sees: they would be constants of the file.
         ValueError: for a tensor that ``example`` does not have.
     """
-    for name, value in flat_arguments(model, inputs).items():
+    for name, value in inputs.arguments.items():
         for path, kind in unseen_tensors(value):
             raise TypeError(
                 f"{'_'.join((name, *path))!r} in {inputs.label} is of type {kind}, whose content "
                 "would be a constant of the file: pass tensors, in tuples, lists, dicts or "
                 "dataclasses, or register the type with torch.utils._pytree"
             )
-    tensors = inputs.named_tensors(model)
+    tensors = inputs.named_tensors()
     for name, tensor in tensors:
         if not is_dense(tensor):
             kind = "is nested" if tensor.is_nested else f"has the layout {tensor.layout}"
             kind = "is quantized" if tensor.is_quantized else kind
             raise TypeError(f"'{name}' in {inputs.label} {kind}; a file takes dense tensors alone")
-    known = {name for name, _ in (example or inputs).named_tensors(model)}
+    known = {name for name, _ in (example or inputs).named_tensors()}
     for name, _ in tensors:
         if name not in known:
             raise ValueError(
@@ -203,34 +274,3 @@ def _is_several(inputs: Sequence[Any], arity: int | None) -> bool:
     if inputs and all(isinstance(item, (tuple, Mapping, InputSet)) for item in inputs):
         return True
     return arity is not None and len(inputs) > arity
-
-
-def bound_arguments(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
-    """Return the arguments by parameter of the forward, ``*args`` and ``**kwargs`` as such.
-
-    A forward without a usable signature (compiled code) gets the names ``input_0`` and on.
-    """
-    try:
-        bound = inspect.signature(model.forward).bind(*inputs.args, **inputs.kwargs)
-    except (TypeError, ValueError):
-        return {f"input_{i}": arg for i, arg in enumerate(inputs.args)} | dict(inputs.kwargs)
-    return bound.arguments
-
-
-def keyword_parameter(model: nn.Module) -> str | None:
-    """Return the name of the forward's ``**kwargs``, if it has such."""
-    try:
-        parameters = inspect.signature(model.forward).parameters.values()
-    except (TypeError, ValueError):
-        return None
-    return next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
-
-
-def flat_arguments(model: nn.Module, inputs: InputSet) -> dict[str, Any]:
-    """Return `bound_arguments` with the entries of ``**kwargs`` under their own names."""
-    arguments = dict(bound_arguments(model, inputs))
-    collected = keyword_parameter(model)
-    if collected is not None:
-        for key, value in arguments.pop(collected, {}).items():
-            arguments[f"{collected}_{key}" if key in arguments else key] = value
-    return arguments

@@ -476,7 +476,7 @@ def test_difference_that_optimisations_make(tmp_path: Path) -> None:
     failed = dataclasses.replace(report.outputs[0], passed=False, worst_sample="input")
     report = dataclasses.replace(report, outputs=(failed,))
     with preserved(model) as state:
-        references = [run_reference(model, state, one) for one in as_input_sets(rows())]
+        references = [run_reference(model, state, one) for one in as_input_sets(model, rows())]
         found = locate_divergence(report, model, state, path, references, ProofSettings())
     assert found.first_divergent is None
     assert found.divergence is not None

@@ -9,7 +9,7 @@ import pytest
 import torch
 from export_models import Head
 from hypothesis import example, given, settings, strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 
 from sn_export.running import InputSet, as_input_sets, random_like, random_sets, tensor_leaves
 
@@ -156,8 +156,35 @@ def test_names_are_those_of_the_parameters() -> None:
 
     t = torch.ones(1)
     inputs = InputSet((), {"extra": t, "pair": (t + 1, t + 2), "x": t + 3})
-    named = [(name, float(tensor)) for name, tensor in inputs.named_tensors(Many())]
+    named = [(name, float(tensor)) for name, tensor in inputs.bind(Many()).named_tensors()]
     assert named == [("x", 4.0), ("pair_0", 2.0), ("pair_1", 3.0), ("extra", 1.0)]
+
+
+def test_names_of_every_kind_of_parameter() -> None:
+    """``*args`` are numbered, and a keyword that is called like a parameter has a name of its own.
+
+    A copy has the names of its original.
+    """
+
+    class Every(Head):
+        def forward(
+            self, x: Tensor, /, y: int = 0, *rest: Tensor, z: Tensor, left: int = 0, **more: Tensor
+        ) -> Tensor:
+            raise AssertionError
+
+    t = torch.ones(1)
+    given = InputSet((t, 1, t + 1, t + 2), {"x": t + 5, "b": t + 4, "z": t + 3}).bind(Every())
+    assert list(given.kwargs) == ["z", "x", "b"]
+    for inputs in (given, given.clone()):
+        named = [(name, float(tensor)) for name, tensor in inputs.named_tensors()]
+        assert named == [
+            ("x", 1.0),
+            ("rest_0", 2.0),
+            ("rest_1", 3.0),
+            ("z", 4.0),
+            ("more_x", 6.0),
+            ("b", 5.0),
+        ]
 
 
 _T = torch.ones(1)
@@ -180,7 +207,7 @@ _T = torch.ones(1)
 )
 def test_forms_of_inputs(given_inputs: object, arity: int | None, sizes: list[int]) -> None:
     """Each accepted form gives its calls, with as many positional arguments as meant."""
-    assert [len(one.args) for one in as_input_sets(given_inputs, arity)] == sizes
+    assert [len(one.args) for one in as_input_sets(nn.Identity(), given_inputs, arity)] == sizes
 
 
 def test_tensor_leaves() -> None:
