@@ -12,11 +12,11 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
 from ..text import quote_names, shorten_list
+from .introspection.candidate import missing_weights
 from .introspection.frozen_class import Frozen
 from .introspection.singular_vectors import (
     fits,
     matrices,
-    missing_weights,
     small_state,
 )
 from .introspection.source_code import Code, code_of, is_torch_layer, mentioned

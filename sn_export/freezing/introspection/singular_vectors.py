@@ -6,14 +6,13 @@ A layer that lacks its weight holds, under a name derived from it, what it is co
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...running import is_dense
-from ..names import is_named_as_state, is_named_as_vector, plain_name
+from ..names import is_named_as_state
 
 
 def matrices(module: nn.Module) -> dict[str, Tensor]:
@@ -83,52 +82,26 @@ def is_multiple(weight: Tensor, value: Tensor) -> bool:
     return weight.is_meta or proportion(weight, value) is not None
 
 
-class MissingWeight(NamedTuple):
-    """A weight that a layer has not got.
+def is_rescaled(weight: Tensor, value: Tensor) -> bool:
+    """Whether ``value`` is ``weight`` times a number, or times one for each row, or each column.
 
-    Attributes:
-        tensor: its name.
-        raw: name of the parameter that the optimizer trains.
-        value: that parameter.
-        state: names of what could be singular vectors and sigma, in the layer.
-        is_matrix: whether one that is named as a vector fits the matrix of the weight.
+    The rows of a convolution are its output channels, the columns its input channels.
     """
-
-    tensor: str
-    raw: str
-    value: Tensor
-    state: tuple[str, ...]
-    is_matrix: bool = True
-
-
-def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[MissingWeight]:
-    """Yield the weights that ``layer`` lacks and has the raw parameter of.
-
-    Args:
-        layer: where to look.
-        operators: take vectors by their names alone, too. Those of a convolution as an operator
-            have the sizes of its input and output.
-    """
-    for raw, value in layer._parameters.items():
-        tensor = plain_name(raw)
-        if value is None or is_lazy(value) or tensor in layer._parameters or tensor == raw:
-            continue
-        beside = {
-            name: entry
-            for container in (layer._parameters, layer._buffers)
-            for name, entry in container.items()
-            if entry is not None and name != raw and name.startswith(tensor + "_")
-        }
-        fitting = {name for name, entry in beside.items() if fits(name, entry, value)}
-        state = tuple(
-            name
-            for name, entry in beside.items()
-            if entry.numel() == 1 or name in fitting or (operators and _is_flat(name, entry))
-        )
-        yield MissingWeight(tensor, raw, value, state, any(map(is_named_as_vector, fitting)))
+    if is_multiple(weight, value):
+        return True
+    if value.dtype != weight.dtype or value.shape != weight.shape or weight.ndim < 2:
+        return False
+    return any(_has_factors(weight.movedim(dim, 0), value.movedim(dim, 0)) for dim in (0, 1))
 
 
-def _is_flat(name: str, entry: Tensor) -> bool:
-    """Whether ``entry`` is named as a vector and is one, or one image; no low-rank factor."""
-    is_single = entry.ndim == 1 or (entry.ndim > 1 and entry.shape[0] == 1)
-    return is_named_as_vector(name) and is_single and not entry.requires_grad
+def _has_factors(weight: Tensor, value: Tensor) -> bool:
+    wide = torch.complex128 if weight.is_complex() else torch.float64
+    a, b = weight.detach().to(wide).flatten(1), value.detach().to(wide).flatten(1)
+    if a.shape[1] < 2:  # any two numbers are in proportion
+        return False
+    is_zero = (a.abs().amax(1) == 0) & (b.abs().amax(1) == 0)
+    factors = ((a.conj() * b).sum(1) / (a.abs() ** 2).sum(1)).masked_fill(is_zero, 1)
+    if not (factors.abs().isfinite() & (factors.abs() > 0)).all():
+        return False
+    tolerance = 16 * torch.finfo(value.dtype).eps * b.abs().amax(1)
+    return bool(((a * factors[:, None] - b).abs().amax(1) <= tolerance).all())

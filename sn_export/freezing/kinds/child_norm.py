@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..edits import Edits
+from ..introspection.candidate import Candidate
 from ..introspection.frozen_class import frozen_class
 from ..introspection.probe import Probe
-from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
+from ..introspection.sandbox import AbsorbingArgument, placeholders
 from ..introspection.singular_vectors import (
     fits,
-    is_multiple,
     matrices,
     small_state,
 )
@@ -71,8 +71,9 @@ def find_helped(path: str, module: nn.Module, code: Code) -> list[HelpedSite]:
     sites = []
     for raw, weight in matrices(module).items():
         for child, helper, state in _helpers(module, weight):
-            value = _ask(module, code, raw, child, helper)
-            if value is not None and is_multiple(weight, value):
+            candidate = Candidate(raw, raw, weight, state)
+            value = _confirm(module, code, candidate, child, helper)
+            if value is not None:
                 sites.append(HelpedSite(path, module, Answer(raw, value, state), child, helper))
                 break
     return sites
@@ -92,11 +93,14 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
             yield child, helper, state
 
 
-def _ask(module: nn.Module, code: Code, raw: str, child: str, helper: nn.Module) -> Tensor | None:
+def _confirm(
+    module: nn.Module, code: Code, candidate: Candidate, child: str, helper: nn.Module
+) -> Tensor | None:
     """Return what the child makes of the weight, if forward hands it over and no more."""
     methods = ["forward", *(member.name for member in code.reached(code.forward))]
     reads, uses = (
-        sum(times_read(type(module), method, name) for method in methods) for name in (raw, child)
+        sum(times_read(type(module), method, name) for method in methods)
+        for name in (candidate.raw, child)
     )
     if not uses or reads != uses:
         return None
@@ -115,11 +119,11 @@ def _ask(module: nn.Module, code: Code, raw: str, child: str, helper: nn.Module)
         inputs = placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]
         with contextlib.suppress(Exception):
             module.forward(*inputs)
-        weight = module._parameters[raw]
+        weight = module._parameters[candidate.raw]
         if len(calls) < uses or any(len(a) != 1 or a[0] is not weight for a, _ in calls):
             return None
         first, *others = (value for _, value in calls)
         is_one = isinstance(first, Tensor) and all(torch.equal(first, other) for other in others)
         return first.clone() if is_one else None
 
-    return compute_in_sandbox(run, [module, *helper.modules()])
+    return candidate.confirm(run, [module, *helper.modules()])

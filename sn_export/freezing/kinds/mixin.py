@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 from ...running import undo_on_exit, undoing
 from ..edits import Edits
+from ..introspection.candidate import Candidate
 from ..introspection.frozen_class import Override, frozen_class
 from ..introspection.probe import Probe
 from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     fits,
-    is_multiple,
     matrices,
     small_state,
 )
@@ -93,23 +93,22 @@ def _site(
         return None
     if not mentions_norm(code.names) and not any(map(is_named_as_vector, vectors)):
         return None  # a mask, a scale: nothing that a power iteration would write
+    candidate = Candidate(raw, raw, weight, tuple(vectors))
     probe = Probe.of(module)
     used = None if probe is None else probe.weight(raw)
     for member in code.reached(code.forward):
         names = code.mentions(member)
         if member.required > 1 or not _is_normalised(names, raw, vectors, member):
             continue
-        value = _observe(module, member, raw)
+        value = _observe(module, member, candidate)
         if value is None and (used is not None or not member.has_options):
-            value = _ask(module, member, raw)
-        if value is None or not is_multiple(weight, value):
-            continue
-        if used is not None and not _same(used.value, value):
+            value = candidate.confirm(lambda m=member: _call(module, m, raw), [module])  # type: ignore[misc]
+        if value is None or (used is not None and not _same(used.value, value)):
             continue  # forward uses another one
         site = _method_site(path, module, code, raw, vectors, member, value)
         if site is not None:
             return site
-    if used is None or not used.is_all or not is_multiple(weight, used.value):
+    if used is None or not used.is_all or not candidate.accepts(used.value):
         return None
     # The forward does what that of torch's layer does, with the weight that it computes inline.
     state = _state(module, code.mentions(code.forward), raw, vectors)
@@ -173,7 +172,7 @@ def _state(
     )
 
 
-def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
+def _observe(module: nn.Module, member: Member, candidate: Candidate) -> Tensor | None:
     """Return what ``member`` gives a forward, which may hand it options or change state before."""
     if isinstance(inspect.getattr_static(type(module), member.name), cached_property):
         return None  # forward uses what is cached, if anything is
@@ -184,9 +183,9 @@ def _observe(module: nn.Module, member: Member, raw: str) -> Tensor | None:
             module.forward(
                 *placeholders(module, AbsorbingArgument)
             )  # it ends where it needs an input
-        return _weight_in(values[:1], module, raw)
+        return _weight_in(values[:1], module, candidate.raw)
 
-    first = compute_in_sandbox(run, [module])
+    first = candidate.confirm(run, [module])
     return first if all(_is_equal(first, value) for value in values) else None
 
 
@@ -212,17 +211,11 @@ def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator
         yield
 
 
-def _ask(module: nn.Module, member: Member, raw: str) -> Tensor | None:
-    def run() -> Tensor | None:
-        value = getattr(module, member.name)
-        if not member.is_property:
-            value = value(module._parameters[raw]) if member.required else value()
-        return _weight_in([value], module, raw)
-
-    try:
-        return compute_in_sandbox(run, [module])
-    except Exception:  # it is not what it looked like, or cannot be run
-        return None
+def _call(module: nn.Module, member: Member, raw: str) -> Tensor | None:
+    value = getattr(module, member.name)
+    if not member.is_property:
+        value = value(module._parameters[raw]) if member.required else value()
+    return _weight_in([value], module, raw)
 
 
 def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:

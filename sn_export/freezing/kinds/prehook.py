@@ -13,7 +13,6 @@ Those of i-ResNet take the norm of a convolution as an operator, and assert the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,8 +20,8 @@ from torch import Tensor, nn
 
 from ...running import same_bits
 from ..edits import Edits
-from ..introspection.sandbox import AlwaysEqualArgument, compute_in_sandbox, copied_attributes
-from ..introspection.singular_vectors import is_multiple, missing_weights
+from ..introspection.candidate import Candidate, missing_weights
+from ..introspection.sandbox import AlwaysEqualArgument
 from ..introspection.source_code import mentioned, names_in
 from ..names import is_named_as_vector
 from ..site import plan_registration
@@ -63,49 +62,43 @@ def find_prehooks(path: str, module: nn.Module) -> list[PrehookSite]:
     """Return the sites of the weights that foreign pre-hooks of ``module`` set."""
     known = {site.tensor for site in find_hooks(path, module)}
     sites = []
-    for weight in missing_weights(module, operators=True):
-        if weight.tensor in known or not any(map(is_named_as_vector, weight.state)):
+    for missing in missing_weights(module, operators=True):
+        if missing.tensor in known or not any(map(is_named_as_vector, missing.state)):
             continue
         for key, hook in module._forward_pre_hooks.items():
-            if not mentioned(weight.raw, names_in(hook)):
+            if not mentioned(missing.raw, names_in(hook)):
                 continue  # somebody else's, which must not run for this
-            value = _ask(module, weight.tensor, key)
-            if value is None or value.shape != weight.value.shape:
-                continue
-            if weight.is_matrix or is_multiple(weight.value, value):
-                answer = Answer(weight.raw, value, weight.state)
-                sites.append(PrehookSite(path, module, weight.tensor, answer, key))
+            value = _confirm(module, missing, key)
+            if value is not None:
+                answer = Answer(missing.raw, value, missing.state)
+                sites.append(PrehookSite(path, module, missing.tensor, answer, key))
                 break
     return sites
 
 
-def _ask(module: nn.Module, tensor: str, key: int) -> Tensor | None:
+def _confirm(module: nn.Module, missing: Candidate, key: int) -> Tensor | None:
     hook: Any = module._forward_pre_hooks[key]
+    owner = getattr(hook, "__self__", hook)
+    is_module = isinstance(owner, nn.Module)
+    modules = [module, owner] if is_module and owner is not module else [module]
+    holder = None if is_module else owner
     takes_kwargs = key in module._forward_pre_hooks_with_kwargs
     marker = torch.empty(0)
 
     def run(*inputs: object) -> Tensor | None:
-        module.__dict__[tensor] = marker  # what an earlier forward left tells nothing
+        module.__dict__[missing.tensor] = marker  # what an earlier forward left tells nothing
         hook(module, inputs, {}) if takes_kwargs else hook(module, inputs)
-        value = getattr(module, tensor, None)
+        value = getattr(module, missing.tensor, None)
         return value.clone() if isinstance(value, Tensor) and value is not marker else None
 
-    value = _answer(module, hook, run)
+    def ask() -> Tensor:
+        value: Tensor = hook.compute_weight(module, do_power_iteration=False)
+        return value
+
+    value = missing.confirm(run, modules, holder)
     if value is not None or not hasattr(hook, "compute_weight"):
         return value
     # One that asserts the shape of its input; should it do more with that, the two differ.
-    value = _answer(module, hook, lambda: run(AlwaysEqualArgument()))
-    alone = _answer(module, hook, lambda: hook.compute_weight(module, do_power_iteration=False))
+    value = missing.confirm(lambda: run(AlwaysEqualArgument()), modules, holder)
+    alone = missing.confirm(ask, modules, holder)
     return value if value is not None and alone is not None and same_bits(value, alone) else None
-
-
-def _answer(module: nn.Module, hook: Any, run: Callable[[], Tensor | None]) -> Tensor | None:
-    owner = getattr(hook, "__self__", hook)
-    modules = [module, owner] if isinstance(owner, nn.Module) and owner is not module else [module]
-    try:
-        if isinstance(owner, nn.Module):
-            return compute_in_sandbox(run, modules)
-        with copied_attributes(owner):
-            return compute_in_sandbox(run, modules)
-    except Exception:  # another hook, which wanted an input
-        return None

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,13 +25,12 @@ from torch import Tensor, nn
 
 from ...text import qualified
 from ..edits import Edits
+from ..introspection.candidate import Candidate, missing_weights
 from ..introspection.frozen_class import How, Override, frozen_class
-from ..introspection.sandbox import compute_in_sandbox, placeholders
+from ..introspection.sandbox import placeholders
 from ..introspection.singular_vectors import (
-    MissingWeight,
     fits,
     matrices,
-    missing_weights,
     small_state,
 )
 from ..introspection.source_code import Code, Member, is_torch_layer, mentioned
@@ -72,21 +71,18 @@ class WrapperSite(HandwrittenSite):
 
 @dataclass(frozen=True)
 class _Layer:
-    """A layer that lacks a weight, and the names of what that is computed from."""
+    """A layer that lacks a weight, and the name of the wrapper's child that it is."""
 
     child: str
     module: nn.Module
-    tensor: str
-    raw: str
-    value: Tensor  # of raw
-    state: tuple[str, ...]
+    candidate: Candidate
 
 
 def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]:
     """Return the sites of the layers that ``module``, with a class of ``code``, wraps."""
     sites = []
     for layer in _layers(module, code):
-        site = _ask(path, module, code, layer)
+        site = _confirm(path, module, code, layer)
         if site is not None:
             sites.append(site)
     return sites
@@ -101,16 +97,16 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
             continue
         missing_here = list(missing_weights(layer))
         if kept and is_torch_layer(type(layer)) and layer._parameters.get("weight") is None:
-            missing_here += [MissingWeight("weight", raw, value, ()) for raw, value in kept.items()]
+            missing_here += [Candidate("weight", raw, value) for raw, value in kept.items()]
         for missing in missing_here:
             if not mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
             state = list(missing.state)
-            state += [n for n, t in beside if fits(n, t, missing.value)]
+            state += [n for n, t in beside if fits(n, t, missing.weight)]
             if any(map(is_named_as_vector, state)):
                 state += [n for n, t in beside if t.numel() == 1]
                 names = tuple(dict.fromkeys(state))
-                yield _Layer(child, layer, missing.tensor, missing.raw, missing.value, names)
+                yield _Layer(child, layer, replace(missing, state=names, is_certain=True))
 
 
 def _has_hook(layer: nn.Module, tensor: str) -> bool:
@@ -121,43 +117,40 @@ def _has_hook(layer: nn.Module, tensor: str) -> bool:
 class _Call:
     """What was seen of the call of a layer by its wrapper."""
 
-    value: Tensor | None = None
     way: How = "forward"
     is_all: bool = False  # the wrapper hands on its arguments and the result, and no more
 
 
-def _ask(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSite | None:
-    try:
-        call = compute_in_sandbox(lambda: _run(wrapper, layer), [wrapper, layer.module])
-    except Exception:  # it is not what it looked like
-        return None
+def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSite | None:
+    candidate, call = layer.candidate, _Call()
+    value = candidate.confirm(lambda: _run(wrapper, layer, call), [wrapper, layer.module])
     overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
-    value = call.value
     if not call.is_all:
         # The forward does more than that, so it has to stay; without the methods that set it.
-        setters = _setters(code, layer)
+        setters = _setters(code, candidate)
         overrides = tuple(Override(m.name, "nothing") for m in setters)
         if value is None:
             value = _value_after(wrapper, layer, setters)
         rest = code.mentions(code.forward, {m.name for m in setters})
-        if not setters or any(mentioned(n, rest) for n in (layer.raw, *layer.state)):
+        if not setters or any(mentioned(n, rest) for n in (candidate.raw, *candidate.state)):
             return None
-    if value is None or value.shape != layer.value.shape:
+    if value is None:
         return None
-    answer = Answer(layer.raw, value, layer.state)
+    answer = Answer(candidate.raw, value, candidate.state)
     inner = qualified(path, layer.child)
-    return WrapperSite(inner, layer.module, layer.tensor, answer, wrapper, overrides)
+    return WrapperSite(inner, layer.module, candidate.tensor, answer, wrapper, overrides)
 
 
-def _run(wrapper: nn.Module, layer: _Layer) -> _Call:
-    """Run the wrapper's forward up to that of the layer."""
-    call, result = _Call(), object()
+def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
+    """Run the wrapper's forward up to that of the layer, and return the weight found there."""
+    result = object()
     given = placeholders(wrapper)
+    value: Tensor | None = None
     is_same = False
 
     def forward(*args: Any, **kwargs: Any) -> object:
-        nonlocal is_same
-        call.value = getattr(layer.module, layer.tensor).detach().clone()
+        nonlocal value, is_same
+        value = getattr(layer.module, layer.candidate.tensor).detach().clone()
         is_same = not kwargs and len(args) == len(given) and all(map(_is, args, given))
         return result
 
@@ -174,15 +167,15 @@ def _run(wrapper: nn.Module, layer: _Layer) -> _Call:
         call.is_all = wrapper.forward(*given) is result and is_same
     except Exception:
         call.is_all = False  # it did something with its input or with the result
-    return call
+    return value
 
 
 def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def _setters(code: Code, layer: _Layer) -> list[Member]:
-    names = (layer.raw, *layer.state)
+def _setters(code: Code, candidate: Candidate) -> list[Member]:
+    names = (candidate.raw, *candidate.state)
     return [
         member
         for member in code.reached(code.forward)
@@ -197,10 +190,7 @@ def _value_after(wrapper: nn.Module, layer: _Layer, setters: Sequence[Member]) -
     def run() -> Tensor:
         for member in setters:
             getattr(wrapper, member.name)()
-        value: Tensor = getattr(layer.module, layer.tensor)
+        value: Tensor = getattr(layer.module, layer.candidate.tensor)
         return value.detach().clone()
 
-    try:
-        return compute_in_sandbox(run, [wrapper, layer.module])
-    except Exception:
-        return None
+    return layer.candidate.confirm(run, [wrapper, layer.module])
