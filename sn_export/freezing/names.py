@@ -22,6 +22,8 @@ _VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular
 _TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
 _CLASS = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")
+# Layers of the literature that bound their norm without vectors: SLL, AOL and their kin.
+_BOUNDED = re.compile(r"[Ll]ipschitz|(^|_)(SLL|AOL|CPL|BCOP)(?=[A-Z_0-9]|$)")
 # In code that computes a largest singular value, and in code that normalises vectors, as each
 # power iteration does.
 _SIGMA = re.compile(
@@ -55,6 +57,11 @@ def is_named_as_state(name: str) -> bool:
 def is_named_as_norm(class_name: str) -> bool:
     """Whether a class is called a spectral norm: ``SNConv2d``, ``MySpectralNorm``."""
     return bool(_CLASS.search(class_name))
+
+
+def is_named_as_bounded(class_name: str) -> bool:
+    """Whether a class is called after a bound of its norm: ``LipschitzLinear``, ``AOLConv2d``."""
+    return bool(_BOUNDED.search(class_name))
 
 
 @lru_cache(4096)

@@ -20,7 +20,13 @@ from .introspection.singular_vectors import (
     small_state,
 )
 from .introspection.source_code import Code, code_of, is_torch_layer, mentioned
-from .names import is_named_as_norm, is_named_as_vector, mentions_norm, mentions_sigma
+from .names import (
+    is_named_as_bounded,
+    is_named_as_norm,
+    is_named_as_vector,
+    mentions_norm,
+    mentions_sigma,
+)
 from .site import Found
 
 _TORCH = frozenset({"_u", "_v", "normalize"})  # in the code of torch's own link
@@ -103,7 +109,10 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         if sum(signs) >= 2 and mentioned(pair.vector, pair.names):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own, names = matrices(module), code.mentions(code.forward)
-    if own and named and mentions_sigma(names):
+    bounded = is_named_as_bounded(type(module).__name__)
+    if own and (
+        (bounded and not own.keys().isdisjoint(names)) or (named and mentions_sigma(names))
+    ):
         return f"its name, and it computes with '{next(iter(own))}'"
     # The norm of a convolution as an operator has vectors of the size of its input and output.
     vectors = [name for name, _ in small_state(module) if is_named_as_vector(name)]

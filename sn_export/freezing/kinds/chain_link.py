@@ -16,6 +16,7 @@ from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.singular_vectors import (
     fits,
     is_multiple,
+    is_rescaled,
     proportion,
     small_state,
 )
@@ -52,7 +53,7 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     if not vectors and (module is not link or not mentions_sigma(code.names)):
         return False
     try:
-        return _divides(module, link, arriving(chain, link))
+        return _divides(module, link, arriving(chain, link), is_whole=not vectors)
     except Exception:  # an eval-mode forward would fail as well
         return False
 
@@ -76,11 +77,17 @@ def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
     )
 
 
-def _divides(module: nn.Module, link: nn.Module, weight: Tensor) -> bool:
+def _divides(module: nn.Module, link: nn.Module, weight: Tensor, is_whole: bool) -> bool:
     """Whether ``module`` divides what it is given by a number, or each matrix of it by its own.
 
     It is listened to while ``link`` runs, which may hand it the weight in another shape, and may
     be given sigma by it and divide itself.
+
+    Args:
+        module: is asked.
+        link: is run, and holds it.
+        weight: what ``link`` is given.
+        is_whole: whether a factor for each row or column is too little, as of weight norm.
     """
     calls: list[tuple[Any, Any]] = []
     original = module.forward
@@ -95,15 +102,20 @@ def _divides(module: nn.Module, link: nn.Module, weight: Tensor) -> bool:
         calls.append((weight, link(weight)))
         return calls
 
-    return any(_is_divided(*call) for call in compute_in_sandbox(run, link.modules()))
+    calls = compute_in_sandbox(run, link.modules())
+    return any(_is_divided(given, result, is_whole) for given, result in calls)
 
 
-def _is_divided(given: Any, result: Any) -> bool:
+def _is_divided(given: Any, result: Any, is_whole: bool) -> bool:
     value = next(iter(result), None) if isinstance(result, tuple) else result
     if not isinstance(given, Tensor) or not isinstance(value, Tensor) or value.shape != given.shape:
         return False
-    if is_multiple(given, value):
-        return given.is_meta or not same_bits(given, value)
+    if given.is_meta:
+        return True
+    if same_bits(given, value):
+        return False
+    if is_multiple(given, value) or (not is_whole and is_rescaled(given, value)):
+        return True
     if given.ndim < 3:
         return False
     matrices = zip(given.flatten(0, -3), value.flatten(0, -3), strict=True)

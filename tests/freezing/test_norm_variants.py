@@ -1,0 +1,42 @@
+"""Spectral norms from the literature: each is frozen exactly, or named as a suspect."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from fingerprint import assert_unchanged, fingerprint, same_bits
+from norm_variants import VARIANTS
+from torch import nn
+
+from sn_export import (
+    SpectralNormNotRecognisedWarning,
+    find_spectral_norm,
+    find_suspects,
+    frozen_spectral_norm,
+)
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_found_or_named(name: str, training: bool) -> None:
+    """What is found gives the output of an eval forward inside; the rest is named, and left."""
+    variant = VARIANTS[name]
+    model = nn.Sequential(variant.make())
+    for _ in range(2):
+        model(variant.x())
+    model.train(training)
+    with torch.no_grad():
+        expected = copy.deepcopy(model).eval()(variant.x())
+    before = fingerprint(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SpectralNormNotRecognisedWarning)
+        found = [info.name for info in find_spectral_norm(model)]
+        suspects = [suspect.module for suspect in find_suspects(model)]
+        with frozen_spectral_norm(model), torch.no_grad():
+            inside = copy.deepcopy(model).eval()(variant.x())
+    assert_unchanged(before, model)
+    assert same_bits(inside, expected)
+    assert (found, suspects) == ((["0.weight"], []) if variant.is_found else ([], ["0"]))
