@@ -33,7 +33,9 @@ Freeze = Literal["spectral_norm", "all"]
 
 ProofDtype = Literal["float32"]
 
-Spelling = Literal["plain", "hook", "parametrization"]  # of spectral norm in a state dict
+Spelling = Literal["plain", "hook", "parametrization"]  # of a tensor in a state dict
+
+Respellable = Literal["spectral_norm", "weight_norm"]
 
 REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 

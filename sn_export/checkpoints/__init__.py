@@ -5,7 +5,7 @@ from .convert import Conversion, convert_checkpoint
 from .inspection import Inspection, StoredLayer, inspect_checkpoint
 from .load import Loaded, load_checkpoint
 from .read import read_checkpoint
-from .stored_norms import Spelling
+from .reparametrizations import Spelling
 
 __all__ = [
     "Checkpoint",

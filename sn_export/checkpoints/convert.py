@@ -1,11 +1,13 @@
-"""From one spelling to another, file to file; what is no spectral norm stays as it is."""
+"""From one spelling to another, file to file; what is not reparametrized stays as it is."""
 
 from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import compress
+from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +15,28 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import disk_errors_as, drafts, publish, require_place
+from ..results import Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
-from .dims import require_fitting
 from .lazy_tensors import LazyTensors
 from .read import read_checkpoint
+from .reparametrizations import (
+    Reparametrization,
+    Spelling,
+    find_reparametrizations,
+    handwritten_notes,
+)
 from .safetensors_file import write_safetensors
-from .spelling import Respelled, respell
-from .stored_norms import Spelling, StoredNorm, find_sites, handwritten_notes
+from .spectral_norm import notes_on_lengths
+from .spelling import Respelled, require_fitting, respell
+from .weight_norm import notes_on_dims
+
+_LOOKED_FOR: dict[Respellable, str] = {
+    "spectral_norm": "no 'weight_orig' with 'weight_u', no 'parametrizations.weight.original' with "
+    "'0._u'",
+    "weight_norm": "no 'weight_g' with 'weight_v', no 'parametrizations.weight.original0' with "
+    "'original1'",
+}
 
 _SUFFIXES = (".pt", ".pth", ".ckpt", ".bin", ".safetensors")
 
@@ -32,15 +48,16 @@ class Conversion:
     Attributes:
         files: the files written.
         key: where in the checkpoint the state dict is.
-        found: every tensor under spectral norm.
+        found: every reparametrized tensor that was to be respelled.
         changed: those that were spelled differently.
-        notes: what else there is to say, such as keys that look like handwritten spectral norm.
+        notes: what else there is to say, such as keys that look like handwritten spectral norm,
+            or what ``only`` left as it was.
     """
 
     files: tuple[Path, ...]
     key: str
-    found: tuple[StoredNorm, ...]
-    changed: tuple[StoredNorm, ...]
+    found: tuple[Reparametrization, ...]
+    changed: tuple[Reparametrization, ...]
     notes: tuple[str, ...] = ()
 
 
@@ -49,6 +66,7 @@ def convert_checkpoint(
     target: str | os.PathLike[str],
     to: Spelling,
     *,
+    only: Respellable | None = None,
     key: str | None = None,
     weights_only: bool = False,
     dims: Mapping[str, int] | None = None,
@@ -56,30 +74,31 @@ def convert_checkpoint(
     trust_pickle: bool = False,
     progress: Callable[[str, int], None] = lambda name, total: None,
 ) -> Conversion:
-    """Write a checkpoint with its spectral norms spelled as ``to``, without model code.
+    """Write a checkpoint with its reparametrizations spelled as ``to``, without model code.
 
     ::
 
         convert_checkpoint("critic.pt", "plain.safetensors", "plain", weights_only=True)
 
-    A plain network that loads the result computes, bit for bit, what the network under
-    spectral norm computes in eval mode. From safetensors to safetensors one tensor at a
+    A plain network that loads the result computes, bit for bit, what the reparametrized
+    network computes in eval mode. From safetensors to safetensors one tensor at a
     time is in memory. Files appear together once all are written, or none does.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
         target: the file to write, ``.safetensors`` or torch's ``.pt``, ``.pth``, ``.ckpt``.
         to: ``"plain"``, ``"hook"`` or ``"parametrization"``.
-        key: where in the checkpoint the state dict is, if several have spectral norm.
+        only: respell spectral norm or weight norm alone, and leave others as they are.
+        key: where in the checkpoint the state dict is, if several are reparametrized.
         weights_only: write the state dict alone, and leave out what else is there.
-        dims: dims of square weights by name, where their vectors cannot tell.
+        dims: dims by name of the tensor, where the file cannot tell.
         max_shard_size: bytes for each safetensors file; with more of them there is an index.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor written and how many there will be.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, spelled so or written. What was
-            at ``target`` is untouched then.
+        CheckpointError: if the checkpoint cannot be read or written, or not all of it be
+            spelled so; it names what cannot. What was at ``target`` is untouched then.
     """
     destination = Path(target)
     if destination.suffix not in _SUFFIXES:
@@ -94,18 +113,18 @@ def convert_checkpoint(
         raise CheckpointError(f"only safetensors can be sharded, and '{destination}' is not")
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     state = checkpoint.choose(
-        key, lambda one: bool(find_sites(one.tensors)), "has spectral norm in it"
+        key, lambda one: bool(_chosen_sites(one, only)[0]), f"has {_label(only)} in it"
     )
-    found = tuple(find_sites(state.tensors))
+    found, left = _chosen_sites(state, only)
     notes = handwritten_notes(state.tensors)
     if not found:
-        raise CheckpointError(
-            f"'{checkpoint.path}' holds no spectral norm to convert: no 'weight_orig' with "
-            "'weight_u', no 'parametrizations.weight.original' with '0._u'"
-            + "".join(f". {n}" for n in notes)
-        )
+        raise CheckpointError(". ".join((_nothing_to_convert(checkpoint, only), *notes)))
     require_fitting(dims or {}, found, state.tensors)
-    result = respell(state, to, dims)
+    try:
+        result = respell(state, {site.name: to for site in found}, dims)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}{_advice(found, only)}") from error
+    notes += checkpoint.notes + _notes(found, left, state.tensors, dims or {})
     count = len(result.entries)
 
     def written(name: str) -> None:
@@ -129,6 +148,52 @@ def convert_checkpoint(
         files = tuple(destination.with_name(file.name) for file in made)
         publish(list(zip(made, files, strict=True)))
     return Conversion(files, state.key, found, result.changed, notes)
+
+
+def _chosen_sites(
+    state: StateDict, only: Respellable | None
+) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
+    """Return the sites that are to be respelled, and the others."""
+    sites = find_reparametrizations(state.tensors, state.versions)
+    chosen = [only in (None, site.group) for site in sites]
+    return tuple(compress(sites, chosen)), tuple(compress(sites, map(not_, chosen)))
+
+
+def _label(only: Respellable | None) -> str:
+    return only.replace("_", " ") if only else "spectral norm, weight norm or the like"
+
+
+def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str:
+    absent = [
+        f"no {_label(name)} to convert: {keys}"
+        for name, keys in _LOOKED_FOR.items()
+        if only in (None, name)
+    ]
+    return f"'{checkpoint.path}' holds {'; and '.join(absent)}"
+
+
+def _advice(found: Sequence[Reparametrization], only: Respellable | None) -> str:
+    """Return how to convert the rest, where a part of what was found cannot be."""
+    possible = sorted({site.group for site in found if not site.blocked} & _LOOKED_FOR.keys())
+    if only or not possible or len({site.group for site in found}) == 1:
+        return ""
+    return f"; to leave that as it is: {' or '.join(f'--only {name}' for name in possible)}"
+
+
+def _notes(
+    found: Sequence[Reparametrization],
+    left: Sequence[Reparametrization],
+    tensors: Mapping[str, Any],
+    dims: Mapping[str, int],
+) -> tuple[str, ...]:
+    """Return what is to be said of a conversion beside its result."""
+    notes = notes_on_lengths(found, tensors) + notes_on_dims(found, tensors, dims)
+    by_label: dict[str, list[str]] = {}
+    for site in left:
+        by_label.setdefault(site.label, []).append(site.name)
+    return notes + tuple(
+        f"left as it is, under {label}: {quote_names(names)}" for label, names in by_label.items()
+    )
 
 
 def _content(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -11,7 +12,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..text import quote_names
 from .content import StateDict
-from .stored_norms import find_sites
+from .reparametrizations import find_reparametrizations
 
 # What DistributedDataParallel, torch.compile and FSDP put into names, anywhere in them.
 _WRAPPER = re.compile(
@@ -35,8 +36,10 @@ class Fitted:
 
 
 def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the keys of each tensor of the plain network: several for one under SN."""
-    sites = {key: site.name for site in find_sites(tensors) for key in site.keys}
+    """Return the keys of each tensor of the plain network: several where it is reparametrized."""
+    sites = {
+        key: site.name for site in find_reparametrizations(tensors) for key in site.keys.values()
+    }
     names: dict[str, list[str]] = {}
     for key in tensors:
         names.setdefault(sites.get(key, key), []).append(key)
@@ -75,17 +78,14 @@ def fit_names(
     readings = _readings(have)
     if prefix is None:
         scores = [_best_prefix(names.values(), want, model) for names in readings]
-        best = max(range(len(scores)), key=lambda i: scores[i][1])
-        names, (prefix, covered) = readings[best], scores[best]
-        if len(want & set(have)) >= covered:
+        # Of two that cover as much, the one that leaves nothing behind that is not wanted.
+        best = max(range(len(scores)), key=lambda i: (scores[i][1], -scores[i][2]))
+        names, (prefix, covered, _) = readings[best], scores[best]
+        # Where nothing fits, what wrappers add still goes: the model may know its own old names.
+        if len(want & set(have)) >= covered and (covered or readings[0] == readings[1]):
             return Fitted(state)
     else:
-        names = readings[0]
-        if not any(name.startswith(prefix) for name in names.values()):
-            raise CheckpointError(
-                f"no name in the checkpoint starts with '{prefix}'; it has "
-                f"{quote_names(dict.fromkeys(n.split('.')[0] + '.' for n in names.values()))}"
-            )
+        names = _reading_with(readings, prefix, want)
     notes = []
     wrappers = {m for old, new in names.items() if old != new for m in _WRAPPER.findall(old)}
     if wrappers:
@@ -106,55 +106,129 @@ def fit_names(
     return Fitted(StateDict(state.path, tensors, _versions(state, prefix)), tuple(notes))
 
 
-def require_equal(
-    have: Mapping[str, Any], want: Mapping[str, Any], checkpoint: str, model: str
-) -> None:
-    """Raise a CheckpointError that names missing, unexpected and wrongly shaped keys.
-
-    Raises:
-        CheckpointError: if there are such.
-    """
-    missing = [key for key in want if key not in have]
-    unexpected = [key for key in have if key not in want]
-    shapes = [
-        f"'{key}' is {list(have[key].shape)} and should be {list(want[key].shape)}"
-        for key in want
-        if key in have and getattr(have[key], "shape", None) != getattr(want[key], "shape", None)
-    ]
-    problems = []
-    if missing:
-        problems.append(f"it lacks {quote_names(missing)}")
-    if unexpected:
-        problems.append(f"it has the unknown {quote_names(unexpected)}")
-    problems += shapes[:5]
-    if problems:
+def _reading_with(readings: list[dict[str, str]], prefix: str, want: set[str]) -> dict[str, str]:
+    """Return the reading that has most of the wanted names behind ``prefix``."""
+    found = [names for names in readings if any(name.startswith(prefix) for name in names.values())]
+    if not found:
+        starts = dict.fromkeys(name.split(".")[0] + "." for name in readings[-1])
         raise CheckpointError(
-            f"'{checkpoint}' does not fit {model}: {'; '.join(problems)}"
-            + _suggestion(missing, unexpected, have, want)
+            f"no name in the checkpoint starts with '{prefix}'; it has {quote_names(starts)}"
         )
+    return max(
+        found, key=lambda names: len(want & {n.removeprefix(prefix) for n in names.values()})
+    )
 
 
-def _suggestion(
-    missing: list[str], unexpected: list[str], have: Mapping[str, Any], want: Mapping[str, Any]
-) -> str:
+@dataclass(frozen=True)
+class Refusal:
+    """What a model said when it was to load a state dict.
+
+    Attributes:
+        missing: its keys that the state dict lacks.
+        unexpected: keys of the state dict that it does not know.
+        error: what was raised; empty if it loaded the rest all the same.
+        have: the state dict.
+        want: the model's own state dict.
+    """
+
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    error: str
+    have: Mapping[str, Any]
+    want: Mapping[str, Any]
+
+    @property
+    def shapes(self) -> list[str]:
+        """A sentence for each tensor of another shape; torch takes [1] for a number."""
+        return [
+            f"'{key}' is {list(have)} and should be {list(want)}"
+            for key in self.want
+            if (want := _shape(self.want[key])) != (have := _shape(self.have.get(key)))
+            if want is not None and have is not None and not (len(want) == 0 and len(have) == 1)
+        ]
+
+    @property
+    def problems(self) -> int:
+        """How far the state dict is from fitting; 0 if it was loaded."""
+        found = len(self.missing) + len(self.unexpected) + len(self.shapes) * bool(self.error)
+        return found or int(bool(self.error))
+
+    @property
+    def is_passed(self) -> bool:
+        """Whether the model took the rest without an error."""
+        return not self.error
+
+    @property
+    def is_unused(self) -> bool:
+        """Whether nothing of the state dict went into the model."""
+        return len(self.unexpected) == len(self.have)
+
+    def notes(self) -> tuple[str, ...]:
+        """Return what was left out, in words."""
+        notes = []
+        if self.missing:
+            notes.append(
+                f"not in the checkpoint, and so as the model was built: {quote_names(self.missing)}"
+            )
+        if self.unexpected:
+            notes.append(f"not in the model, and so left out: {quote_names(self.unexpected)}")
+        return tuple(notes)
+
+
+def describe_refusal(refusal: Refusal, checkpoint: str, model: str) -> str:
+    """Return a message that names missing, unexpected and wrongly shaped keys, and what to do."""
+    problems = []
+    if refusal.missing:
+        problems.append(f"it lacks {quote_names(refusal.missing)}")
+    if refusal.unexpected:
+        problems.append(f"it has the unknown {quote_names(refusal.unexpected)}")
+    problems += refusal.shapes[:5]
+    text = "; ".join(problems) or refusal.error
+    return f"'{checkpoint}' does not fit {model}: {text}{_suggestion(refusal)}"
+
+
+def _suggestion(refusal: Refusal) -> str:
+    """Return what would make a state dict fit; nothing unless it would."""
+    have, want = refusal.have, refusal.want
     plain_have, plain_want = plain_names(have), plain_names(want)
-    bare = [n for n in plain_want if len(plain_want[n]) > 1 and len(plain_have.get(n, ())) == 1]
-    if bare:
-        return (
-            f". The model has spectral norm on {quote_names(bare)} and the checkpoint has plain "
-            "weights there: build the model without spectral norm"
-        )
+    if plain_have.keys() == plain_want.keys():
+        return _other_groups(have, want)
     if renamed := _renamed_start(plain_have, plain_want, have, want):
         return renamed
-    for name in unexpected:
-        likely = [key for key in missing if _is_misspelled(name, key)]
-        if likely:
-            return f". Should '{name}' be '{likely[0]}'?"
-    for name in missing:
-        tails = [key for key in unexpected if name.endswith("." + key)]
-        if tails:
-            prefix = name.removesuffix(tails[0])
+    unexpected, missing = set(refusal.unexpected), set(refusal.missing)
+    unknown = [n for n in plain_have if n not in plain_want and unexpected & set(plain_have[n])]
+    lacking = [n for n in plain_want if n not in plain_have and missing & set(plain_want[n])]
+    for name in lacking:
+        prefix = name.removesuffix(next((n for n in unknown if name.endswith("." + n)), name))
+        if prefix and 2 * sum(prefix + n in lacking for n in unknown) > len(unknown):
             return f". The model's names start with '{prefix}', the checkpoint's do not"
+    for name in unknown:
+        shape = _largest(have, plain_have[name])
+        # A part of a reparametrization, such as 'weight_v', is no misspelt 'weight'.
+        fitting = [
+            n
+            for n in lacking
+            if _largest(want, plain_want[n]) == shape and not name.startswith(f"{n}_")
+        ]
+        if likely := difflib.get_close_matches(name, fitting, 1, _NEAR):
+            return f". Should '{plain_have[name][0]}' be '{plain_want[likely[0]][0]}'?"
+    return ""
+
+
+def _other_groups(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+    """Return in what two networks differ that have the same tensors once they are plain."""
+    ours = {site.name: site.label for site in find_reparametrizations(have)}
+    theirs = {site.name: site.label for site in find_reparametrizations(want)}
+    for label in dict.fromkeys(theirs.values()):
+        names = [name for name in theirs if theirs[name] == label and name not in ours]
+        if names:
+            return (
+                f". The model has {label} on {quote_names(names)} and the checkpoint has plain "
+                f"weights there: build the model without {label}"
+            )
+    for name, label in theirs.items():
+        if ours[name] != label:
+            return f". '{name}' has {label} in the model and {ours[name]} in the checkpoint"
     return ""
 
 
@@ -165,15 +239,16 @@ def _renamed_start(
     want: Mapping[str, Any],
 ) -> str:
     """Return a suggestion where most unknown names fit once their first parts are others."""
-    unknown = {name: have[plain_have[name][0]] for name in plain_have if name not in plain_want}
-    wanted = {name: want[keys[0]] for name, keys in plain_want.items()}
+    unknown = {
+        name: _largest(have, keys) for name, keys in plain_have.items() if name not in plain_want
+    }
+    wanted = {name: _largest(want, keys) for name, keys in plain_want.items()}
     lacking = [name for name in wanted if name not in plain_have]
     pairs = {_starts(a, b) for a in list(unknown)[:_TRIED] for b in lacking}
     fitting = {
         (old, new): sum(
-            (renamed := new + name.removeprefix(old)) in wanted
-            and _shape(wanted[renamed]) == _shape(tensor)
-            for name, tensor in unknown.items()
+            (renamed := new + name.removeprefix(old)) in wanted and wanted[renamed] == shape
+            for name, shape in unknown.items()
             if name.startswith(old)
         )
         for old, new in pairs
@@ -196,19 +271,14 @@ def _starts(name: str, wanted: str) -> tuple[str, str]:
     return "".join(f"{p}." for p in parts), "".join(f"{p}." for p in others)
 
 
+def _largest(tensors: Mapping[str, Any], keys: Iterable[str]) -> Any:
+    """Return the shape of the largest of the parts of one tensor, which is that of the tensor."""
+    shapes = [shape for key in keys if (shape := _shape(tensors[key])) is not None]
+    return max(shapes, key=math.prod, default=None)
+
+
 def _shape(tensor: Any) -> Any:
     return getattr(tensor, "shape", None)
-
-
-def _is_misspelled(name: str, wanted: str) -> bool:
-    """Whether two keys are nearly the same in the one place where they differ."""
-    parts, others = name.split("."), wanted.split(".")
-    pairs = [(p, o) for p, o in zip(parts, others, strict=False) if p != o]
-    return (
-        len(parts) == len(others)
-        and len(pairs) == 1
-        and difflib.SequenceMatcher(None, *pairs[0]).ratio() >= _NEAR
-    )
 
 
 def _readings(names: Iterable[str]) -> list[dict[str, str]]:
@@ -216,7 +286,8 @@ def _readings(names: Iterable[str]) -> list[dict[str, str]]:
     return [{name: _WRAPPER.sub("", name) for name in names}, {name: name for name in names}]
 
 
-def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple[str, int]:
+def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple[str, int, int]:
+    """Return the prefix under which most wanted names are, how many, and how many others are."""
     have = set(names)
     candidates = {""}
     # A prefix that fits all names fits the first few; one of those may be misspelled.
@@ -230,7 +301,7 @@ def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple
             f"the names fit {model} under several prefixes; choose with --prefix one of "
             f"{quote_names(fitting)}"
         )
-    return fitting[0], best
+    return fitting[0], best, sum(name.startswith(fitting[0]) for name in have) - best
 
 
 def _versions(state: StateDict, prefix: str) -> Mapping[str, Any] | None:

@@ -1,43 +1,62 @@
-"""What the spectral norms in a checkpoint are like, without model code."""
+"""What the reparametrizations in a checkpoint are like, without model code."""
 
 from __future__ import annotations
 
 import math
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ..errors import CheckpointError
 from ..freezing import exact_sigma, stored_sigma
-from ..text import dtype_name
+from ..text import dtype_name, quote_names
 from .content import Checkpoint, StateDict
-from .dims import decide_dim, fitting_dims, require_known
 from .read import read_checkpoint
-from .stored_norms import find_sites, handwritten_notes
-from .torch_norm import TorchNorm
+from .reparametrizations import (
+    Reparametrization,
+    find_reparametrizations,
+    float_spec,
+    handwritten_notes,
+    require_finite,
+)
+from .spectral_norm import (
+    TorchNorm,
+    decide_dim,
+    describe_length,
+    fitting_dims,
+    length_of_vectors,
+)
+from .spelling import require_known
+from .weight_norm import decide_dim as weight_norm_dim
 
 _CONVERGED = 1e-3
 
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One tensor under spectral norm, as it was found in a checkpoint.
+    """One reparametrized tensor, as it was found in a checkpoint.
 
     Attributes:
         module: qualified name of the module, ``""`` for the root.
         tensor: name of the tensor in it.
-        kind: ``"hook"`` or ``"parametrization"``.
+        kind: for spectral norm its spelling, as `sn_export.find_spectral_norm` says it; for others
+            the group, as `sn_export.find_parametrizations` does: ``"weight_norm"``,
+            ``"orthogonal"``, ``"pruning"``, or ``"parametrization"`` for a chain that the keys
+            do not tell.
         shape: its shape.
         dtype: its dtype, such as ``"float32"``.
-        dim: the dimension that became the rows of its matrix; None if that cannot be told.
+        dim: the dimension that became the rows of its matrix, or that g of a weight norm has
+            a value for each entry of; None if there is none, or it cannot be told.
         sigma: ``u^H W v`` from the stored vectors, which the weight is divided by; NaN if
-            unknown.
+            unknown, and for others than spectral norm.
         sigma_exact: the largest singular value; NaN if unknown.
         note: why something is unknown, or what else there is to say; may be empty.
         key: where in the checkpoint its state dict is.
+        group: ``"spectral_norm"``, or the kind of another.
+        spelling: ``"hook"`` or ``"parametrization"``.
+        keys: the keys of its parts, by what they are: ``{"g": "conv.weight_g", ...}``.
     """
 
     module: str
@@ -50,6 +69,9 @@ class StoredLayer:
     sigma_exact: float
     note: str = ""
     key: str = ""
+    group: str = "spectral_norm"
+    spelling: str = ""
+    keys: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shortfall(self) -> float:
@@ -63,7 +85,10 @@ class StoredLayer:
 
     @property
     def meaning(self) -> str:
-        """What removing spectral norm and applying it again would do to this weight."""
+        """What removing spectral norm and applying it again would do; of others, their parts."""
+        if self.group != "spectral_norm":
+            made = f"made of {quote_names(self.keys)}"
+            return f"{made}; {self.note}" if self.note else made
         if not math.isfinite(self.norm_in_use):
             return self.note
         if abs(self.shortfall) <= _CONVERGED:
@@ -77,13 +102,13 @@ class StoredLayer:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The spectral norms of a checkpoint.
+    """The reparametrizations of a checkpoint.
 
     Attributes:
         path: the checkpoint.
         format: ``"torch"``, ``"safetensors"`` or ``"distributed"``.
         key: where in it the state dict is; ``""`` for the root, or for several.
-        layers: one for each tensor under spectral norm.
+        layers: one for each tensor that is reparametrized.
         tensors: number of entries in the state dict, or in all that were looked at.
         notes: what else there is to say, such as keys that look like handwritten spectral norm.
     """
@@ -104,26 +129,25 @@ def inspect_checkpoint(
     trust_pickle: bool = False,
     progress: Callable[[str, int], None] = lambda name, total: None,
 ) -> Inspection:
-    """Return what the spectral norms in a checkpoint are like.
+    """Return what the reparametrizations in a checkpoint are like.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
-        key: where in the checkpoint the state dict is; None for all that have spectral norm.
-        dims: dims of square weights by name, where their vectors cannot tell.
+        key: where in the checkpoint the state dict is; None for all that have such tensors.
+        dims: dims by name of the tensor, where the file cannot tell.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor and how many there are.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read, or a spectral norm in it is
-            incomplete.
+        CheckpointError: if the checkpoint cannot be read, or a dim in ``dims`` does not fit.
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     chosen = _chosen(checkpoint, key)
-    sites = [(state, site) for state in chosen for site in find_sites(state.tensors)]
+    sites = [(state, site) for state in chosen for site in _sites(state)]
     require_known(dims or {}, [site for _, site in sites])
     layers = []
     for state, site in sites:
-        layers.append(_describe(TorchNorm(site, state.tensors), dims or {}, state.key))
+        layers.append(_describe(site, state, dims or {}))
         progress(site.name, len(sites))
     return Inspection(
         checkpoint.path,
@@ -135,46 +159,87 @@ def inspect_checkpoint(
     )
 
 
+def _sites(state: StateDict) -> list[Reparametrization]:
+    return find_reparametrizations(state.tensors, state.versions)
+
+
 def _chosen(checkpoint: Checkpoint, key: str | None) -> list[StateDict]:
     found = checkpoint.state_dicts()
     if key is not None or not found:
         return [checkpoint.choose(key, lambda one: True, "is a state dict")]
-    return [one for one in found if find_sites(one.tensors)] or found
+    return [one for one in found if _sites(one)] or found
 
 
-def _describe(norm: TorchNorm, dims: Mapping[str, int], key: str) -> StoredLayer:
-    site = norm.site
+def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]) -> StoredLayer:
+    is_norm = site.group == "spectral_norm"
     dim: int | None = None
     sigma = exact = math.nan
-    note = site.blocked
-    tensors = {site.weight: norm.weight, site.u: norm.u, site.v or "": norm.v}
-    broken = [k for k, t in tensors.items() if t is not None and not torch.isfinite(t).all()]
-    if broken:
-        note = f"'{broken[0]}' holds NaN or infinite values"
+    specs = {key: float_spec(state.tensors, key) for key in site.keys.values()}
+    dtypes = [dtype_name(spec) for spec in specs.values() if spec is not None]
+    if is_norm and "weight" in site.keys:
+        dim, sigma, exact, note = _measure(site, state.tensors, dims)
     else:
-        try:
-            dim = decide_dim(norm, dims)
-        except CheckpointError as error:
-            note = str(error)
-            exact = _exact_for_all(norm)
-    if dim is not None:
-        matrix = norm.matrix(dim)
-        sigma = stored_sigma(matrix, norm.u, norm.right_vector(dim))
-        exact = exact_sigma(matrix)
-        if sigma == 0:
-            note = "sigma is 0, so the weight in use is not finite"
+        note = _broken({key: state.tensors[key] for key in specs if specs[key] is not None})
+    if site.group == "weight_norm":
+        dim, more = _weight_norm_dim(site, state.tensors, dims)
+        note = note or more
+    note = site.blocked or note
     return StoredLayer(
         site.module,
         site.tensor,
-        site.kind,
+        site.spelling if is_norm else site.group,
         site.shape,
-        dtype_name(norm.weight),
+        dtypes[0] if dtypes else "",
         dim,
         sigma,
         exact,
         note,
-        key,
+        state.key,
+        site.group,
+        site.spelling,
+        site.keys,
     )
+
+
+def _measure(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> tuple[int | None, float, float, str]:
+    """Return dim, sigma and exact sigma of a spectral norm, and what is to be said of them."""
+    norm = TorchNorm(site, tensors)
+    if broken := _broken({site.keys[part]: value for part, value in norm.parts.items()}):
+        return None, math.nan, math.nan, broken
+    try:
+        dim = decide_dim(norm, dims)
+    except CheckpointError as error:
+        return None, math.nan, _exact_for_all(norm), str(error)
+    matrix = norm.matrix(dim)
+    sigma = stored_sigma(matrix, norm.u, norm.right_vector(dim))
+    note = "sigma is 0, so the weight in use is not finite" if sigma == 0 else ""
+    length = length_of_vectors(site, tensors)
+    if sigma != 0 and length != 1:
+        note = describe_length(length)
+    return dim, sigma, exact_sigma(matrix), note
+
+
+def _weight_norm_dim(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> tuple[int | None, str]:
+    """Return the dim of a weight norm, and what is to be said of it."""
+    try:
+        dim = weight_norm_dim(site, tensors, dims)
+    except CheckpointError as error:
+        return None, str(error)
+    return dim, "g is one number for the whole tensor (dim=None)" if dim is None else ""
+
+
+def _broken(values: Mapping[str, Any]) -> str:
+    """Return which of some values, by key, is not finite, or nothing."""
+    for key, value in values.items():
+        try:
+            require_finite(key, value)
+        except CheckpointError:
+            return f"'{key}' holds NaN or infinite values"
+    return ""
 
 
 def _exact_for_all(norm: TorchNorm) -> float:

@@ -1,23 +1,34 @@
-"""Load a checkpoint into a model that may spell spectral norm, or names, differently."""
+"""Load a checkpoint into a model that may spell its reparametrizations, or names, differently."""
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
-from ..freezing import describe_sites, stored_sigma
+from ..freezing import describe_sites
+from ..running import Preserved, restore_container, same_bits
 from ..text import quote_names
 from .content import Checkpoint, StateDict
-from .dims import require_fitting
-from .fit_names import fit_names, overlap, require_equal
-from .spelling import require_finite, respell, zero_sigma
-from .stored_norms import Spelling, find_sites
-from .torch_norm import TorchNorm
+from .fit_names import Refusal, describe_refusal, fit_names, overlap, plain_names
+from .reparametrizations import (
+    Reparametrization,
+    Spelling,
+    find_reparametrizations,
+    require_finite,
+)
+from .spectral_norm import notes_on_lengths, zero_sigma
+from .spelling import require_fitting, respell
+from .weight_norm import notes_on_dims
 
 
 @dataclass(frozen=True)
@@ -27,10 +38,31 @@ class Loaded:
     Attributes:
         key: where in the checkpoint the state dict is.
         notes: what had to be done, in words; empty if it fitted as it was.
+        missing: keys of the model that the checkpoint lacks, where that was allowed: they have
+            the values that the model was built with.
+        unexpected: keys of the checkpoint that the model does not know, where that was allowed.
     """
 
     key: str
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+    unexpected: tuple[str, ...] = ()
+
+    def metadata(self) -> dict[str, str]:
+        """Return what a file made of the model says of it: lists of keys in JSON, if there are."""
+        lists = {"missing_keys": self.missing, "unexpected_keys": self.unexpected}
+        return {f"checkpoint.{name}": json.dumps(keys) for name, keys in lists.items() if keys}
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One way to read a state dict: as it is, under other names, in another spelling."""
+
+    state: StateDict
+    notes: tuple[str, ...] = ()
+
+    def sites(self) -> list[Reparametrization]:
+        return find_reparametrizations(self.state.tensors, self.state.versions)
 
 
 def load_checkpoint(
@@ -40,99 +72,206 @@ def load_checkpoint(
     key: str | None = None,
     prefix: str | None = None,
     dims: Mapping[str, int] | None = None,
+    strict: bool = True,
 ) -> Loaded:
-    """Load a checkpoint strictly, after making names and spellings those of ``model``.
+    """Load a checkpoint into ``model``, whose own ``load_state_dict`` decides what fits.
+
+    It is asked strictly: with the state dict as it is, then under the names of the model, then
+    in its spelling. So pre-hooks and overrides that bring old keys up to date have the first word.
 
     Args:
         model: the model. It is changed only if everything fits.
         checkpoint: as `read_checkpoint` returned it.
         key: where in the checkpoint the state dict is; found where only one fits.
         prefix: start of the names that are meant; found where only one fits.
-        dims: dims of square weights by name, where neither vectors nor model can tell.
+        dims: dims by name of the tensor, where neither file nor model can tell.
+        strict: False to load what fits, although keys are missing or unknown.
 
     Raises:
-        CheckpointError: if keys are missing, unknown or of another shape, values are NaN or
-            infinite, or a dim in ``dims`` is not possible.
+        CheckpointError: if keys are missing or unknown (unless ``strict`` is False) or of
+            another shape, values are NaN or infinite, or a dim in ``dims`` is not possible.
     """
     what = type(model).__name__
     wanted: dict[str, Any] = model.state_dict()
     scores = {one.path: overlap(one, wanted) for one in checkpoint.state_dicts()}
-    best = max(scores.values(), default=0)
-    state = checkpoint.choose(key, lambda one: 0 < best == scores[one.path], f"fits {what}")
-    fitted = fit_names(state, wanted, what, prefix)
-    notes = [*checkpoint.notes, *fitted.notes]
-    if state.key:
-        notes.insert(0, f"took the state dict under '{state.key}'")
-    state, respelled = _in_spelling_of(model, wanted, fitted.state, dims or {})
-    notes += respelled
+    best, count = max(scores.values(), default=0), len(plain_names(wanted))
+    state = checkpoint.choose(
+        key,
+        lambda one: 0 < best == scores[one.path],
+        f"fits {what}",
+        lambda one: f"has {scores.get(one.path, 0)} of the {count} of {what}",
+    )
+    undo = _remember(model)
+    try:
+        readings = _readings(model, wanted, state, prefix, dims or {})
+        reading, left_out = _load_first(model, wanted, readings, strict, checkpoint.path, undo)
+        _require_usable(model, reading, left_out, dims or {})
+    except BaseException:
+        undo()
+        raise
+    notes: tuple[str, ...] = (f"took the state dict under '{state.key}'",) if state.key else ()
+    notes += checkpoint.notes + reading.notes + left_out.notes() + _notes_on_values(reading)
+    return Loaded(state.key, notes, left_out.missing, left_out.unexpected)
+
+
+def _load_first(
+    model: nn.Module,
+    wanted: Mapping[str, Any],
+    readings: Iterable[_Reading],
+    strict: bool,
+    path: Path,
+    undo: Callable[[], None],
+) -> tuple[_Reading, Refusal]:
+    """Load the first reading that fits, or the nearest one that may be loaded in part.
+
+    Returns:
+        The reading, and what of it did not fit.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    refused: list[tuple[_Reading, Refusal]] = []
+    for reading in readings:
+        refusal = _ask(model, reading.state, wanted)
+        if not refusal.problems:
+            return reading, refusal
+        undo()
+        refused.append((reading, refusal))
+    passed = [one for one in refused if one[1].is_passed]  # by an override of the model
+    reading, refusal = min(passed or refused, key=lambda one: one[1].problems)
+    if refusal.is_unused or not (passed or not strict):
+        raise CheckpointError(describe_refusal(refusal, str(path), type(model).__name__))
+    again = _ask(model, reading.state, wanted, strict=bool(passed))
+    if not again.is_passed:
+        raise CheckpointError(describe_refusal(again, str(path), type(model).__name__))
+    return reading, refusal
+
+
+def _ask(
+    model: nn.Module, state: StateDict, wanted: Mapping[str, Any], strict: bool = True
+) -> Refusal:
+    """Let the model load ``state``, and return what it says of that."""
     tensors: OrderedDict[str, Any] = OrderedDict(state.tensors)
     if state.versions is not None:
         tensors._metadata = state.versions  # type: ignore[attr-defined]
-    require_equal(_as_torch_loads(tensors, wanted), wanted, str(checkpoint.path), what)
-    for name, value in tensors.items():
-        if isinstance(value, Tensor):
-            require_finite(name, value)
-    _require_sigmas(model, tensors)
+    told: list[tuple[list[str], list[str]]] = []
+    error = ""
+    with _told(model, told):
+        try:
+            model.load_state_dict(OrderedDict(tensors), **({} if strict else {"strict": False}))
+        except Exception as raised:  # a network's own code can raise anything
+            error = " ".join(f"{raised}".split()) or type(raised).__name__
+    if told:
+        missing, unexpected = told[-1]
+    else:  # an override that asks the children alone, or failed before
+        missing = [key for key in wanted if key not in tensors] if error else []
+        unexpected = [key for key in tensors if key not in wanted] if error else []
+    # Torch's hook of spectral norm names keys of old checkpoints, and some twice.
+    missing = [key for key in dict.fromkeys(missing) if key in wanted]
+    return Refusal(tuple(missing), tuple(unexpected), error, tensors, wanted)
+
+
+@contextmanager
+def _told(model: nn.Module, told: list[tuple[list[str], list[str]]]) -> Iterator[None]:
+    """Add to ``told`` which keys are missing and unexpected to ``model`` when it loads."""
+    if isinstance(model, torch.jit.ScriptModule):  # takes no such hook
+        yield
+        return
+    handle = model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
+        lambda _, keys: told.append((list(keys.missing_keys), list(keys.unexpected_keys)))
+    )
     try:
-        model.load_state_dict(tensors)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"'{checkpoint.path}' does not fit {what}: {' '.join(str(error).split())}"
-        ) from error
-    return Loaded(state.key, tuple(notes))
+        yield
+    finally:
+        handle.remove()
 
 
-def _require_sigmas(model: nn.Module, tensors: Mapping[str, Any]) -> None:
-    known = {info.name: info.dim for info in describe_sites(model)}
-    for site in find_sites(tensors):
-        if site.name not in known or site.v is None:
-            continue
-        norm = TorchNorm(site, tensors)
-        matrix = norm.matrix(known[site.name])
-        if stored_sigma(matrix, norm.u, norm.right_vector(known[site.name])) == 0:
-            raise zero_sigma(site)
-
-
-def _in_spelling_of(
-    model: nn.Module, wanted: Mapping[str, Any], state: StateDict, dims: Mapping[str, int]
-) -> tuple[StateDict, list[str]]:
-    spellings: dict[str, Spelling] = {site.name: site.kind for site in find_sites(wanted)}
+def _readings(
+    model: nn.Module,
+    wanted: Mapping[str, Any],
+    state: StateDict,
+    prefix: str | None,
+    dims: Mapping[str, int],
+) -> Iterator[_Reading]:
+    """Yield the readings of ``state``, the nearest to the file first; each is made when asked."""
+    if prefix is None:
+        yield _Reading(state)
+    fitted = fit_names(state, wanted, type(model).__name__, prefix)
+    named = _Reading(fitted.state, fitted.notes)
+    sites = named.sites()
+    require_fitting(dims, sites, named.state.tensors)
+    if fitted.state is not state or prefix is not None:
+        yield named
+    own = {site.name: site for site in find_reparametrizations(wanted)}
     to: dict[str, Spelling] = {}
-    notes = []
-    sites = find_sites(state.tensors)
-    require_fitting(dims, sites, state.tensors)
+    changed: dict[tuple[str, str, str], list[str]] = {}
     for site in sites:
-        spelling = spellings.get(site.name, "plain" if site.name in wanted else site.kind)
-        # Into its own spelling torch itself loads a checkpoint from before v.
-        to[site.name] = spelling
-        if site.normalised and spelling == "hook":
-            notes.append(f"'{site.name}' is from before torch kept v, which torch solves for")
-    changed: dict[tuple[str, str], list[str]] = {}
-    for site in sites:
-        if to[site.name] != site.kind:
-            changed.setdefault((site.kind, to[site.name]), []).append(site.name)
-    if not changed:
-        return state, notes
+        same = site.name in own and own[site.name].group == site.group
+        spelling: Spelling = own[site.name].spelling if same else "plain"
+        if spelling != site.spelling and (same or site.name in wanted):
+            to[site.name] = spelling
+            changed.setdefault((site.label, site.spelling, spelling), []).append(site.name)
+    if not to:
+        return
     known = {info.name: info.dim for info in describe_sites(model)}
-    result = respell(state, to, {**known, **dims})
-    notes += [
-        f"respelled {len(names)} spectral {'norm' if len(names) == 1 else 'norms'} from {before} "
-        f"to {after}: {quote_names(names)}"
-        for (before, after), names in changed.items()
-    ]
+    result = respell(named.state, to, {**known, **dims})
     tensors = {name: entry.read() for name, entry in result.entries.items()}
-    return StateDict(state.path, tensors, result.versions), notes
+    plain = [site for site in sites if to.get(site.name) == "plain"]
+    notes = tuple(
+        f"respelled {len(names)} {label}{'' if len(names) == 1 else 's'} from {before} to "
+        f"{after}: {quote_names(names)}"
+        for (label, before, after), names in changed.items()
+    )
+    yield _Reading(
+        StateDict(state.path, tensors, result.versions),
+        named.notes
+        + notes
+        + notes_on_dims(plain, named.state.tensors, dims)
+        + notes_on_lengths(plain, named.state.tensors),
+    )
 
 
-def _as_torch_loads(tensors: Mapping[str, Any], wanted: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what the keys will be once torch has brought old checkpoints up to date."""
-    loads = dict(tensors)
-    for site in find_sites(tensors):
-        if site.normalised and site.v is None and f"{site.name}_v" in wanted:
-            loads[f"{site.name}_v"] = wanted[f"{site.name}_v"]
-            del loads[site.normalised]
-    for name in wanted:
-        # torch.nn.BatchNorm counts its batches since version 2, and adds what is missing.
-        if name.endswith("num_batches_tracked"):
-            loads.setdefault(name, wanted[name])
-    return loads
+def _require_usable(
+    model: nn.Module, reading: _Reading, left_out: Refusal, dims: Mapping[str, int]
+) -> None:
+    """Raise a CheckpointError for values that no network can use, and for impossible dims."""
+    if not reading.notes:
+        require_fitting(dims, reading.sites(), reading.state.tensors)
+    for name, value in reading.state.tensors.items():
+        if isinstance(value, Tensor) and name not in left_out.unexpected:
+            require_finite(name, value)
+    for info in describe_sites(model):
+        if info.kind in ("hook", "parametrization") and info.sigma == 0:
+            raise zero_sigma(info.name)
+
+
+def _notes_on_values(reading: _Reading) -> tuple[str, ...]:
+    """Return what is to be said of spectral norms that were loaded as they were stored."""
+    sites = reading.sites()
+    old = tuple(
+        f"'{site.name}' is from before torch kept v, which torch solves for"
+        for site in sites
+        if "normalised" in site.keys
+    )
+    return old + notes_on_lengths(sites, reading.state.tensors)
+
+
+def _remember(model: nn.Module) -> Callable[[], None]:
+    """Return a function that gives the model every object and value back that it has now."""
+    containers = Preserved(model.modules(), belongings=True).containers
+    values: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+    for _, content in containers:
+        for value in content.values() if isinstance(content, dict) else content:
+            if isinstance(value, Tensor) and not is_lazy(value):
+                values[id(value)] = (value, value.data, value.detach().clone())
+
+    def undo() -> None:
+        for container, content in containers:
+            restore_container(container, content)
+        with torch.no_grad():
+            for tensor, data, copy in values.values():
+                tensor.data = data
+                if not same_bits(data, copy):
+                    data.copy_(copy)
+
+    return undo

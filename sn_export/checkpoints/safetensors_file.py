@@ -13,7 +13,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..text import quote_name
 from .lazy_tensors import DTYPES, Spec
-from .spelling import Entry
+from .reparametrizations import Entry
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 # Within one size, safetensors' own writer puts larger codes first.

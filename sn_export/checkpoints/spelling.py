@@ -1,35 +1,33 @@
-"""Hook, parametrization and plain: one spectral norm spelled three ways, without model code."""
+"""Hook, parametrization and plain: one network spelled three ways, without model code."""
 
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
-from ..text import qualified
+from ..text import qualified, quote_names
 from .content import StateDict
-from .dims import decide_dim, fitting_dims
-from .lazy_tensors import Spec, is_tensor, spec_of
-from .stored_norms import Spelling, StoredNorm, find_sites
-from .torch_norm import TorchNorm
+from .lazy_tensors import is_tensor, spec_of
+from .pruning import PRUNING
+from .reparametrizations import (
+    Entry,
+    Kind,
+    Reparametrization,
+    Spelling,
+    find_reparametrizations,
+)
+from .spectral_norm import SPECTRAL_NORM
+from .weight_norm import WEIGHT_NORM
 
-
-@dataclass(frozen=True)
-class Entry:
-    """One value of a state dict to be: what it will be, and how to get it when it is needed.
-
-    Attributes:
-        spec: dtype and shape; None for an extra state, which may be anything.
-        read: returns the value.
-    """
-
-    spec: Spec | None
-    read: Callable[[], Any]
+_KINDS: dict[str, Kind] = {
+    "spectral_norm": SPECTRAL_NORM,
+    "weight_norm": WEIGHT_NORM,
+    "pruning": PRUNING,
+}
+_WITH_DIM = ("spectral_norm", "weight_norm")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Respelled:
 
     entries: Mapping[str, Entry]
     versions: Mapping[str, Any] | None
-    changed: tuple[StoredNorm, ...]
+    changed: tuple[Reparametrization, ...]
 
 
 def respell(
@@ -52,104 +50,130 @@ def respell(
     to: Spelling | Mapping[str, Spelling],
     dims: Mapping[str, int] | None = None,
 ) -> Respelled:
-    """Return ``state`` with its spectral norms spelled as ``to``, bit for bit the same network.
+    """Return ``state`` with its reparametrizations spelled as ``to``, bit for bit the same network.
 
-    Nothing but the tensors under spectral norm changes. A plain weight is the one that an
-    eval-mode forward uses, computed by torch's own classes.
+    ``{"weight_g": g, "weight_v": v}`` as a parametrization is
+    ``{"parametrizations.weight.original0": g, "parametrizations.weight.original1": v}``. Nothing
+    but the reparametrized tensors changes. A plain weight is the one that an eval-mode forward
+    uses, computed by torch's own classes.
 
     Args:
         state: the state dict; its tensors may be read lazily.
         to: the spelling, or one for each qualified name; a tensor that is not named stays.
-        dims: dims of square weights, by qualified name, where vectors cannot tell.
+        dims: dims by qualified name, where the file cannot tell.
 
     Raises:
-        CheckpointError: if a site is incomplete or cannot be spelled so. Errors in values
-            are raised when these are read.
+        CheckpointError: if a site is incomplete or cannot be spelled so; it names each. Errors
+            in values are raised when these are read.
     """
     tensors = state.tensors
-    sites = find_sites(tensors)
+    sites = find_reparametrizations(tensors, state.versions)
     wanted = {
-        site.name: to if isinstance(to, str) else to.get(site.name, site.kind) for site in sites
+        site.name: to if isinstance(to, str) else to.get(site.name, site.spelling) for site in sites
     }
-    changed = [site for site in sites if wanted[site.name] != site.kind or site.normalised]
+    changed = [
+        site
+        for site in sites
+        if wanted[site.name] != site.spelling or ("normalised" in site.keys and not site.blocked)
+    ]
+    _require_possible(changed, wanted, tensors)
     spelled: dict[str, dict[str, Entry]] = {}
+    order = {key: number for number, key in enumerate(tensors)}
     for site in changed:
-        _require_possible(site, wanted[site.name], tensors)
-        spelled[site.weight] = _entries(site, wanted[site.name], tensors, dims or {})
-        for name in spelled[site.weight]:
-            if name in tensors and name not in site.keys:
-                raise CheckpointError(f"cannot spell '{site.weight}' as '{name}': it exists")
-    entries: dict[str, Entry] = {}
-    gone = {key for site in changed for key in site.keys}
-    early = {
-        _successor(site): site.weight
-        for site in changed
-        if wanted[site.name] == "plain" and _successor(site) in tensors
-    }
-    for key in tensors:
-        if key in early:
-            # Already there where the raw weight stands before the bias, as in a sorted file.
-            entries.update(spelled.pop(early[key], {}))
-        if key in spelled:
-            entries.update(spelled.pop(key))
-        elif key not in gone:
-            entries[key] = _kept(tensors, key)
+        first = min(site.keys.values(), key=order.__getitem__)
+        spelled[first] = _entries(site, wanted[site.name], tensors, dims or {})
+        for name in spelled[first]:
+            if name in tensors and name not in site.keys.values():
+                raise CheckpointError(f"cannot spell '{first}' as '{name}': it exists")
+    entries = _in_order(tensors, changed, wanted, spelled)
     versions = None
     if state.versions is not None:
         versions = _versions(state.versions, changed, wanted)
     return Respelled(entries, versions, tuple(changed))
 
 
-def plain_value(
-    site: StoredNorm, tensors: Mapping[str, Any], dims: Mapping[str, int]
-) -> torch.Tensor:
-    """Return the weight that an eval-mode forward uses, as torch computes it.
-
-    Raises:
-        CheckpointError: if the dim cannot be told, or the weight would not be finite.
-    """
-    norm = TorchNorm(site, tensors)
-    _require_finite(norm)
-    candidates = fitting_dims(norm)
-    if len(candidates) > 1 or site.name in dims:
-        candidates = [decide_dim(norm, dims)]
-    value = norm.value(candidates[0])
-    if not bool(torch.isfinite(value).all()):
-        raise zero_sigma(site)
-    return value
+def require_fitting(
+    dims: Mapping[str, int], sites: Sequence[Reparametrization], tensors: Mapping[str, Any]
+) -> None:
+    """Raise a CheckpointError for a ``--dim`` that is not possible, also where none is needed."""
+    require_known(dims, sites)
+    for site in sites:
+        if site.name in dims:
+            _KINDS[site.group].decide_dim(site, tensors, dims)
 
 
-def zero_sigma(site: StoredNorm) -> CheckpointError:
-    """Return the error about a weight that cannot be divided by its sigma."""
-    return CheckpointError(
-        f"sigma of '{site.name}' is 0 or too small to divide by, so its normalised weight would "
-        "not be finite"
-    )
+def require_known(dims: Mapping[str, int], sites: Sequence[Reparametrization]) -> None:
+    """Raise a CheckpointError for a ``--dim`` of a tensor that is not there, or has none."""
+    names = [site.name for site in sites if site.group in _WITH_DIM and not site.blocked]
+    for name in dims:
+        if name not in names:
+            raise CheckpointError(
+                f"--dim {name}={dims[name]} names no tensor under spectral or weight norm; there "
+                f"are {quote_names(names) or 'none'}"
+            )
+
+
+def _require_possible(
+    changed: Sequence[Reparametrization],
+    wanted: Mapping[str, Spelling],
+    tensors: Mapping[str, Any],
+) -> None:
+    """Raise a CheckpointError that names every site which cannot be spelled as it is wanted."""
+    refused: dict[tuple[str, str], list[str]] = {}
+    for site in changed:
+        to, kind = wanted[site.name], _KINDS.get(site.group)
+        reason = site.blocked
+        if not reason and kind is not None and to != "plain" and to != site.spelling:
+            reason = kind.refuse(site, tensors)
+            if to == "parametrization" and not kind.parametrization:
+                reason = f"torch has no parametrization for {site.label}"
+        if reason or kind is None:
+            refused.setdefault((to, reason), []).append(site.name)
+    if refused:
+        raise CheckpointError(
+            "; ".join(
+                f"cannot spell {quote_names(names)} as {to}: {reason}"
+                for (to, reason), names in refused.items()
+            )
+        )
 
 
 def _entries(
-    site: StoredNorm, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
+    site: Reparametrization, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> dict[str, Entry]:
-    weight = spec_of(tensors, site.weight)
+    """Return what stands for one site in the new spelling, by key."""
+    kind = _KINDS[site.group]
     if to == "plain":
-        return {site.name: Entry(weight, lambda: plain_value(site, tensors, dims))}
-    u = spec_of(tensors, site.u)
-    columns = math.prod(weight.shape) // max(math.prod(u.shape), 1)
-    v = spec_of(tensors, site.v) if site.v is not None else Spec(u.dtype, (columns,))
+        spec = spec_of(tensors, site.keys["v" if site.group == "weight_norm" else "weight"])
+        return {site.name: Entry(spec, lambda: kind.plain_value(site, tensors, dims))}
     if to == "hook":
-        names = [f"{site.name}_{part}" for part in ("orig", "u", "v")]
+        names = [site.name + end for end in kind.hook]
     else:
         chain = qualified(site.module, f"parametrizations.{site.tensor}")
-        names = [f"{chain}.original", f"{chain}.0._u", f"{chain}.0._v"]
-    reads = (
-        lambda: _finite(site, tensors, site.weight),
-        lambda: _finite(site, tensors, site.u),
-        lambda: _right_vector(site, tensors, dims),
-    )
-    return {
-        name: Entry(spec, read)
-        for name, spec, read in zip(names, (weight, u, v), reads, strict=True)
+        names = [f"{chain}.{end}" for end in kind.parametrization]
+    return dict(zip(names, kind.parts(site, tensors, dims), strict=True))
+
+
+def _in_order(
+    tensors: Mapping[str, Any],
+    changed: Sequence[Reparametrization],
+    wanted: Mapping[str, Spelling],
+    spelled: dict[str, dict[str, Entry]],
+) -> dict[str, Entry]:
+    """Return all entries in the order of a network that is spelled so, whatever theirs was."""
+    gone = {key for site in changed for key in site.keys.values()}
+    firsts = dict(zip((site.name for site in changed), spelled, strict=True))
+    early = {
+        _successor(site): firsts[site.name] for site in changed if wanted[site.name] == "plain"
     }
+    entries: dict[str, Entry] = {}
+    for key in tensors:
+        # Where the raw weight stands before its bias, as in a sorted file, it is there already.
+        entries.update(spelled.pop(early.get(key, ""), {}))
+        entries.update(spelled.pop(key, {}))
+        if key not in gone:
+            entries[key] = _kept(tensors, key)
+    return entries
 
 
 def _kept(tensors: Mapping[str, Any], key: str) -> Entry:
@@ -158,60 +182,16 @@ def _kept(tensors: Mapping[str, Any], key: str) -> Entry:
     return Entry(spec_of(tensors, key), lambda: tensors[key])
 
 
-def _right_vector(site: StoredNorm, tensors: Mapping[str, Any], dims: Mapping[str, int]) -> Any:
-    if site.v is not None and site.normalised is None:
-        return _finite(site, tensors, site.v)
-    norm = TorchNorm(site, tensors)
-    return norm.right_vector(decide_dim(norm, dims))
-
-
-def _require_possible(site: StoredNorm, to: Spelling, tensors: Mapping[str, Any]) -> None:
-    reason = site.blocked
-    dtype = spec_of(tensors, site.weight).dtype
-    if not reason and to != site.kind and to != "plain":
-        if len(site.shape) == 1:
-            reason = "torch's parametrization treats a vector in another way than its hook does"
-        elif dtype.is_complex:
-            reason = "torch's parametrization conjugates u and its hook does not"
-    if reason:
-        raise CheckpointError(f"cannot spell '{site.name}' as {to}: {reason}")
-
-
-def _require_finite(norm: TorchNorm) -> None:
-    site = norm.site
-    for key, tensor in ((site.weight, norm.weight), (site.u, norm.u), (site.v, norm.v)):
-        if key is not None and tensor is not None:
-            require_finite(key, tensor)
-
-
-def require_finite(key: str, tensor: torch.Tensor) -> None:
-    """Raise a CheckpointError that names ``key`` if a floating value is NaN or infinite."""
-    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
-        return
-    if tensor.dtype.itemsize == 1:  # float8 knows no isfinite
-        tensor = tensor.float()
-    finite = torch.isfinite(tensor)
-    if not bool(finite.all()):
-        raise CheckpointError(
-            f"'{key}' holds {int((~finite).sum())} of {tensor.numel()} values that are NaN or "
-            "infinite"
-        )
-
-
-def _finite(site: StoredNorm, tensors: Mapping[str, Any], key: str) -> Any:
-    tensor = tensors[key]
-    require_finite(key, tensor)
-    return tensor
-
-
-def _successor(site: StoredNorm) -> str:
+def _successor(site: Reparametrization) -> str:
     # A plain network's weight stands before its bias; a normalised one's was added last.
     name = site.tensor.replace("weight", "bias")
     return qualified(site.module, name) if name != site.tensor else ""
 
 
 def _versions(
-    before: Mapping[str, Any], changed: list[StoredNorm], wanted: Mapping[str, Spelling]
+    before: Mapping[str, Any],
+    changed: Sequence[Reparametrization],
+    wanted: Mapping[str, Spelling],
 ) -> dict[str, Any]:
     after = copy.deepcopy(before)
     assert isinstance(after, dict)
@@ -220,7 +200,7 @@ def _versions(
             del after[path]
         norms = after.get(site.module, {}).get("spectral_norm", {})
         norms.pop(f"{site.tensor}.version", None)
-        if wanted[site.name] == "hook":
+        if wanted[site.name] == "hook" and site.group == "spectral_norm":
             own = after.setdefault(site.module, {}).setdefault("spectral_norm", {})
             own[f"{site.tensor}.version"] = 1
         elif wanted[site.name] == "parametrization":
@@ -244,8 +224,8 @@ def _insert(versions: dict[str, Any], module: str, paths: list[str]) -> None:
     versions.update(later)
 
 
-def _forgotten(versions: Mapping[str, Any], site: StoredNorm) -> Iterator[str]:
-    if site.kind != "parametrization":
+def _forgotten(versions: Mapping[str, Any], site: Reparametrization) -> Iterator[str]:
+    if site.spelling != "parametrization":
         return
     chains = qualified(site.module, "parametrizations")
     own = f"{chains}.{site.tensor}"

@@ -77,6 +77,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             "--model-kwargs": self.model_kwargs,
             "--key": self.key,
             "--prefix": self.prefix,
+            "--no-strict": not self.strict,
             "--dim": self.dims,
             "--trust-pickle": self.trust_pickle,
         }
@@ -112,17 +113,21 @@ class CheckCommand(ModelOptions, ProofOptions):
             from ..running import random_sets
             from .model_factory import prepare_model
 
-            model, inputs, notes = prepare_model(self, checkpoint, factory, show)
+            model, inputs, loaded = prepare_model(self, checkpoint, factory, show)
             sets = [inputs.example, *random_sets(inputs.example, self.samples), *inputs.own]
             show(f"comparing {len(sets)} input sets with onnxruntime")
             parity = check_parity(model, self.file, sets, **self.keywords_of(check_parity))
         require_comparable(parity)
         print_warnings(warned)
         if self.as_json:
-            content = {"path": self.file, "parity": parity.content(), "notes": [*notes, *warned]}
+            content = {
+                "path": self.file,
+                "parity": parity.content(),
+                "notes": [*loaded.notes, *warned],
+            }
             print_json(content)
         else:
-            print_notes_of_checkpoint(notes)
+            print_notes_of_checkpoint(loaded.notes)
             show_parity(parity)
         if not parity.passed:
             print_note(f"'{self.file}' does not reproduce the model")

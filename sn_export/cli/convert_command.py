@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from ..results import Spelling
+from ..results import Respellable, Spelling
 from .console import print_json, print_line, print_note, progress
 from .options import Parsed, parse_size
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
@@ -16,11 +18,18 @@ from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
 @dataclass(frozen=True, kw_only=True)
 class ConvertCommand(CheckpointOptions):
-    """Write a checkpoint with its spectral norm spelled differently, bit for bit the same."""
+    """Write a checkpoint with its reparametrizations spelled differently, bit for bit the same.
+
+    Spectral norm and weight norm have three spellings, pruning masks a plain one. What cannot be
+    spelled so is named, and nothing is written then.
+    """
 
     checkpoint: CheckpointArgument
-    to: Annotated[Spelling, typer.Option(help="How to spell spectral norm.")]
+    to: Annotated[Spelling, typer.Option(help="How to spell them.")]
     output: Annotated[Path, typer.Option("--output", "-o", help="A .pt or .safetensors file.")]
+    only: Annotated[
+        Respellable | None, typer.Option(help="Respell these alone, and leave others as they are.")
+    ] = None
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Keep the state dict alone.")
     ] = False
@@ -61,6 +70,14 @@ class ConvertCommand(CheckpointOptions):
         under = f" under '{made.key}'" if made.key else ""
         kept = len(made.found) - len(made.changed)
         already = f"; {kept} were spelled so already" if kept else ""
-        print_line(f"respelled {len(made.changed)} spectral norms{under} as {self.to}{already}")
+        print_line(f"respelled {_counts(made.changed)}{under} as {self.to}{already}")
         for file in made.files:
             print_line(f"wrote {file}")
+
+
+def _counts(changed: Iterable[Any]) -> str:
+    """Return what was respelled, as in "3 spectral norms and 2 weight norms"."""
+    counts = Counter(site.label for site in changed)
+    nouns = {label: label if label.endswith("norm") else f"{label} mask" for label in counts}
+    shown = [f"{n} {nouns[label]}{'' if n == 1 else 's'}" for label, n in counts.items()]
+    return " and ".join(shown) or "nothing"

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
 from .console import number, print_json, print_line, print_note, progress, table
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
+_STATES = {
+    "spectral_norm": "under spectral norm",
+    "weight_norm": "under weight norm",
+    "orthogonal": "kept orthogonal",
+    "pruning": "pruned",
+    "parametrization": "under other parametrizations",
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(CheckpointOptions):
-    """List the spectral norms in a checkpoint; no model code is needed."""
+    """List the reparametrized tensors in a checkpoint; no model code is needed."""
 
     checkpoint: CheckpointArgument
 
@@ -37,13 +46,11 @@ class InspectCommand(CheckpointOptions):
 
 def _show(found: Any) -> None:
     under = f" under '{found.key}'" if found.key else ""
-    title = (
-        f"{found.path} ({found.format}){under}: {found.tensors} entries, "
-        f"{len(found.layers)} tensors under spectral norm"
-    )
+    title = f"{found.path} ({found.format}){under}: {found.tensors} entries, {_counts(found)}"
     if not found.layers:
         print_line(
-            f"{found.path} ({found.format}){under}: no spectral norm in {found.tensors} entries"
+            f"{found.path} ({found.format}){under}: no spectral norm or other reparametrization "
+            f"in {found.tensors} entries"
         )
         return
     keyed = len({layer.key for layer in found.layers}) > 1
@@ -52,9 +59,9 @@ def _show(found: Any) -> None:
         [
             layer.module,
             layer.tensor,
-            layer.kind,
+            f"{layer.group.replace('_', ' ')} ({layer.spelling})",
             "x".join(map(str, layer.shape)),
-            "?" if layer.dim is None else str(layer.dim),
+            _dim(layer),
             number(layer.sigma),
             number(layer.sigma_exact),
             number(layer.shortfall),
@@ -66,6 +73,19 @@ def _show(found: Any) -> None:
         columns.insert(0, "under")
         rows = [[layer.key, *row] for layer, row in zip(found.layers, rows, strict=True)]
     table(title, columns, rows)
+
+
+def _counts(found: Any) -> str:
+    """Return how many there are, as in "2 tensors under spectral norm, 1 pruned"."""
+    counts = Counter(layer.group for layer in found.layers)
+    shown = [f"{counts[group]} {text}" for group, text in _STATES.items() if counts[group]]
+    return ", ".join(shown).replace(" ", " tensors ", 1)
+
+
+def _dim(layer: Any) -> str:
+    if layer.dim is not None or layer.group == "weight_norm":
+        return str(layer.dim)
+    return "?" if layer.group == "spectral_norm" else "-"
 
 
 def _content(found: Any) -> dict[str, Any]:

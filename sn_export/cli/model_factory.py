@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoints import load_checkpoint, read_checkpoint
+from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
 from ..errors import UsageError
 from .inputs import Inputs, gather
 from .request import ModelOptions
@@ -21,8 +21,8 @@ from .request import ModelOptions
 
 def prepare_model(
     options: ModelOptions, checkpoint: Path, factory: str, show: Callable[[str], None]
-) -> tuple[nn.Module, Inputs, tuple[str, ...]]:
-    """Return the network with the checkpoint in it, the inputs, and what had to be done.
+) -> tuple[nn.Module, Inputs, Loaded]:
+    """Return the network with the checkpoint in it, the inputs, and how it went in.
 
     Args:
         options: how to read the checkpoint and call the network.
@@ -37,7 +37,7 @@ def prepare_model(
     model = build_model(factory, options.model_kwargs)
     show("loading the checkpoint into the model")
     loaded = load_checkpoint(model, content, **options.keywords_of(load_checkpoint))
-    return model, inputs, loaded.notes
+    return model, inputs, loaded
 
 
 def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:

@@ -94,14 +94,14 @@ class OnnxCommand(ModelOptions, ProofOptions):
             from .model_factory import prepare_model
 
             require_metadata(self.metadata)
-            model, inputs, notes = prepare_model(self, self.checkpoint, self.model, show)
+            model, inputs, loaded = prepare_model(self, self.checkpoint, self.model, show)
             suspects = [dataclasses.asdict(suspect) for suspect in find_suspects(model)]
             try:
-                made = self._export(model, inputs)
+                made = self._export(model, inputs, loaded.metadata())
             except ParityError as error:
                 assert error.export is not None
                 failed, made = error, error.export
-        content = made.content() | {"suspects": suspects, "notes": [*notes, *warned]}
+        content = made.content() | {"suspects": suspects, "notes": [*loaded.notes, *warned]}
         write_report(content, self.report, None if failed else made.path)
         print_warnings(warned)
         for attempt in made.attempts:
@@ -110,7 +110,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         if self.as_json:
             print_json(content)
         else:
-            print_notes_of_checkpoint(notes)
+            print_notes_of_checkpoint(loaded.notes)
             self._show(made)
         if failed:
             print_note(
@@ -134,7 +134,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         )
         require_report(self.report)
 
-    def _export(self, model: Any, inputs: Any) -> ExportReport:
+    def _export(self, model: Any, inputs: Any, fit: Mapping[str, str]) -> ExportReport:
         from ..exporting import export_onnx
 
         is_index = self.checkpoint.name.endswith(".index.json")
@@ -142,6 +142,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         options = self.keywords_of(export_onnx) | {
             "per_module": self.per_module or is_pictured(self.report),
             "sigma_exact": is_pictured(self.report),
+            "metadata": {**fit, **self.metadata},
         }
         return export_onnx(
             model,

@@ -47,7 +47,7 @@ class CheckpointOptions(Command):
     dims: Annotated[
         Mapping[str, int],
         Parsed(list[str], parse_dims, []),
-        typer.Option("--dim", help="NAME=D, where a square weight's dim cannot be told."),
+        typer.Option("--dim", help="NAME=D, where the dim of a tensor cannot be told."),
     ]
     trust_pickle: Annotated[
         bool,
@@ -111,6 +111,13 @@ class ModelOptions(CheckpointOptions):
     prefix: Annotated[
         str | None, typer.Option(help="Start of the names that are the network's.")
     ] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict",
+            help="Refuse missing and unknown keys, or list them and go on.",
+        ),
+    ] = True
 
     def require_files(self, checkpoint: Path) -> None:
         """Raise if a file to read is absent, or there is no input.

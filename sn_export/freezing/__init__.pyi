@@ -22,6 +22,7 @@ from .freeze import (
     frozen_spectral_norm as frozen_spectral_norm,
 )
 from .info import (
+    Group as Group,
     ParametrizationInfo as ParametrizationInfo,
     SpectralNormInfo as SpectralNormInfo,
 )

@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from sn_export.checkpoints import convert_checkpoint, read_checkpoint
 from sn_export.checkpoints.lazy_tensors import spec_of
+from sn_export.checkpoints.reparametrizations import Entry
 from sn_export.checkpoints.safetensors_file import write_safetensors
-from sn_export.checkpoints.spelling import Entry
 from sn_export.errors import CheckpointError
 
 SPELLINGS: list[Kind] = ["plain", "hook", "parametrization"]
@@ -259,7 +259,8 @@ def test_no_spectral_norm_in_it(tmp_path: Path) -> None:
     torch.save(Critic("plain").state_dict(), tmp_path / "a.pt")
     assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "hook") == (
         "'a.pt' holds no spectral norm to convert: no 'weight_orig' with 'weight_u', no "
-        "'parametrizations.weight.original' with '0._u'"
+        "'parametrizations.weight.original' with '0._u'; and no weight norm to convert: no "
+        "'weight_g' with 'weight_v', no 'parametrizations.weight.original0' with 'original1'"
     )
 
 
@@ -268,6 +269,6 @@ def test_a_dim_for_a_tensor_that_is_not_there(tmp_path: Path) -> None:
     torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
     options = {"dims": {"haed.weight": 0}}
     assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain", **options) == (
-        "--dim haed.weight=0 names no tensor under spectral norm; there are 'body.0.weight', "
-        "'body.3.weight', 'body.4.weight', 'head.weight'"
+        "--dim haed.weight=0 names no tensor under spectral or weight norm; there are "
+        "'body.0.weight', 'body.3.weight', 'body.4.weight', 'head.weight'"
     )

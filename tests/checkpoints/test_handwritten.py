@@ -10,7 +10,7 @@ from cli_networks import trained_critic
 from torch import Tensor
 
 from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint
-from sn_export.checkpoints.stored_norms import handwritten_norms
+from sn_export.checkpoints.reparametrizations import handwritten_norms
 from sn_export.errors import CheckpointError
 
 WEIGHT = torch.ones(4, 3, 2, 2)

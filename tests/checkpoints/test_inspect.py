@@ -107,7 +107,7 @@ def test_an_unknown_name_for_a_dim(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         inspect_checkpoint(tmp_path / "a.pt", dims={"x": 0})
     assert str(caught.value) == (
-        "--dim x=0 names no tensor under spectral norm; there are 'weight'"
+        "--dim x=0 names no tensor under spectral or weight norm; there are 'weight'"
     )
 
 

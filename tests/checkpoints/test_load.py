@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_networks import APPLY, Critic, Kind, before_v, prefixed, trained_critic
-from torch import nn
+from torch import Tensor, nn
 
 from sn_export.checkpoints import Loaded, load_checkpoint, read_checkpoint
 from sn_export.errors import CheckpointError
@@ -144,6 +144,18 @@ def test_of_several_that_do_not_fit_the_usual_one_is_told(tmp_path: Path) -> Non
         _load(Critic(), content, tmp_path)
 
 
+def test_each_candidate_is_listed_with_how_well_it_fits(tmp_path: Path) -> None:
+    """Where a key is needed, the message says of each how many of the model's tensors it has."""
+    state = trained_critic().state_dict()
+    part = {name: value for name, value in state.items() if not name.startswith("head.")}
+    with pytest.raises(CheckpointError) as caught:
+        _load(Critic(), {"ema": state, "net": state, "part": part}, tmp_path)
+    assert str(caught.value).replace(f"{tmp_path}/", "") == (
+        "'a.pt' holds 2 state dicts, each of which fits Critic; choose with --key one of 'ema' "
+        "(20 tensors, has 12 of the 12 of Critic), 'net' (20 tensors, has 12 of the 12 of Critic)"
+    )
+
+
 def _message(model: nn.Module, state: dict[str, Any], folder: Path, **options: Any) -> str:
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(CheckpointError) as caught:
@@ -227,3 +239,159 @@ def test_renamed_leading_parts_are_suggested(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         _load(Critic(), few, tmp_path)
     assert "in the place of" not in str(caught.value)
+
+
+class _Renaming(nn.Module):
+    """Brings keys of an older release up to date in a load_state_dict pre-hook."""
+
+    def __init__(self, kind: Kind = "hook") -> None:
+        super().__init__()
+        self.head = APPLY[kind](nn.Linear(3, 4))
+        self.seen: list[str] = []
+        self.register_load_state_dict_pre_hook(self._rename)
+
+    @staticmethod
+    def _rename(module: Any, state: dict[str, Any], prefix: str, *args: Any) -> None:
+        module.seen.append(prefix)
+        for key in [key for key in state if key.startswith(f"{prefix}final.")]:
+            state[f"{prefix}head.{key.removeprefix(f'{prefix}final.')}"] = state.pop(key)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(x)
+        return out
+
+
+class _Adding(nn.Module):
+    """Adds what older checkpoints lack in ``_load_from_state_dict``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = APPLY["hook"](nn.Linear(3, 4))
+        self.register_buffer("scale", torch.ones(1))
+
+    def _load_from_state_dict(self, state: Any, prefix: str, *args: Any) -> None:
+        state.setdefault(f"{prefix}scale", torch.full((1,), 3.0))
+        super()._load_from_state_dict(state, prefix, *args)
+
+
+class _Tolerant(nn.Linear):
+    """Takes whatever there is, as some published networks do."""
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        return super().load_state_dict(state, strict=False, assign=assign)
+
+
+@pytest.mark.parametrize("wrapper", ["", "module."])
+def test_what_the_model_brings_up_to_date_itself_is_taken(wrapper: str, tmp_path: Path) -> None:
+    """Pre-hooks and overrides are asked, under the prefixes of wrappers too."""
+    old, model = _Renaming(), _Renaming()
+    state = {k.replace("head.", "final."): v for k, v in old.state_dict().items()}
+    _load(model, prefixed(state, wrapper), tmp_path)
+    assert torch.equal(model.head.weight_orig, old.head.weight_orig)
+    adding, older = _Adding(), dict(_Adding().state_dict())
+    del older["scale"]
+    _load(adding, prefixed(older, wrapper), tmp_path)
+    assert torch.equal(adding.head.weight_orig, older["head.weight_orig"])
+    assert adding.scale.item() == 3
+
+
+def test_a_refused_model_is_as_it_was(tmp_path: Path) -> None:
+    """Neither values nor what its own hooks noted of the attempts are left in it."""
+    model = _Renaming()
+    before = dict(model.__dict__)
+    values = {name: value.clone() for name, value in model.state_dict().items()}
+    state = dict(_Renaming().state_dict())
+    state["head.bias"] = torch.ones(7)
+    message = _message(model, state, tmp_path)
+    assert message == "'a.pt' does not fit _Renaming: 'head.bias' is [7] and should be [4]"
+    assert model.__dict__ == before
+    assert model.seen == []
+    assert all(torch.equal(value, values[name]) for name, value in model.state_dict().items())
+
+
+def test_a_model_that_takes_anything(tmp_path: Path) -> None:
+    """It decides, but what it lacked is told; of a checkpoint with nothing of it, it is refused."""
+    trained, model = nn.Linear(3, 4), _Tolerant(3, 4)
+    loaded = _load(model, {"weight": trained.weight.data, "other": torch.ones(2)}, tmp_path)
+    assert torch.equal(model.weight, trained.weight)
+    assert (loaded.missing, loaded.unexpected) == (("bias",), ("other",))
+    loaded = _load(model, prefixed(trained.state_dict(), "module."), tmp_path)
+    assert (loaded.missing, loaded.unexpected) == ((), ())
+    assert torch.equal(model.bias, trained.bias)
+    assert _message(model, {"a": torch.ones(2)}, tmp_path) == (
+        "'a.pt' does not fit _Tolerant: it lacks 'weight', 'bias'; it has the unknown 'a'"
+    )
+
+
+def test_a_scripted_model(tmp_path: Path) -> None:
+    """It takes no hooks, and is asked all the same."""
+    model, trained = torch.jit.script(nn.Linear(3, 4)), nn.Linear(3, 4)
+    _load(model, {"module.weight": trained.weight, "module.bias": trained.bias}, tmp_path)
+    assert torch.equal(model.weight, trained.weight)
+    assert _message(model, {"weight": trained.weight.data}, tmp_path) == (
+        "'a.pt' does not fit RecursiveScriptModule: it lacks 'bias'"
+    )
+
+
+def test_without_strict(tmp_path: Path) -> None:
+    """What fits is loaded, in the model's spelling, and the rest listed; shapes must fit."""
+    trained, model = trained_critic(), Critic("parametrization")
+    state = dict(trained.state_dict())
+    bias = state.pop("body.0.bias")
+    state["extra"] = torch.ones(2)
+    before = model.body[0].bias.clone()
+    loaded = _load(model, state, tmp_path, strict=False)
+    assert (loaded.missing, loaded.unexpected) == (("body.0.bias",), ("extra",))
+    assert loaded.notes[-2:] == (
+        "not in the checkpoint, and so as the model was built: 'body.0.bias'",
+        "not in the model, and so left out: 'extra'",
+    )
+    assert loaded.metadata() == {
+        "checkpoint.missing_keys": '["body.0.bias"]',
+        "checkpoint.unexpected_keys": '["extra"]',
+    }
+    assert torch.equal(model.body[0].bias, before)
+    with torch.no_grad():
+        model.body[0].bias.copy_(bias)
+    assert _equal(model, trained)
+    state["body.0.bias"] = torch.ones(9)
+    assert _message(Critic(), state, tmp_path, strict=False) == (
+        "'a.pt' does not fit Critic: it has the unknown 'extra'; 'body.0.bias' is [9] and should "
+        "be [4]"
+    )
+    assert _message(Critic(), {"a": torch.ones(2)}, tmp_path, strict=False).startswith(
+        "'a.pt' does not fit Critic: it lacks "
+    )
+
+
+def test_no_advice_that_would_not_help(tmp_path: Path) -> None:
+    """Parts of a reparametrization are no misspelt names, and another network no plain one."""
+    weight_norm = nn.utils.parametrizations.weight_norm
+    normed = weight_norm(nn.Linear(3, 4)).state_dict()
+    message = _message(APPLY["hook"](nn.Linear(3, 4)), normed, tmp_path)
+    assert message.endswith(". 'weight' has spectral norm in the model and weight norm in the "
+                            "checkpoint")  # fmt: skip
+    hidden = {"weight_g": torch.ones(4, 1), "weight_v": torch.ones(4, 3), "b": torch.ones(4)}
+    assert "Should" not in _message(nn.Linear(3, 4, bias=False), hidden, tmp_path)
+    half = {"weight_v": torch.ones(4, 3)}
+    assert "Should" not in _message(nn.Linear(3, 4, bias=False), half, tmp_path)
+    assert "Should" not in _message(weight_norm(nn.Linear(3, 4, bias=False)), half, tmp_path)
+    other = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 4)).state_dict()
+    model = nn.Sequential(APPLY["hook"](nn.Linear(3, 4)), nn.Linear(4, 4), nn.Linear(4, 1))
+    assert "build the model without" not in _message(model, other, tmp_path)
+    plain = nn.Linear(3, 4).state_dict()
+    assert _message(weight_norm(nn.Linear(3, 4)), plain, tmp_path).endswith(
+        ". The model has weight norm on 'weight' and the checkpoint has plain weights there: "
+        "build the model without weight norm"
+    )
+
+
+def test_a_prefix_that_all_names_but_one_have(tmp_path: Path) -> None:
+    """The counter of an averaged model beside ``module.`` is left out, asked for or not."""
+    trained = trained_critic()
+    state = prefixed(trained.state_dict(), "module.") | {"n_averaged": torch.tensor(3)}
+    for options in ({}, {"prefix": "module."}):
+        model = Critic("parametrization")
+        loaded = _load(model, state, tmp_path, **options)
+        assert loaded.notes[0] == "took the 20 entries under 'module.', and left 1 others out"
+        assert _equal(model, trained)

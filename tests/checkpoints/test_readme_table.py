@@ -17,6 +17,7 @@ from cli_networks import Critic, Tokens, before_v, prefixed, trained_critic
 from cli_running import runner
 from export_models import run_file
 from safetensors.torch import save_file
+from vocoder_networks import Generator
 
 from sn_export import check_case, export_onnx
 from sn_export.checkpoints import convert_checkpoint
@@ -72,6 +73,8 @@ def _make(name: str) -> None:
         "shards/model.safetensors.index.json": _save_shards,
         "dcp": lambda path: dcp.save(dict(state), checkpoint_id=path),
         "hook.pt": _save(before_v(state, critic)),
+        "vocoder.pt": _save(Generator("parametrization").state_dict()),
+        "part.pt": _save(state | {"extra": torch.ones(2)}),
         "critic.onnx": lambda path: export_onnx(critic, IMAGES, path, exporter="torchscript"),
         "cases": _save_case,
     }
@@ -87,7 +90,9 @@ def test_row(
     """The command ends with 0, and an exported file is the one of the trained network."""
     call = runner(tmp_path, monkeypatch, capsys)
     command = ROWS[have].replace("NET", "--model nets:critic --input 2x3x8x8 -o critic.onnx")
-    _, *arguments = shlex.split(command.replace("nets:critic", "cli_networks:critic"))
+    command = command.replace("nets:critic", "cli_networks:critic")
+    command = command.replace("nets:vocoder", "vocoder_networks:Generator")
+    _, *arguments = shlex.split(command)
     for argument in arguments[1:3] if arguments[0] == "check" else arguments[1:2]:
         if not argument.startswith("-"):
             _make(argument)
@@ -95,6 +100,6 @@ def test_row(
         arguments += ["--exporter", "torchscript", "--samples", "1"]
     ran = call(*arguments)
     assert ran.code == 0, ran.err
-    if arguments[0] == "onnx":
+    if "critic.onnx" in arguments[1:] and arguments[0] == "onnx":
         (got,) = run_file(Path("critic.onnx"), IMAGES)
         np.testing.assert_allclose(got, trained_critic()(IMAGES).detach(), rtol=1e-3, atol=1e-5)

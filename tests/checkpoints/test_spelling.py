@@ -23,8 +23,8 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 from sn_export.checkpoints import StateDict
+from sn_export.checkpoints.reparametrizations import find_reparametrizations
 from sn_export.checkpoints.spelling import Respelled, respell
-from sn_export.checkpoints.stored_norms import find_sites
 from sn_export.errors import CheckpointError
 
 KINDS: list[Kind] = ["hook", "parametrization"]
@@ -188,14 +188,16 @@ def _broken(change: Callable[[dict[str, Any]], Any], kind: Kind = "hook") -> str
 def test_incomplete_spectral_norm() -> None:
     """A missing vector is named, in either spelling."""
     assert _broken(lambda s: s.pop("weight_u")) == (
-        "the spectral norm of 'weight' is incomplete: there is 'weight_orig' without 'weight_u'"
+        "cannot spell 'weight' as plain: its spectral norm is incomplete: there is 'weight_orig' "
+        "without 'weight_u'"
     )
     assert _broken(lambda s: s.pop("weight_v")) == (
-        "the spectral norm of 'weight' is incomplete: there is 'weight_orig' without 'weight_v'"
+        "cannot spell 'weight' as plain: its spectral norm is incomplete: there is 'weight_orig' "
+        "without 'weight_v'"
     )
     assert _broken(lambda s: s.pop("parametrizations.weight.0._v"), "parametrization") == (
-        "the spectral norm of 'weight' is incomplete: there is 'parametrizations.weight.0._u' "
-        "without 'parametrizations.weight.0._v'"
+        "cannot spell 'weight' as plain: its spectral norm is incomplete: there is "
+        "'parametrizations.weight.0._u' without 'parametrizations.weight.0._v'"
     )
 
 
@@ -253,7 +255,8 @@ def test_chains_of_parametrizations_are_refused() -> None:
     with pytest.raises(CheckpointError) as caught:
         _respelled(state, "plain")
     assert str(caught.value) == (
-        "cannot spell 'weight' as plain: it is one of several parametrizations in a chain"
+        "cannot spell 'weight' as plain: only the model's code says what makes it of '0.factor', "
+        "'1._u', '1._v', 'original'"
     )
 
 
@@ -276,7 +279,10 @@ def test_vectors_and_complex_weights_have_no_other_spelling() -> None:
     )
 
 
-def test_pruned_and_weight_normed_layers_are_no_spectral_norm() -> None:
-    """Keys that only look alike are left alone."""
-    state = nn.utils.parametrizations.weight_norm(nn.Linear(3, 4)).state_dict()
-    assert find_sites({**state, "a.weight_orig": 1, "a.weight_mask": 2}) == []
+def test_keys_that_only_look_alike_are_left_alone() -> None:
+    """A raw weight that is no tensor, a g whose shape is no norm, a weight beside g and v."""
+    g, v = torch.ones(2, 2), torch.ones(4, 3)
+    assert find_reparametrizations({"a.weight_orig": 1, "a.weight_mask": 2}) == []
+    assert find_reparametrizations({"gate_g": g, "gate_v": v}) == []
+    assert find_reparametrizations({"w_g": torch.ones(4, 1), "w_v": v, "w": v}) == []
+    assert find_reparametrizations({"gate_g": torch.ones(4), "gate_v": torch.ones(4)}) == []

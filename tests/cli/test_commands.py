@@ -329,6 +329,23 @@ def test_convert(run: Run) -> None:
     assert content["files"][-1] == "c.safetensors.index.json"
 
 
+def test_what_does_not_fit_is_listed_without_strict(run: Run) -> None:
+    """The command goes on, lists the keys, and the file says in its metadata which they were."""
+    state = dict(trained_critic().state_dict())
+    del state["head.weight_u"]
+    torch.save(state | {"extra": torch.ones(2)}, "part.pt")
+    command = ["onnx", "part.pt", *ONNX[2:]]
+    ran = run(*command)
+    assert ran.code == 2
+    assert "it lacks 'head.weight_u'; it has the unknown 'extra'" in ran.err
+    ran = run(*command, "--no-strict")
+    assert ran.code == 0
+    assert "checkpoint: not in the model, and so left out: 'extra'\n" in ran.out
+    said = {entry.key: entry.value for entry in onnx.load("o.onnx").metadata_props}
+    assert said["checkpoint.missing_keys"] == '["head.weight_u"]'
+    assert said["checkpoint.unexpected_keys"] == '["extra"]'
+
+
 def _check(run: Run, *more: str) -> Ran:
     return run("check", "o.onnx", "a.pt", *CRITIC, *more)
 

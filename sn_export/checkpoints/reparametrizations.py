@@ -1,0 +1,327 @@
+"""Which tensors of a state dict are reparametrized, as its keys and shapes say."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError
+from ..freezing import Group
+from ..results import Spelling as Spelling
+from ..text import qualified, quote_names
+from .lazy_tensors import LazyTensors, Spec, spec_of
+
+Keys = Mapping[str, str]
+
+_LABELS = {"orthogonal": "orthogonality", "parametrization": "another parametrization"}
+_ALIGNMENT = 64  # of torch's CPU allocator
+_CHAIN = re.compile(r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)")
+_PARTS = {"weight": "original", "u": "0._u", "v": "0._v"}
+_HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_g)")
+# What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
+_BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a state dict to be: what it will be, and how to get it when it is needed.
+
+    Attributes:
+        spec: dtype and shape; None for an extra state, which may be anything.
+        read: returns the value.
+    """
+
+    spec: Spec | None
+    read: Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Reparametrization:
+    """One tensor that a state dict holds as the parts which torch computes it from.
+
+    Attributes:
+        module: qualified name of the module, ``""`` for the root.
+        tensor: name of the tensor in it.
+        group: what computes it; ``"parametrization"`` where the keys do not say.
+        spelling: torch's old hooks (``weight_orig``, ``weight_g``), or its parametrizations.
+        shape: shape of the tensor.
+        keys: key of each part. Spectral norm has ``weight``, ``u``, ``v`` (absent before torch
+            kept it) and then ``normalised``; weight norm ``g`` and ``v``; pruning ``weight``
+            and ``mask``; others, and what is incomplete, the ends of their keys, such as
+            ``original`` and ``0.base``.
+        blocked: why its value cannot be known without the model's code; empty if it can.
+    """
+
+    module: str
+    tensor: str
+    group: Group
+    spelling: Literal["hook", "parametrization"]
+    shape: tuple[int, ...]
+    keys: Keys
+    blocked: str = ""
+
+    def read(self, part: str, tensors: Mapping[str, Any]) -> Tensor:
+        """Return the value of one part; raise a CheckpointError if it is not finite."""
+        return require_finite(self.keys[part], tensors[self.keys[part]])
+
+    @property
+    def name(self) -> str:
+        """Qualified name of the tensor, its key in the plain network."""
+        return qualified(self.module, self.tensor)
+
+    @property
+    def label(self) -> str:
+        """The group in words, such as ``"weight norm"``."""
+        return _LABELS.get(self.group, self.group.replace("_", " "))
+
+
+Values = Callable[[Reparametrization, Mapping[str, Any], Mapping[str, int]], Any]
+
+
+def stored_parts(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> list[Entry]:
+    """Return the parts as they are stored, in the order of ``site.keys``."""
+    return [
+        Entry(spec_of(tensors, key), partial(site.read, part, tensors))
+        for part, key in site.keys.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one group is spelled; each function takes the site, the state dict and known dims.
+
+    Attributes:
+        hook: ends of the keys under torch's hook, such as ``("_g", "_v")``.
+        parametrization: ends of the keys under torch's parametrization; empty if there is none.
+        plain_value: returns the weight that an eval-mode forward uses, as torch computes it.
+        parts: returns an `Entry` for each end.
+        decide_dim: returns the dim, or raises a CheckpointError if a given one does not fit.
+        refuse: returns why the other of torch's spellings would be another network, or nothing.
+    """
+
+    hook: tuple[str, ...]
+    parametrization: tuple[str, ...]
+    plain_value: Values
+    parts: Values = stored_parts
+    decide_dim: Values = lambda site, tensors, dims: None
+    refuse: Callable[[Reparametrization, Mapping[str, Any]], str] = lambda site, tensors: ""
+
+
+def find_reparametrizations(
+    tensors: Mapping[str, Any], versions: Mapping[str, Any] | None = None
+) -> list[Reparametrization]:
+    """Return every tensor that is reparametrized, in the order of the keys.
+
+    ``{"conv.bias": ..., "conv.weight_g": ..., "conv.weight_v": ...}`` holds the weight norm of
+    ``conv.weight``.
+
+    Args:
+        tensors: the state dict; of one that is read lazily no value is read.
+        versions: what `torch.nn.Module.state_dict` notes for each module, if it is there. It
+            tells of links that hold no tensor.
+    """
+    found: dict[str, Reparametrization | None] = {}
+    chains: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        if match := _CHAIN.fullmatch(key):
+            name = qualified(match["module"] or "", match["tensor"])
+            chains.setdefault(name, {})[match["part"]] = key
+            found.setdefault(name)  # in its place; what it is shows when all its keys are known
+        elif match := _HOOK.fullmatch(key):
+            recognise = _hook_of_orig if match["part"] == "_orig" else _weight_norm_hook
+            if (one := recognise(tensors, match["name"])) is not None:
+                found[one.name] = one
+    for name, parts in chains.items():
+        found[name] = _chain(tensors, name, parts, versions or {})
+    return [one for one in found.values() if one is not None]
+
+
+def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]:
+    """Return the dims of a weight norm whose parts have these shapes; none if there is none.
+
+    ``(8, 1, 1)`` and ``(8, 4, 3)`` have dim 0, ``()`` and ``(8, 4, 3)`` have ``dim=None``, which
+    is one norm for the whole tensor. Several fit where v has several dimensions of size 1.
+    """
+    if math.prod(g) == 1 and len(g) != len(v):  # torch 0.3 kept a number as [1]
+        return [None] if len(g) < 2 and v else []
+    return [
+        dim
+        for dim in range(len(v))
+        if len(g) == len(v) and g == tuple(n if d == dim else 1 for d, n in enumerate(v))
+    ]
+
+
+def float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+    """Return dtype and shape of a dense floating or complex tensor; None for anything else."""
+    spec: Spec | None = None
+    if isinstance(tensors, LazyTensors):
+        spec = tensors.specs.get(key)
+    elif isinstance(value := tensors.get(key), Tensor) and value.layout is torch.strided:
+        spec = Spec(value.dtype, tuple(value.shape))
+    if spec is None or not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        return None
+    return spec
+
+
+def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
+    """Return the spectral norm or the pruning mask whose raw weight is ``<name>_orig``."""
+    module, _, tensor = name.rpartition(".")
+    u, v, mask = (f"{name}{end}" for end in ("_u", "_v", "_mask"))
+    spec = float_spec(tensors, f"{name}_orig")
+    if u not in tensors and v not in tensors:
+        if mask not in tensors or spec is None:
+            return None
+        part = tensor.endswith("_v") and f"{name.removesuffix('_v')}_g" in tensors
+        blocked = "it is itself the v of a weight norm" if part else ""
+        keys = {"weight": f"{name}_orig", "mask": mask}
+        return Reparametrization(module, tensor, "pruning", "hook", spec.shape, keys, blocked)
+    keys = {"weight": f"{name}_orig", "u": u, "v": v, "normalised": name}
+    keys = {part: key for part, key in keys.items() if key in tensors}
+    unread = _unreadable(tensors, keys)
+    if u not in tensors or not (v in tensors or name in tensors):
+        lost = v if u in tensors else u
+        unread = f"its spectral norm is incomplete: there is '{name}_orig' without '{lost}'"
+    blocked = unread
+    if not unread and f"{name}_sigma" in tensors:
+        blocked = f"'{name}_sigma' beside it belongs to a class of its own, not to torch's hook"
+    elif not unread and mask in tensors:
+        blocked = f"'{mask}' beside it says that it is also pruned"
+    keys = {key.removeprefix(f"{name}_"): key for key in keys.values()} if unread else keys
+    shape = spec.shape if spec is not None else ()
+    return Reparametrization(module, tensor, "spectral_norm", "hook", shape, keys, blocked)
+
+
+def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
+    """Return the weight norm with ``<name>_g``; other tensors may be called so too."""
+    module, _, tensor = name.rpartition(".")
+    direction = float_spec(tensors, f"{name}_v")
+    if name in tensors or direction is None or len(direction.shape) < 2:
+        return None
+    return _weight_norm(tensors, module, tensor, "hook", f"{name}_g", f"{name}_v")
+
+
+def _weight_norm(
+    tensors: Mapping[str, Any],
+    module: str,
+    tensor: str,
+    spelling: Literal["hook", "parametrization"],
+    g: str,
+    v: str,
+) -> Reparametrization | None:
+    size, direction = float_spec(tensors, g), float_spec(tensors, v)
+    if size is None or direction is None or not weight_norm_dims(size.shape, direction.shape):
+        return None
+    keys = {"g": g, "v": v}
+    return Reparametrization(module, tensor, "weight_norm", spelling, direction.shape, keys)
+
+
+def _chain(
+    tensors: Mapping[str, Any], name: str, parts: Keys, versions: Mapping[str, Any]
+) -> Reparametrization:
+    """Return what a list of torch's parametrizations is, by the ends of its keys."""
+    module, _, tensor = name.rpartition(".")
+    path = qualified(module, f"parametrizations.{tensor}")
+    ends = set(parts)
+    is_alone = f"{path}.1" not in versions  # a link without tensors shows in the versions only
+    if ends == {"original0", "original1"} and is_alone:
+        keys = [parts["original0"], parts["original1"]]
+        norm = _weight_norm(tensors, module, tensor, "parametrization", *keys)
+        if norm is not None:
+            return norm
+    spec = float_spec(tensors, parts.get("original", ""))
+    shape = spec.shape if spec is not None else ()
+    norms = sorted(end for end in ends if re.fullmatch(r"\d+\._[uv]", end))
+    group: Group = "spectral_norm" if norms else "parametrization"
+    blocked = f"only the model's code says what makes it of {quote_names(sorted(ends))}"
+    if norms and is_alone and ends <= {"original", "0._u", "0._v"}:
+        lost = {"original", "0._u", "0._v"} - ends
+        blocked = _unreadable(tensors, parts)
+        if lost:
+            blocked = (
+                f"its spectral norm is incomplete: there is '{parts[norms[0]]}' without "
+                f"'{path}.{min(lost)}'"
+            )
+        if not blocked:
+            parts = {part: parts[end] for part, end in _PARTS.items()}
+    elif ends == {"original", "0.base"}:
+        group = "orthogonal"
+        blocked = (
+            "the file does not say by which map (matrix_exp, cayley or householder) its weight "
+            "is made orthogonal"
+        )
+    return Reparametrization(module, tensor, group, "parametrization", shape, dict(parts), blocked)
+
+
+def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
+    odd = [key for key in keys.values() if float_spec(tensors, key) is None]
+    return f"{quote_names(odd)} is no dense floating tensor" if odd else ""
+
+
+def require_finite(key: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor``; raise a CheckpointError that names ``key`` if it holds NaN or infinity."""
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return tensor
+    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 knows no isfinite
+    finite = torch.isfinite(values)
+    if not bool(finite.all()):
+        raise CheckpointError(
+            f"'{key}' holds {int((~finite).sum())} of {tensor.numel()} values that are NaN or "
+            "infinite"
+        )
+    return tensor
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` where torch would allocate it.
+
+    Values in a file can lie at any address, and there torch's products take another path,
+    whose last bits differ from those of the network.
+    """
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
+
+
+def handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:
+    """Return the keys of the weights that look to be under a handwritten spectral norm.
+
+    Known are ``weight_bar`` with ``weight_u``; ``weight`` with ``weight_u`` but without the
+    ``weight_orig`` of torch's hook; and ``weight`` with ``u0`` and ``sv0``, with ``sn_u`` and
+    ``sn_sigma``, or with a ``u`` of as many elements as it has rows.
+    """
+    return [key for key in tensors if _is_handwritten(tensors, key)]
+
+
+def handwritten_notes(tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence about `handwritten_norms`, or nothing where there are none."""
+    found = handwritten_norms(tensors)
+    if not found:
+        return ()
+    verb = "looks" if len(found) == 1 else "look"
+    return (
+        f"{quote_names(found)} {verb} like handwritten spectral norm, which is left as it is: "
+        "only the model's code can tell the weight in use, and 'sn-export onnx' runs that",
+    )
+
+
+def _is_handwritten(tensors: Mapping[str, Any], key: str) -> bool:
+    if key.endswith("_bar"):
+        return f"{key.removesuffix('_bar')}_u" in tensors
+    start, dot, name = key.rpartition(".")
+    if name != "weight":
+        return False
+    if f"{key}_u" in tensors:
+        return f"{key}_orig" not in tensors
+    if any(all(start + dot + part in tensors for part in parts) for parts in _BESIDE):
+        return True
+    weight, vector = float_spec(tensors, key), float_spec(tensors, start + dot + "u")
+    if weight is None or vector is None or len(weight.shape) < 2:
+        return False
+    return max(vector.shape, default=0) == math.prod(vector.shape) == weight.shape[0]

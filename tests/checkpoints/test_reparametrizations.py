@@ -1,0 +1,284 @@
+"""Weight norm, pruning and other reparametrizations in a checkpoint, mixed with spectral norm."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_networks import Kind, prefixed, trained
+from hypothesis import given, settings, strategies as st
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+from torch.nn.utils.parametrizations import orthogonal
+from vocoder_networks import NETWORKS, WEIGHT_NORM, Discriminators, Generator
+
+from sn_export.checkpoints import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+)
+from sn_export.checkpoints.content import StateDict
+from sn_export.checkpoints.reparametrizations import find_reparametrizations
+from sn_export.checkpoints.spelling import respell
+from sn_export.errors import CheckpointError
+
+KINDS: list[Kind] = ["hook", "parametrization"]
+SPELLINGS: list[Kind] = ["plain", "hook", "parametrization"]
+
+
+def _trained(name: str, kind: Kind, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    build, shape = NETWORKS[name]
+    x = torch.randn(shape)
+    return trained(build(kind), x).eval().to(dtype), x.to(dtype)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_either_spelling_loads_into_any(kind: Kind, to: Kind, name: str, tmp_path: Path) -> None:
+    """A network spelled in any way computes the same bits from a checkpoint in either spelling."""
+    model, x = _trained(name, kind)
+    torch.save({"net": prefixed(model.state_dict(), "module.")}, tmp_path / "a.pt")
+    other = NETWORKS[name][0](to)
+    load_checkpoint(other, read_checkpoint(tmp_path / "a.pt"))
+    assert torch.equal(other.eval()(x), model(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_convert_is_bit_for_bit(
+    kind: Kind, to: Kind, name: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """The other network loads the converted file strictly and computes the same bits."""
+    model, x = _trained(name, kind, dtype)
+    save_file(model.state_dict(), tmp_path / "a.safetensors")
+    made = convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.pt", to)
+    other = NETWORKS[name][0](to).to(dtype).eval()
+    other.load_state_dict(torch.load(tmp_path / "b.pt"))
+    assert torch.equal(other(x), model(x))
+    assert len(made.changed) == (0 if kind == to else len(made.found))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("to", SPELLINGS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind, name: str) -> None:
+    """Keys, their order and the versions torch notes are what the other network would save."""
+    state = NETWORKS[name][0](kind).state_dict()
+    result = respell(StateDict((), state, state._metadata), to)
+    wanted = NETWORKS[name][0](to).state_dict()
+    assert list(result.entries) == list(wanted)
+    assert result.versions == wanted._metadata
+
+
+STATES = {(name, kind): _trained(name, kind)[0].state_dict() for name in NETWORKS for kind in KINDS}
+
+
+@given(order=st.randoms(use_true_random=False), which=st.sampled_from(sorted(STATES)))
+@settings(max_examples=30, deadline=None)
+def test_the_order_of_keys_does_not_matter(order: random.Random, which: tuple[str, Kind]) -> None:
+    """Whatever the order, each conversion gives the same values, and the same tensors are found."""
+    state = STATES[which]
+    names = list(state)
+    order.shuffle(names)
+    shuffled = {f"module.{name}": state[name] for name in names}
+    sites = {site.name: site for site in find_reparametrizations(shuffled)}
+    for site in find_reparametrizations({f"module.{name}": state[name] for name in state}):
+        assert sites[site.name] == site
+    for to in SPELLINGS:
+        result = respell(StateDict((), shuffled), to).entries
+        wanted = respell(StateDict((), state), to).entries
+        assert result.keys() == {f"module.{name}" for name in wanted}
+        for name, entry in wanted.items():
+            assert torch.equal(result[f"module.{name}"].read(), entry.read())
+
+
+class _Gain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight * self.gain
+
+
+def _mixed() -> nn.Module:
+    """Return a network with one tensor of each kind."""
+    torch.manual_seed(0)
+    model = nn.ModuleDict(
+        {
+            "sn": nn.utils.spectral_norm(nn.Linear(3, 4)),
+            "wn": WEIGHT_NORM["hook"](nn.Linear(3, 4), dim=1),
+            "pruned": prune.l1_unstructured(nn.Linear(3, 4), "weight", 0.5),
+            "orthogonal": orthogonal(nn.Linear(4, 4)),
+            "gain": nn.Linear(3, 4),
+        }
+    )
+    parametrize.register_parametrization(model["gain"], "weight", _Gain())
+    return model
+
+
+def test_inspect_lists_each_with_its_kind(tmp_path: Path) -> None:
+    """Kind, spelling, dim and the parts of every reparametrized tensor."""
+    torch.save(_mixed().state_dict(), tmp_path / "a.pt")
+    layers = inspect_checkpoint(tmp_path / "a.pt").layers
+    assert [(one.module, one.kind, one.spelling, one.dim, [*one.keys]) for one in layers] == [
+        ("sn", "hook", "hook", 0, ["weight", "u", "v"]),
+        ("wn", "weight_norm", "hook", 1, ["g", "v"]),
+        ("pruned", "pruning", "hook", None, ["weight", "mask"]),
+        ("orthogonal", "orthogonal", "parametrization", None, ["original", "0.base"]),
+        ("gain", "parametrization", "parametrization", None, ["original", "0.gain"]),
+    ]
+    assert all(one.shape[0] == 4 for one in layers)
+    assert layers[-1].meaning == (
+        "made of 'original', '0.gain'; only the model's code says what makes it of '0.gain', "
+        "'original'"
+    )
+
+
+def _message(folder: Path, to: Kind, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(folder / "a.pt", folder / "b.pt", to, **options)
+    assert sorted(path.name for path in folder.iterdir()) == ["a.pt"]
+    return str(caught.value)
+
+
+def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -> None:
+    """Not a half of it: each tensor, why, and how to leave it as it is."""
+    torch.save(_mixed().state_dict(), tmp_path / "a.pt")
+    assert _message(tmp_path, "plain") == (
+        "cannot spell 'orthogonal.weight' as plain: the file does not say by which map "
+        "(matrix_exp, cayley or householder) its weight is made orthogonal; cannot spell "
+        "'gain.weight' as plain: only the model's code says what makes it of '0.gain', "
+        "'original'; to leave that as it is: --only spectral_norm or --only weight_norm"
+    )
+    assert _message(tmp_path, "parametrization") == (
+        "cannot spell 'pruned.weight' as parametrization: torch has no parametrization for "
+        "pruning; to leave that as it is: --only spectral_norm or --only weight_norm"
+    )
+
+
+@pytest.mark.parametrize("only", ["spectral_norm", "weight_norm"])
+def test_only_one_kind_is_converted_and_the_rest_named(only: Any, tmp_path: Path) -> None:
+    """Others are bit for bit as they were, and the notes say which they are."""
+    state = _mixed().state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", only=only)
+    name, other = ("sn", "wn") if only == "spectral_norm" else ("wn", "sn")
+    assert [site.name for site in made.changed] == [f"{name}.weight"]
+    converted = torch.load(tmp_path / "b.pt")
+    assert f"{name}.weight" in converted
+    kept = [key for key in state if not key.startswith(f"{name}.")]
+    assert all(torch.equal(converted[key], state[key]) for key in kept)
+    label = "weight norm" if other == "wn" else "spectral norm"
+    assert made.notes == (
+        f"left as it is, under {label}: '{other}.weight'",
+        "left as it is, under pruning: 'pruned.weight'",
+        "left as it is, under orthogonality: 'orthogonal.weight'",
+        "left as it is, under another parametrization: 'gain.weight'",
+    )
+
+
+def test_a_pruned_network_becomes_plain(tmp_path: Path) -> None:
+    """The weight is what torch's own removal of the mask makes of it."""
+    model = nn.Sequential(prune.random_unstructured(nn.Conv1d(3, 4, 3), "weight", 0.4))
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")
+    prune.remove(model[0], "weight")
+    converted = torch.load(tmp_path / "b.pt")
+    assert all(torch.equal(converted[key], value) for key, value in model.state_dict().items())
+
+
+def test_a_pruned_weight_norm_is_not_half_converted(tmp_path: Path) -> None:
+    """A mask on one part of another reparametrization blocks it."""
+    layer = WEIGHT_NORM["hook"](nn.Linear(3, 4))
+    prune.l1_unstructured(layer, "weight_v", 0.5)
+    torch.save(layer.state_dict(), tmp_path / "a.pt")
+    assert _message(tmp_path, "plain") == (
+        "cannot spell 'weight_v' as plain: it is itself the v of a weight norm"
+    )
+
+
+def test_links_without_tensors_are_known_by_their_versions(tmp_path: Path) -> None:
+    """A second link that holds nothing changes the weight, so that it is not left out."""
+    layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
+    parametrize.register_parametrization(layer, "weight", nn.Tanh())
+    torch.save(layer.state_dict(), tmp_path / "a.pt")
+    assert _message(tmp_path, "plain").startswith(
+        "cannot spell 'weight' as plain: only the model's code says what makes it"
+    )
+
+
+def test_a_dim_that_several_fit(tmp_path: Path) -> None:
+    """The dim of a weight of one channel is torch's default, unless it is given; that is said."""
+    model = Discriminators("hook")
+    name = "discriminators.1.conv_post.weight"
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")
+    assert made.notes == (
+        f"'{name}': the shapes fit several dims of weight norm, which differ in the last bits of "
+        "the weight; 0 was taken, torch's default, and --dim takes another",
+    )
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", "plain", dims={name: 3})
+    assert made.notes == ()
+    conv = model.get_submodule(name.removesuffix(".weight"))
+    value = torch._weight_norm(conv.weight_v, conv.weight_g, 3)
+    assert torch.equal(torch.load(tmp_path / "c.pt")[name], value)
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", "plain", dims={name: 1})
+    assert str(caught.value) == (
+        f"'{name}' [1, 6, 3, 1] with g of shape [1, 1, 1, 1] has dim 0 or 3, got --dim {name}=1"
+    )
+
+
+def test_a_norm_of_zero_and_values_that_are_no_number(tmp_path: Path) -> None:
+    """Weights that would not be finite are refused by the name of the part."""
+    state = dict(Generator("hook").state_dict())
+    state["conv_pre.weight_v"] = torch.zeros_like(state["conv_pre.weight_v"])
+    torch.save(state, tmp_path / "a.pt")
+    assert _message(tmp_path, "plain") == (
+        "a norm in 'conv_pre.weight_v' is 0 or too small to divide by, so the weight "
+        "'conv_pre.weight' would not be finite"
+    )
+    state["conv_pre.weight_v"] = torch.full_like(state["conv_pre.weight_v"], torch.nan)
+    torch.save(state, tmp_path / "a.pt")
+    assert inspect_checkpoint(tmp_path / "a.pt").layers[0].note == (
+        "'conv_pre.weight_v' holds NaN or infinite values"
+    )
+
+
+def _averaged(one: nn.Module, other: nn.Module) -> dict[str, Tensor]:
+    second = other.state_dict()
+    return {name: 0.8 * value + 0.2 * second[name] for name, value in one.state_dict().items()}
+
+
+def test_averaged_vectors_are_told_of(tmp_path: Path) -> None:
+    """Averaging shortens u and v: inspect, convert and load say what that means."""
+    one, other = _trained("discriminators", "hook")[0], Discriminators("hook")
+    torch.save(_averaged(one, other), tmp_path / "a.pt")
+    layer = inspect_checkpoint(tmp_path / "a.pt").layers[0]
+    assert "u or v is no unit vector" in layer.note
+    assert "sigma is too small, and the weight in eval mode" in layer.meaning
+    for to in SPELLINGS:
+        notes = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", to).notes
+        assert "no unit vector" in notes[0]
+        assert "discriminators.0.convs.0.weight" in notes[0]
+        loaded = load_checkpoint(Discriminators(to), read_checkpoint(tmp_path / "a.pt"))
+        assert sum("no unit vector" in note for note in loaded.notes) == 1
+    torch.save(one.state_dict(), tmp_path / "a.pt")
+    assert inspect_checkpoint(tmp_path / "a.pt").layers[0].note == ""
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_rounded_vectors_are_no_averaged_ones(dtype: torch.dtype, tmp_path: Path) -> None:
+    """A unit vector in half precision is as long as its rounding lets it be."""
+    torch.save(_trained("discriminators", "hook", dtype)[0].state_dict(), tmp_path / "a.pt")
+    assert [one.note for one in inspect_checkpoint(tmp_path / "a.pt").layers][:3] == [""] * 3
