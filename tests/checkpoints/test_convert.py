@@ -7,7 +7,6 @@ import json
 import resource
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -204,7 +203,7 @@ def test_a_folder_that_cannot_be_written_to(
     def refuse(*args: object, **kwargs: object) -> str:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(tempfile, "mkdtemp", refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
     assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain") == (
         "cannot write 'b.pt': Permission denied"
     )
