@@ -35,6 +35,11 @@ _PREFIX = ".sn_export."
 # A full disk, a quota, a limit of the process, a broken or read-only disk.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 _LOCK, _MADE, _REPLACED, _KEPT, _PLAN = "lock", "made", "replaced", "kept", "plan"
+# Nobody expects an ONNX file under these names.
+_OTHER_FORMATS = (
+    *(".bin", ".ckpt", ".h5", ".pkl", ".pt", ".pt2", ".pth", ".safetensors", ".npy", ".npz"),
+    *(".html", ".json", ".md", ".ort", ".py", ".tflite", ".txt", ".zip"),
+)
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
 
@@ -129,6 +134,46 @@ def find_disk_error(error: BaseException | None) -> OSError | None:
         seen.add(id(error))
         error = error.__cause__ or error.__context__
     return None
+
+
+def require_replaceable(target: Path, advice: str) -> None:
+    """Raise if an ONNX file at ``target`` would take the place of something else.
+
+    Args:
+        target: where the file is to be.
+        advice: how to write it all the same, for the message.
+
+    Raises:
+        ValueError: if the suffix is that of another format.
+        FileExistsError: if there is a file that is neither ONNX nor empty.
+    """
+    if target.suffix.lower() in _OTHER_FORMATS:
+        raise ValueError(
+            f"cannot write '{target}': an ONNX file should end in .onnx, and {target.suffix} is "
+            f"the suffix of another format; {advice}"
+        )
+    if target.is_file() and target.stat().st_size and not _is_onnx(target):
+        raise FileExistsError(
+            f"cannot write '{target}': the file that is there is no ONNX file; {advice}"
+        )
+
+
+def _is_onnx(path: Path) -> bool:
+    """Return whether a file is an ONNX model; it is read where its first bytes do not say so.
+
+    As all writers of protobuf do, those of ONNX begin with the first field, ``ir_version``, a small
+    number: the bytes 8 and 1 to 31.
+    """
+    with open_regular(path) as file:
+        head = file.read(9)
+    if head[0] == 8 and 0 < head[1] < 32 and head[8:] != b"{":  # that would be safetensors
+        return True
+    import onnx  # takes a second
+
+    try:
+        return bool(onnx.load(path, load_external_data=False).HasField("graph"))
+    except Exception:  # protobuf has several types for it
+        return False
 
 
 def require_writable(target: Path) -> None:

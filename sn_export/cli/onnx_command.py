@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..files import require_place, side_file
+from ..files import require_place, require_replaceable, side_file
 from ..results import ExporterChoice, ExportReport, Freeze, ParityError
 from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
 from .options import DynamicDims, Parsed, parse_dynamic, parse_metadata, parse_names
@@ -38,6 +38,10 @@ class OnnxCommand(ModelOptions, ProofOptions):
     checkpoint: CheckpointArgument
     model: ModelOption
     output: Annotated[Path, typer.Option("--output", "-o", help="The ONNX file to write.")]
+    overwrite: Annotated[
+        bool,
+        typer.Option("--force", help="Write -o also over what is no ONNX file, or as a .pt, say."),
+    ] = False
     dynamic: Annotated[
         DynamicDims,
         Parsed(list[str], parse_dynamic, []),
@@ -132,6 +136,8 @@ class OnnxCommand(ModelOptions, ProofOptions):
             },
             {"the checkpoint": [self.checkpoint], "--input-file": self.input_files},
         )
+        if not self.overwrite:
+            require_replaceable(self.output, "--force writes it all the same")
         require_report(self.report)
 
     def _export(self, model: Any, inputs: Any, fit: Mapping[str, str]) -> ExportReport:

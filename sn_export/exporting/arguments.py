@@ -10,7 +10,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import SnExportError
-from ..files import are_one_place, as_path, require_place, require_writable, side_file
+from ..files import (
+    are_one_place,
+    as_path,
+    require_place,
+    require_replaceable,
+    require_writable,
+    side_file,
+)
 from ..results import EXPORTERS, Exporter
 from ..text import plain_integer
 
@@ -37,16 +44,19 @@ def require_initialized(model: nn.Module) -> None:
             )
 
 
-def require_target(path: str | os.PathLike[str]) -> Path:
-    """Return the path of an ONNX file to write.
+def require_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
+    """Return the path of the ONNX file to write.
 
     Raises:
         TypeError: if it is no path.
-        ValueError: if it names no file.
-        OSError: if it cannot be there, or its external data beside it.
+        ValueError: if it names no file, or one of another format and ``overwrite`` is False.
+        OSError: if it cannot be there, or its external data beside it, or if something else than
+            an ONNX file is there and ``overwrite`` is False.
     """
     target = _require_file(path, "path")
     require_place(side_file(target))
+    if not overwrite:
+        require_replaceable(target, "pass overwrite=True to write it all the same")
     return target
 
 

@@ -108,6 +108,7 @@ def export_onnx(
     source: str | os.PathLike[str] | None = None,
     sigma_exact: bool = False,
     keep_programs: bool = True,
+    overwrite: bool = False,
     verbose: bool = False,
 ) -> ExportReport:
     """Export ``model`` without its spectral norm, and publish the file once it is proved.
@@ -166,6 +167,8 @@ def export_onnx(
         keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
             weights that they hold: in memory, or past 512 MB of parameters in files without a
             name beside ``path``, whose room on the disk is free again with the report.
+        overwrite: write ``path`` also where something is that is no ONNX file, or where its suffix
+            is that of another format, such as ``.pt``. An ONNX file is replaced in any case.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -179,6 +182,7 @@ def export_onnx(
             in ``inputs`` that the example does not have.
         FileNotFoundError: if the folder of ``path`` or ``save_case``, or the file ``source``,
             does not exist.
+        FileExistsError: if ``path`` is something else than an ONNX file.
         FreezeError: if a tensor cannot be frozen.
         SnExportError: if the model rejects an input, or a lazy module of it never ran.
         ExportError: if torch cannot export the model, or onnxruntime not run the file; if a
@@ -199,7 +203,7 @@ def export_onnx(
     """
     model = unwrapped(require_module(model))
     require_initialized(model)
-    target = require_target(path)
+    target = require_target(path, overwrite)
     exporters = require_options(exporter, external_data, freeze)
     samples = require_samples(samples)
     opset_version = require_opset(opset_version)

@@ -90,6 +90,21 @@ def test_onnx_options(run: Run) -> None:
     assert names() == ["a.pt", "o.onnx", "o.onnx.data"]
 
 
+def test_what_is_no_onnx_file_is_not_replaced(run: Run) -> None:
+    """A file that is something else stays, unless it is forced; an ONNX file is replaced."""
+    Path("o.onnx").write_text("somebody's notes")
+    ran = run(*ONNX)
+    assert (ran.code, ran.out, ran.err) == (
+        2,
+        "",
+        "sn-export: cannot write 'o.onnx': the file that is there is no ONNX file; --force writes "
+        "it all the same\n",
+    )
+    assert Path("o.onnx").read_text() == "somebody's notes"
+    assert run(*ONNX, "--force").code == 0
+    assert run(*ONNX).code == 0
+
+
 def test_names_and_providers(run: Run) -> None:
     """Inputs and outputs have the names asked for, and the providers ran the file."""
     ran = run(*ONNX, "--input-names", "image", "--output-names", "score",
@@ -118,7 +133,8 @@ def test_onnx_with_real_inputs(run: Run) -> None:
 
 def test_onnx_parity_failure(run: Run) -> None:
     """Exit code 1, the table and one message, and the old file is untouched."""
-    Path("o.onnx").write_text("old")
+    assert run(*ONNX).code == 0
+    old = Path("o.onnx").read_bytes()
     ran = run(*ONNX, "--rtol", "0", "--atol", "0")
     assert ran.code == 1
     assert "NOT EQUAL" in ran.out
@@ -128,7 +144,7 @@ def test_onnx_parity_failure(run: Run) -> None:
         "sn-export: the file does not reproduce the model, and 'o.onnx' was not written "
         "(exporter: dynamo)"
     )
-    assert Path("o.onnx").read_text() == "old"
+    assert Path("o.onnx").read_bytes() == old
     ran = run(*ONNX, "--rtol", "0", "--atol", "0", "--json")
     assert ran.code == 1
     failed = json.loads(ran.out)
@@ -187,6 +203,11 @@ BAD: dict[str, tuple[list[str], str]] = {
     "report": (
         ["onnx", "a.pt", *CRITIC, "--report", "no/r.json"],
         "cannot write 'no/r.json': no folder 'no'",
+    ),
+    "suffix of another format": (
+        ["onnx", "a.pt", *CRITIC, "-o", "o.pth"],
+        "cannot write 'o.pth': an ONNX file should end in .onnx, and .pth is the suffix of another "
+        "format; --force writes it all the same",
     ),
     "tolerance": (["onnx", "a.pt", *CRITIC, "--rtol", "-1"], "rtol must be 0 or more, got -1.0"),
     "tolerance of no output": (

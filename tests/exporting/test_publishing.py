@@ -25,17 +25,20 @@ from export_models import (
     run_file,
     small_net,
 )
+from safetensors.torch import save_file
 from torch import nn
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.exporting import torch_exporters as onnx_file
+
+EARLIER = onnx.ModelProto(ir_version=8, producer_name="an earlier file").SerializeToString()
 
 
 @pytest.mark.parametrize("network", [Liar, NotANumber, Unsupported, Raising])
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_failure_leaves_the_folder(tmp_path: Path, exporter: str, network: type[Head]) -> None:
     """On failure what was at the target is there, byte for byte, and nothing else."""
-    (tmp_path / "net.onnx").write_bytes(b"an earlier file")
+    (tmp_path / "net.onnx").write_bytes(EARLIER)
     (tmp_path / "net.onnx.data").write_bytes(b"its weights")
     before = contents_of(tmp_path)
     with pytest.raises(SnExportError):
@@ -197,7 +200,7 @@ def test_failing_rename_rolls_both_files_back(
 ) -> None:
     """If one of two files cannot be moved into place, both places are as before."""
     if earlier:
-        (tmp_path / "net.onnx").write_bytes(b"an earlier file")
+        (tmp_path / "net.onnx").write_bytes(EARLIER)
         (tmp_path / "net.onnx.data").write_bytes(b"its weights")
     before = contents_of(tmp_path)
     real, calls = os.replace, []
@@ -227,7 +230,7 @@ def test_failing_rename_rolls_both_files_back(
 def test_earlier_file_is_replaced(tmp_path: Path, exporter: str) -> None:
     """A proved file takes the place of an earlier one, and nothing else is in the folder."""
     path = tmp_path / "net.onnx"
-    path.write_bytes(b"an earlier file")
+    path.write_bytes(EARLIER)
     export_onnx(Head(), rows(), path, exporter=exporter)
     assert list(contents_of(tmp_path)) == ["net.onnx"]
     onnx.checker.check_model(str(path), full_check=True)
@@ -238,7 +241,7 @@ def test_earlier_file_is_replaced(tmp_path: Path, exporter: str) -> None:
 def test_full_disk(tmp_path: Path, exporter: str, external: bool) -> None:
     """The disk is said to be full, no other exporter is recommended, the old file stays."""
     path = tmp_path / "net.onnx"
-    path.write_bytes(b"an earlier file")
+    path.write_bytes(EARLIER)
     before = contents_of(tmp_path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
@@ -249,6 +252,47 @@ def test_full_disk(tmp_path: Path, exporter: str, external: bool) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value) == f"cannot write '{path}': File too large"
     assert contents_of(tmp_path) == before
+
+
+def _checkpoint(path: Path, suffix: str) -> Path:
+    state = {"w" * 40: torch.ones(3)}
+    if suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+@pytest.mark.parametrize("name", ["net.onnx", "net", "net.model"])
+def test_what_is_no_onnx_file_is_not_replaced(tmp_path: Path, name: str, suffix: str) -> None:
+    """A checkpoint stays, byte for byte, unless it is to be overwritten."""
+    path = _checkpoint(tmp_path / name, suffix)
+    before = contents_of(tmp_path)
+    with pytest.raises(FileExistsError, match=r"is no ONNX file; pass overwrite=True to write it"):
+        export_onnx(Head(), rows(), path, exporter="torchscript")
+    assert contents_of(tmp_path) == before
+    export_onnx(Head(), rows(), path, exporter="torchscript", overwrite=True)
+    onnx.checker.check_model(onnx.load(path))
+
+
+@pytest.mark.parametrize("name", ["ck.pt", "ck.PTH", "net.safetensors", "a.npz"])
+def test_suffixes_of_other_formats(tmp_path: Path, name: str) -> None:
+    """An ONNX file with the name of another format is written where it is wanted alone."""
+    with pytest.raises(ValueError, match="suffix of another format; pass overwrite=True"):
+        export_onnx(Head(), rows(), tmp_path / name, exporter="torchscript")
+    assert not list(tmp_path.iterdir())
+    export_onnx(Head(), rows(), tmp_path / name, exporter="torchscript", overwrite=True)
+
+
+@pytest.mark.parametrize("kind", ["empty", "another order of fields"])
+def test_onnx_files_of_any_form_are_replaced(tmp_path: Path, kind: str) -> None:
+    """A new empty file is a place for one; protobuf may have its fields in any order."""
+    path = tmp_path / "net.onnx"
+    model = onnx.ModelProto(ir_version=8).SerializeToString()
+    graph = onnx.ModelProto(graph=onnx.GraphProto(name="g")).SerializeToString()
+    path.write_bytes(b"" if kind == "empty" else graph + model)
+    export_onnx(Head(), rows(), path, exporter="torchscript")
 
 
 def test_target_may_be_a_string(tmp_path: Path) -> None:

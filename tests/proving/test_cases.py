@@ -144,7 +144,7 @@ def test_nothing_is_left_of_a_failure(
     path, case = tmp_path / "net.onnx", tmp_path / "cases" / "net.npz"
     case.parent.mkdir()
     if earlier:
-        path.write_bytes(b"an earlier file")
+        path.write_bytes(onnx.ModelProto(ir_version=8).SerializeToString())
         case.write_bytes(b"an earlier case")
     before = contents_of(tmp_path)
     with pytest.raises(ParityError):
