@@ -107,3 +107,16 @@ def test_options_and_names() -> None:
     for _, content in BLOCKS:
         for names in re.findall(r"from sn_export import (.*)", content):
             assert {*names.split(", ")} <= {*sn_export.__all__}
+
+
+def test_floors() -> None:
+    """The picture of the floors is the one that import-linter holds."""
+    layers = re.search(
+        r"^layers = \[\n(.*?)^\]", (ROOT / "pyproject.toml").read_text(), re.M | re.S
+    )
+    picture = next(content for language, content in BLOCKS if language == "text")
+    assert layers is not None
+    wanted = [re.findall(r"\w+", line) for line in layers[1].splitlines()]
+    drawn = [line.split("  ", 1)[1] for line in picture.splitlines()]
+    for names, line in zip(wanted, drawn, strict=True):
+        assert all(re.search(rf"\b{name}\b", line) for name in names), (names, line)
