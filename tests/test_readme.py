@@ -94,10 +94,20 @@ def test_options_and_names() -> None:
     """Every option and every public name of the pages is one."""
     group = typer.main.get_command(app)
     commands = group.commands.values()  # type: ignore[attr-defined]
-    options = {name for command in (group, *commands) for p in command.params for name in p.opts}
+    options = {
+        name
+        for command in (group, *commands)
+        for p in command.params
+        for name in (*p.opts, *p.secondary_opts)
+    }
     elsewhere = "".join(
         (ROOT / path).read_text()
-        for path in ("sn_export/pytest_plugin.py", "scripts/test", "scripts/bench.py")
+        for path in (
+            "sn_export/pytest_plugin.py",
+            "scripts/test",
+            "scripts/bench.py",
+            "scripts/prove.py",
+        )
     )
     elsewhere += "--strict --help --write"  # of mypy, of every command, of golden_graphs.py
     for page in PAGES:
