@@ -1,8 +1,10 @@
-"""What `sn_export.export_onnx` is given, refused before anything runs."""
+"""What `sn_export.export_onnx` is given: refused before anything runs, or one `Request`."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,122 @@ from ..files import (
     require_writable,
     side_file,
 )
+from ..freezing import (
+    Only,
+    ParametrizationInfo,
+    SpectralNormInfo,
+    describe_sites,
+    require_module,
+    with_exact_sigma,
+)
+from ..proving import ProofSettings
 from ..results import EXPORTERS, Exporter
+from ..running import DynamicDim, InputSet, as_input_sets, as_kwargs, require_seen, unwrapped
 from ..text import plain_integer
+from .torch_exporters import ExternalData
+
+
+@dataclass(frozen=True)
+class Call:
+    """The inputs of an export, bound to the forward of its model.
+
+    Attributes:
+        example: a copy of the example call, in which no tensor stands twice.
+        own: the user's further inputs for the proof.
+    """
+
+    example: InputSet
+    own: Sequence[InputSet]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What `export_onnx` was asked for, checked.
+
+    Attributes:
+        model: the network within torch's wrappers.
+        target: the ONNX file to write.
+        exporters: torch's exporters, in the order in which they are tried.
+        external_data: whether weights go to a side file.
+        samples: number of random inputs.
+        opset_version: the opset, or None where the user leaves it open.
+        settings: how files are run and held against the model.
+        metadata: keys and values of the user's own for the file.
+        case: where the inputs and outputs of the proof are saved.
+        source: the checkpoint that the weights came from.
+        call: the inputs.
+        dims: the dimensions that may vary.
+        input_names: names in the file by the names in the forward's signature, in its order.
+        output_names: names that the user wants for the first outputs; None for none.
+        frozen_kinds: what is frozen, as `frozen_parametrizations` takes it.
+        frozen: what that is in this model.
+        note: a sentence on spectral norms that are far from converged, or nothing.
+        per_module: whether modules are compared though all outputs pass.
+        keep_programs: whether torch's programs are kept in the report.
+        verbose: whether torch may print, log and warn.
+    """
+
+    model: nn.Module
+    target: Path
+    exporters: tuple[Exporter, ...]
+    external_data: ExternalData
+    samples: int
+    opset_version: int | None
+    settings: ProofSettings
+    metadata: Mapping[str, str]
+    case: Path | None
+    source: Path | None
+    call: Call
+    dims: Sequence[DynamicDim]
+    input_names: Mapping[str, str]
+    output_names: Sequence[str] | None
+    frozen_kinds: Only
+    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
+    note: str
+    per_module: bool
+    keep_programs: bool
+    verbose: bool
+
+
+def require_network(model: Any) -> nn.Module:
+    """Return the network within torch's wrappers.
+
+    Raises:
+        TypeError: if it is no module.
+        SnExportError: if a lazy module of it has not run yet.
+    """
+    network = unwrapped(require_module(model))
+    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
+        if is_lazy(tensor):
+            raise SnExportError(
+                f"'{name}' has no shape yet, since its lazy module never ran: run the model once"
+            )
+    return network
+
+
+def require_call(model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Call:
+    """Return the example, and the user's inputs for the proof, by the names of the forward.
+
+    Raises:
+        TypeError: if they are no arguments of a call, or hold tensors that no exporter sees.
+        ValueError: for a tensor in ``inputs`` that the example does not have.
+    """
+    keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
+    given = InputSet(as_args(args), keywords, "the example input").bind(model)
+    require_seen(given)
+    example = given.clone()
+    own = as_input_sets(model, inputs, len(example.args), "inputs", example)
+    for one in own:
+        require_seen(one, example)
+    return Call(example, own)
+
+
+def describe_frozen(
+    model: nn.Module, kinds: Only, sigma_exact: bool
+) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
+    """Return what is frozen, with the largest singular values where those are asked for."""
+    frozen = tuple(describe_sites(model, kinds))  # the block itself warns
+    return with_exact_sigma(model, frozen) if sigma_exact else frozen
 
 
 def as_args(args: Any) -> tuple[Any, ...]:
@@ -33,15 +149,6 @@ def as_args(args: Any) -> tuple[Any, ...]:
     if isinstance(args, (tuple, list)):
         return tuple(args)
     raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
-
-
-def require_initialized(model: nn.Module) -> None:
-    """Raise a `SnExportError` for a parameter or buffer of a lazy module that has not run yet."""
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if is_lazy(tensor):
-            raise SnExportError(
-                f"'{name}' has no shape yet, since its lazy module never ran: run the model once"
-            )
 
 
 def require_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
@@ -60,8 +167,10 @@ def require_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
     return target
 
 
-def require_case(path: str | os.PathLike[str], target: Path) -> Path:
+def require_case(path: str | os.PathLike[str] | None, target: Path) -> Path | None:
     """Return the path of a saved case beside ``target``; raises as `require_target` does."""
+    if path is None:
+        return None
     case = _require_file(path, "save_case")
     if are_one_place(case, target) or are_one_place(case, side_file(target)):
         raise ValueError(f"save_case must be another file than path, got '{path}'")
@@ -88,16 +197,23 @@ def require_samples(samples: int) -> int:
     return number
 
 
-def require_options(exporter: Any, external_data: Any, freeze: Any) -> tuple[Exporter, ...]:
-    """Return the exporters to try, in order.
-
-    Raises:
-        ValueError: for an option outside its range.
-    """
+def require_exporter(exporter: Any) -> tuple[Exporter, ...]:
+    """Return the exporters to try, in order, or raise a ValueError."""
     if exporter not in ("auto", *EXPORTERS):
         raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
+    return EXPORTERS if exporter == "auto" else (exporter,)
+
+
+def require_external_data(external_data: Any) -> ExternalData:
+    """Return whether weights go to a side file, or raise a ValueError."""
     if external_data not in ("auto", True, False):
         raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
+    chosen: ExternalData = external_data
+    return chosen
+
+
+def require_freeze(freeze: Any) -> Only:
+    """Return what is frozen, as `frozen_parametrizations` takes it, or raise a ValueError."""
     if freeze not in ("spectral_norm", "all"):
         raise ValueError(f"freeze must be 'spectral_norm' or 'all', got {freeze!r}")
-    return EXPORTERS if exporter == "auto" else (exporter,)
+    return None if freeze == "all" else "spectral_norm"

@@ -1,14 +1,14 @@
-"""What is said of an export: why attempts failed, and what to know of the file that was made."""
+"""Try torch's exporters one after the other until a file is proved, and say what went wrong."""
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
+import logging
 import warnings
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NoReturn
-
-from torch import nn
 
 from ..errors import (
     ExportError,
@@ -18,33 +18,157 @@ from ..errors import (
     SpectralNormNotConvergedWarning,
     TracedDecisionWarning,
 )
-from ..proving import Proof, differs, is_imprecise
-from ..results import Attempt, Exporter, FoldedInitializer, ParityError, ParityReport
+from ..files import disk_errors_as, drafts
+from ..proving import Case, Proof, differs, is_imprecise, type_name
+from ..results import (
+    EXPORTERS,
+    Attempt,
+    Exporter,
+    ExportReport,
+    FoldedInitializer,
+    ParityError,
+    ParityReport,
+)
 from ..running import Reference
 from ..text import quote_names
+from .arguments import Request
 from .failures import traced_decision
+from .metadata import file_metadata, versions
 from .quiet import no_fused_attention
+from .references import extend_references
+from .torch_exporters import ExportOptions, Written, write_onnx
 
-Attempts = Sequence[tuple[Exporter, ExportError | ParityError]]
+_logger = logging.getLogger("sn_export")
+_CALLER = 4  # stack level of whoever calls export_onnx, from the functions that warn
+
+Failure = tuple[Exporter, ExportError | ParityError]  # what an exporter ended with
 
 
-def with_cause(
-    error: ParityError,
+@dataclass(frozen=True)
+class Made:
+    """A file that was proved, not published yet.
+
+    Attributes:
+        draft: where it lies.
+        report: what is said of it.
+        case: the inputs and outputs of its proof, where those were asked for.
+        failures: what the exporters before ended with.
+    """
+
+    draft: Path
+    report: ExportReport
+    case: Case | None
+    failures: Sequence[Failure]
+
+
+def make_proved_file(
+    request: Request, proof: Proof, options: ExportOptions, workspaces: contextlib.ExitStack
+) -> Made:
+    """Return the first file that an exporter makes and that is proved.
+
+    Args:
+        request: which exporters are tried, and what is written to the file.
+        proof: what each file is held against.
+        options: what the exporters are asked for, but for the metadata.
+        workspaces: keeps the files until they are published.
+
+    Raises:
+        ExportError: if no exporter can make a file that onnxruntime runs.
+        ParityError: if one made a file, and none reproduces the model.
+    """
+    failures: list[Failure] = []
+    for exporter in request.exporters:
+        draft = workspaces.enter_context(drafts(request.target))
+        frozen, source = request.frozen, request.source
+        metadata = file_metadata(exporter, versions(), frozen, source, request.metadata)
+        _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
+        try:
+            return _make(
+                request, proof, exporter, replace(options, metadata=metadata), draft, failures
+            )
+        except (ExportError, ParityError) as error:
+            failures.append((exporter, error))
+            if _rules_out_others(error):
+                break
+            _logger.info("not with %s: %s", exporter, error)
+    _raise_failures(failures)
+
+
+def _make(
+    request: Request,
     proof: Proof,
-    freezing: Callable[[], AbstractContextManager[nn.Module]],
-    first: Reference,
-) -> ParityError:
+    exporter: Exporter,
+    options: ExportOptions,
+    draft: Path,
+    failures: Sequence[Failure],
+) -> Made:
+    written = _write(request, proof, exporter, options, draft)
+    if written.program is not None and request.dims:
+        extend_references(proof, request, written.program)
+    if not request.keep_programs:
+        written = written.without_program()
+    try:
+        proved = proof.of(draft, f"the {exporter} exporter")
+    except ParityError as error:
+        found = _with_cause(error, proof)
+        found.export = _describe_export(request, exporter, options.metadata, written, found.report)
+        raise found from None
+    report = replace(
+        _describe_export(request, exporter, options.metadata, written, proved.parity),
+        attempts=tuple(Attempt(tried, str(error)) for tried, error in failures),
+        onnx_program=written.program,
+    )
+    return Made(draft, report, proved.case, failures)
+
+
+def _write(
+    request: Request, proof: Proof, exporter: Exporter, options: ExportOptions, draft: Path
+) -> Written:
+    """Export the frozen model to ``draft``, and leave it as it was."""
+    other = next((name for name in EXPORTERS if name not in request.exporters), None)
+    try:
+        # No name holds the block: whatever strikes as it is left, it ends before the state around.
+        with disk_errors_as(ExportError, request.target), proof.freezing():
+            options.release()  # the block looks at its weights, on entering and on leaving
+            return write_onnx(request.model, proof.references[0], exporter, options, draft, other)
+    finally:
+        options.release()
+        proof.state.reset()
+
+
+def _describe_export(
+    request: Request,
+    exporter: Exporter,
+    metadata: Mapping[str, str],
+    written: Written,
+    parity: ParityReport,
+) -> ExportReport:
+    return ExportReport(
+        path=request.target,
+        exporter=exporter,
+        opset=written.opset,
+        parity=parity,
+        frozen=request.frozen,
+        versions=dict(versions()),
+        metadata=dict(metadata),
+        folded=written.folded,
+        inputs=written.inputs,
+        model=type_name(request.model),
+    )
+
+
+def _with_cause(error: ParityError, proof: Proof) -> ParityError:
     """Say so where no exporter is to blame: the model itself differs under the same conditions."""
     found = error.divergence
     if found is None or not found.is_deterministic:
         return error
-    if differs(proof, no_fused_attention, first):
+    if differs(proof, no_fused_attention):
         cause = (
             "the model's own outputs differ as well without torch's fused attention, which no "
             "exporter takes and which gives zeros at padding: call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    elif differs(proof, freezing, first):
+    elif differs(proof, proof.freezing):
         cause = (
             "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
             "something else than one plain weight for each layer, such as the raw weight, by "
@@ -53,33 +177,47 @@ def with_cause(
         )
     else:
         return error
-    found = dataclasses.replace(found, reason=f"{found.reason}; {cause}")
-    report = dataclasses.replace(error.report, divergence=found)
+    found = replace(found, reason=f"{found.reason}; {cause}")
+    report = replace(error.report, divergence=found)
     return ParityError(f"{error}; {cause}", report)
 
 
-def is_hopeless(error: ExportError | ParityError) -> bool:
-    """Whether no other exporter can do better."""
+def _rules_out_others(error: ExportError | ParityError) -> bool:
+    """Whether no other exporter can do better: the model is random, or the disk takes no file."""
     if isinstance(error, ParityError):
         return error.divergence is not None and not error.divergence.is_deterministic
     return isinstance(error.__cause__, OSError)
 
 
-def raise_all(attempts: Attempts) -> NoReturn:
-    """Raise one error with what each attempt ended with; a `ParityError` if one of them is."""
-    errors = [error for _, error in attempts]
+def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
+    """Raise one error with what each exporter ended with; a `ParityError` if one of them is."""
+    errors = [error for _, error in failures]
     if len(errors) == 1:
         raise errors[0]
     text = "\n".join(dict.fromkeys(str(error) for error in errors))
     differing = next((error for error in errors if isinstance(error, ParityError)), None)
     if differing is not None:
-        others = tuple(Attempt(tried, str(e)) for tried, e in attempts if e is not differing)
-        export = differing.export and dataclasses.replace(differing.export, attempts=others)
+        others = tuple(Attempt(tried, str(e)) for tried, e in failures if e is not differing)
+        export = differing.export and replace(differing.export, attempts=others)
         raise ParityError(text, differing.report, export) from errors[0]
     raise ExportError(text) from errors[0]
 
 
-def warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
+def warn_of_made(request: Request, made: Made, example: Reference) -> None:
+    """Warn of what is to be known of a file, though it is proved.
+
+    Args:
+        request: what was asked for.
+        made: the file.
+        example: what the model said to the example.
+    """
+    _warn_of_folded_weights(made.report.folded)
+    _warn_of_traced_decisions(request, made)
+    _warn_of_unseen_outputs(example.unseen)
+    _warn_of_precision(request.note, made.report.parity)
+
+
+def _warn_of_folded_weights(folded: Sequence[FoldedInitializer]) -> None:
     """Warn of weights that the block does not know."""
     weights = [entry for entry in folded if entry.is_weight]
     if not weights:
@@ -91,45 +229,46 @@ def warn_of_folded(folded: Sequence[FoldedInitializer]) -> None:
         "norm, register_spectral_norm teaches the block; what was folded is in the report's "
         "'folded'",
         ReparametrizationNotRecognisedWarning,
-        stacklevel=3,
+        stacklevel=_CALLER,
     )
 
 
-def warn_of_decisions(attempts: Attempts, model: nn.Module, parity: ParityReport) -> None:
+def _warn_of_traced_decisions(request: Request, made: Made) -> None:
     """Warn if an exporter that takes no decision by values was tried first."""
-    for _, error in attempts:
-        where = traced_decision(error, model)
+    samples = made.report.parity.samples
+    for _, error in made.failures:
+        where = traced_decision(error, request.model)
         if where is not None:
             warnings.warn(
                 f"the forward decides by the values of a tensor ({where}), which the dynamo "
                 "exporter does not take. The TorchScript exporter's file always does what was "
-                f"decided for the example, and is proved for {parity.samples} input sets alone. "
+                f"decided for the example, and is proved for {samples} input sets alone. "
                 "Pass inputs=[...] that are decided otherwise, or use torch.where or torch.cond",
                 TracedDecisionWarning,
-                stacklevel=3,
+                stacklevel=_CALLER,
             )
 
 
-def warn_of_proof(note: str, parity: ParityReport) -> None:
+def _warn_of_precision(note: str, parity: ParityReport) -> None:
     """Warn of layers that are far from converged, and of precision that a file has lost."""
     if note:
-        warnings.warn(note, SpectralNormNotConvergedWarning, stacklevel=3)
+        warnings.warn(note, SpectralNormNotConvergedWarning, stacklevel=_CALLER)
     for output in parity.outputs:
         if is_imprecise(output.rounding):
             warnings.warn(
                 f"output '{output.name}': {output.verdict}. rtol={output.rtol:g} as an argument "
                 "accepts that",
                 PrecisionLostWarning,
-                stacklevel=3,
+                stacklevel=_CALLER,
             )
 
 
-def warn_of_unseen(unseen: Sequence[str]) -> None:
+def _warn_of_unseen_outputs(unseen: Sequence[str]) -> None:
     """Warn of outputs that the file lacks."""
     if unseen:
         warnings.warn(
             f"the file lacks the tensors within {quote_names(unseen)}, which the model returns: "
             "return them as tensors, in tuples, lists, dicts or dataclasses",
             OutputNotExportedWarning,
-            stacklevel=3,
+            stacklevel=_CALLER,
         )

@@ -6,77 +6,34 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import replace
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ExportError, SnExportError
+from ..errors import ExportError
 from ..files import disk_errors_as, drafts, publish, side_file
-from ..freezing import describe_sites, freeze_into, require_module, with_exact_sigma
-from ..proving import (
-    Proof,
-    ProofSettings,
-    Proved,
-    Resizer,
-    coarsest_of,
-    find_stale_data,
-    references_beyond,
-    resized_references,
-    type_name,
-    unconverged_note,
-    write_case,
-)
-from ..results import (
-    EXPORTERS,
-    Attempt,
-    Exporter,
-    ExporterChoice,
-    ExportReport,
-    Freeze,
-    ParityError,
-    ProofDtype,
-    Tolerance,
-)
-from ..running import (
-    InputSet,
-    Preserved,
-    Reference,
-    as_input_sets,
-    as_kwargs,
-    dynamic_dims,
-    preserved,
-    random_sets,
-    require_seen,
-    run_reference,
-    unwrapped,
-)
+from ..proving import ProofSettings, find_stale_data, unconverged_note, write_case
+from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
+from ..running import dynamic_dims, preserved
 from .arguments import (
-    as_args,
+    Request,
+    describe_frozen,
+    require_call,
     require_case,
-    require_initialized,
-    require_options,
+    require_exporter,
+    require_external_data,
+    require_freeze,
+    require_network,
     require_samples,
     require_target,
 )
-from .attempts import (
-    is_hopeless,
-    raise_all,
-    warn_of_decisions,
-    warn_of_folded,
-    warn_of_proof,
-    warn_of_unseen,
-    with_cause,
-)
-from .metadata import file_metadata, require_metadata, require_source, versions
-from .names import names_of_inputs, names_of_outputs
-from .opset import default_opset, require_opset
-from .spill import Spill
-from .torch_exporters import ExportOptions, ExternalData, Written, write_onnx
+from .attempts import Made, make_proved_file, warn_of_made
+from .metadata import require_metadata, require_source
+from .names import names_of_inputs
+from .opset import require_opset
+from .references import plan_proof, run_references
+from .torch_exporters import ExternalData
 
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.
@@ -201,166 +158,52 @@ def export_onnx(
         PrecisionLostWarning: if the file is within the default tolerance, and much farther from
             the network in float64 than rounding accounts for.
     """
-    model = unwrapped(require_module(model))
-    require_initialized(model)
-    target = require_target(path, overwrite)
-    exporters = require_options(exporter, external_data, freeze)
-    samples = require_samples(samples)
-    opset_version = require_opset(opset_version)
-    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
-    require_metadata(metadata)
-    case = require_case(save_case, target) if save_case is not None else None
-    checkpoint = require_source(source)
-    keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
-    given = InputSet(as_args(args), keywords, "the example input").bind(model)
-    require_seen(given)
-    example = given.clone()  # a copy, in which no tensor stands twice
-    own = as_input_sets(model, inputs, len(example.args), "inputs", example)
-    for one in own:
-        require_seen(one, example)
-    dims = dynamic_dims(example, dynamic_shapes)
-    names = names_of_inputs(model, example, input_names)
-    only = "spectral_norm" if freeze == "spectral_norm" else None
-    frozen = tuple(describe_sites(model, only))  # the block itself warns
-    note = unconverged_note(model)
-    if sigma_exact:
-        frozen = with_exact_sigma(model, frozen)
-    with _one_at_a_time, preserved(model) as state, contextlib.ExitStack() as stack:
-        first = run_reference(model, state, example)
-        state.settle()
-        outputs = names_of_outputs(model, first.paths, output_names, list(names.values()))
-        settings = replace(settings.checked(outputs), input_names=names)
-        opset_version = opset_version or default_opset(coarsest_of(model, [first]))
-        _logger.info("running the reference")
-        references = [first]
-        for one in (*random_sets(example, samples), *own):
-            references.append(_run_further(model, state, one))
-        references += resized_references(
-            example, dims, lambda one: run_reference(model, state, one), own
-        )
-        spill = Spill(model, target.parent)
-        freezing = partial(freeze_into, model, only, spill.keep)
-        proof = Proof(
-            model=model,
-            state=state,
-            references=references,
-            freezing=freezing,
-            dims=dims,
-            settings=settings,
-            per_module=per_module,
-            keeps_case=case is not None,
-            notes=(note,) if note else (),
-        )
-        other = next((e for e in EXPORTERS if e not in exporters), None)
-        made, attempts = None, list[tuple[Exporter, ExportError | ParityError]]()
-        for chosen in exporters:
-            draft = stack.enter_context(drafts(target))
-            props = file_metadata(chosen, versions(), frozen, checkpoint, metadata)
-            options = ExportOptions(
-                opset_version, names, outputs, dims, external_data, verbose, props, spill.release
-            )
-            _logger.info("exporting with %s, %d tensors frozen", chosen, len(frozen))
-            try:
-                written = _write(proof, freezing, first, chosen, options, draft, target, other)
-                if written.program is not None and dims:
-                    references += references_beyond(  # for this proof and the next one
-                        written.program,
-                        example.named_tensors(),
-                        dims,
-                        Resizer(example).of,
-                        lambda one: run_reference(model, state, one),
-                    )
-                if not keep_programs:
-                    written = written.without_program()
-                proved = proof.of(draft, f"the {chosen} exporter")
-            except (ExportError, ParityError) as error:
-                if isinstance(error, ParityError):
-                    error = with_cause(error, proof, freezing, first)
-                    error.export = ExportReport(
-                        target,
-                        chosen,
-                        written.opset,
-                        error.report,
-                        frozen,
-                        versions(),
-                        props,
-                        written.folded,
-                        inputs=written.inputs,
-                        model=type_name(model),
-                    )
-                attempts.append((chosen, error))
-                if is_hopeless(error):
-                    break
-                _logger.info("not with %s: %s", chosen, error)
-            else:
-                made = chosen
-                break
-        if made is None:
-            raise_all(attempts)
-        warn_of_folded(written.folded)
-        warn_of_decisions(attempts, model, proved.parity)
-        warn_of_unseen(first.unseen)
-        warn_of_proof(note, proved.parity)
-        _publish(draft, target, case, proved)
-    _logger.info("wrote %s", target)
-    return ExportReport(
-        target,
-        made,
-        written.opset,
-        proved.parity,
-        frozen,
-        dict(versions()),
-        props,
-        written.folded,
-        tuple(Attempt(tried, str(error)) for tried, error in attempts),
-        written.inputs,
-        type_name(model),
-        written.program,
+    network = require_network(model)
+    frozen_kinds = require_freeze(freeze)
+    request = Request(
+        model=network,
+        target=(target := require_target(path, overwrite)),
+        exporters=require_exporter(exporter),
+        external_data=require_external_data(external_data),
+        samples=require_samples(samples),
+        opset_version=require_opset(opset_version),
+        settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),
+        metadata=require_metadata(metadata),
+        case=require_case(save_case, target),
+        source=require_source(source),
+        call=(call := require_call(network, args, kwargs, inputs)),
+        dims=dynamic_dims(call.example, dynamic_shapes),
+        input_names=names_of_inputs(network, call.example, input_names),
+        output_names=output_names,
+        frozen_kinds=frozen_kinds,
+        frozen=describe_frozen(network, frozen_kinds, sigma_exact),
+        note=unconverged_note(network),
+        per_module=per_module,
+        keep_programs=keep_programs,
+        verbose=verbose,
     )
+    with _one_at_a_time, preserved(network) as state, contextlib.ExitStack() as workspaces:
+        references = run_references(request, state)
+        proof, options = plan_proof(request, state, references)
+        made = make_proved_file(request, proof, options, workspaces)
+        warn_of_made(request, made, references[0])
+        _publish(request, made)
+    return made.report
 
 
-def _write(
-    proof: Proof,
-    freezing: Callable[[], AbstractContextManager[nn.Module]],
-    reference: Reference,
-    exporter: Exporter,
-    options: ExportOptions,
-    draft: Path,
-    target: Path,
-    other: Exporter | None,
-) -> Written:
-    try:
-        # No name holds the block: whatever strikes as it is left, it ends before the state around.
-        with disk_errors_as(ExportError, target), freezing():
-            options.release()  # the block looks at its weights, on entering and on leaving
-            return write_onnx(proof.model, reference, exporter, options, draft, other)
-    finally:
-        options.release()
-        proof.state.reset()
-
-
-def _publish(draft: Path, target: Path, case: Path | None, proved: Proved) -> None:
+def _publish(request: Request, made: Made) -> None:
     """Move a file to its place, with its external data and the case that was asked for."""
+    draft, target, case = made.draft, request.target, request.case
     with contextlib.ExitStack() as stack:
         moves = [(draft, target)]
         data = side_file(draft)
         if data.exists():
             moves.insert(0, (data, side_file(target)))
-        if case is not None and proved.case is not None:
+        if case is not None and made.case is not None:
             with disk_errors_as(ExportError, case):
-                made = stack.enter_context(drafts(case))
-                write_case(made, proved.case)
-            moves.insert(0, (made, case))
+                draft_of_case = stack.enter_context(drafts(case))
+                write_case(draft_of_case, made.case)
+            moves.insert(0, (draft_of_case, case))
         with disk_errors_as(ExportError, target):
             publish(moves, find_stale_data(draft, target))
-
-
-def _run_further(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
-    try:
-        return run_reference(model, state, inputs)
-    except SnExportError as error:
-        if not inputs.label.startswith("random"):
-            raise
-        raise SnExportError(
-            f"{error}. If it takes only certain values, pass samples=0 and real inputs=[...]"
-        ) from error.__cause__
+    _logger.info("wrote %s", target)

@@ -23,15 +23,15 @@ _CHUNK = 2**20
 _PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
-def require_metadata(metadata: Mapping[str, str] | None) -> None:
-    """Raise for metadata that cannot be written.
+def require_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the user's metadata, if it can be written.
 
     Raises:
         TypeError: if it is no mapping of text to text.
         ValueError: for an empty key, or one that begins with ``sn_export.``.
     """
     if metadata is None:
-        return
+        return {}
     if not isinstance(metadata, Mapping):
         raise TypeError(f"metadata must be a mapping of text to text, got {metadata!r}")
     for key, value in metadata.items():
@@ -42,6 +42,7 @@ def require_metadata(metadata: Mapping[str, str] | None) -> None:
         for text in (key, value):
             if not _is_utf8(text):
                 raise ValueError(f"metadata must be valid Unicode, got {text!r}")
+    return metadata
 
 
 def file_metadata(
@@ -49,7 +50,7 @@ def file_metadata(
     versions: Mapping[str, str],
     frozen: Sequence[SpectralNormInfo | ParametrizationInfo],
     source: Path | None,
-    metadata: Mapping[str, str] | None,
+    metadata: Mapping[str, str],
 ) -> dict[str, str]:
     """Return the metadata of a file.
 
@@ -80,7 +81,7 @@ def file_metadata(
     }
     if source is not None:
         made[f"{PREFIX}source_sha256"] = file_sha256(source)
-    return made | dict(metadata or {})
+    return made | dict(metadata)
 
 
 def require_source(source: str | os.PathLike[str] | None) -> Path | None:

@@ -1,21 +1,21 @@
 """Hold two sets of outputs against each other; it knows nothing of freezing."""
 
-from .case_file import opened_case, write_case
+from .case_file import Case, opened_case, write_case
 from .cases import check_case
 from .dynamic_sizes import Resizer, resized_references
 from .external_data import find_stale_data, save, weight_bytes
 from .module_scopes import using_modules
 from .module_trace import type_name
 from .parity import check_parity, coarsest_of
-from .proof import Proof, Proved, differs
+from .proof import Proof, differs
 from .settings import ProofSettings
 from .traced_ranges import references_beyond
 from .verdicts import is_imprecise, unconverged_note
 
 __all__ = [
+    "Case",
     "Proof",
     "ProofSettings",
-    "Proved",
     "Resizer",
     "check_case",
     "check_parity",

@@ -45,7 +45,7 @@ class Proof:
     Attributes:
         model: the unfrozen model.
         state: what puts it back after a forward pass.
-        references: what it said, for each input set.
+        references: what it said, for each input set; more may be added between two proofs.
         freezing: makes a block that freezes the model, as for the export.
         dims: the dimensions that may vary.
         settings: how files are run and held against the model.
@@ -56,7 +56,7 @@ class Proof:
 
     model: nn.Module
     state: Preserved
-    references: Sequence[Reference]
+    references: list[Reference]
     freezing: Freezing
     dims: Sequence[DynamicDim]
     settings: ProofSettings
@@ -128,10 +128,9 @@ class Proof:
         return {name: shapes[file] for name, file in names.items() if file in shapes}
 
 
-def differs(
-    proof: Proof, within: Callable[[], AbstractContextManager[Any]], reference: Reference
-) -> bool:
-    """Whether the model itself gives other outputs within a context than it did without."""
+def differs(proof: Proof, within: Callable[[], AbstractContextManager[Any]]) -> bool:
+    """Whether the model gives other outputs for the example within a context than without."""
+    reference = proof.references[0]
     given = reference.inputs.clone()
     try:
         with within(), torch.no_grad():

@@ -83,10 +83,10 @@ def test_sigma_that_is_no_number(tmp_path: Path) -> None:
         SpectralNormInfo("a", "weight", "hook", (1,), "float32", 0, None, 1, sigma)
         for sigma in (float("nan"), float("inf"))
     ]
-    assert file_metadata("dynamo", {}, infos[:1], None, None)["sn_export.frozen"] == (
+    assert file_metadata("dynamo", {}, infos[:1], None, {})["sn_export.frozen"] == (
         '{"a.weight": null}'
     )
-    assert "null" in file_metadata("dynamo", {}, infos[1:], None, None)["sn_export.frozen"]
+    assert "null" in file_metadata("dynamo", {}, infos[1:], None, {})["sn_export.frozen"]
 
 
 _BAD: dict[str, tuple[Any, type[Exception], str]] = {

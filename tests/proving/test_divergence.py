@@ -23,7 +23,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 
 from sn_export import ParityError, check_parity, export_onnx
-from sn_export.exporting import export as exporting
+from sn_export.exporting import attempts as exporting
 from sn_export.proving import ProofSettings, parity
 from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
 from sn_export.proving.parity import locate_divergence

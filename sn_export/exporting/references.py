@@ -1,0 +1,116 @@
+"""What the unfrozen model says, which every file is held against, and the plan of that proof."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+from ..errors import SnExportError
+from ..freezing import freeze_into
+from ..proving import Proof, Resizer, coarsest_of, references_beyond, resized_references
+from ..running import InputSet, Preserved, Reference, random_sets, run_reference
+from .arguments import Request
+from .names import names_of_outputs
+from .opset import default_opset
+from .spill import Spill
+from .torch_exporters import ExportOptions
+
+_logger = logging.getLogger("sn_export")
+
+
+def run_references(request: Request, state: Preserved) -> list[Reference]:
+    """Run the model on the example, at random, on the user's inputs, and at other sizes.
+
+    Args:
+        request: what was asked for; names and tolerances are held against the outputs as soon as
+            the example has run.
+        state: the model's; which parameters the forward writes is known after the example.
+
+    Returns:
+        What the model said, the example first.
+
+    Raises:
+        SnExportError: if it rejects an input.
+        ExportError: if it takes no other size in a dimension that the user names.
+        ValueError: for names, or tolerances, that do not fit the outputs.
+    """
+    model, call = request.model, request.call
+    first = run_reference(model, state, call.example)
+    state.settle()
+    request.settings.checked(_names_of_outputs(request, first))
+    _logger.info("running the reference")
+    references = [first]
+    for inputs in random_sets(call.example, request.samples):
+        references.append(_run_random(request, state, inputs))
+    references += [run_reference(model, state, inputs) for inputs in call.own]
+    run = partial(run_reference, model, state)
+    return references + resized_references(call.example, request.dims, run, call.own)
+
+
+def plan_proof(
+    request: Request, state: Preserved, references: list[Reference]
+) -> tuple[Proof, ExportOptions]:
+    """Return what files are held against, and what torch's exporters are asked for.
+
+    Args:
+        request: what was asked for.
+        state: puts the model back after a forward pass.
+        references: what `run_references` returned.
+    """
+    first = references[0]
+    outputs = _names_of_outputs(request, first)
+    spill = Spill(request.model, request.target.parent)
+    proof = Proof(
+        model=request.model,
+        state=state,
+        references=references,
+        freezing=partial(freeze_into, request.model, request.frozen_kinds, spill.keep),
+        dims=request.dims,
+        settings=replace(request.settings.checked(outputs), input_names=request.input_names),
+        per_module=request.per_module,
+        keeps_case=request.case is not None,
+        notes=(request.note,) if request.note else (),
+    )
+    options = ExportOptions(
+        opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),
+        input_names=request.input_names,
+        output_names=outputs,
+        dims=request.dims,
+        external_data=request.external_data,
+        verbose=request.verbose,
+        release=spill.release,
+    )
+    return proof, options
+
+
+def extend_references(proof: Proof, request: Request, program: Any) -> None:
+    """Add what the model says at the first sizes that torch's program leaves out.
+
+    They count for the proof of this file and of the next one.
+    """
+    example = request.call.example
+    proof.references.extend(
+        references_beyond(
+            program,
+            example.named_tensors(),
+            request.dims,
+            Resizer(example).of,
+            partial(run_reference, request.model, proof.state),
+        )
+    )
+
+
+def _names_of_outputs(request: Request, first: Reference) -> list[str]:
+    inputs = list(request.input_names.values())
+    return names_of_outputs(request.model, first.paths, request.output_names, inputs)
+
+
+def _run_random(request: Request, state: Preserved, inputs: InputSet) -> Reference:
+    try:
+        return run_reference(request.model, state, inputs)
+    except SnExportError as error:
+        raise SnExportError(
+            f"{error}. If it takes only certain values, pass samples=0 and real inputs=[...]"
+        ) from error.__cause__
