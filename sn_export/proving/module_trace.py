@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from ..running import InputSet, Preserved, is_dense, run_reference, tensor_leaves
+from ..running import InputSet, Preserved, as_real_pairs, is_dense, run_reference, tensor_leaves
 from .module_errors import ModuleCall, Strictness, errors_of
 
 
@@ -88,10 +88,7 @@ def _copies(value: Any) -> list[Tensor]:
     Complex numbers are pairs, as in a file. What is not dense has no value there.
     """
     leaves = [leaf.detach().cpu() for leaf in tensor_leaves(value) if is_dense(leaf)]
-    return [
-        torch.view_as_real(leaf.resolve_conj()).clone() if leaf.is_complex() else leaf.clone()
-        for leaf in leaves
-    ]
+    return [as_real_pairs(leaf).clone() for leaf in leaves]
 
 
 def first_random(

@@ -98,7 +98,11 @@ class MovedByRounding(TorchDispatchMode):
         return pytree.tree_map(self._moved, result)
 
     def _moved(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.is_floating_point() or not value.numel():
+        if not isinstance(value, Tensor) or not value.numel():
+            return value
+        if value.is_complex():
+            return torch.view_as_complex(self._moved(torch.view_as_real(value.resolve_conj())))
+        if not value.is_floating_point():
             return value
         if value.layout != torch.strided or value.itemsize < 2:
             return value

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..results import ParityReport
-from ..running import DynamicDim, InputSet, Preserved, Reference, paths_of_tensors
+from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
 from .dynamic_sizes import (
@@ -135,7 +135,7 @@ def differs(proof: Proof, within: Callable[[], AbstractContextManager[Any]]) -> 
     try:
         with within(), torch.no_grad():
             found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
-        outputs = [leaf.detach().clone() for _, leaf in found]
+        outputs = [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
     except Exception:  # then an exporter has failed as well, and said so
         return False
     finally:

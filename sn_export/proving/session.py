@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..errors import ExportError
 from ..files import side_file
-from ..running import InputSet, is_large
+from ..running import InputSet, as_real_pairs, is_large
 from .float32 import missing_kernel
 from .pieces import Pieces
 
@@ -109,7 +109,7 @@ def named_inputs(
 ) -> dict[str, Tensor]:
     """Return the tensors of ``inputs`` by the names of the file's inputs.
 
-    They go by name where the file has no others, else by position.
+    They go by name where the file has no others, else by position. Complex ones are pairs of reals.
 
     Args:
         session: the session with the file.
@@ -130,7 +130,7 @@ def named_inputs(
                 f"{[name for name, _ in named]}"
             )
         by_name = dict(zip(wanted, (tensor for _, tensor in named), strict=True))
-    return {name: by_name[name] for name in wanted}
+    return {name: as_real_pairs(by_name[name]) for name in wanted}
 
 
 def run_session(

@@ -29,6 +29,7 @@ from ..running import (
     Preserved,
     Reference,
     are_large,
+    as_real_pairs,
     preserved,
     restore_container,
     tensor_leaves,
@@ -128,7 +129,7 @@ def _run(
             _widen_held(state)
         with torch.no_grad(), mode:
             result = model(*given.args, **given.kwargs)
-        return [leaf.detach().cpu().clone() for leaf in tensor_leaves(result)]
+        return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in tensor_leaves(result)]
     except (Exception, SystemExit) as error:
         reason = without_frames(str(error)).strip().split("\n")[0]
         raise NoTruthError(f"the forward does not run: {type(error).__name__}: {reason}") from error

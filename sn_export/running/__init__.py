@@ -12,7 +12,7 @@ from .preservation import (
 )
 from .reference import Reference, run_reference
 from .shared_memory import same_bits
-from .tensor_layouts import are_large, dense_parts, is_dense, is_large
+from .tensor_layouts import are_large, as_real_pairs, dense_parts, is_dense, is_large
 from .undo import ClosedOnExit, undo_on_exit, undoing
 from .wrapped_models import unwrapped
 
@@ -26,6 +26,7 @@ __all__ = [
     "are_large",
     "as_input_sets",
     "as_kwargs",
+    "as_real_pairs",
     "dense_parts",
     "distinct",
     "dynamic_axes",

@@ -16,7 +16,7 @@ from ..text import without_frames
 from .input_set import InputSet
 from .nested import is_plain, paths_of_tensors, unseen_tensors
 from .preservation import Preserved, set_by_hooks
-from .tensor_layouts import are_large
+from .tensor_layouts import are_large, as_real_pairs
 from .undo import undoing
 
 
@@ -26,7 +26,7 @@ class Reference:
 
     Attributes:
         inputs: what the model was given.
-        outputs: the tensors that it returned.
+        outputs: the tensors that it returned, complex ones as pairs of reals.
         paths: where each stood in the result.
         is_plain: whether the result had nothing but tensors in containers that torch knows.
         unseen: what else held tensors in the result, which are not among the outputs.
@@ -53,7 +53,7 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
             f"{without_frames(str(error))}"
         ) from error
     found = paths_of_tensors(result)
-    outputs = tuple(leaf.detach().clone() for _, leaf in found)
+    outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
     state.reset()
     if not outputs:
         raise SnExportError(

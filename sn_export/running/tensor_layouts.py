@@ -36,6 +36,16 @@ def dense_parts(tensor: Tensor) -> list[Tensor]:
     return [tensor] if is_dense(tensor) else [tensor.to_dense()]
 
 
+def as_real_pairs(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as a file has it: real and imaginary parts in a last dimension of 2.
+
+    As `torch.view_as_real`; any other tensor is returned as it is::
+
+        as_real_pairs(torch.zeros(4, 8, dtype=torch.complex64))  # float32, shape (4, 8, 2)
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
 def is_large(size: int) -> bool:
     """Whether so many bytes are."""
     return size > LARGE
