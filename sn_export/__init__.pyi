@@ -11,6 +11,7 @@ from .errors import (
     FrozenWeightChangedWarning as FrozenWeightChangedWarning,
     OutputNotExportedWarning as OutputNotExportedWarning,
     PrecisionLostWarning as PrecisionLostWarning,
+    RandomInputsLeftOutWarning as RandomInputsLeftOutWarning,
     ReparametrizationNotAppliedWarning as ReparametrizationNotAppliedWarning,
     ReparametrizationNotRecognisedWarning as ReparametrizationNotRecognisedWarning,
     SnExportError as SnExportError,

@@ -65,6 +65,10 @@ class SpectralNormNotConvergedWarning(SnExportWarning):
     """Stored singular vectors are far from the true ones: the weights in use are far too large."""
 
 
+class RandomInputsLeftOutWarning(SnExportWarning):
+    """The model rejects random inputs of the proof, which stands on the other inputs."""
+
+
 class PrecisionLostWarning(SnExportWarning):
     """A file is within tolerance, and much farther from the truth than rounding accounts for."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -110,11 +111,16 @@ class CheckCommand(ModelOptions, ProofOptions):
         self.require_files(checkpoint)
         with progress() as show, collect_warnings() as warned:
             from ..proving import check_parity
-            from ..running import random_sets
+            from ..running import left_out_note, preserved, random_references, run_reference
             from .model_factory import prepare_model
 
             model, inputs, loaded = prepare_model(self, checkpoint, factory, show)
-            sets = [inputs.example, *random_sets(inputs.example, self.samples), *inputs.own]
+            with preserved(model) as state:
+                run = partial(run_reference, model, state)
+                drawn = random_references(run(inputs.example), self.samples, run)
+            if drawn.left_out:
+                warned.append(left_out_note(drawn))
+            sets = [inputs.example, *(one.inputs for one in drawn.references), *inputs.own]
             show(f"comparing {len(sets)} input sets with onnxruntime")
             parity = check_parity(model, self.file, sets, **self.keywords_of(check_parity))
         require_comparable(parity)

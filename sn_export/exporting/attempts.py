@@ -14,6 +14,7 @@ from ..errors import (
     ExportError,
     OutputNotExportedWarning,
     PrecisionLostWarning,
+    RandomInputsLeftOutWarning,
     ReparametrizationNotRecognisedWarning,
     SpectralNormNotConvergedWarning,
     TracedDecisionWarning,
@@ -203,17 +204,20 @@ def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
     raise ExportError(text) from errors[0]
 
 
-def warn_of_made(request: Request, made: Made, example: Reference) -> None:
+def warn_of_made(request: Request, made: Made, example: Reference, left_out: str) -> None:
     """Warn of what is to be known of a file, though it is proved.
 
     Args:
         request: what was asked for.
         made: the file.
         example: what the model said to the example.
+        left_out: a sentence on random inputs that were left out; empty if none was.
     """
     _warn_of_folded_weights(made.report.folded)
     _warn_of_traced_decisions(request, made)
     _warn_of_unseen_outputs(example.unseen)
+    if left_out:
+        warnings.warn(left_out, RandomInputsLeftOutWarning, stacklevel=_CALLER - 1)
     _warn_of_precision(request.note, made.report.parity)
 
 

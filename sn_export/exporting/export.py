@@ -107,7 +107,8 @@ def export_onnx(
         atol: absolute tolerance in units of the output; by default by dtype and relative
             to the largest reference value of each output. A mapping as for ``rtol``.
         samples: number of random inputs, drawn from a private generator: floats and
-            integers within the range that the example shows.
+            integers within the range that the example shows, or near the example where the model
+            does not take that.
         inputs: inputs of your own for the proof: a tensor, a tuple of arguments, a dict of
             keyword arguments, or a list of these.
         providers: onnxruntime execution providers for the proof.
@@ -155,6 +156,8 @@ def export_onnx(
         OutputNotExportedWarning: if the model returns objects with tensors that no exporter sees.
         SpectralNormNotConvergedWarning: if a stored sigma is far below the true one, as in a
             network that was never trained.
+        RandomInputsLeftOutWarning: if the model rejects random inputs, or turns them into NaN or
+            infinities, near the example as well; the proof stands on the others.
         PrecisionLostWarning: if the file is within the default tolerance, and much farther from
             the network in float64 than rounding accounts for.
     """
@@ -183,10 +186,10 @@ def export_onnx(
         verbose=verbose,
     )
     with _one_at_a_time, preserved(network) as state, contextlib.ExitStack() as workspaces:
-        references = run_references(request, state)
-        proof, options = plan_proof(request, state, references)
+        references, left_out = run_references(request, state)
+        proof, options = plan_proof(request, state, references, left_out)
         made = make_proved_file(request, proof, options, workspaces)
-        warn_of_made(request, made, references[0])
+        warn_of_made(request, made, references[0], left_out)
         _publish(request, made)
     return made.report
 

@@ -7,10 +7,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from ..errors import SnExportError
 from ..freezing import freeze_into
 from ..proving import Proof, Resizer, coarsest_of, references_beyond, resized_references
-from ..running import InputSet, Preserved, Reference, random_sets, run_reference
+from ..running import (
+    Preserved,
+    Reference,
+    left_out_note,
+    random_references,
+    run_reference,
+    run_usable,
+)
 from .arguments import Request
 from .names import names_of_outputs
 from .opset import default_opset
@@ -20,7 +26,7 @@ from .torch_exporters import ExportOptions
 _logger = logging.getLogger("sn_export")
 
 
-def run_references(request: Request, state: Preserved) -> list[Reference]:
+def run_references(request: Request, state: Preserved) -> tuple[list[Reference], str]:
     """Run the model on the example, at random, on the user's inputs, and at other sizes.
 
     Args:
@@ -29,7 +35,8 @@ def run_references(request: Request, state: Preserved) -> list[Reference]:
         state: the model's; which parameters the forward writes is known after the example.
 
     Returns:
-        What the model said, the example first.
+        What the model said, the example first; and a sentence on random inputs that were left
+        out, since the model does not take them.
 
     Raises:
         SnExportError: if it rejects an input.
@@ -41,16 +48,16 @@ def run_references(request: Request, state: Preserved) -> list[Reference]:
     state.settle()
     request.settings.checked(_names_of_outputs(request, first))
     _logger.info("running the reference")
-    references = [first]
-    for inputs in random_sets(call.example, request.samples):
-        references.append(_run_random(request, state, inputs))
-    references += [run_reference(model, state, inputs) for inputs in call.own]
     run = partial(run_reference, model, state)
-    return references + resized_references(call.example, request.dims, run, call.own)
+    drawn = random_references(first, request.samples, run)
+    references = [first, *drawn.references, *map(run, call.own)]
+    usable = partial(run_usable, first, run=run)
+    references += resized_references(call.example, request.dims, usable, call.own)
+    return references, left_out_note(drawn)
 
 
 def plan_proof(
-    request: Request, state: Preserved, references: list[Reference]
+    request: Request, state: Preserved, references: list[Reference], left_out: str
 ) -> tuple[Proof, ExportOptions]:
     """Return what files are held against, and what torch's exporters are asked for.
 
@@ -58,6 +65,7 @@ def plan_proof(
         request: what was asked for.
         state: puts the model back after a forward pass.
         references: what `run_references` returned.
+        left_out: the sentence that it returned.
     """
     first = references[0]
     outputs = _names_of_outputs(request, first)
@@ -71,7 +79,7 @@ def plan_proof(
         settings=replace(request.settings.checked(outputs), input_names=request.input_names),
         per_module=request.per_module,
         keeps_case=request.case is not None,
-        notes=(request.note,) if request.note else (),
+        notes=tuple(filter(None, (request.note, left_out))),
     )
     options = ExportOptions(
         opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),
@@ -91,13 +99,14 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
     They count for the proof of this file and of the next one.
     """
     example = request.call.example
+    run = partial(run_reference, request.model, proof.state)
     proof.references.extend(
         references_beyond(
             program,
             example.named_tensors(),
             request.dims,
             Resizer(example).of,
-            partial(run_reference, request.model, proof.state),
+            partial(run_usable, proof.references[0], run=run),
         )
     )
 
@@ -105,12 +114,3 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
 def _names_of_outputs(request: Request, first: Reference) -> list[str]:
     inputs = list(request.input_names.values())
     return names_of_outputs(request.model, first.paths, request.output_names, inputs)
-
-
-def _run_random(request: Request, state: Preserved, inputs: InputSet) -> Reference:
-    try:
-        return run_reference(request.model, state, inputs)
-    except SnExportError as error:
-        raise SnExportError(
-            f"{error}. If it takes only certain values, pass samples=0 and real inputs=[...]"
-        ) from error.__cause__

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError, SnExportError
-from ..running import DynamicDim, InputSet, Reference, random_like
+from ..running import DynamicDim, InputSet, Reference, near_like, random_like
 
 _logger = logging.getLogger("sn_export")
 _SEED = 1
@@ -48,7 +48,7 @@ def resized_references(
     def take(groups: Groups, attempts: Iterable[Mapping[str, int]]) -> None:
         for sizes in attempts:
             try:
-                reference = run(inputs.of(groups, sizes))
+                reference = inputs.run(groups, sizes, run)
             except SnExportError as error:  # the model's own limit, not the exporter's
                 _logger.info("not proved at these sizes: %s", error)
                 errors.update(dict.fromkeys(sizes, error))
@@ -245,7 +245,20 @@ class Resizer:
         self._names = {id(tensor): name for name, tensor in example.named_tensors()}
         self._generator = torch.Generator().manual_seed(_SEED)
 
-    def of(self, groups: Groups, sizes: Mapping[str, int]) -> InputSet:
+    def run(
+        self, groups: Groups, sizes: Mapping[str, int], run: Callable[[InputSet], Reference]
+    ) -> Reference:
+        """Run the model at other sizes, on random values or else on such near the example.
+
+        Raises:
+            SnExportError: if it rejects both.
+        """
+        try:
+            return run(self.of(groups, sizes))
+        except SnExportError:
+            return run(self.of(groups, sizes, near=True))
+
+    def of(self, groups: Groups, sizes: Mapping[str, int], near: bool = False) -> InputSet:
         """Return an input set; what ``sizes`` does not name stays as it is."""
         wanted = {
             _place(dim): dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
@@ -254,7 +267,10 @@ class Resizer:
         def resize(tensor: Tensor) -> Tensor:
             name = self._names[id(tensor)]
             shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
-            return random_like(_stretched(tensor, shape), self._generator)
+            stretched = _stretched(tensor, shape)
+            if near:
+                return near_like(stretched, self._generator, shuffled=False)
+            return random_like(stretched, self._generator)
 
         label = "size " + ", ".join(f"{name}={size}" for name, size in sizes.items())
         return self._example.map(resize, label)

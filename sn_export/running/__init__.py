@@ -1,7 +1,15 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
 
 from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
-from .input_set import InputSet, as_input_sets, as_kwargs, random_like, random_sets, require_seen
+from .input_set import (
+    InputSet,
+    as_input_sets,
+    as_kwargs,
+    is_random,
+    random_like,
+    random_sets,
+    require_seen,
+)
 from .nested import distinct, output_names, paths_of_tensors, tensor_leaves
 from .preservation import (
     Guarded,
@@ -9,6 +17,13 @@ from .preservation import (
     preserved,
     restore_container,
     without_trace,
+)
+from .random_inputs import (
+    RandomReferences,
+    left_out_note,
+    near_like,
+    random_references,
+    run_usable,
 )
 from .reference import Reference, run_reference
 from .shared_memory import same_bits
@@ -22,6 +37,7 @@ __all__ = [
     "Guarded",
     "InputSet",
     "Preserved",
+    "RandomReferences",
     "Reference",
     "are_large",
     "as_input_sets",
@@ -34,14 +50,19 @@ __all__ = [
     "flat_shapes",
     "is_dense",
     "is_large",
+    "is_random",
+    "left_out_note",
+    "near_like",
     "output_names",
     "paths_of_tensors",
     "preserved",
     "random_like",
+    "random_references",
     "random_sets",
     "require_seen",
     "restore_container",
     "run_reference",
+    "run_usable",
     "same_bits",
     "tensor_leaves",
     "undo_on_exit",

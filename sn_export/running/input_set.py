@@ -15,6 +15,7 @@ from .nested import distinct, map_tensors, paths_of_tensors, unseen_tensors
 from .tensor_layouts import is_dense
 
 _SEED = 0
+_RANDOM = "random input"
 # torch computes next to nothing in these; what does not fit int64 wraps.
 _NO_ARITHMETIC = (torch.uint16, torch.uint32, torch.uint64)
 
@@ -236,7 +237,12 @@ def require_seen(inputs: InputSet, example: InputSet | None = None) -> None:
 def random_sets(example: InputSet, count: int) -> list[InputSet]:
     """Return ``count`` random sets like ``example``, the same ones at every call."""
     generator = torch.Generator().manual_seed(_SEED)
-    return [example.random_like(generator, f"random input {i}") for i in range(count)]
+    return [example.random_like(generator, f"{_RANDOM} {i}") for i in range(count)]
+
+
+def is_random(label: str) -> bool:
+    """Whether an input set of that label was drawn by `random_sets`, or near the example."""
+    return label.startswith(_RANDOM)
 
 
 def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:

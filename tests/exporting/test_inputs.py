@@ -13,7 +13,13 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export import (
+    ExportError,
+    ParityError,
+    RandomInputsLeftOutWarning,
+    SnExportError,
+    export_onnx,
+)
 
 
 class Two(Head):
@@ -316,7 +322,7 @@ def test_inputs_that_the_model_rejects(tmp_path: Path) -> None:
 
 
 def test_random_inputs_that_the_model_rejects(tmp_path: Path) -> None:
-    """The error says what to do where only certain values are accepted."""
+    """They are left out, which a warning says, with what to do."""
 
     class OnlyOnes(Head):
         def forward(self, x: Tensor) -> Tensor:
@@ -326,12 +332,16 @@ def test_random_inputs_that_the_model_rejects(tmp_path: Path) -> None:
             return y
 
     ones = torch.ones(2, 3)
-    with pytest.raises(SnExportError) as caught:
-        export_onnx(OnlyOnes(), ones, tmp_path / "net.onnx", exporter="torchscript")
-    assert str(caught.value) == (
-        "the model fails on random input 0: ValueError: want ones. If it takes only certain "
-        "values, pass samples=0 and real inputs=[...]"
+    with pytest.warns(RandomInputsLeftOutWarning) as caught:
+        report = export_onnx(OnlyOnes(), ones, tmp_path / "net.onnx", exporter="torchscript")
+    (note,) = report.parity.notes
+    assert note == str(caught[0].message)
+    assert note == (
+        "3 of 3 random inputs were left out of the proof, also near the example: the model fails "
+        "on random input 2, near the example: ValueError: want ones. Pass inputs=[...] that the "
+        "model takes, or samples=0"
     )
+    assert report.parity.samples == 1
     report = export_onnx(
         OnlyOnes(), ones, tmp_path / "net.onnx", exporter="torchscript", samples=0, inputs=[ones]
     )
