@@ -22,9 +22,11 @@ Keys = Mapping[str, str]
 
 _LABELS = {"orthogonal": "orthogonality", "parametrization": "another parametrization"}
 _ALIGNMENT = 64  # of torch's CPU allocator
-_CHAIN = re.compile(r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)")
+_CHAIN = re.compile(
+    r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
+)
 _PARTS = {"weight": "original", "u": "0._u", "v": "0._v"}
-_HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_g)")
+_HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_g)", re.DOTALL)
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 

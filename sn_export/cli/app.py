@@ -14,7 +14,7 @@ from .console import errors_as_messages, run
 from .convert_command import ConvertCommand
 from .inspect_command import InspectCommand
 from .onnx_command import OnnxCommand
-from .options import Command, Parsed
+from .options import Command, Parsed, import_from_current_folder
 
 app = typer.Typer(
     name="sn-export",
@@ -58,6 +58,8 @@ def add_command(name: str, command: type[Command]) -> None:
                 key: parsers[key](value) if key in parsers else value
                 for key, value in written.items()
             }
+            if written.get("trust_pickle"):  # its classes may lie where those of --model do
+                import_from_current_folder()
             command(**values).run()
 
     call.__doc__ = command.__doc__

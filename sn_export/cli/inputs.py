@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import inspect
+import os
+import zipfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..errors import UsageError
+from ..files import open_regular
 from ..running import InputSet
 from .options import DynamicDims, InputShape
+
+# What compressed inputs may unpack to, in bytes, or times the size of their file.
+_UNPACKED, _RATIO = 2**28, 100
 
 
 def draw_example(shapes: Iterable[InputShape]) -> InputSet:
@@ -76,8 +83,12 @@ def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
 
 def _from_file(path: Path) -> InputSet:
     try:
-        with np.load(path, allow_pickle=False) as content:
+        with open_regular(path) as file:
+            _require_small(path, file)
+            content = np.load(file, allow_pickle=False)
             arrays = {name: torch.from_numpy(content[name]) for name in content.files}
+    except UsageError:
+        raise
     except Exception as error:  # numpy raises many kinds for a broken file
         raise UsageError(
             f"'{path}' is no .npz of numeric arrays: {str(error).splitlines()[0]}"
@@ -86,3 +97,15 @@ def _from_file(path: Path) -> InputSet:
     if list(arrays) == positional:
         return InputSet(tuple(arrays.values()), {}, f"'{path.name}'")
     return InputSet((), arrays, f"'{path.name}'")
+
+
+def _require_small(path: Path, file: BinaryIO) -> None:
+    """Raise a UsageError if a few bytes would unpack to more than memory should be filled with."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if unpacked > max(_UNPACKED, _RATIO * packed):
+        raise UsageError(
+            f"'{path}' unpacks from {packed} to {unpacked} bytes; save it with np.savez"
+        )

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +14,7 @@ from torch import nn
 from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
 from ..errors import UsageError
 from .inputs import Inputs, gather
+from .options import import_from_current_folder
 from .request import ModelOptions
 
 
@@ -69,16 +68,14 @@ def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
 
 
 def _import(name: str) -> ModuleType:
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
+    import_from_current_folder()
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         parents = {name[: i if i >= 0 else None] for i in _dots(name)}
         if error.name not in parents:
             raise UsageError(f"importing '{name}' raised {error}") from error
-        there = ", ".join(_modules(Path(here))) or "none"
+        there = ", ".join(_modules(Path.cwd())) or "none"
         raise UsageError(
             f"there is no module '{error.name}'; modules in the current folder: {there}"
         ) from error

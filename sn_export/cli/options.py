@@ -11,7 +11,9 @@ import dataclasses
 import inspect
 import json
 import math
+import os
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -68,6 +70,13 @@ class InputShape:
 
 
 DynamicDims = dict[str, dict[int, str]]  # names of dimensions by input and position
+
+
+def import_from_current_folder() -> None:
+    """Let modules in the current folder be imported, as ``python -m`` does."""
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
 
 
 def parse_size(text: str | None) -> int | None:

@@ -128,7 +128,7 @@ class ModelOptions(CheckpointOptions):
         """
         require_checkpoint(checkpoint)
         for path in self.input_files:
-            if not path.is_file():
+            if not path.exists():
                 raise UsageError(f"there is no input file '{path}'")
         if not self.shapes and not self.input_files:
             raise UsageError(

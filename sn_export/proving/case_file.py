@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..errors import ExportError, SnExportError
+from ..files import open_regular
 from ..results import ProofDtype
 from ..text import dtype_name
 from .float32 import PROOF_DTYPES
@@ -101,27 +102,36 @@ Sets = Iterator[tuple[str, list[Tensor], list[Tensor]]]
 def opened_case(path: Path) -> Iterator[tuple[Case, Sets]]:
     """Yield the case without tensors, and an iterator that reads one input set after the other."""
     try:
-        with zipfile.ZipFile(path) as archive:
+        file = open_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    with file:
+        yield _open_archive(path, file)
+
+
+def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
+    try:
+        with zipfile.ZipFile(file) as archive:
             packed = [e.filename for e in archive.infolist() if e.compress_type]
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
         raise _unreadable(path, f"it is no npz archive: {error}") from error
     if packed:  # a few bytes may unpack to any size
         raise _unreadable(path, f"'{packed[0]}' is compressed, wanted uncompressed arrays")
+    file.seek(0)
     try:
-        archive = np.load(path, allow_pickle=False)
+        arrays = np.load(file, allow_pickle=False)
     except Exception as error:
         raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    with archive:
-        content = _content(path, archive)
-        case = Case(
-            tuple(content["inputs"]),
-            tuple(content["outputs"]),
-            tuple(content["rtol"]),
-            tuple(content["atol"]),
-            [(entry["label"], (), ()) for entry in content["sets"]],
-            content.get("proof_dtype"),
-        )
-        yield case, _read_sets(path, archive, content)
+    content = _content(path, arrays)
+    case = Case(
+        tuple(content["inputs"]),
+        tuple(content["outputs"]),
+        tuple(content["rtol"]),
+        tuple(content["atol"]),
+        [(entry["label"], (), ()) for entry in content["sets"]],
+        content.get("proof_dtype"),
+    )
+    return case, _read_sets(path, arrays, content)
 
 
 def _content(path: Path, archive: Mapping[str, Any]) -> Any:

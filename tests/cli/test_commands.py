@@ -9,6 +9,7 @@ import os
 import pty
 import subprocess
 import sys
+import zipfile
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
@@ -567,3 +568,43 @@ def test_progress_is_for_terminals_alone(tmp_path: Path) -> None:
     os.close(reader)
     assert json.loads(ran.stdout)["format"] == "torch"
     assert "looked at" in shown or "\x1b[" in shown
+
+
+def test_pipes_in_a_folder_of_cases(run: Run) -> None:
+    """Nobody writes into them: they are no cases, and no reason to wait."""
+    os.mkfifo("pipe.npz")
+    ran = run("check", ".")
+    assert (ran.code, ran.err) == (
+        2,
+        "sn-export: folder '.' holds no case: no NAME.onnx with NAME.npz beside it\n",
+    )
+
+
+def test_inputs_that_unpack_to_more(run: Run) -> None:
+    """A few kilobytes of an archive do not become gigabytes of inputs."""
+    with zipfile.ZipFile("x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("x.npy", bytes(2**28 + 1))
+    ran = run("onnx", "a.pt", "--model", "cli_networks:critic", "--input-file", "x.npz", "-o", "o")
+    size = Path("x.npz").stat().st_size
+    assert (ran.code, ran.err) == (
+        2,
+        f"sn-export: 'x.npz' unpacks from {size} to {2**28 + 1} bytes; save it with np.savez\n",
+    )
+
+
+def test_a_whole_module_of_the_current_folder(run: Run, tmp_path: Path) -> None:
+    """With --trust-pickle its class is looked for where that of --model is."""
+    Path("own_nets.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
+    code = "import torch, own_nets; torch.save(own_nets.Net(2, 2), 'whole.pt')"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)
+    ran = run("inspect", "whole.pt")
+    assert (ran.code, "wants to call 'own_nets.Net'" in ran.err) == (2, True)
+    Path("own_nets.py").rename("elsewhere.py")
+    ran = run("inspect", "whole.pt", "--trust-pickle")
+    assert (ran.code, ran.err) == (
+        2,
+        "sn-export: 'whole.pt' needs the package 'own_nets', which cannot be imported here\n",
+    )
+    Path("elsewhere.py").rename("own_nets.py")
+    ran = run("inspect", "whole.pt", "--trust-pickle")
+    assert (ran.code, ran.err) == (0, "")

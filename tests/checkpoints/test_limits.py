@@ -1,0 +1,208 @@
+"""Files that ask for more than they hold: no hang, bounded memory, one message."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pickle
+import resource
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cli_networks import trained_critic
+from hostile_pickles import FORMATS
+from safetensors.torch import save_file
+
+from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint, read_checkpoint
+from sn_export.errors import CheckpointError
+
+
+def _message(path: Path) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        inspect_checkpoint(path)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def _write_safetensors(path: Path, header: Any, content: bytes = b"") -> Path:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + content)
+    return path
+
+
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin.index.json"])
+def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
+    """Nobody writes into it, so that opening it would wait for ever."""
+    os.mkfifo(tmp_path / name)
+    assert _message(tmp_path / name) == f"cannot read '{name}': it is no regular file"
+
+
+def test_a_device_is_not_read() -> None:
+    """It has no end."""
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint("/dev/zero")
+    assert str(caught.value) == "cannot read '/dev/zero': it is no regular file"
+
+
+def test_pipes_in_folders(tmp_path: Path) -> None:
+    """As a shard, as a file of weights, as '.metadata' and as a piece of a distributed folder."""
+    index = tmp_path / "m.safetensors.index.json"
+    index.write_text('{"weight_map": {"w": "a.safetensors"}}')
+    os.mkfifo(tmp_path / "a.safetensors")
+    assert _message(index) == (
+        "'m.safetensors.index.json' lists shards that are absent: 'a.safetensors'"
+    )
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for name in (".metadata", "model.safetensors", "pytorch_model.bin"):
+        os.mkfifo(folder / name)
+    assert _message(folder).startswith("folder 'folder' is no checkpoint: it holds neither")
+    path = FORMATS["value of a folder"](tmp_path / "dcp", pickle.dumps(3))
+    (path / "hostile").unlink()
+    os.mkfifo(path / "hostile")
+    assert _message(path) == ("folder 'dcp' is damaged or incomplete: 'hostile' is no regular file")
+
+
+def test_shared_dictionaries_are_walked_once(tmp_path: Path) -> None:
+    """Sixty keys for the same dictionary, four deep, are 13 million paths to nothing."""
+    node: Any = {"x": 1}
+    for _ in range(5):
+        node = {f"k{i}": node for i in range(60)}
+    torch.save(node, tmp_path / "a.pt")
+    assert _message(tmp_path / "a.pt").startswith("'a.pt' holds no state dict: its keys are 'k0'")
+
+
+def test_shared_state_dicts_are_listed_up_to_a_limit(tmp_path: Path) -> None:
+    """Millions of paths to one state dict: the first hundred are enough to choose from."""
+    node: Any = {"w": torch.ones(1)}
+    for _ in range(5):
+        node = {f"k{i}": node for i in range(60)}
+    torch.save(node, tmp_path / "a.pt")
+    found = read_checkpoint(tmp_path / "a.pt")
+    assert len(found.state_dicts()) == 100
+    chosen = found.choose("k59.k58.k57.k56.k55", lambda one: False, "fits")
+    assert chosen.key == "k59.k58.k57.k56.k55"
+
+
+@pytest.mark.parametrize("kind", ["list", "dict"])
+def test_content_that_holds_itself(kind: str, tmp_path: Path) -> None:
+    """A list or dictionary in itself is walked once."""
+    inner: Any = {"w": torch.ones(1)}
+    node: Any = {"net": inner}
+    node["self"] = node if kind == "dict" else [node]
+    torch.save(node, tmp_path / "a.pt")
+    assert "net" in [one.key for one in read_checkpoint(tmp_path / "a.pt").state_dicts()]
+
+
+def test_tuples_that_take_years_to_hash(tmp_path: Path) -> None:
+    """Sixty tuples, each twice in the next, are no key."""
+    nested = b")" + b"".join(b"2\x86" for _ in range(60))
+    path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}" + nested + b"K\x01s.")
+    assert _message(path) == "'a.pt' is damaged: it holds 'a tuple' as a key"
+
+
+@pytest.mark.parametrize("depth", [500, 100_000])
+def test_nested_too_deeply(depth: int, tmp_path: Path) -> None:
+    """A pickle and JSON of lists in lists; neither ends in an error of Python's own."""
+    path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
+    assert _message(path) == "'a.pt' holds no state dict: it holds a list"
+    index = tmp_path / "a.safetensors.index.json"
+    index.write_text("[" * depth)
+    assert _message(index) == (
+        "'a.safetensors.index.json' is no index of safetensors shards: it holds no 'weight_map'"
+    )
+    path = _write_safetensors(tmp_path / "a.safetensors", b"[" * depth)
+    assert _message(path).startswith("'a.safetensors' is damaged or truncated: safetensors cannot")
+
+
+def test_a_storage_that_is_expanded(tmp_path: Path) -> None:
+    """One element is no tensor of 4 TB; one that a network may have is read."""
+    torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
+    assert _message(tmp_path / "a.pt") == (
+        "'a.pt' is damaged: it holds a tensor of shape [1000000, 1000000] whose storage holds 1 "
+        "elements"
+    )
+    torch.save({"w": torch.ones(1).expand(1000, 1000)}, tmp_path / "b.pt")
+    assert inspect_checkpoint(tmp_path / "b.pt").tensors == 1
+
+
+def test_more_dimensions_than_torch_computes_with(tmp_path: Path) -> None:
+    """In a file of torch, and of safetensors."""
+    torch.save({"w": torch.ones(1)[(None,) * 64]}, tmp_path / "a.pt")
+    assert _message(tmp_path / "a.pt") == (
+        "'a.pt' is damaged: it holds a tensor whose shape is no list of sizes"
+    )
+    spec = {"dtype": "F32", "shape": [1] * 65, "data_offsets": [0, 4]}
+    path = _write_safetensors(tmp_path / "a.safetensors", {"w": spec}, bytes(4))
+    assert _message(path) == ("'a.safetensors': 'w' has 65 dimensions, and torch knows at most 64")
+
+
+@pytest.mark.parametrize(("code", "count"), [("F4", 2), ("F6_E2M3", 4), ("F8_E8M0", 1), ("X", 1)])
+def test_dtypes_of_safetensors_that_are_not_supported(
+    code: str, count: int, tmp_path: Path
+) -> None:
+    """They are named with the tensor, or safetensors itself refuses them."""
+    size = {"F4": 1, "F6_E2M3": 3}.get(code, 1)
+    spec = {"dtype": code, "shape": [count], "data_offsets": [0, size]}
+    path = _write_safetensors(tmp_path / "a.safetensors", {"w": spec}, bytes(size))
+    message = _message(path)
+    assert message.startswith("'a.safetensors'")
+    assert code in message
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".npz", ".bin"])
+def test_archives_that_unpack_to_more(suffix: str, tmp_path: Path) -> None:
+    """What torch.save writes is never compressed; a few kilobytes do not become gigabytes."""
+    sound = io.BytesIO()
+    torch.save({"w": torch.zeros(2**20)}, sound)
+    path = tmp_path / f"a{suffix}"
+    with zipfile.ZipFile(sound) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as made:
+        for name in source.namelist():
+            made.writestr(name, source.read(name))
+    assert _message(path) == (
+        f"'a{suffix}' holds 'archive/data.pkl' compressed, which torch.save never does; save it "
+        "again with torch.save"
+    )
+
+
+def test_storages_larger_than_their_file(tmp_path: Path) -> None:
+    """A legacy file that asks for a terabyte is refused before memory is asked for it."""
+    storage = (
+        b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
+        b"\x8a\x06\x00\x00\x00\x00\x00\x01NtQ"
+    )
+    for form in ("legacy", "zip"):
+        body = storage if form == "legacy" else storage.replace(b"NtQ", b"tQ")
+        path = FORMATS[form](tmp_path / form, b"\x80\x02" + body + b".")
+        size = path.stat().st_size
+        assert _message(path) == (
+            f"'{form}' is damaged or truncated: torch cannot read its {size} bytes"
+        )
+
+
+def test_many_keys(tmp_path: Path) -> None:
+    """A hundred thousand small tensors are listed and converted without a detour."""
+    state = {f"layers.{i}.weight": torch.ones(1) for i in range(100_000)}
+    save_file(state, tmp_path / "a.safetensors")
+    assert inspect_checkpoint(tmp_path / "a.safetensors").tensors == 100_000
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_folder_is_converted_one_tensor_at_a_time(tmp_path: Path) -> None:
+    """From a distributed folder to safetensors, what is held is one tensor and not the folder."""
+    state = {f"w{i}": torch.full((2**20,), float(i)) for i in range(40)}  # 160 MB
+    state |= trained_critic().state_dict()
+    dcp.save({"model": state}, checkpoint_id=tmp_path / "dcp", no_dist=True)
+    del state
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    (tmp_path / "made").mkdir()
+    convert_checkpoint(tmp_path / "dcp", tmp_path / "made" / "a.safetensors", "plain")
+    grown = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+    assert grown < 100 * 1024  # kilobytes
+    tensors = read_checkpoint(tmp_path / "made" / "a.safetensors").state_dicts()[0].tensors
+    assert all(torch.equal(tensors[f"w{i}"], torch.full((2**20,), float(i))) for i in (0, 39))
