@@ -84,7 +84,7 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
         model: Any, args: Any, *, path: str | os.PathLike[str] | None = None, **options: Any
     ) -> ExportReport:
         __tracebackhide__ = True
-        from . import ParityError, export_onnx
+        from . import ParityError, SnExportError, export_onnx
 
         number = next(calls)
         folder = config.stash.get(_REPORT_DIR, None)
@@ -103,6 +103,8 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
         except ParityError as error:
             _write(folder, name, error.export)
             failure = str(error)
+        except SnExportError as error:
+            raise error.with_traceback(None) from error.__cause__  # our own frames help nobody
         else:
             _write(folder, name, report)
             return report

@@ -108,6 +108,28 @@ def test_failure_is_an_assertion_with_the_report(pytester: pytest.Pytester) -> N
     assert "ParityError" not in result.stdout.str()
 
 
+def test_no_line_of_the_package_is_shown(pytester: pytest.Pytester) -> None:
+    """What goes wrong is the message, whatever went wrong, with the line of the test."""
+    test = """
+    class Broken(nn.Linear):
+        def forward(self, x):
+            raise RuntimeError("it is broken")
+
+    def test_parity(assert_onnx_parity):
+        assert_onnx_parity(Liar(), EXAMPLE)
+
+    def test_model(assert_onnx_parity):
+        assert_onnx_parity(Broken(3, 4), EXAMPLE)
+    """
+    pytester.makepyfile(test_them=HEAD + textwrap.dedent(test))
+    # A process of its own: torch imports parts of itself after an error, once for each process.
+    result = pytester.runpytest_subprocess(*PLUGIN, "--onnx-exporter=torchscript", "--tb=long")
+    result.assert_outcomes(failed=2)
+    shown = result.stdout.str()
+    assert "it is broken" in shown and "does not reproduce" in shown
+    assert "pytest_plugin.py" not in shown and "export.py" not in shown
+
+
 def test_other_errors_pass_through(pytester: pytest.Pytester) -> None:
     """A wrong option is no failed parity."""
     result = _run(
