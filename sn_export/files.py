@@ -158,15 +158,22 @@ def require_replaceable(target: Path, advice: str) -> None:
         )
 
 
-def _is_onnx(path: Path) -> bool:
-    """Return whether a file is an ONNX model; it is read where its first bytes do not say so.
+def starts_as_onnx(path: Path) -> bool:
+    """Return whether the first bytes of a file are those of an ONNX model.
 
     As all writers of protobuf do, those of ONNX begin with the first field, ``ir_version``, a small
     number: the bytes 8 and 1 to 31.
     """
     with open_regular(path) as file:
         head = file.read(9)
-    if head[0] == 8 and 0 < head[1] < 32 and head[8:] != b"{":  # that would be safetensors
+    if len(head) < 2 or head[8:] == b"{":  # the latter is how safetensors go on
+        return False
+    return head[0] == 8 and 0 < head[1] < 32
+
+
+def _is_onnx(path: Path) -> bool:
+    """Return whether a file is an ONNX model; it is read where its first bytes do not say so."""
+    if starts_as_onnx(path):
         return True
     import onnx  # takes a second
 

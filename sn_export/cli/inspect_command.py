@@ -7,6 +7,8 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import UsageError
+from ..files import starts_as_onnx
 from .console import number, print_json, print_line, print_note, progress, table
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
@@ -21,13 +23,19 @@ _STATES = {
 
 @dataclass(frozen=True, kw_only=True)
 class InspectCommand(CheckpointOptions):
-    """List the reparametrized tensors in a checkpoint; no model code is needed."""
+    """List the reparametrized tensors in a checkpoint; no model code is needed.
+
+    Of an ONNX file it shows inputs, outputs, opset, sizes, what made it, and the frozen layers.
+    """
 
     checkpoint: CheckpointArgument
 
     def run(self) -> None:
         """List them."""
         require_checkpoint(self.checkpoint)
+        if self._is_onnx():
+            self._inspect_onnx()
+            return
         with progress() as show:
             from ..checkpoints import inspect_checkpoint
 
@@ -42,6 +50,19 @@ class InspectCommand(CheckpointOptions):
         for note in found.notes:
             print_note(f"note: {note}")
         _show(found)
+
+    def _is_onnx(self) -> bool:
+        path = self.checkpoint
+        return path.is_file() and (path.suffix == ".onnx" or starts_as_onnx(path))
+
+    def _inspect_onnx(self) -> None:
+        given = {"--key": self.key, "--dim": self.dims, "--trust-pickle": self.trust_pickle}
+        names = [name for name, value in given.items() if value]
+        if names:
+            raise UsageError(f"an ONNX file has no state dict: leave out {', '.join(names)}")
+        from .onnx_file import inspect_onnx
+
+        inspect_onnx(self.checkpoint, self.as_json)
 
 
 def _show(found: Any) -> None:

@@ -328,6 +328,53 @@ def test_inspect(run: Run) -> None:
     assert layers[2]["dim"] == 1
 
 
+def test_inspect_of_an_onnx_file(run: Run) -> None:
+    """It says what the file takes, gives and is, and which layers were frozen with which sigma."""
+    options = ("--dynamic", "x:0=n", "--external-data", "always", "--metadata", "run=42")
+    made = json.loads(run(*ONNX, *options, "--json").out)
+    found = json.loads(run("inspect", "o.onnx", "--json").out)
+    assert found["inputs"] == [{"name": "x", "dtype": "float32", "shape": ["n", 3, 8, 8]}]
+    assert found["outputs"] == [{"name": "output", "dtype": "float32", "shape": ["n", 5]}]
+    assert found["opsets"]["ai.onnx"] == made["opset"]
+    assert found["producer"].startswith("pytorch ")
+    assert found["bytes"] == Path("o.onnx").stat().st_size
+    assert found["external_data"] == {"o.onnx.data": Path("o.onnx.data").stat().st_size}
+    assert found["metadata"]["run"] == "42"
+    sigmas = {f"{one['module']}.{one['tensor']}": one["sigma"] for one in made["frozen"]}
+    assert found["frozen"] == {name: pytest.approx(s, rel=1e-5) for name, s in sigmas.items()}
+    shown = run("inspect", "o.onnx")
+    assert shown.code == 0
+    for text in ("nx3x8x8", "body.3.weight", "opset ai.onnx ", "external data: o.onnx.data, "):
+        assert text in shown.out
+    Path("o.onnx.data").unlink()
+    assert "external data: o.onnx.data, missing" in run("inspect", "o.onnx").out
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x08\xff", b"PK\x03\x04"])
+def test_inspect_of_a_broken_onnx_file(content: bytes, run: Run) -> None:
+    """One message, that it is none; what is asked of state dicts is refused."""
+    Path("o.onnx").write_bytes(content)
+    ran = run("inspect", "o.onnx")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("sn-export: 'o.onnx' is no ONNX file: ")
+    assert len(ran.err.splitlines()) == 1
+    ran = run("inspect", "o.onnx", "--key", "model")
+    assert ran.err == "sn-export: an ONNX file has no state dict: leave out --key\n"
+
+
+def test_inspect_shows_metadata_escaped(run: Run) -> None:
+    """A file of others may say anything there, also under our keys."""
+    for text in ("[1]", '{"a": "b"}', "[" * 100_000, "\x1b[31m"):
+        model = onnx.ModelProto(ir_version=8, graph=onnx.GraphProto(name="g"))
+        model.metadata_props.add(key="sn_export.frozen", value=text)
+        model.metadata_props.add(key="\x1b[2J", value="\u202e")
+        Path("o.onnx").write_bytes(model.SerializeToString())
+        ran = run("inspect", "o.onnx")
+        assert ran.code == 0
+        assert all(line.isprintable() for line in ran.out.split("\n"))
+        assert json.loads(run("inspect", "o.onnx", "--json").out)["frozen"] is None
+
+
 def test_inspect_without_numbers(run: Run) -> None:
     """What is not a number is null in JSON, which stays valid."""
     state = dict(trained_critic().state_dict())
