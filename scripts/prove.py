@@ -28,6 +28,8 @@ from rich.table import Table
 PARTS = {
     "faults": "prove_faults",
     "kills": "prove_kills",
+    "models": "prove_models",
+    "hostile": "prove_hostile",
     "soak": "prove_soak",
 }
 HEADER = ("part", "attack", "tried", "survived", "seconds", "note")
