@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import random
 import signal
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -70,6 +73,7 @@ class _Export:
         self.before = fingerprint(self.model)
         self.path = folder / "net.onnx"
         self.temporary = self._temporary()
+        self.output = _output()
         self.run()
         self.new = contents(folder)
         self.old = {"net.onnx": b"an earlier file"}
@@ -130,8 +134,11 @@ class _Export:
             stop()
         finally:
             stop()
+        gc.collect()  # a draft may be held by the frames of an interrupt within contextlib
         found = self.before.differences(fingerprint(self.model))
         found = [line for line in found if not line.startswith("next hook id")]
+        if self.output != _output():
+            found.append("standard output or error is still replaced")
         left = {path.name for path in self.folder.iterdir()}
         if left != {"net.onnx"} or contents(self.folder) not in (self.old, self.new):
             found.append(f"the folder holds {sorted(left)}")
@@ -145,3 +152,8 @@ class _Export:
     def _temporary(self) -> set[str]:
         folder = Path(tempfile.gettempdir())
         return {path.name for path in folder.iterdir() if "sn_export" in path.name}
+
+
+def _output() -> object:
+    device = os.fstat(1)
+    return sys.stdout, sys.stderr, device.st_dev, device.st_ino

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ..running import undoing
+from ..running import undo_on_exit, undoing
 
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 
@@ -26,48 +26,56 @@ def quiet(verbose: bool) -> Iterator[None]:
         return
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with (
-        warnings.catch_warnings(),
-        _silent_descriptor(1),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
+    streams = sys.stdout, sys.stderr
+    output = _duplicate_output()
+    caught = warnings.catch_warnings()
+    caught.__enter__()
+
+    def undo() -> None:
+        _restore_output(output)
+        sys.stdout, sys.stderr = streams
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+        caught.__exit__(None, None, None)
+
+    with undo_on_exit(undo):
         warnings.simplefilter("ignore")
-        try:
-            for logger in loggers:
-                logger.setLevel(logging.CRITICAL)
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        for logger in loggers:
+            logger.setLevel(logging.CRITICAL)
+        if output:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        yield
 
 
 @undoing
 def no_fused_attention() -> Iterator[None]:
     """Keep `torch.nn.TransformerEncoderLayer` off its fused operator, which has no ONNX form."""
     enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    with undo_on_exit(lambda: torch.backends.mha.set_fastpath_enabled(enabled)):
+        torch.backends.mha.set_fastpath_enabled(False)
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
-@undoing
-def _silent_descriptor(descriptor: int) -> Iterator[None]:
-    # The TorchScript exporter dumps its graph from C++, past sys.stdout.
-    sys.stdout.flush()
+def _duplicate_output() -> list[int]:
+    """Return a second descriptor of the standard output, if the process has one.
+
+    The TorchScript exporter dumps its graph from C++, past sys.stdout.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
     try:
-        kept = os.dup(descriptor)
-    except OSError:  # a process without standard output
-        yield
-        return
-    try:
-        with open(os.devnull, "wb") as nowhere:
-            os.dup2(nowhere.fileno(), descriptor)
-        yield
-    finally:
+        return [os.dup(1)]
+    except OSError:
+        return []
+
+
+def _restore_output(kept: list[int]) -> None:
+    """Let the standard output be what ``kept`` is, and close that; can be repeated."""
+    if kept:
         with contextlib.suppress(OSError, AttributeError, TypeError):
             ctypes.CDLL(None).fflush(None)  # what C++ still buffers
-        os.dup2(kept, descriptor)
-        os.close(kept)
+        os.dup2(kept[0], 1)
+        os.close(kept.pop())

@@ -25,9 +25,8 @@ def stored_sigma(matrix: Tensor, u: Tensor, v: Tensor) -> float:
     """
     if any(t.device.type == "meta" for t in (matrix, u, v)):
         return math.nan
-    with torch.no_grad():
-        sigma = torch.vdot(u, torch.mv(matrix, v))
-        return float(sigma.real if sigma.is_complex() else sigma)
+    sigma = torch.vdot(u.detach(), torch.mv(matrix.detach(), v.detach()))
+    return float(sigma.real if sigma.is_complex() else sigma)
 
 
 def exact_sigma(matrix: Tensor) -> float:
@@ -42,16 +41,15 @@ def exact_sigma(matrix: Tensor) -> float:
     Returns:
         The spectral norm; NaN where an element is not finite.
     """
-    with torch.no_grad():
-        wide = matrix.detach().cpu().to(torch.complex128 if matrix.is_complex() else torch.float64)
-        scale = float(wide.abs().max()) if wide.numel() else 0.0
-        if not scale or not math.isfinite(scale):
-            return math.nan if scale else 0.0
-        wide = wide / scale  # squares of float64 would overflow or vanish
-        if wide.shape[0] > wide.shape[1]:
-            wide = wide.mH
-        largest = torch.linalg.eigvalsh(wide @ wide.mH)[-1]
-        return scale * math.sqrt(max(float(largest), 0.0))
+    wide = matrix.detach().cpu().to(torch.complex128 if matrix.is_complex() else torch.float64)
+    scale = float(wide.abs().max()) if wide.numel() else 0.0
+    if not scale or not math.isfinite(scale):
+        return math.nan if scale else 0.0
+    wide = wide / scale  # squares of float64 would overflow or vanish
+    if wide.shape[0] > wide.shape[1]:
+        wide = wide.mH
+    largest = torch.linalg.eigvalsh(wide @ wide.mH)[-1]
+    return scale * math.sqrt(max(float(largest), 0.0))
 
 
 def least_sigma(matrix: Tensor, rounds: int = 8) -> float:
@@ -67,13 +65,12 @@ def least_sigma(matrix: Tensor, rounds: int = 8) -> float:
     Returns:
         The bound, but for rounding; NaN where an element is not finite.
     """
-    with torch.no_grad():
-        wide = matrix.detach().to(torch.complex64 if matrix.is_complex() else torch.float32)
-        draws = torch.Generator().manual_seed(0)
-        v = torch.randn(wide.shape[1], generator=draws).to(wide)
-        for _ in range(rounds):
-            v = torch.mv(wide.mH, torch.mv(wide, v / v.norm()))
-        return float(torch.mv(wide, v / v.norm()).norm()) if v.any() else 0.0
+    wide = matrix.detach().to(torch.complex64 if matrix.is_complex() else torch.float32)
+    draws = torch.Generator().manual_seed(0)
+    v = torch.randn(wide.shape[1], generator=draws).to(wide)
+    for _ in range(rounds):
+        v = torch.mv(wide.mH, torch.mv(wide, v / v.norm()))
+    return float(torch.mv(wide, v / v.norm()).norm()) if v.any() else 0.0
 
 
 def exact_sigma_cost(shape: tuple[int, ...]) -> float:

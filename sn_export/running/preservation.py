@@ -25,13 +25,19 @@ T = TypeVar("T")
 
 
 @undoing
-def preserved_rng() -> Iterator[None]:
-    """Put back the global random states of torch (all devices), numpy and python."""
+def preserved_globals() -> Iterator[None]:
+    """Put back the random states of torch (all devices), numpy and python, and torch's grad mode.
+
+    Grad mode, since an interrupt may strike where a ``with torch.no_grad()`` has ended and its
+    ``__exit__`` was not called yet.
+    """
+    grad = torch.is_grad_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
 
     def restore() -> None:
+        torch.set_grad_enabled(grad)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)
@@ -230,7 +236,7 @@ class Guarded:
 @undoing
 def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
-    with preserved_rng():
+    with preserved_globals():
         state = Preserved(model.modules(), belongings=True)
         with undo_on_exit(state.restore):
             state.guard_parameters()
@@ -246,7 +252,7 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
         modules: those that may be changed.
         parameters: whether that may happen to their parameters too.
     """
-    with preserved_rng():
+    with preserved_globals():
         state = Preserved(modules, belongings=True)
         with undo_on_exit(state.restore):
             if parameters:

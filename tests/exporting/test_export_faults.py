@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -13,7 +15,12 @@ from torch.nn.utils import spectral_norm
 
 from sn_export import export_onnx
 
-OFTEN = ("export.py", "undo.py")  # each line, of the rest every fifth
+OFTEN = (
+    "export.py",
+    "quiet.py",
+    "torch_exporters.py",
+    "undo.py",
+)  # each line, of the rest every fifth
 SELDOM = ("block.py", "edits.py", "contextlib.py", "preservation.py")
 
 
@@ -25,8 +32,14 @@ def interrupted_export(model: nn.Module, path: Path, fault: Fault) -> None:
     except KeyboardInterrupt:
         fault.stop()
         fault.while_caught = fingerprint(model)
+        fault.while_caught.facts |= _output()
     finally:
         fault.stop()
+
+
+def _output() -> dict[str, object]:
+    device = os.fstat(1)
+    return {"stdout": (id(sys.stdout), device.st_dev, device.st_ino), "stderr": id(sys.stderr)}
 
 
 def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> None:
@@ -40,6 +53,7 @@ def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> 
     steps = [s for s in dry.steps() if Path(dry.places[s - 1][0]).name in OFTEN]
     steps += [s for s in dry.steps() if Path(dry.places[s - 1][0]).name in SELDOM][::5]
     before = fingerprint(model)
+    before.facts |= _output()
     failures = []
     for step in steps:
         fault = Fault(KeyboardInterrupt, step)
