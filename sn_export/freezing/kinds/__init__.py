@@ -13,13 +13,16 @@ from ..introspection.source_code import code_of, is_torch_layer
 from ..site import Kind, Site
 from .adapted import find_adapted
 from .chain import find_chains
-from .child_norm import find_helped
+from .child_norm import find_child_norms
 from .hook import find_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations
 from .prehook import find_prehooks
 from .weight_hook import find_weight_hooks
 from .wrapper import find_wrappers
+
+# Of code that is not torch's; the first that finds a weight in a module has it.
+FAMILIES = (find_wrappers, find_mixins, find_child_norms)
 
 
 def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
@@ -37,7 +40,7 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
         sites += find_prehooks(path, module)
     code = None if is_layer else code_of(cls)
     if code is not None and not code.is_torch:
-        for find in (find_wrappers, find_mixins, find_helped):
+        for find in FAMILIES:
             if found := find(path, module, code):
                 return [*sites, *found]
     return sites

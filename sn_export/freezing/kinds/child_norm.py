@@ -35,7 +35,7 @@ from ..names import is_named_as_vector, mentions_norm
 from .handwritten_site import Answer, HandwrittenSite
 
 
-class HelpedSite(HandwrittenSite):
+class ChildNormSite(HandwrittenSite):
     """A weight that a child of the module normalises in the module's forward."""
 
     __slots__ = ("child",)
@@ -66,7 +66,7 @@ class HelpedSite(HandwrittenSite):
             module.__dict__["training"] = training
 
 
-def find_helped(path: str, module: nn.Module, code: Code) -> list[HelpedSite]:
+def find_child_norms(path: str, module: nn.Module, code: Code) -> list[ChildNormSite]:
     """Return the sites of the weights that children of ``module`` normalise."""
     sites = []
     for raw, weight in matrices(module).items():
@@ -74,7 +74,7 @@ def find_helped(path: str, module: nn.Module, code: Code) -> list[HelpedSite]:
             candidate = Candidate(raw, raw, weight, state)
             value = _confirm(module, code, candidate, child, helper)
             if value is not None:
-                sites.append(HelpedSite(path, module, Answer(raw, value, state), child, helper))
+                sites.append(ChildNormSite(path, module, Answer(raw, value, state), child, helper))
                 break
     return sites
 
