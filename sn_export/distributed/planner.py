@@ -49,7 +49,10 @@ class RankPlanner(Planner):
             try:
                 plan = Plan(found, self.keep)
             except FreezeError as failed:
-                raise _naming_placement(failed, found) from failed
+                told = _naming_placement(failed, found)
+                if told is failed:
+                    raise
+                raise told from failed
             keep_replicas_apart(model, plan)
             return plan
         error: Exception | None = None

@@ -22,7 +22,7 @@ import inspect
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import pairwise
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -268,8 +268,7 @@ class _Evaluation:
             known = self._meaning(node.value)
             if isinstance(known, type) and isinstance(self._owner, known):
                 return _NONE  # Base.forward(self, x)
-            function = getattr(known, node.attr, None) if known is not None else None
-            return self._follow(function, positional, named)
+            return self._follow(self._meaning(node), positional, named)
         found = _NONE
         for module in modules:
             child = self._child_or_held(module, node.attr)
@@ -361,7 +360,9 @@ class _Evaluation:
     def _meaning(self, node: ast.AST) -> Any:
         """Return what a name outside of the function stands for, such as ``F`` in ``F.linear``."""
         if isinstance(node, ast.Attribute):
-            return getattr(self._meaning(node.value), node.attr, None)
+            holder = self._meaning(node.value)
+            is_known = isinstance(holder, (ModuleType, type))  # others run code to be asked
+            return getattr(holder, node.attr, None) if is_known else None
         if not isinstance(node, ast.Name):
             return None
         cells = zip(
