@@ -142,6 +142,44 @@ def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> Bar
     return BarChart(tuple(rows), tuple(_decades(low, high)))
 
 
+def strip_of(chart: BarChart) -> tuple[Column, ...]:
+    """Return the first bar of each row as a column, side by side, as an overview of many rows."""
+    width = 100 / len(chart.rows)
+    return tuple(
+        Column(i * width, width, bar.width, f"{row.label}: {bar.text}", 1, bar.kind)
+        for i, (row, bar) in enumerate((row, row.bars[0]) for row in chart.rows)
+    )
+
+
+def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
+    """Return which stored sigma is furthest from the true one, or else which is the largest."""
+    normed = [entry for entry in frozen if math.isfinite(as_number(entry.get("sigma")))]
+    off = [
+        (abs(as_number(entry["sigma"]) / as_number(entry["sigma_exact"]) - 1), entry)
+        for entry in normed
+        if entry["sigma_exact"] and math.isfinite(as_number(entry["sigma_exact"]))
+    ]
+    if off:
+        _, worst = max(off, key=lambda pair: pair[0])
+        far = numbers.deviation(worst["sigma"], worst["sigma_exact"])
+        return f"Furthest from the true sigma: {tensor_name(worst)}, {far}."
+    if not normed:
+        return ""
+    largest = max(normed, key=lambda entry: as_number(entry["sigma"]))
+    return f"Largest sigma: {tensor_name(largest)}, {numbers.sigma(largest['sigma'])}."
+
+
+def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
+    """Return which module has the largest error; NaN is larger than any number."""
+
+    def error(entry: Mapping[str, Any]) -> float:
+        value = as_number(entry["max_abs"])
+        return math.inf if math.isnan(value) else value
+
+    worst = max(modules, key=error)
+    return f"Largest error: {module_name(worst)}, {numbers.error(worst['max_abs'])}."
+
+
 def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
     """Return the errors of an output by decade, in columns as high as the count's logarithm."""
     if output["histogram"] is None:

@@ -12,6 +12,7 @@ from ..text import escape_unprintable
 from . import charts, content, numbers
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
+_MANY = 20  # rows beyond which a chart is closed too, and an overview stands above it
 
 
 def to_html(report: content.Report) -> str:
@@ -33,6 +34,7 @@ def to_html(report: content.Report) -> str:
             report=view.content,
             parity=view.parity,
             fold=_FOLD,
+            many=_MANY,
             sigma_chart=charts.sigma_chart(view.content.get("frozen", ())),
             module_chart=charts.module_chart(view.parity["modules"], view.first),
             histograms=[
@@ -63,6 +65,9 @@ def _template() -> jinja2.Template:
         bytes=numbers.size,
         shape=numbers.shape,
         dynamic_dims=content.dynamic_dims,
+        strip_of=charts.strip_of,
+        worst_sigma=charts.worst_sigma,
+        worst_module=charts.worst_module,
         own_metadata=content.own_metadata,
         module_name=content.module_name,
         tensor_name=content.tensor_name,

@@ -343,6 +343,44 @@ def test_many_modules_in_a_browser(tmp_path: Path) -> None:
     assert "m299\n" not in seen["text"]
 
 
+@pytest.mark.parametrize("sigma", [None, "inf", 0.0])
+def test_many_sigmas_that_are_no_numbers(sigma: Any) -> None:
+    """The overview of what cannot be measured stops no report."""
+    for exact in (None, "inf", 0.0, 1.0):
+        many = [frozen(f"m{i}", sigma=sigma, sigma_exact=exact) for i in range(30)]
+        _Page(to_html(content(frozen=many)))
+
+
+@pytest.mark.parametrize("count", [20, 21, 60])
+@pytest.mark.parametrize("exact", [None, 1.5])
+def test_many_rows_have_an_overview(count: int, exact: float | None) -> None:
+    """Beyond 20 layers or modules a strip and the worst are shown, and the charts are closed."""
+    given = content(False)
+    given["frozen"] = [frozen(f"m{i}", sigma=1 + i / 100, sigma_exact=exact) for i in range(count)]
+    given["parity"]["modules"] = [module(f"m{i}", i != 7) for i in range(count)]
+    given["parity"]["first_divergent"] = "m7"
+    page = to_html(given)
+    _Page(page)
+    is_long = count > 20
+    assert (page.count("one by one</summary>") == 2) is is_long
+    assert ("Largest error: m7, 0.02." in page) is is_long
+    worst = (
+        f"Largest sigma: m{count - 1}.weight" if exact is None else "true sigma: m0.weight, −33 %"
+    )
+    assert (worst in page) is is_long
+
+
+@needs_browser
+def test_sixty_layers_make_a_short_page(tmp_path: Path) -> None:
+    """Sixty frozen layers and modules take no more than a few screens."""
+    given = content()
+    given["frozen"] = [frozen(f"blocks.{i}.conv") for i in range(60)]
+    given["parity"]["modules"] = [module(f"blocks.{i}.conv") for i in range(60)]
+    seen = look(to_html(given), tmp_path)
+    assert seen["height"] < 3000
+    assert seen["cut"] == []
+
+
 @needs_browser
 def test_a_phone_shows_the_end_of_a_long_path(tmp_path: Path) -> None:
     """Paths that begin alike are told apart, and no number on a scale loses a digit."""

@@ -50,6 +50,7 @@ frame.onload = () => {{
     .filter(t => t.checkVisibility() && t.getBoundingClientRect().height < 9);
   document.getElementById("found").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth,
+    height: page.body.scrollHeight,
     text: page.body.innerText,
     drawn: [...page.querySelectorAll("svg text, svg .label")].map(t => t.textContent),
     cut: [...page.querySelectorAll("svg text, svg bdi")].filter(t => {{
