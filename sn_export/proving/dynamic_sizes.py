@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from ..running import DynamicDim, InputSet, Reference, near_like, random_like
 
 _logger = logging.getLogger("sn_export")
 _SEED = 1
+_KINDS = ("smallest", "odd", "larger")  # sizes that are tried
 
 Groups = Mapping[str, Sequence[DynamicDim]]
 Place = tuple[str, int]  # name of the tensor, index of the dimension
@@ -26,9 +27,9 @@ def resized_references(
 ) -> list[Reference]:
     """Run the model at the smallest, an odd and a larger size of its dynamic dimensions.
 
-    All dimensions change together; those that the model then rejects, each on its own. So do
-    those that were as large as another one throughout: a network may take height and width for one
-    number as long as they are equal. Where it rejects a size, others near it are tried.
+    All dimensions change together; where the model rejects that, each one alone. Then those change
+    alone that were as large as another one throughout: a network may take height and width for one
+    number as long as they are equal.
 
     Args:
         example: the example input, bound.
@@ -39,46 +40,75 @@ def resized_references(
     Raises:
         ExportError: if the model takes no other size in a dimension that the user names.
     """
-    roots = by_root(dims)
-    inputs = Resizer(example)
-    shapes = [sizes_of(one) for one in (example, *own)]
-    found: list[Reference] = []
-    errors: dict[str, SnExportError] = {}
-
-    def take(groups: Groups, attempts: Iterable[Mapping[str, int]]) -> None:
-        for sizes in attempts:
-            try:
-                reference = inputs.run(groups, sizes, run)
-            except SnExportError as error:  # the model's own limit, not the exporter's
-                _logger.info("not proved at these sizes: %s", error)
-                errors.update(dict.fromkeys(sizes, error))
-                continue
-            found.append(reference)
-            shapes.append(sizes_of(reference.inputs))
-            break
-
-    def is_varied(group: Sequence[DynamicDim]) -> bool:
-        return any(shape.get(_place(group[0])) != group[0].size for shape in shapes)
-
-    for names in ([list(roots)] if roots else []) + [[root] for root in roots if len(roots) > 1]:
-        if not all(is_varied(roots[name]) for name in names):
-            chosen = {name: roots[name] for name in names}
-            for attempts in _attempts(chosen):
-                take(chosen, attempts)
-    units = _units(roots)
+    tried = _Tried(example, run, own)
+    groups = by_root(dims)
+    if not all(tried.varies(group) for group in groups.values()):
+        for position in range(len(_KINDS)):
+            sizes = {root: _sizes(group)[position] for root, group in groups.items()}
+            if not tried.run(groups, sizes):
+                for root, size in sizes.items():
+                    tried.run(groups, {root: size})
+    units = _find_units(groups)
     for name, group in units.items():
         others = [other for key, other in units.items() if key != name]
-        if any(_are_equal(group[0], other[0], shapes) for other in others):
-            take({name: group}, _apart(name, group))
-    for root, group in roots.items():
-        if not is_varied(group) and root in errors and any(dim.is_promised for dim in group):
+        if any(tried.has_equal(group[0], other[0]) for other in others):
+            # The larger first. A size of 1 may be broadcast, which is no size of its own.
+            any(tried.run(units, {name: size}) for size in reversed(_sizes(group)) if size > 1)
+    for root, group in groups.items():
+        error = tried.errors.get(root)
+        if error is not None and not tried.varies(group) and any(d.is_promised for d in group):
             raise ExportError(
                 f"dimension {group[0].position} of '{group[0].tensor}' is declared dynamic "
                 f"({root}), and the model takes no size that was tried but {group[0].size}: "
-                f"{errors[root]}. Give it a range, torch.export.Dim('{root}', min=..., max=...), "
+                f"{error}. Give it a range, torch.export.Dim('{root}', min=..., max=...), "
                 "pass inputs=[...] of other sizes, or leave it fixed"
-            ) from errors[root].__cause__
-    return found
+            ) from error.__cause__
+    return tried.references
+
+
+class _Tried:
+    """What the model said at other sizes, and what it rejected.
+
+    Attributes:
+        references: what it said.
+        errors: what it rejected last, by the name of what varied.
+    """
+
+    def __init__(
+        self, example: InputSet, run: Callable[[InputSet], Reference], own: Sequence[InputSet]
+    ) -> None:
+        self.references: list[Reference] = []
+        self.errors: dict[str, SnExportError] = {}
+        self._inputs = Resizer(example)
+        self._run = run
+        self._shapes = [sizes_of(one) for one in (example, *own)]
+        self._done: dict[frozenset[tuple[str, int]], bool] = {}
+
+    def run(self, groups: Groups, sizes: Mapping[str, int]) -> bool:
+        """Run the model at ``sizes``, unless those are the example's or done; False if it fails."""
+        others = {name: size for name, size in sizes.items() if size != _now(groups[name])}
+        key = frozenset(others.items())
+        if not others or key in self._done:
+            return self._done.get(key, True)
+        self._done[key] = False
+        try:
+            reference = self._inputs.run(groups, others, self._run)
+        except SnExportError as error:  # the model's own limit, not the exporter's
+            _logger.info("not proved at these sizes: %s", error)
+            self.errors.update(dict.fromkeys(others, error))
+            return False
+        self.references.append(reference)
+        self._shapes.append(sizes_of(reference.inputs))
+        self._done[key] = True
+        return True
+
+    def varies(self, group: Sequence[DynamicDim]) -> bool:
+        """Whether the dimensions had another size than in the example."""
+        return any(shape.get(_place(group[0])) != group[0].size for shape in self._shapes)
+
+    def has_equal(self, one: DynamicDim, other: DynamicDim) -> bool:
+        """Whether two dimensions had the same size throughout."""
+        return all(shape.get(_place(one)) == shape.get(_place(other)) for shape in self._shapes)
 
 
 def by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
@@ -174,38 +204,19 @@ def require_apart(dims: tuple[DynamicDim, DynamicDim], label: str) -> None:
         )
 
 
-def _attempts(roots: Groups) -> Iterator[Iterator[dict[str, int]]]:
-    """Yield three kinds of sizes, each with what to try where the model rejects one."""
-    options = {root: _sizes(group) for root, group in roots.items()}
-    seen: set[tuple[int, ...]] = {tuple(_now(group) for group in roots.values())}
+def _sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
+    """Return the sizes of `_KINDS` within the range that is declared.
 
-    def unseen(kind: int) -> Iterator[dict[str, int]]:
-        lists = [options[root][kind] or [_now(roots[root])] for root in roots]
-        for i in range(max(map(len, lists))):
-            sizes = tuple(sizes[min(i, len(sizes) - 1)] for sizes in lists)
-            if sizes not in seen:
-                seen.add(sizes)
-                yield dict(zip(roots, sizes, strict=True))
-
-    for kind in range(3):
-        yield unseen(kind)
-
-
-def _sizes(group: Sequence[DynamicDim]) -> tuple[list[int], list[int], list[int]]:
-    """Return sizes to try: the smallest and its like, odd ones, and larger ones."""
+    For a dimension of 4 without a range ``(1, 5, 8)``; with ``min=2, max=6`` it is ``(2, 5, 6)``.
+    Where nothing larger is allowed the half takes its place: ``(1, 3, 2)`` with ``max=4``.
+    """
     now = _now(group)
     low = max([1, *(dim.range[0] for dim in group)])
     high = min(dim.range[1] for dim in group)
     odd = now + 1 + now % 2
-
-    def within(*sizes: int) -> list[int]:
-        return list(dict.fromkeys(s for s in sizes if low <= s <= high and s != now))
-
-    return (
-        within(low, low + 1, now // 4, now // 2, now - 1),
-        within(odd, odd - 2, odd - 4, 2 * now + 1),
-        within(2 * now, 2 * now + 2, now + now // 2, now + 1, min(high, 4 * now)),
-    )
+    if odd > high:
+        odd = max(low, now - 1 - now % 2)
+    return low, odd, min(2 * now, high) if high > now else max(low, now // 2)
 
 
 def _now(group: Sequence[DynamicDim]) -> int:
@@ -216,25 +227,15 @@ def _place(dim: DynamicDim) -> Place:
     return dim.tensor, dim.position
 
 
-def _units(roots: Groups) -> dict[str, Sequence[DynamicDim]]:
-    """Return what can vary on its own: the dimensions of a name, and each one without a name."""
+def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
+    """Return what can vary alone: the dimensions of a name together, each one without a name."""
     units: dict[str, Sequence[DynamicDim]] = {}
-    for root, group in roots.items():
+    for root, group in groups.items():
         if group[0].is_named or len(group) == 1:
             units[root] = group
         else:
             units |= {f"{dim.tensor}[{dim.position}]": [dim] for dim in group}
     return units
-
-
-def _are_equal(one: DynamicDim, other: DynamicDim, shapes: Sequence[Mapping[Place, int]]) -> bool:
-    return all(shape.get(_place(one)) == shape.get(_place(other)) for shape in shapes)
-
-
-def _apart(name: str, group: Sequence[DynamicDim]) -> Iterator[dict[str, int]]:
-    # A size of 1 may be broadcast, which is no size of its own.
-    for sizes in reversed(_sizes(group)):
-        yield from ({name: size} for size in sizes[:1] if size > 1)
 
 
 class Resizer:

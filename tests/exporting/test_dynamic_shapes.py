@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export.proving import resized_references
 from sn_export.proving.dynamic_sizes import require_declared
-from sn_export.running import InputSet, Reference
+from sn_export.running import InputSet, Reference, dynamic_dims
 
 
 class Filter(nn.Module):
@@ -451,3 +452,31 @@ def test_no_dynamic_shapes(tmp_path: Path, shapes: Any) -> None:
     )
     assert report.parity.samples == 4
     assert _shapes(path) == [[4, 3]]
+
+
+_TRIED: dict[str, tuple[dict[str, Any], Any, list[tuple[int, int]]]] = {
+    "free": ({}, lambda a, b: True, [(1, 1), (5, 7), (8, 12)]),
+    "each alone": (
+        {},
+        lambda a, b: (a, b) in [(1, 6), (4, 7), (8, 6), (4, 12)],
+        [(1, 6), (4, 7), (8, 6), (4, 12)],
+    ),
+    "within a range": ({"min": 2, "max": 6}, lambda a, b: True, [(2, 2), (5, 5), (6, 3)]),
+    "no larger one": ({"max": 6}, lambda a, b: b % 3 == 0, [(1, 6), (5, 6), (6, 3)]),
+}
+
+
+@pytest.mark.parametrize("case", _TRIED)
+def test_sizes_that_are_tried(case: str) -> None:
+    """The smallest, an odd and a larger size together; each alone where the model rejects them."""
+    bounds, accepts, wanted = _TRIED[case]
+    example = InputSet((torch.zeros(4, 6),)).bind(nn.Flatten())
+    dims = dynamic_dims(example, {"input": {0: Dim("a", **bounds), 1: Dim("b", **bounds)}})
+
+    def run(inputs: InputSet) -> Reference:
+        if not accepts(*inputs.args[0].shape):
+            raise SnExportError("rejected")
+        return Reference(inputs, (inputs.args[0],))
+
+    found = resized_references(example, dims, run)
+    assert [tuple(reference.inputs.args[0].shape) for reference in found] == wanted
