@@ -22,7 +22,14 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
-from sn_export import ExportError, OutputParity, ParityReport, SnExportError, check_parity
+from sn_export import (
+    ExportError,
+    OutputParity,
+    ParityReport,
+    SnExportError,
+    check_parity,
+    export_onnx,
+)
 from sn_export.proving.tolerances import DEFAULT_TOLERANCES
 
 _ONNX_TYPES = {
@@ -504,3 +511,23 @@ def test_file_with_external_data(tmp_path: Path) -> None:
     (tmp_path / "side").unlink()
     with pytest.raises(ExportError, match=r"onnxruntime cannot load 'net\.onnx'"):
         check_parity(Adding(), path, rows())
+
+
+@pytest.mark.parametrize("way", ["path", "link"])
+def test_data_outside_the_folder_are_not_read(way: str, tmp_path: Path) -> None:
+    """A file that names data outside of its folder, by a path or a link, is refused by name."""
+    model, folder = nn.Linear(32, 32), tmp_path / "folder"
+    folder.mkdir()
+    export_onnx(model, rows(32), folder / "a.onnx", external_data=True, exporter="torchscript")
+    (folder / "a.onnx.data").rename(tmp_path / "outside.bin")
+    if way == "link":
+        (folder / "a.onnx.data").symlink_to("../outside.bin")
+    else:
+        content = onnx.load(folder / "a.onnx", load_external_data=False)
+        for entry in content.graph.initializer:
+            for pair in entry.external_data:
+                if pair.key == "location":
+                    pair.value = "../outside.bin"
+        onnx.save(content, folder / "a.onnx")
+    with pytest.raises(ExportError, match=r"cannot load 'a\.onnx'"):
+        check_parity(model, folder / "a.onnx", rows(32))
