@@ -106,6 +106,7 @@ def walk(
             sites.extend(more)
         if takes is not None:
             sites = [site for site in sites if takes(site)]
+        sites = [site for site in sites if not callers.is_read_raw(site)]
         for site in sites:
             seen.update(map(id, site.hidden))
             callers.mark(site)

@@ -55,6 +55,11 @@ class Site(ABC):
         return None
 
     @property
+    def keeps_raw_name(self) -> bool:
+        """Whether the raw parameter has the name of the weight, so that others may read it raw."""
+        return False
+
+    @property
     def is_applied(self) -> bool:
         """Whether a forward pass of the model uses the computed value at all."""
         return not self.unapplied

@@ -1,4 +1,4 @@
-"""Sites whose hook never runs, since the network reads the tensor and never calls the layer."""
+"""What a network reads past the call of a layer: hooks that never run, raw weights in use."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ class Callers:
             child = site.path.rpartition(".")[2]
             what = f"reads the {site.tensor} of {child} without calling it"
             site.unapplied = f"{_class_name(reader)} {what}"
+
+    def is_read_raw(self, site: Site) -> bool:
+        """Whether a forward reads the raw parameter that the module of ``site`` normalises itself.
+
+        No one plain weight serves both, so that layer is left as it is.
+        """
+        if not site.keeps_raw_name or (site.module, site.tensor) not in self._reads_of(site.tensor):
+            return False
+        return (site.module, site.tensor) in ChildUses(self._owners, from_forward=True).reads
 
     def _reads_of(self, tensor: str) -> dict[tuple[nn.Module, str], nn.Module]:
         if tensor not in self._reads:

@@ -8,8 +8,9 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from fingerprint import assert_unchanged, fingerprint, same_bits
-from handwritten_networks import old_spectral_norm
+from handwritten_networks import SNLinear, old_spectral_norm
 from networks import seed_torch
 from reading_networks import CALLERS, READERS, Direct
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from torch.nn.utils import prune, spectral_norm, weight_norm
 from sn_export import (
     ReparametrizationNotAppliedWarning,
     SpectralNormNotAppliedWarning,
+    SpectralNormNotRecognisedWarning,
     find_parametrizations,
     frozen_parametrizations,
     frozen_spectral_norm,
@@ -125,6 +127,34 @@ def test_what_is_called_and_read_stays_exact(
     if expected is not None:
         assert same_bits(inside, expected)
     assert all(info.is_applied for info in find_parametrizations(model))
+
+
+class RawReader(nn.Module):
+    """Calls a layer that normalises its own weight, and reads that weight as it is stored."""
+
+    def __init__(self, calls: bool) -> None:
+        super().__init__()
+        self.layer = SNLinear(3, 3)
+        self.calls = calls
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(self.layer(x) if self.calls else x, self.layer.weight)
+
+
+@pytest.mark.parametrize("calls", [True, False])
+def test_raw_weight_in_use_stays(calls: bool) -> None:
+    """Where a forward reads the raw weight of such a layer, it is named, and left as it is."""
+    seed_torch(0)
+    model = RawReader(calls).eval()
+    expected = output(copy.deepcopy(model))
+    before = fingerprint(model)
+    with (
+        pytest.warns(SpectralNormNotRecognisedWarning, match="'layer'"),
+        frozen_spectral_norm(model),
+    ):
+        inside = output(copy.deepcopy(model))
+    assert_unchanged(before, model)
+    assert same_bits(inside, expected)
 
 
 def test_a_block_on_the_layer_alone_has_its_norm() -> None:

@@ -50,14 +50,18 @@ class ChildUses:
         calls: the modules that are called, or may be.
         reads: pairs of a module and the name of an attribute, each with the module whose code
             reads it.
+
+    Args:
+        owners: the modules whose methods are evaluated.
+        from_forward: start at forward alone, not at every method that an entry could be.
     """
 
-    def __init__(self, owners: Iterable[nn.Module]) -> None:
+    def __init__(self, owners: Iterable[nn.Module], from_forward: bool = False) -> None:
         self.calls: set[nn.Module] = set()
         self.reads: dict[tuple[nn.Module, str], nn.Module] = {}
         self.seen: dict[object, Modules] = {}
         for owner in owners:
-            for function in _methods(type(owner)):
+            for function in _methods(type(owner), from_forward):
                 self.run(function, owner, {"self": frozenset({owner})}, 0)
 
     def run(
@@ -380,12 +384,13 @@ class _Evaluation:
         self._uses.hand_over(_NONE.union(*positional, *named.values()), self._owner)
 
 
-def _methods(cls: type[nn.Module]) -> Iterator[FunctionType]:
+def _methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
     """Yield what may run in a forward: all methods but those that build; of torch's forward."""
     for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, entry in vars(base).items():
             is_building = name.startswith("__") or "init" in name or "reset" in name
-            is_run = name == "forward" if is_library(base) else not is_building
+            is_entry = from_forward or is_library(base)
+            is_run = name == "forward" if is_entry else not is_building
             if is_run and name not in ("extra_repr", "_load_from_state_dict"):
                 function = function_of(entry)
                 if function is not None:

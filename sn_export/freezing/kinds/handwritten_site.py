@@ -53,6 +53,11 @@ class HandwrittenSite(Site):
                     yield tensor
                     break
 
+    @property
+    def keeps_raw_name(self) -> bool:
+        """So it is with what the module's own forward normalises."""
+        return self.answer.raw == self.tensor
+
     def value(self) -> Tensor:
         """Return what the module answered when it was found."""
         return self.answer.value if self.is_applied else self.value_in_use()
