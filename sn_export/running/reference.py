@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from ..errors import SnExportError
 from ..text import without_frames
@@ -50,7 +52,7 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
     except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: "
-            f"{without_frames(str(error))}"
+            f"{without_frames(str(error))}{_place_of(error, model)}"
         ) from error
     found = paths_of_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
@@ -64,6 +66,18 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
         f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in unseen_tensors(result)
     )
     return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)
+
+
+def _place_of(error: BaseException, model: nn.Module) -> str:
+    """Return where below ``model`` an error was raised: ``; in 'body.0' (Conv2d)``."""
+    paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
+    place = ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        module = frame.f_locals.get("self")
+        if isinstance(module, nn.Module) and paths.get(id(module)):
+            kind = parametrize.type_before_parametrizations(module).__name__
+            place = f"; in '{paths[id(module)]}' ({kind})"
+    return place
 
 
 def _run(model: nn.Module, state: Preserved, inputs: InputSet) -> Any:

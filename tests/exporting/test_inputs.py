@@ -8,7 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from export_models import APPLY, EXPORTERS, Head, assert_as_before, input_names, rows, run_file
+from export_models import (
+    APPLY,
+    EXPORTERS,
+    Head,
+    assert_as_before,
+    input_names,
+    rows,
+    run_file,
+    small_net,
+)
 from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -308,7 +317,7 @@ def test_inputs_of_the_user_are_compared(tmp_path: Path) -> None:
 
 
 def test_inputs_that_the_model_rejects(tmp_path: Path) -> None:
-    """The error names the input of the user on which the model fails."""
+    """The error names the input of the user on which the model fails, and the module."""
     with pytest.raises(SnExportError) as caught:
         export_onnx(
             Words(),
@@ -316,9 +325,18 @@ def test_inputs_that_the_model_rejects(tmp_path: Path) -> None:
             tmp_path / "net.onnx",
             inputs=[torch.tensor([1, 2]), torch.tensor([7, 1])],
         )
-    assert (
-        str(caught.value) == "the model fails on inputs 1: IndexError: index out of range in self"
-    )
+    start = "the model fails on inputs 1: IndexError: index out of range in self; in '"
+    assert str(caught.value).startswith(start)
+    assert str(caught.value).endswith("' (Embedding)")
+
+
+@pytest.mark.parametrize("kind", ["hook", "parametrization"])
+def test_a_shape_that_the_model_rejects(tmp_path: Path, kind: str) -> None:
+    """The error names the module that a wrong shape does not fit, by its path and class."""
+    with pytest.raises(SnExportError, match=r"; in '4' \(Linear\)$"):
+        export_onnx(small_net(kind), torch.randn(2, 1, 9, 9), tmp_path / "net.onnx")
+    with pytest.raises(SnExportError, match=r"; in '0' \(Conv2d\)$"):
+        export_onnx(small_net(kind), torch.randn(2, 3, 8, 8), tmp_path / "net.onnx")
 
 
 def test_random_inputs_that_the_model_rejects(tmp_path: Path) -> None:
