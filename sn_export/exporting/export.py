@@ -30,7 +30,7 @@ from .arguments import (
 )
 from .attempts import Made, make_proved_file, warn_of_made
 from .metadata import require_metadata, require_source
-from .names import names_of_inputs
+from .names import name_inputs
 from .opset import require_opset
 from .references import plan_proof, run_references
 from .torch_exporters import ExternalData
@@ -176,7 +176,7 @@ def export_onnx(
         source=require_source(source),
         call=(call := require_call(network, args, kwargs, inputs)),
         dims=dynamic_dims(call.example, dynamic_shapes),
-        input_names=names_of_inputs(network, call.example, input_names),
+        input_names=name_inputs(network, call.example, input_names),
         output_names=output_names,
         frozen_kinds=frozen_kinds,
         frozen=describe_frozen(network, frozen_kinds, sigma_exact),

@@ -1,4 +1,4 @@
-"""What torch's exporters fail with, in words: which module, which line, what to try."""
+"""Describe what torch's exporters fail with: which module, which line, what to try."""
 
 from __future__ import annotations
 
@@ -71,12 +71,12 @@ def describe_failure(
         other: the exporter that could be tried instead, if there is one.
         inputs: the names of the tensors that it was given, in their order.
     """
-    chain = list(_chain(error))
+    chain = list(_causes(error))
     root = chain[-1]
-    text = f"{type(root).__name__}: {_with_names(_shortened(str(root)), inputs)}"
-    where = _words(_place(chain, model))
+    text = f"{type(root).__name__}: {_name_dimensions(_shorten(str(root)), inputs)}"
+    where = _describe_place(_find_place(chain, model))
     advice = [
-        text for pattern, text in _ADVICE if any(re.search(pattern, _named(e)) for e in chain)
+        text for pattern, text in _ADVICE if any(re.search(pattern, _as_line(e)) for e in chain)
     ][:1]
     if advice == [_NO_OPERATOR] and any(
         isinstance(m, ParametrizationList) for m in model.modules()
@@ -94,29 +94,29 @@ def traced_decision(error: BaseException, model: nn.Module) -> str | None:
         error: what the exporter raised, or is the cause of.
         model: as for `describe_failure`.
     """
-    chain = list(_chain(error))
-    if not any(re.search(_DECIDES, _named(e)) for e in chain):
+    chain = list(_causes(error))
+    if not any(re.search(_DECIDES, _as_line(e)) for e in chain):
         return None
     files = [
         frame.f_code.co_filename for e in chain for frame, _ in traceback.walk_tb(e.__traceback__)
     ]
     if any(file.startswith(_CHECKING) for file in files):
         return None
-    return _words(_place(chain, model)).lstrip("; ")
+    return _describe_place(_find_place(chain, model)).lstrip("; ")
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def _causes(error: BaseException) -> Iterator[BaseException]:
     now: BaseException | None = error
     while now is not None:
         yield now
         now = now.__cause__
 
 
-def _named(error: BaseException) -> str:
+def _as_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _shortened(text: str) -> str:
+def _shorten(text: str) -> str:
     paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
     text = paragraphs[0]
     if text.endswith(":") and len(paragraphs) > 1:
@@ -125,8 +125,8 @@ def _shortened(text: str) -> str:
     return text if len(text) < _LONGEST else text[:_LONGEST] + " ..."
 
 
-def _with_names(text: str, inputs: Sequence[str]) -> str:
-    """Say dimensions as the user declares them."""
+def _name_dimensions(text: str, inputs: Sequence[str]) -> str:
+    """Say ``dimension 0 of 'x'`` where torch says ``L['args'][0].size()[0]``."""
 
     def named(match: re.Match[str]) -> str:
         name, position = match["name"], match["position"]
@@ -137,7 +137,7 @@ def _with_names(text: str, inputs: Sequence[str]) -> str:
     return _DIMENSION.sub(named, text)
 
 
-def _words(place: _Place) -> str:
+def _describe_place(place: _Place) -> str:
     words = ""
     if place.module is not None:
         words += f"; in {repr(place.module) if place.module else 'the forward'} ({place.kind})"
@@ -147,7 +147,7 @@ def _words(place: _Place) -> str:
     return words
 
 
-def _place(chain: list[BaseException], model: nn.Module) -> _Place:
+def _find_place(chain: list[BaseException], model: nn.Module) -> _Place:
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     place = _Place()
     for error in chain:
@@ -156,17 +156,17 @@ def _place(chain: list[BaseException], model: nn.Module) -> _Place:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in paths:
                 place = _Place(paths[id(module)], type_name(module))
-            if place.module is not None and _is_users(frame.f_code.co_filename):
+            if place.module is not None and _is_of_user(frame.f_code.co_filename):
                 place.file, place.line = frame.f_code.co_filename, line
         for frame, _ in reversed(frames):
-            found = _place_of_node(frame.f_locals.get("node"), model)
+            found = _find_place_of_node(frame.f_locals.get("node"), model)
             if found is not None:
                 place = found
                 break
     return place
 
 
-def _place_of_node(node: Any, model: nn.Module) -> _Place | None:
+def _find_place_of_node(node: Any, model: nn.Module) -> _Place | None:
     """Return the place of a node of torch.fx or of TorchScript."""
     if isinstance(node, torch.fx.Node):
         stack = list(node.meta.get("nn_module_stack", {}).values())
@@ -180,7 +180,7 @@ def _place_of_node(node: Any, model: nn.Module) -> _Place | None:
         lines = _RANGE.finditer(str(node.sourceRange()))
     else:
         return None
-    users = [match for match in lines if _is_users(match["file"])]
+    users = [match for match in lines if _is_of_user(match["file"])]
     place = _Place()
     module = dict(model.named_modules()).get(path) if path is not None else None
     if module is not None:
@@ -192,5 +192,5 @@ def _place_of_node(node: Any, model: nn.Module) -> _Place | None:
     return place if place.module is not None or place.file is not None else None
 
 
-def _is_users(file: str) -> bool:
+def _is_of_user(file: str) -> bool:
     return not file.startswith((_OURS, _TORCH, "<"))

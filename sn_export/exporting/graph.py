@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 
 from ..errors import ExportError
-from ..running import distinct
+from ..running import make_distinct
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
@@ -27,6 +27,9 @@ def strip_traces(model: ir.Model) -> None:
 def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]) -> None:
     """Give a graph's inputs and outputs these names; whatever else has one gets another.
 
+    With ``inputs=["x"]`` and ``outputs=["y"]`` a graph ``input.1 -> Conv -> 5``, in which the
+    result of an inner node is called ``x``, becomes ``x -> Conv -> y`` with ``x_1`` inside.
+
     Args:
         graph: changed in place. An output that is an input, an initializer or another output
             too becomes a copy of it.
@@ -34,7 +37,7 @@ def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]
         outputs: names of all outputs in order.
     """
     if len(outputs) != len(graph.outputs) or (inputs and len(inputs) != len(graph.inputs)):
-        return  # the proof tells that
+        return  # the proof finds it, and says which inputs or outputs differ
     _separate_outputs(graph)
     places = [*zip(graph.outputs, outputs, strict=True)]
     if inputs is not None:
@@ -53,7 +56,7 @@ def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]
     taken = wanted | {value.name for value in others if value.name}
     for value in others:
         if value.name in wanted:
-            free = distinct([value.name], taken)[0]
+            free = make_distinct([value.name], taken)[0]
             taken.add(free)
             _set_name(graph, value, free)
     for number, (value, _) in enumerate(places):  # two may exchange their names

@@ -6,15 +6,18 @@ from collections.abc import Iterable, Sequence
 
 from torch import nn
 
-from ..running import InputSet, distinct, output_names
+from ..running import InputSet, make_distinct, output_names
 
 _TENSORS = "tensors among the arguments of the example"
 
 
-def names_of_inputs(
+def name_inputs(
     model: nn.Module, example: InputSet, chosen: Sequence[str] | None
 ) -> dict[str, str]:
     """Return the names in the file by the name in the forward's signature, in its order.
+
+    For ``forward(x, pair)`` and ``chosen=["image"]``: ``{"x": "image", "pair_0": "pair_0",
+    "pair_1": "pair_1"}``.
 
     Args:
         model: its parameters and buffers keep their names.
@@ -27,11 +30,11 @@ def names_of_inputs(
     """
     signature = [name for name, _ in example.named_tensors()]
     wanted = _require_names("input_names", chosen, signature, _TENSORS)
-    rest = distinct(signature[len(wanted) :], {*wanted, *_state_names(model)})
+    rest = make_distinct(signature[len(wanted) :], {*wanted, *_state_names(model)})
     return dict(zip(signature, [*wanted, *rest], strict=True))
 
 
-def names_of_outputs(
+def name_outputs(
     model: nn.Module,
     paths: Iterable[Sequence[str]],
     chosen: Sequence[str] | None,
@@ -56,7 +59,7 @@ def names_of_outputs(
         raise ValueError(f"output_names has '{both}', which is the name of an input")
     taken = {*wanted, *inputs, *_state_names(model)}
     rest = found[len(wanted) :]
-    free = distinct([f"output_{name}" if name in taken else name for name in rest], taken)
+    free = make_distinct([f"output_{name}" if name in taken else name for name in rest], taken)
     return [*wanted, *free]
 
 

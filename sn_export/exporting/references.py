@@ -18,7 +18,7 @@ from ..running import (
     run_usable,
 )
 from .arguments import Request
-from .names import names_of_outputs
+from .names import name_outputs
 from .opset import default_opset
 from .spill import Spill
 from .torch_exporters import ExportOptions
@@ -46,7 +46,7 @@ def run_references(request: Request, state: Preserved) -> tuple[list[Reference],
     model, call = request.model, request.call
     first = run_reference(model, state, call.example)
     state.settle()
-    request.settings.checked(_names_of_outputs(request, first))
+    request.settings.checked(_name_outputs(request, first))
     _logger.info("running the reference")
     run = partial(run_reference, model, state)
     drawn = random_references(first, request.samples, run)
@@ -68,7 +68,7 @@ def plan_proof(
         left_out: the sentence that it returned.
     """
     first = references[0]
-    outputs = _names_of_outputs(request, first)
+    outputs = _name_outputs(request, first)
     spill = Spill(request.model, request.target.parent)
     proof = Proof(
         model=request.model,
@@ -111,6 +111,6 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
     )
 
 
-def _names_of_outputs(request: Request, first: Reference) -> list[str]:
+def _name_outputs(request: Request, first: Reference) -> list[str]:
     inputs = list(request.input_names.values())
-    return names_of_outputs(request.model, first.paths, request.output_names, inputs)
+    return name_outputs(request.model, first.paths, request.output_names, inputs)

@@ -10,7 +10,7 @@ from .input_set import (
     random_sets,
     require_seen,
 )
-from .nested import distinct, output_names, paths_of_tensors, tensor_leaves
+from .nested import make_distinct, output_names, paths_of_tensors, tensor_leaves
 from .preservation import (
     Guarded,
     Preserved,
@@ -44,7 +44,6 @@ __all__ = [
     "as_kwargs",
     "as_real_pairs",
     "dense_parts",
-    "distinct",
     "dynamic_axes",
     "dynamic_dims",
     "flat_shapes",
@@ -52,6 +51,7 @@ __all__ = [
     "is_large",
     "is_random",
     "left_out_note",
+    "make_distinct",
     "near_like",
     "output_names",
     "paths_of_tensors",

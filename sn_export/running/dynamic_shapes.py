@@ -97,7 +97,12 @@ def dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
 def flat_shapes(
     names: Sequence[str], dims: Sequence[DynamicDim]
 ) -> tuple[dict[int, Any] | None, ...] | None:
-    """Return the dimensions as `torch.export.export` takes them, for each of these tensors."""
+    """Return the dimensions as `torch.export.export` takes them, for each of these tensors.
+
+    ::
+
+        flat_shapes(["x", "mask"], [the dimension 0 of "x"])  # ({0: Dim("batch")}, None)
+    """
     if not dims:
         return None
     shapes: dict[str, dict[int, Any]] = {}
@@ -107,7 +112,7 @@ def flat_shapes(
 
 
 def dynamic_axes(names: Mapping[str, str], dims: Sequence[DynamicDim]) -> dict[str, dict[int, str]]:
-    """Return the dimensions as the TorchScript exporter takes them.
+    """Return the dimensions as the TorchScript exporter takes them: ``{"x": {0: "batch"}}``.
 
     Args:
         names: what each tensor is called in the file.

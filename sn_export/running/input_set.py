@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .nested import distinct, map_tensors, paths_of_tensors, unseen_tensors
+from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
 from .tensor_layouts import is_dense
 
 _SEED = 0
@@ -99,7 +99,7 @@ class InputSet:
             for name, value in self.arguments.items()
             for path, tensor in paths_of_tensors(value)
         ]
-        names = distinct(name for name, _ in named)
+        names = make_distinct(name for name, _ in named)
         return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
 
 

@@ -37,7 +37,13 @@ def tensor_leaves(value: Any) -> list[Tensor]:
 
 
 def paths_of_tensors(value: Any) -> list[tuple[Path, Tensor]]:
-    """Return the tensors with keys, indices and field names on the way to them."""
+    """Return the tensors with keys, indices and field names on the way to them.
+
+    ::
+
+        paths_of_tensors({"boxes": [a, b], "score": c, "size": 3})
+        # [(("boxes", "0"), a), (("boxes", "1"), b), (("score",), c)]
+    """
     return [(path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor)]
 
 
@@ -92,18 +98,27 @@ def output_names(paths: Iterable[Path]) -> list[str]:
     """Return names for the tensors of an output, each different.
 
     A lone tensor is ``output``, those of a tuple ``output_0`` and on; keys and fields give their
-    names, nested ones joined: ``boxes_0``.
+    names, nested ones joined::
+
+        output_names([()])  # ["output"]
+        output_names([("0",), ("1", "mask")])  # ["output_0", "output_1_mask"]
+        output_names([("boxes", "0"), ("score",)])  # ["boxes_0", "score"]
     """
     names = []
     for path in paths:
         keys = [key for key in path if key]
         by_number = not keys or keys[0].lstrip("-").isdigit()
         names.append("_".join(("output", *keys) if by_number else keys))
-    return distinct(names)
+    return make_distinct(names)
 
 
-def distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """Return the names with a number after those that are there already."""
+def make_distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
+    """Return the names, each with a number behind it that is there already.
+
+    ::
+
+        make_distinct(["x", "y", "x"], taken=["y"])  # ["x", "y_1", "x_1"]
+    """
     seen, found = set(taken), []
     for name in names:
         free, number = name, 0

@@ -19,7 +19,7 @@ _MOST = 2**29  # bytes of arrays, and of tensors in plain objects, that are copi
 _LONG = 100_000  # entries of a container in a plain object; a longer one is data
 
 
-class Belongings:
+class PlainObjects:
     """The numpy arrays and plain objects among the things that modules hold.
 
     Plain objects are looked into, and the containers in them; objects in those are not. Once

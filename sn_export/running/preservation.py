@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from .plain_objects import Belongings
+from .plain_objects import PlainObjects
 from .shared_memory import Copies, is_in_place, on_memory_of, same_bits
 from .tensor_layouts import are_large
 from .undo import undo_on_exit, undoing
@@ -87,11 +87,11 @@ class Preserved:
                         seen.add(id(inner._buffers))
                         self._modules.append(inner)
             others = [thing for thing in others if not isinstance(thing, nn.Module)]
-        belonging = Belongings(others if belongings else (), seen)
-        self._containers += belonging.containers
-        self._attributes += belonging.tensors
-        self._arrays = belonging.arrays
-        # Copies of what is set anew would be for nothing.
+        objects = PlainObjects(others if belongings else (), seen)
+        self._containers += objects.containers
+        self._attributes += objects.tensors
+        self._arrays = objects.arrays
+        # A tensor that a hook computes anew on each call is not written, so it needs no copy.
         replaced = {id(m.__dict__.get(name)) for m, name in set_by_hooks(self._modules)}
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]

@@ -1,6 +1,6 @@
-"""How tensors lie in memory: dense or in another layout, and together large or not.
+"""How tensors lie in memory: dense or in another layout, and whether a model is a large one.
 
-Large is where memory counts for more than the time, or the room on disk, that saves it.
+A large model is treated in ways that need less memory, and more time or room on the disk.
 """
 
 from __future__ import annotations
@@ -10,19 +10,22 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-LARGE = 2**29  # bytes
+LARGE = 2**29  # bytes of weights, past which a model is a large one
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
 
 
 def is_dense(tensor: Tensor) -> bool:
-    """Whether a file can hold it as it is."""
+    """Whether the elements lie one by one in memory, as a file can hold them."""
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
 def dense_parts(tensor: Tensor) -> list[Tensor]:
-    """Return dense tensors that tell, together, every value of ``tensor``."""
+    """Return dense tensors that hold, together, every value of ``tensor``.
+
+    A dense tensor is its only part; a sparse one gives its indices and its values.
+    """
     if tensor.is_nested:
         return [*tensor.unbind()]
     if tensor.is_quantized:
@@ -47,10 +50,10 @@ def as_real_pairs(tensor: Tensor) -> Tensor:
 
 
 def is_large(size: int) -> bool:
-    """Whether so many bytes are."""
+    """Whether ``size`` bytes of weights are those of a large model."""
     return size > LARGE
 
 
 def are_large(tensors: Iterable[Tensor]) -> bool:
-    """Whether ``tensors`` are, together."""
+    """Whether ``tensors`` take, together, as many bytes as those of a large model."""
     return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))
