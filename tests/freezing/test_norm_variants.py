@@ -40,3 +40,26 @@ def test_found_or_named(name: str, training: bool) -> None:
     assert_unchanged(before, model)
     assert same_bits(inside, expected)
     assert (found, suspects) == ((["0.weight"], []) if variant.is_found else ([], ["0"]))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_training_goes_on_as_of_a_twin(name: str) -> None:
+    """A network that was frozen between its steps trains bit for bit as one that never was."""
+    variant = VARIANTS[name]
+    models = [nn.Sequential(variant.make()) for _ in range(2)]
+    optimizers = [torch.optim.Adam(model.parameters(), lr=0.1) for model in models]
+    for step in range(3):
+        for index, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            if index:
+                model.train(step % 2 == 0)
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", SpectralNormNotRecognisedWarning)
+                    with frozen_spectral_norm(model), torch.no_grad():
+                        model.eval()(variant.x())
+            model.train()
+            optimizer.zero_grad()
+            model(variant.x()).square().sum().backward()
+            optimizer.step()
+    states = [model.state_dict() for model in models]
+    assert list(states[0]) == list(states[1])
+    assert all(same_bits(states[0][key], states[1][key]) for key in states[0])
