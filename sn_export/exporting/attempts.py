@@ -114,8 +114,9 @@ def _make(
         found = _with_cause(error, proof)
         found.export = _describe_export(request, exporter, options.metadata, written, found.report)
         raise found from None
+    parity = replace(proved.parity, notes=(*proved.parity.notes, *written.notes))
     report = replace(
-        _describe_export(request, exporter, options.metadata, written, proved.parity),
+        _describe_export(request, exporter, options.metadata, written, parity),
         attempts=tuple(Attempt(tried, str(error)) for tried, error in failures),
         onnx_program=written.program,
     )

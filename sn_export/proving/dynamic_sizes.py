@@ -146,24 +146,6 @@ def require_dynamic(shapes: Mapping[str, Sequence[object]], dims: Sequence[Dynam
             )
 
 
-def require_declared(outputs: Sequence[tuple[str, Sequence[object]]], found: Reference) -> None:
-    """Raise an ExportError if the file declares an output to have another size than it has.
-
-    onnxruntime only logs that; other runtimes plan their memory by it.
-
-    Args:
-        outputs: name and declared shape of each output; what may vary is no integer.
-        found: what the model, and the file, say.
-    """
-    for (name, shape), output in zip(outputs, found.outputs, strict=True):
-        for position, (declared, size) in enumerate(zip(shape, output.shape, strict=False)):
-            if isinstance(declared, int) and declared != size:
-                raise ExportError(
-                    f"the exporter has fixed dimension {position} of the output '{name}' at "
-                    f"{declared}, and it is {size} for {found.inputs.label}"
-                )
-
-
 def find_tied_dims(
     shapes: Mapping[str, Sequence[object]],
     dims: Sequence[DynamicDim],

@@ -16,10 +16,10 @@ from ..results import ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
+from .declared_sizes import correct_declared_sizes
 from .dynamic_sizes import (
     find_tied_dims,
     require_apart,
-    require_declared,
     require_dynamic,
     sizes_of,
 )
@@ -86,11 +86,10 @@ class Proof:
         parity = replace(parity, notes=(*parity.notes, *self.notes))
         keeps = self.keeps_case and parity.passed
         case = case_of(self.model, session, runnable, self.settings, parity) if keeps else None
-        if parity.passed:
-            declared = [(entry.name, entry.shape) for entry in session.get_outputs()]
-            for reference in runnable:
-                require_declared(declared, reference)
         del session
+        if parity.passed:
+            corrected = correct_declared_sizes(draft, runnable)
+            parity = replace(parity, notes=(*parity.notes, *corrected))
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")
             parity = locate_divergence(

@@ -1,7 +1,4 @@
-"""Dynamic shapes in every notation, proved at other sizes than the example's.
-
-`require_declared` is called inside, for sizes that no exporter would declare.
-"""
+"""Dynamic shapes in every notation, proved at other sizes than the example's."""
 
 from __future__ import annotations
 
@@ -18,7 +15,6 @@ from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.proving import resized_references
-from sn_export.proving.dynamic_sizes import require_declared
 from sn_export.running import InputSet, Reference, dynamic_dims
 
 
@@ -333,15 +329,6 @@ def test_recurrent_layers_of_any_length(tmp_path: Path, kind: str) -> None:
         wanted = model.eval()(x).detach()
         torch.testing.assert_close(torch.from_numpy(run_file(path, x)[0]), wanted)
     assert files[0] == files[1]
-
-
-def test_an_output_of_another_size_than_declared() -> None:
-    """It is named with both sizes; what may vary, and unknown ranks, are no promise."""
-    found = Reference(InputSet((), {}, "size t=9"), (torch.zeros(2, 9), torch.zeros(3)))
-    require_declared([("y", (2, "t")), ("z", ())], found)
-    message = "dimension 1 of the output 'y' at 6, and it is 9 for size t=9"
-    with pytest.raises(ExportError, match=message):
-        require_declared([("y", (2, 6)), ("z", (3,))], found)
 
 
 class Alike(Head):
