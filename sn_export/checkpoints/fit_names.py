@@ -129,6 +129,7 @@ class Refusal:
         error: what was raised; empty if it loaded the rest all the same.
         have: the state dict.
         want: the model's own state dict.
+        renamed: the state dict as the model's own hooks made it, where that can be seen.
     """
 
     missing: tuple[str, ...]
@@ -136,6 +137,7 @@ class Refusal:
     error: str
     have: Mapping[str, Any]
     want: Mapping[str, Any]
+    renamed: Mapping[str, Any] | None = None
 
     @property
     def shapes(self) -> list[str]:

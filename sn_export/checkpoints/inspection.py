@@ -180,7 +180,7 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
         dim, sigma, exact, note = _measure(site, state.tensors, dims)
     else:
         note = _broken({key: state.tensors[key] for key in specs if specs[key] is not None})
-    if site.group == "weight_norm":
+    if site.group == "weight_norm" and not site.blocked:
         dim, more = _weight_norm_dim(site, state.tensors, dims)
         note = note or more
     note = site.blocked or note

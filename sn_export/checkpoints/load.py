@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -103,8 +102,16 @@ def load_checkpoint(
     )
     undo = _remember(model)
     try:
-        readings = _readings(model, wanted, state, prefix, dims or {})
-        reading, left_out = _load_first(model, wanted, readings, strict, checkpoint.path, undo)
+        refused: list[tuple[_Reading, Refusal]] = []
+        readings = _readings(model, wanted, state, prefix, dims or {}, refused)
+        for reading in readings:
+            left_out = _ask(model, reading.state, wanted)
+            if not left_out.problems:
+                break
+            undo()
+            refused.append((reading, left_out))
+        else:
+            reading, left_out = _load_nearest(model, refused, strict, str(checkpoint.path))
         _require_usable(model, reading, left_out, dims or {})
     except BaseException:
         undo()
@@ -114,36 +121,24 @@ def load_checkpoint(
     return Loaded(state.key, notes, left_out.missing, left_out.unexpected)
 
 
-def _load_first(
-    model: nn.Module,
-    wanted: Mapping[str, Any],
-    readings: Iterable[_Reading],
-    strict: bool,
-    path: Path,
-    undo: Callable[[], None],
+def _load_nearest(
+    model: nn.Module, refused: Sequence[tuple[_Reading, Refusal]], strict: bool, path: str
 ) -> tuple[_Reading, Refusal]:
-    """Load the first reading that fits, or the nearest one that may be loaded in part.
+    """Load what fits of the reading that is nearest to fitting.
 
     Returns:
         The reading, and what of it did not fit.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if that is not allowed, nothing fits, or a shape is another.
     """
-    refused: list[tuple[_Reading, Refusal]] = []
-    for reading in readings:
-        refusal = _ask(model, reading.state, wanted)
-        if not refusal.problems:
-            return reading, refusal
-        undo()
-        refused.append((reading, refusal))
     passed = [one for one in refused if one[1].is_passed]  # by an override of the model
     reading, refusal = min(passed or refused, key=lambda one: one[1].problems)
     if refusal.is_unused or not (passed or not strict):
-        raise CheckpointError(describe_refusal(refusal, str(path), type(model).__name__))
-    again = _ask(model, reading.state, wanted, strict=bool(passed))
+        raise CheckpointError(describe_refusal(refusal, path, type(model).__name__))
+    again = _ask(model, reading.state, refusal.want, strict=bool(passed))
     if not again.is_passed:
-        raise CheckpointError(describe_refusal(again, str(path), type(model).__name__))
+        raise CheckpointError(describe_refusal(again, path, type(model).__name__))
     return reading, refusal
 
 
@@ -154,36 +149,54 @@ def _ask(
     tensors: OrderedDict[str, Any] = OrderedDict(state.tensors)
     if state.versions is not None:
         tensors._metadata = state.versions  # type: ignore[attr-defined]
-    told: list[tuple[list[str], list[str]]] = []
+    said = _Said()
     error = ""
-    with _told(model, told):
+    with _listening(model, said):
         try:
             model.load_state_dict(OrderedDict(tensors), **({} if strict else {"strict": False}))
         except Exception as raised:  # a network's own code can raise anything
             error = " ".join(f"{raised}".split()) or type(raised).__name__
-    if told:
-        missing, unexpected = told[-1]
-    else:  # an override that asks the children alone, or failed before
+    missing, unexpected = said.missing, said.unexpected
+    if missing is None or unexpected is None:  # an override that asks the children alone
         missing = [key for key in wanted if key not in tensors] if error else []
         unexpected = [key for key in tensors if key not in wanted] if error else []
     # Torch's hook of spectral norm names keys of old checkpoints, and some twice.
     missing = [key for key in dict.fromkeys(missing) if key in wanted]
-    return Refusal(tuple(missing), tuple(unexpected), error, tensors, wanted)
+    return Refusal(tuple(missing), tuple(unexpected), error, tensors, wanted, said.renamed)
+
+
+@dataclass
+class _Said:
+    """What a model says while it loads; None for what it does not say."""
+
+    missing: list[str] | None = None
+    unexpected: list[str] | None = None
+    renamed: dict[str, Any] | None = None
 
 
 @contextmanager
-def _told(model: nn.Module, told: list[tuple[list[str], list[str]]]) -> Iterator[None]:
-    """Add to ``told`` which keys are missing and unexpected to ``model`` when it loads."""
-    if isinstance(model, torch.jit.ScriptModule):  # takes no such hook
+def _listening(model: nn.Module, said: _Said) -> Iterator[None]:
+    """Fill ``said`` when ``model`` loads: its last pre-hook sees the keys that the others made."""
+    if isinstance(model, torch.jit.ScriptModule):  # takes no such hooks
         yield
         return
-    handle = model.register_load_state_dict_post_hook(  # type: ignore[no-untyped-call]
-        lambda _, keys: told.append((list(keys.missing_keys), list(keys.unexpected_keys)))
-    )
+
+    def see_state(_: nn.Module, state: dict[str, Any], prefix: str, *others: Any) -> None:
+        if not prefix:
+            said.renamed = dict(state)
+
+    def see_keys(_: nn.Module, keys: Any) -> None:
+        said.missing, said.unexpected = list(keys.missing_keys), list(keys.unexpected_keys)
+
+    handles = [
+        model.register_load_state_dict_pre_hook(see_state),  # type: ignore[no-untyped-call]
+        model.register_load_state_dict_post_hook(see_keys),  # type: ignore[no-untyped-call]
+    ]
     try:
         yield
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
 
 
 def _readings(
@@ -192,16 +205,32 @@ def _readings(
     state: StateDict,
     prefix: str | None,
     dims: Mapping[str, int],
+    refused: list[tuple[_Reading, Refusal]],
 ) -> Iterator[_Reading]:
-    """Yield the readings of ``state``, the nearest to the file first; each is made when asked."""
+    """Yield the readings of ``state``, the nearest to the file first; each is made when asked.
+
+    What was ``refused`` so far tells the keys that the model's own hooks made.
+    """
     if prefix is None:
         yield _Reading(state)
     fitted = fit_names(state, wanted, type(model).__name__, prefix)
     named = _Reading(fitted.state, fitted.notes)
-    sites = named.sites()
-    require_fitting(dims, sites, named.state.tensors)
+    require_fitting(dims, named.sites(), named.state.tensors)
     if fitted.state is not state or prefix is not None:
         yield named
+    renamed = refused[-1][1].renamed
+    if renamed is not None and renamed.keys() != set(named.state.tensors):
+        named = _Reading(StateDict(state.path, renamed, named.state.versions), named.notes)
+    spelled = _in_spelling_of(model, wanted, named, dims)
+    if spelled is not None:
+        yield spelled
+
+
+def _in_spelling_of(
+    model: nn.Module, wanted: Mapping[str, Any], reading: _Reading, dims: Mapping[str, int]
+) -> _Reading | None:
+    """Return ``reading`` in the model's spelling; None if it is spelled so already."""
+    tensors, sites = reading.state.tensors, reading.sites()
     own = {site.name: site for site in find_reparametrizations(wanted)}
     to: dict[str, Spelling] = {}
     changed: dict[tuple[str, str, str], list[str]] = {}
@@ -212,22 +241,25 @@ def _readings(
             to[site.name] = spelling
             changed.setdefault((site.label, site.spelling, spelling), []).append(site.name)
     if not to:
-        return
+        return None
     known = {info.name: info.dim for info in describe_sites(model)}
-    result = respell(named.state, to, {**known, **dims})
-    tensors = {name: entry.read() for name, entry in result.entries.items()}
+    result = respell(reading.state, to, {**known, **dims})
     plain = [site for site in sites if to.get(site.name) == "plain"]
     notes = tuple(
         f"respelled {len(names)} {label}{'' if len(names) == 1 else 's'} from {before} to "
         f"{after}: {quote_names(names)}"
         for (label, before, after), names in changed.items()
     )
-    yield _Reading(
-        StateDict(state.path, tensors, result.versions),
-        named.notes
+    return _Reading(
+        StateDict(
+            reading.state.path,
+            {name: entry.read() for name, entry in result.entries.items()},
+            result.versions,
+        ),
+        reading.notes
         + notes
-        + notes_on_dims(plain, named.state.tensors, dims)
-        + notes_on_lengths(plain, named.state.tensors),
+        + notes_on_dims(plain, tensors, dims)
+        + notes_on_lengths(plain, tensors),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..freezing import Group
 from ..results import Spelling as Spelling
-from ..text import qualified, quote_names
+from ..text import qualified, quote_name, quote_names
 from .lazy_tensors import LazyTensors, Spec, spec_of
 
 Keys = Mapping[str, str]
@@ -26,7 +26,7 @@ _CHAIN = re.compile(
     r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
 )
 _PARTS = {"weight": "original", "u": "0._u", "v": "0._v"}
-_HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_g)", re.DOTALL)
+_HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_[gv])", re.DOTALL)
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
@@ -36,7 +36,7 @@ class Entry:
     """One value of a state dict to be: what it will be, and how to get it when it is needed.
 
     Attributes:
-        spec: dtype and shape; None for an extra state, which may be anything.
+        spec: dtype and shape; None for what is no dense tensor, such as an extra state.
         read: returns the value.
     """
 
@@ -140,7 +140,10 @@ def find_reparametrizations(
             found.setdefault(name)  # in its place; what it is shows when all its keys are known
         elif match := _HOOK.fullmatch(key):
             recognise = _hook_of_orig if match["part"] == "_orig" else _weight_norm_hook
-            if (one := recognise(tensors, match["name"])) is not None:
+            if (
+                match["name"] not in found
+                and (one := recognise(tensors, match["name"])) is not None
+            ):
                 found[one.name] = one
     for name, parts in chains.items():
         found[name] = _chain(tensors, name, parts, versions or {})
@@ -153,6 +156,8 @@ def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]
     ``(8, 1, 1)`` and ``(8, 4, 3)`` have dim 0, ``()`` and ``(8, 4, 3)`` have ``dim=None``, which
     is one norm for the whole tensor. Several fit where v has several dimensions of size 1.
     """
+    if 0 in v:  # torch's kernel divides by their number, which ends the process
+        return []
     if math.prod(g) == 1 and len(g) != len(v):  # torch 0.3 kept a number as [1]
         return [None] if len(g) < 2 and v else []
     return [
@@ -162,13 +167,19 @@ def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]
     ]
 
 
+def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+    """Return dtype and shape of a dense tensor; None for anything else."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.specs.get(key)
+    value = tensors.get(key)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+        return None
+    return Spec(value.dtype, tuple(value.shape))
+
+
 def float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
     """Return dtype and shape of a dense floating or complex tensor; None for anything else."""
-    spec: Spec | None = None
-    if isinstance(tensors, LazyTensors):
-        spec = tensors.specs.get(key)
-    elif isinstance(value := tensors.get(key), Tensor) and value.layout is torch.strided:
-        spec = Spec(value.dtype, tuple(value.shape))
+    spec = dense_spec(tensors, key)
     if spec is None or not (spec.dtype.is_floating_point or spec.dtype.is_complex):
         return None
     return spec
@@ -180,10 +191,13 @@ def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | 
     u, v, mask = (f"{name}{end}" for end in ("_u", "_v", "_mask"))
     spec = float_spec(tensors, f"{name}_orig")
     if u not in tensors and v not in tensors:
-        if mask not in tensors or spec is None:
+        if spec is None or dense_spec(tensors, mask) is None:
             return None
-        part = tensor.endswith("_v") and f"{name.removesuffix('_v')}_g" in tensors
-        blocked = "it is itself the v of a weight norm" if part else ""
+        other = {"g": "v", "v": "g"}.get(name[-1], "")
+        is_part = name[-2:-1] == "_" and any(
+            f"{name[:-1]}{other}{end}" in tensors for end in ("", "_orig") if other
+        )
+        blocked = f"it is itself the {name[-1]} of a weight norm" if is_part else ""
         keys = {"weight": f"{name}_orig", "mask": mask}
         return Reparametrization(module, tensor, "pruning", "hook", spec.shape, keys, blocked)
     keys = {"weight": f"{name}_orig", "u": u, "v": v, "normalised": name}
@@ -197,18 +211,31 @@ def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | 
         blocked = f"'{name}_sigma' beside it belongs to a class of its own, not to torch's hook"
     elif not unread and mask in tensors:
         blocked = f"'{mask}' beside it says that it is also pruned"
-    keys = {key.removeprefix(f"{name}_"): key for key in keys.values()} if unread else keys
+    if unread:
+        keys = {"orig" if part == "weight" else part: key for part, key in keys.items()}
     shape = spec.shape if spec is not None else ()
     return Reparametrization(module, tensor, "spectral_norm", "hook", shape, keys, blocked)
 
 
 def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
-    """Return the weight norm with ``<name>_g``; other tensors may be called so too."""
+    """Return the weight norm with ``<name>_g`` or ``<name>_v``; others may be called so too."""
     module, _, tensor = name.rpartition(".")
-    direction = float_spec(tensors, f"{name}_v")
-    if name in tensors or direction is None or len(direction.shape) < 2:
+    keys = {part: f"{name}_{part}" for part in ("g", "v") if f"{name}_{part}" in tensors}
+    if any(f"{name}{end}" in tensors for end in ("", "_orig", "_bar", "_g_orig", "_v_orig")):
+        return None  # a weight beside them, or parts of something else
+    specs = [float_spec(tensors, key) for key in keys.values()]
+    if len(specs) == 2 and (tensor == "weight" or (specs[1] and len(specs[1].shape) > 1)):
+        norm = _weight_norm(tensors, module, tensor, "hook", keys["g"], keys["v"])
+        if norm is not None:
+            return norm
+    if tensor != "weight":
         return None
-    return _weight_norm(tensors, module, tensor, "hook", f"{name}_g", f"{name}_v")
+    lost = next((f"{name}_{part}" for part in ("g", "v") if part not in keys), "")
+    blocked = f"its weight norm is incomplete: there is no {quote_name(lost)}"
+    if not lost:
+        blocked = f"the shape of {quote_name(keys['g'])} is not that of norms of its v"
+    shape = specs[-1].shape if "v" in keys and specs[-1] is not None else ()
+    return Reparametrization(module, tensor, "weight_norm", "hook", shape, keys, blocked)
 
 
 def _weight_norm(
@@ -264,8 +291,22 @@ def _chain(
 
 
 def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
-    odd = [key for key in keys.values() if float_spec(tensors, key) is None]
-    return f"{quote_names(odd)} is no dense floating tensor" if odd else ""
+    """Return why the parts of a spectral norm cannot be read, or nothing."""
+    specs = {key: float_spec(tensors, key) for key in keys.values()}
+    odd = [key for key, spec in specs.items() if spec is None]
+    if odd:
+        return f"{quote_names(odd)} is no dense floating tensor"
+    shapes = {key: spec.shape for key, spec in specs.items() if spec is not None}
+    empty = [key for key, shape in shapes.items() if 0 in shape]
+    if empty:
+        return f"{quote_names(empty)} has no elements"
+    weight, normalised = keys.get("weight", ""), keys.get("normalised", "")
+    if normalised and shapes[weight] != shapes[normalised]:
+        return (
+            f"{quote_name(normalised)} is {list(shapes[normalised])} and should be "
+            f"{list(shapes[weight])}"
+        )
+    return ""
 
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:

@@ -76,9 +76,10 @@ def _require_storable(key: str, entry: Entry) -> Spec:
             f"safetensors has names in UTF-8 alone, and {quote_name(key)} is not; write a .pt"
         ) from error
     if entry.spec is None:
+        value = entry.read()
+        what = "sparse" if isinstance(value, Tensor) else type(value).__name__
         raise CheckpointError(
-            f"safetensors holds tensors only, and {quote_name(key)} is "
-            f"{type(entry.read()).__name__}; write a .pt"
+            f"safetensors holds dense tensors only, and {quote_name(key)} is {what}; write a .pt"
         )
     if entry.spec.dtype not in _CODES:
         raise CheckpointError(

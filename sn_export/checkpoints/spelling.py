@@ -10,13 +10,14 @@ from typing import Any
 from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
-from .lazy_tensors import is_tensor, spec_of
+from .lazy_tensors import spec_of
 from .pruning import PRUNING
 from .reparametrizations import (
     Entry,
     Kind,
     Reparametrization,
     Spelling,
+    dense_spec,
     find_reparametrizations,
 )
 from .spectral_norm import SPECTRAL_NORM
@@ -177,9 +178,7 @@ def _in_order(
 
 
 def _kept(tensors: Mapping[str, Any], key: str) -> Entry:
-    if not is_tensor(tensors, key):
-        return Entry(None, lambda: tensors[key])
-    return Entry(spec_of(tensors, key), lambda: tensors[key])
+    return Entry(dense_spec(tensors, key), lambda: tensors[key])
 
 
 def _successor(site: Reparametrization) -> str:

@@ -57,7 +57,7 @@ def notes_on_dims(
     taken = [
         site.name
         for site in sites
-        if site.group == "weight_norm" and site.name not in dims
+        if site.group == "weight_norm" and not site.blocked and site.name not in dims
         if len(fitting_dims(site, tensors)) > 1
     ]
     if not taken:

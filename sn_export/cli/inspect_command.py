@@ -104,9 +104,9 @@ def _counts(found: Any) -> str:
 
 
 def _dim(layer: Any) -> str:
-    if layer.dim is not None or layer.group == "weight_norm":
+    if layer.dim is not None or (layer.group == "weight_norm" and "g" in layer.keys):
         return str(layer.dim)
-    return "?" if layer.group == "spectral_norm" else "-"
+    return "?" if layer.group.endswith("norm") else "-"
 
 
 def _content(found: Any) -> dict[str, Any]:

@@ -234,7 +234,7 @@ def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
     state: dict[str, Any] = dict(trained_critic().state_dict())
     torch.save({**state, "head._extra_state": {"a": 1}}, tmp_path / "c.pt")
     assert _message(tmp_path, tmp_path / "c.pt", tmp_path / "b.safetensors", "plain") == (
-        "safetensors holds tensors only, and 'head._extra_state' is dict; write a .pt"
+        "safetensors holds dense tensors only, and 'head._extra_state' is dict; write a .pt"
     )
     torch.save({**state, "c": torch.ones(1, dtype=torch.complex128)}, tmp_path / "d.pt")
     assert _message(tmp_path, tmp_path / "d.pt", tmp_path / "b.safetensors", "plain") == (

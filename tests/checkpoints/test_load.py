@@ -288,6 +288,12 @@ def test_what_the_model_brings_up_to_date_itself_is_taken(wrapper: str, tmp_path
     state = {k.replace("head.", "final."): v for k, v in old.state_dict().items()}
     _load(model, prefixed(state, wrapper), tmp_path)
     assert torch.equal(model.head.weight_orig, old.head.weight_orig)
+    other = _Renaming("parametrization")
+    loaded = _load(other, prefixed(state, wrapper), tmp_path)
+    assert torch.equal(other.head.parametrizations.weight.original, old.head.weight_orig)
+    assert loaded.notes[-1] == (
+        "respelled 1 spectral norm from hook to parametrization: 'head.weight'"
+    )
     adding, older = _Adding(), dict(_Adding().state_dict())
     del older["scale"]
     _load(adding, prefixed(older, wrapper), tmp_path)

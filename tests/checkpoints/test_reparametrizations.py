@@ -207,6 +207,28 @@ def test_a_pruned_weight_norm_is_not_half_converted(tmp_path: Path) -> None:
     )
 
 
+def test_a_weight_norm_that_is_incomplete_is_not_left_behind(tmp_path: Path) -> None:
+    """A lone half, or halves that do not belong together, stop the conversion with their name."""
+    state = dict(Generator("hook").state_dict())
+    g = state.pop("conv_pre.weight_g")
+    torch.save(state, tmp_path / "a.pt")
+    message = (
+        "cannot spell 'conv_pre.weight' as plain: its weight norm is incomplete: there is no "
+        "'conv_pre.weight_g'"
+    )
+    assert _message(tmp_path, "plain") == message
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(Generator("plain"), read_checkpoint(tmp_path / "a.pt"))
+    assert str(caught.value) == message
+    notes = {one.module: one.note for one in inspect_checkpoint(tmp_path / "a.pt").layers}
+    assert notes["conv_pre"].endswith("there is no 'conv_pre.weight_g'")
+    torch.save(state | {"conv_pre.weight_g": g.flatten()}, tmp_path / "a.pt")
+    assert _message(tmp_path, "plain") == (
+        "cannot spell 'conv_pre.weight' as plain: the shape of 'conv_pre.weight_g' is not that of "
+        "norms of its v"
+    )
+
+
 def test_links_without_tensors_are_known_by_their_versions(tmp_path: Path) -> None:
     """A second link that holds nothing changes the weight, so that it is not left out."""
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
@@ -282,3 +304,38 @@ def test_rounded_vectors_are_no_averaged_ones(dtype: torch.dtype, tmp_path: Path
     """A unit vector in half precision is as long as its rounding lets it be."""
     torch.save(_trained("discriminators", "hook", dtype)[0].state_dict(), tmp_path / "a.pt")
     assert [one.note for one in inspect_checkpoint(tmp_path / "a.pt").layers][:3] == [""] * 3
+
+
+_ENDS = ("", "_orig", "_u", "_v", "_g", "_mask", "_bar", "_sigma", "_v_orig", "_v_mask")
+_LINKS = ("original", "original0", "original1", "0._u", "0._v", "1._u", "0.base", "original1_orig")
+_VALUES: tuple[Any, ...] = (
+    *(torch.ones(shape) for shape in ((), (1,), (4,), (4, 3), (4, 1), (1, 3), (0, 3))),
+    torch.zeros(4, 3),
+    torch.full((4,), torch.nan),
+    torch.ones(4, 3, dtype=torch.int64),
+    torch.ones(4, dtype=torch.complex64),
+    torch.ones(4, 3).to(torch.float8_e5m2),
+    torch.ones(4, 3).to_sparse(),
+    "text",
+    None,
+)
+
+
+@given(
+    prefix=st.sampled_from(["", "a.module."]),
+    ends=st.dictionaries(st.sampled_from(_ENDS), st.sampled_from(range(len(_VALUES))), max_size=5),
+    links=st.dictionaries(st.sampled_from(_LINKS), st.sampled_from(range(len(_VALUES)))),
+)
+@settings(max_examples=200, deadline=None)
+def test_parts_that_do_not_belong_together(
+    prefix: str, ends: dict[str, int], links: dict[str, int]
+) -> None:
+    """Any values under the keys of reparametrizations are converted or refused in words."""
+    state = {f"{prefix}weight{end}": _VALUES[i] for end, i in ends.items()}
+    state |= {f"{prefix}parametrizations.weight.{end}": _VALUES[i] for end, i in links.items()}
+    for to in SPELLINGS:
+        try:
+            for entry in respell(StateDict((), state), to).entries.values():
+                entry.read()
+        except CheckpointError as error:
+            assert "'" in str(error)

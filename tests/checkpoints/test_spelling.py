@@ -286,3 +286,4 @@ def test_keys_that_only_look_alike_are_left_alone() -> None:
     assert find_reparametrizations({"gate_g": g, "gate_v": v}) == []
     assert find_reparametrizations({"w_g": torch.ones(4, 1), "w_v": v, "w": v}) == []
     assert find_reparametrizations({"gate_g": torch.ones(4), "gate_v": torch.ones(4)}) == []
+    assert find_reparametrizations({"w_g": torch.ones(0, 1), "w_v": torch.ones(0, 3)}) == []
