@@ -30,7 +30,15 @@ from ..freezing import (
 )
 from ..proving import ProofSettings
 from ..results import EXPORTERS, Exporter
-from ..running import DynamicDim, InputSet, as_input_sets, as_kwargs, require_seen, unwrapped
+from ..running import (
+    DynamicDim,
+    InputSet,
+    as_input_sets,
+    as_kwargs,
+    dynamic_dims,
+    require_seen,
+    unwrapped,
+)
 from ..text import plain_integer
 from .torch_exporters import ExternalData
 
@@ -128,6 +136,48 @@ def require_call(model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Call:
     for one in own:
         require_seen(one, example)
     return Call(example, own)
+
+
+def require_dims(
+    example: InputSet, dynamic_shapes: Any, dynamic_axes: Any, input_names: Any
+) -> list[DynamicDim]:
+    """Return the dimensions that may vary.
+
+    Raises:
+        TypeError: for ``dynamic_axes``, with what to pass instead; for an entry of another type.
+        ValueError: for dynamic shapes that do not fit the example.
+    """
+    if dynamic_axes is None:
+        return dynamic_dims(example, dynamic_shapes)
+    shapes = _translate_axes(example, dynamic_axes, input_names)
+    raise TypeError(
+        "dynamic_axes is not taken, since the dynamo exporter does not know it: pass "
+        f"dynamic_shapes={shapes or '{...}'}, by parameter of the forward; dimensions of outputs "
+        "follow from those of the inputs"
+    )
+
+
+def _translate_axes(example: InputSet, axes: Any, input_names: Any) -> dict[str, Any]:
+    """Return ``dynamic_axes`` as ``dynamic_shapes``, without the names that are no arguments.
+
+    With the input name ``image`` of ``forward(x)``::
+
+        {"image": {0: "batch"}, "y": {0: "batch"}}  # gives {"x": {0: "batch"}}
+        {"image": [0, 2]}  # gives {"x": {0: "x_0", 2: "x_2"}}
+    """
+    arguments = [name for name, value in example.arguments.items() if isinstance(value, Tensor)]
+    chosen = input_names if isinstance(input_names, (list, tuple)) else ()
+    by_file_name = dict(zip(chosen, arguments, strict=False))
+    shapes: dict[str, Any] = {}
+    for name, dims in axes.items() if isinstance(axes, Mapping) else ():
+        argument = by_file_name.get(name, name)
+        if argument not in arguments:
+            continue
+        if isinstance(dims, Mapping):
+            shapes[argument] = dict(dims)
+        elif isinstance(dims, (list, tuple)):
+            shapes[argument] = {dim: f"{argument}_{dim}" for dim in dims}
+    return shapes
 
 
 def describe_frozen(

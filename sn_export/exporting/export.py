@@ -15,12 +15,13 @@ from ..errors import ExportError
 from ..files import disk_errors_as, drafts, publish, side_file
 from ..proving import ProofSettings, find_stale_data, unconverged_note, write_case
 from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
-from ..running import dynamic_dims, preserved
+from ..running import preserved
 from .arguments import (
     Request,
     describe_frozen,
     require_call,
     require_case,
+    require_dims,
     require_exporter,
     require_external_data,
     require_freeze,
@@ -52,6 +53,7 @@ def export_onnx(
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
     dynamic_shapes: Any = None,
+    dynamic_axes: Any = None,
     external_data: ExternalData = "auto",
     rtol: Tolerance = None,
     atol: Tolerance = None,
@@ -101,6 +103,8 @@ def export_onnx(
             in the output is left out.
         dynamic_shapes: as for `torch.export.export`, for both exporters; what is left out is
             fixed. The proof runs at the smallest, an odd and a larger size.
+        dynamic_axes: `torch.onnx.export`'s older notation, which is refused: the error has it as
+            ``dynamic_shapes``.
         external_data: whether weights go to a side file; ``"auto"`` does it past 2 GB.
         rtol: relative tolerance; by default by dtype, see `sn_export.proving.tolerances`. A mapping
             gives it by name or position of outputs; the others have the default.
@@ -175,7 +179,7 @@ def export_onnx(
         case=require_case(save_case, target),
         source=require_source(source),
         call=(call := require_call(network, args, kwargs, inputs)),
-        dims=dynamic_dims(call.example, dynamic_shapes),
+        dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),
         input_names=name_inputs(network, call.example, input_names),
         output_names=output_names,
         frozen_kinds=frozen_kinds,

@@ -467,3 +467,29 @@ def test_sizes_that_are_tried(case: str) -> None:
 
     found = resized_references(example, dims, run)
     assert [tuple(reference.inputs.args[0].shape) for reference in found] == wanted
+
+
+_AXES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "names": ({"x": {0: "batch"}, "y": {0: "batch"}, "output": {0: "batch"}}, {}),
+    "lists": ({"x": [0], "y": [0]}, {}),
+    "names of the file": (
+        {"image": {0: "batch"}, "bias": {0: "batch"}},
+        {"input_names": ["image", "bias"]},
+    ),
+}
+
+
+@pytest.mark.parametrize("form", _AXES)
+def test_dynamic_axes_are_translated(tmp_path: Path, form: str) -> None:
+    """torch's older notation is refused by name, with the same in dynamic_shapes, which works."""
+    axes, options = _AXES[form]
+    if form == "lists":
+        wanted: dict[str, Any] = {"x": {0: "x_0"}, "y": {0: "y_0"}}
+    else:
+        wanted = {"x": {0: "batch"}, "y": {0: "batch"}}
+    with pytest.raises(TypeError, match="dynamic_axes") as caught:
+        export_onnx(Filter(), (_X, _Y), tmp_path / "net.onnx", dynamic_axes=axes, **options)
+    assert f"pass dynamic_shapes={wanted}, by" in str(caught.value)
+    if form != "lists":
+        path = tmp_path / "net.onnx"
+        assert export_onnx(Filter(), (_X, _Y), path, dynamic_shapes=wanted, **options).parity.passed
