@@ -1,4 +1,4 @@
-"""What is told about a tensor that is computed rather than stored. It needs no torch."""
+"""The records of `find_spectral_norm` and `find_parametrizations`. They need no torch."""
 
 from __future__ import annotations
 

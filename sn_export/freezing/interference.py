@@ -1,4 +1,4 @@
-"""What a block finds of others' doings: hooks that never run, changes that it discards.
+"""Warnings of a block: hooks that never run, changes made inside that it discards.
 
 Among them is what a reparametrization that is put on a frozen weight inside the block leaves there.
 """

@@ -157,6 +157,17 @@ def test_raw_weight_in_use_stays(calls: bool) -> None:
     assert same_bits(inside, expected)
 
 
+def test_the_parent_is_named_where_others_read_too() -> None:
+    """Of two that read a weight the one that holds the layer is named."""
+    model = nn.TransformerEncoderLayer(4, 2, 4, batch_first=True).eval()
+    spectral_norm(model.self_attn.out_proj)
+    with (
+        pytest.warns(SpectralNormNotAppliedWarning, match=r"torch\.nn\.MultiheadAttention reads"),
+        frozen_spectral_norm(model),
+    ):
+        pass
+
+
 def test_a_block_on_the_layer_alone_has_its_norm() -> None:
     """Who calls a layer in front of a block calls it, whatever a network around reads."""
     seed_torch(0)

@@ -84,7 +84,9 @@ class ChildUses:
         if name in ("forward", "__call__"):
             self.calls.add(module)
         elif module is not reader:
-            self.reads.setdefault((module, name), reader)
+            key = (module, name)
+            if key not in self.reads or any(module is child for child in reader._modules.values()):
+                self.reads[key] = reader  # rather the parent than one above it
 
     def hand_over(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         """Note that ``modules`` may be called by code that cannot be read."""
