@@ -1,4 +1,7 @@
-"""The README: its examples run, its names and links are there, and it is short enough to read."""
+"""The README: its examples run, its names and links are there, and it is short enough to read.
+
+The command's `app` is taken from inside: it alone knows the options.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Converting files: everything else is kept, memory is bounded, and files appear together."""
+"""Converting files: everything else is kept, memory is bounded, and files appear together.
+
+It reaches inside to write safetensors of shapes that no state dict of torch has.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Handwritten spectral norm in a checkpoint is told of, and left as it is."""
+"""Handwritten spectral norm in a checkpoint is told of, and left as it is.
+
+`handwritten_norms` is asked inside, on names alone: files say no more of them.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weight norm, pruning and other reparametrizations in a checkpoint, mixed with spectral norm."""
+"""Weight norm, pruning and other reparametrizations in a checkpoint, mixed with spectral norm.
+
+Finding and respelling are called inside, on states that no file of torch would hold.
+"""
 
 from __future__ import annotations
 

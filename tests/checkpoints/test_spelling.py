@@ -1,4 +1,7 @@
-"""Hook, parametrization, plain: the same network bit for bit, whatever the spelling."""
+"""Hook, parametrization, plain: the same network bit for bit, whatever the spelling.
+
+Finding and respelling are called inside: a file would tell of their result alone.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""The four subcommands from end to end: exit codes, stdout, stderr and what is on disk."""
+"""The four subcommands from end to end: exit codes, stdout, stderr and what is on disk.
+
+It reaches inside to compare the fields of each command with the keywords of the API, and for an
+exit that no command makes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What files say is shown escaped: tests look at the bytes that reach the terminal."""
+"""What files say is shown escaped: tests look at the bytes that reach the terminal.
+
+`print_note` and `table` are called inside, with texts that no file system takes for a name.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""What ``sn-export onnx`` keeps beside the file: reports, cases, metadata, notes."""
+"""What ``sn-export onnx`` keeps beside the file: reports, cases, metadata, notes.
+
+`collect_warnings` is called inside, with warnings that no network gives on demand.
+"""
 
 from __future__ import annotations
 

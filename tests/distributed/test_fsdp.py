@@ -1,4 +1,7 @@
-"""torch's own names of FSDP2's shards, which stand in one file: they are there, or it is said."""
+"""torch's own names of FSDP2's shards, which stand in one file: they are there, or it is said.
+
+It reaches inside for the names themselves.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""Weights of a large model are kept in a file while it is exported, and nobody can tell."""
+"""Weights of a large model are kept in a file while it is exported, and nobody can tell.
+
+`Spill` is called inside: nothing outside says where a weight lies.
+"""
 
 from __future__ import annotations
 

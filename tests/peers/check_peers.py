@@ -94,9 +94,8 @@ def main() -> int:
             counts.update((kind, column) for column, told in held.items() if told is None)
             found = [(column, told) for column, told in held.items() if told and column != "bare"]
             missed += [f"{case.name}, {kind}: not {column}: {told}" for column, told in found]
-            print(
-                *missed[len(missed) - len(found) :], sep="\n", end="", file=sys.stderr, flush=True
-            )
+            for line in missed[len(missed) - len(found) :]:
+                print(line, file=sys.stderr, flush=True)
     print_table(counts)
     print(*(f"- {line}" for line in missed), sep="\n")
     names = ("torch", "onnx", "onnxruntime", "onnxscript")

@@ -1,4 +1,7 @@
-"""A large file is run piece after piece, and says what it says when it is run at once."""
+"""A large file is run piece after piece, and says what it says when it is run at once.
+
+`Pieces` is called inside, with borders that a file of this size does not get.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""A verdict knows the model's own rounding: right files are proved, wrong ones are not."""
+"""A verdict knows the model's own rounding: right files are proved, wrong ones are not.
+
+`InFloat64` is used inside, to hold what no verdict shows: that it is the same function.
+"""
 
 from __future__ import annotations
 
