@@ -64,7 +64,10 @@ def _describe(path: Path, model: onnx.ModelProto) -> dict[str, Any]:
 
 
 def _size(file: Path) -> int | None:
-    return file.stat().st_size if file.is_file() else None
+    try:
+        return file.stat().st_size if file.is_file() else None
+    except (OSError, ValueError):  # a name that no file can have
+        return None
 
 
 def _value(value: onnx.ValueInfoProto) -> FileInput:
@@ -87,12 +90,9 @@ def _frozen(metadata: dict[str, str]) -> dict[str, float | None] | None:
     """Return sigma by tensor as sn_export wrote it; None where it did not."""
     try:
         found = json.loads(metadata[_FROZEN])
-    except (KeyError, ValueError, RecursionError):
-        return None
-    is_ours = isinstance(found, dict) and all(
-        sigma is None or isinstance(sigma, (int, float)) for sigma in found.values()
-    )
-    return found if is_ours else None
+        return {name: None if sigma is None else float(sigma) for name, sigma in found.items()}
+    except (KeyError, ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None  # not written by sn_export
 
 
 def _show(found: dict[str, Any]) -> None:

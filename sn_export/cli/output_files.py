@@ -1,4 +1,4 @@
-"""Files that a command writes: told apart and possible before the long work begins."""
+"""Files that a command writes: checked before the long work begins, and written after it."""
 
 from __future__ import annotations
 

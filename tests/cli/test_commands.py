@@ -368,10 +368,14 @@ def test_inspect_of_a_broken_onnx_file(content: bytes, run: Run) -> None:
 
 def test_inspect_shows_metadata_escaped(run: Run) -> None:
     """A file of others may say anything there, also under our keys."""
-    for text in ("[1]", '{"a": "b"}', "[" * 100_000, "\x1b[31m"):
+    long = f'{{"a": {"9" * 400}}}'
+    for text in ("[1]", '{"a": "b"}', '{"a": [1]}', long, "[" * 100_000, "\x1b[31m"):
         model = onnx.ModelProto(ir_version=8, graph=onnx.GraphProto(name="g"))
         model.metadata_props.add(key="sn_export.frozen", value=text)
         model.metadata_props.add(key="\x1b[2J", value="\u202e")
+        for location in ("a\0b", "x" * 5000, "../\x1b[2J"):
+            tensor = model.graph.initializer.add(name=location[:9], dims=[3], data_type=1)
+            tensor.external_data.add(key="location", value=location)
         Path("o.onnx").write_bytes(model.SerializeToString())
         ran = run("inspect", "o.onnx")
         assert ran.code == 0
