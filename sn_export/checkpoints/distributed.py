@@ -8,13 +8,16 @@ absent would leave memory as it happened to be, and that would pass for a weight
 
 from __future__ import annotations
 
+import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -30,7 +33,7 @@ from ..files import open_regular
 from ..text import quote_name
 from .lazy_tensors import SHARDING_INFO, LazyTensors, SafetensorsFiles, Spec
 from .pickle_globals import is_count, is_shape
-from .torch_file import read_pickle, read_torch_bytes
+from .torch_file import read_pickle, read_torch_part
 
 _METADATA = ".metadata"
 _DEPTH = 32  # of nested keys
@@ -98,9 +101,9 @@ def read_distributed(folder: Path, trust_pickle: bool, unread: set[str]) -> Any:
         if isinstance(entry, TensorStorageMetadata):
             leaves[name] = _sharded(files, name, entry)
         elif isinstance(entry, BytesStorageMetadata):
-            content = files.read(MetadataIndex(name))
             source = f"{what}: {quote_name(name)}"
-            leaves[name] = read_torch_bytes(content, source, trust_pickle, unread)
+            with files.open(MetadataIndex(name)) as part:
+                leaves[name] = read_torch_part(part, source, trust_pickle, unread)
         else:
             raise _damaged(what, f"{quote_name(name)} is neither a tensor nor bytes")
     return _nest(leaves, metadata.planner_data, what)
@@ -150,13 +153,13 @@ class _Files:
                 f"{offset + max(length, least)}",
             )
 
-    def read(self, index: MetadataIndex) -> bytes:
-        """Return the bytes of one piece."""
+    @contextmanager
+    def open(self, index: MetadataIndex) -> Iterator[BinaryIO]:
+        """Yield one piece as a file of its own, which is not read into memory for that."""
         self.require(index)
         path, offset, length = self._place(index)
-        with open_regular(path) as file:
-            file.seek(offset)
-            return file.read(length)
+        with open_regular(path) as file, io.BufferedReader(_Part(file, offset, length)) as part:
+            yield part
 
     def _place(self, index: MetadataIndex) -> tuple[Path, int, int]:
         info = self._places.get(index)
@@ -176,6 +179,32 @@ class _Files:
         if not path.is_relative_to(self._folder) or path == self._folder:
             raise _damaged(self.what, f"{quote_name(relative)} is not inside of it")
         return path, offset, length
+
+
+class _Part(io.RawIOBase):
+    """A part of a file, read as if it were all of it."""
+
+    def __init__(self, file: BinaryIO, start: int, size: int) -> None:
+        self._file, self._start, self._size = file, start, size
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        before = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
+        self._position = max(before + offset, 0)
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: max(self._size - self._position, 0)]
+        self._file.seek(self._start + self._position)
+        count: int = self._file.readinto(view)  # type: ignore[attr-defined]
+        self._position += count
+        return count
 
 
 def _sharded(files: _Files, name: str, entry: TensorStorageMetadata) -> _Sharded:
@@ -201,7 +230,8 @@ def _read_piece(files: _Files, index: MetadataIndex, spec: Spec) -> Tensor:
     if not math.prod(spec.shape):
         return torch.empty(spec.shape, dtype=spec.dtype)
     what = f"{files.what}: {quote_name(index.fqn)}"
-    value = read_torch_bytes(files.read(index), what, False, set())
+    with files.open(index) as part:
+        value = read_torch_part(part, what, False, set())
     if not isinstance(value, Tensor) or Spec(value.dtype, tuple(value.shape)) != spec:
         raise _damaged(files.what, f"a piece of {quote_name(index.fqn)} is not what it should be")
     if value.layout != torch.strided or value.device.type != "cpu":

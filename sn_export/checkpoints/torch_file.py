@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import pickle
 import re
@@ -50,11 +49,11 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
     return _torch_load(source, what, size, trust_pickle, unread, kind == "zip")
 
 
-def read_torch_bytes(content: bytes, what: str, trust_pickle: bool, unread: set[str]) -> Any:
+def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[str]) -> Any:
     """Return what `torch.save` wrote into a part of another file.
 
     Args:
-        content: the bytes.
+        file: the part; it can be read from and sought in.
         what: the part and the file, for messages.
         trust_pickle: let it run code.
         unread: receives the names of the classes of which a value was left unread.
@@ -62,10 +61,10 @@ def read_torch_bytes(content: bytes, what: str, trust_pickle: bool, unread: set[
     Raises:
         CheckpointError: if it is damaged, or wants to run code.
     """
-    with io.BytesIO(content) as file:
-        _require_torch(file, what, False)
-        file.seek(0)
-        return _torch_load(file, what, len(content), trust_pickle, unread, False)
+    _require_torch(file, what, False)
+    size = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    return _torch_load(file, what, size, trust_pickle, unread, False)
 
 
 def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any:
