@@ -321,8 +321,8 @@ def _finish(node: _Node) -> Any:
     tensors = {str(k): v for k, v in values.items() if isinstance(v, _Sharded)}
     if not tensors and values and set(values) == set(range(len(values))):
         return [values[i] for i in range(len(values))]
-    if not tensors:
-        return values
+    if not tensors:  # of a list of which some items hold nothing, the numbers are kept as keys
+        return {str(k): v for k, v in values.items()}
     others = {str(k): v for k, v in values.items() if not isinstance(v, _Sharded)}
     specs = {name: tensor.spec for name, tensor in tensors.items()}
     return LazyTensors(specs, lambda name: tensors[name].read(), others)

@@ -1,0 +1,263 @@
+"""What people have: format, spelling, nesting, prefix and dtype, each with the one right value."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import datetime
+import json
+import pickle
+import tarfile
+import types
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+from cli_networks import Critic, Kind, prefixed, trained_critic
+from hostile_pickles import FORMATS as FILES
+from safetensors.torch import save_file
+from torch import nn
+
+from sn_export.checkpoints import (
+    convert_checkpoint,
+    inspect_checkpoint,
+    load_checkpoint,
+    read_checkpoint,
+)
+from sn_export.errors import CheckpointError
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+NESTINGS: dict[str, Callable[[Any], Any]] = {
+    "": lambda state: state,
+    "state_dict": lambda state: {"state_dict": state, "epoch": 3},
+    "a.b": lambda state: {"a": {"b": state}, "optimizer": {"param_groups": [], "state": {}}},
+    "models.1": lambda state: {"models": [{}, state]},
+}
+FORMATS = ["zip", "legacy", "protocol 4", "safetensors", "shards", "distributed"]
+FLAT = ("safetensors", "shards")  # which do not nest
+PLACES = [(form, key) for form in FORMATS for key in NESTINGS if not (key and form in FLAT)]
+
+
+def _write(form: str, content: Any, folder: Path) -> Path:
+    path = folder / "critic"
+    if form == "safetensors":
+        save_file(content, path.with_suffix(".safetensors"))
+        return path.with_suffix(".safetensors")
+    if form == "distributed":
+        dcp.save(content, checkpoint_id=path, no_dist=True)
+    elif form == "shards":
+        path.mkdir()
+        names = list(content)
+        files = {"m-1.bin": names[::2], "m-2.bin": names[1::2]}
+        for file, keys in files.items():
+            torch.save({key: content[key] for key in keys}, path / file)
+        weights = {key: file for file, keys in files.items() for key in keys}
+        (path / "m.bin.index.json").write_text(json.dumps({"weight_map": weights}))
+    else:
+        torch.save(
+            content,
+            path,
+            pickle_protocol=4 if form == "protocol 4" else 2,
+            _use_new_zipfile_serialization=form != "legacy",
+        )
+    return path
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("prefix", ["", "module.", "critic."])
+@pytest.mark.parametrize("kind", ["hook", "parametrization"])
+@pytest.mark.parametrize(("form", "nesting"), PLACES)
+def test_it_loads_as_what_was_saved(
+    form: str, kind: Kind, nesting: str, prefix: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """Into a network of its own spelling, bit for bit, wherever in the file it is."""
+    model = trained_critic(kind).to(dtype)
+    state = model.state_dict()
+    content = NESTINGS[nesting](prefixed(dict(state), prefix))
+    target = Critic(kind).to(dtype)
+    loaded = load_checkpoint(target, read_checkpoint(_write(form, content, tmp_path)))
+    assert loaded.key == nesting
+    after = target.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def _surroundings() -> dict[str, Any]:
+    return {
+        "scalar": np.float64(0.5),
+        "array": np.arange(3),
+        "args": argparse.Namespace(lr=0.1, betas=(0.5, 0.9)),
+        "path": Path("run"),
+        "when": datetime.datetime(2026, 1, 2),
+        "deque": collections.deque([1.0], maxlen=3),
+        "counter": collections.Counter("aab"),
+        "default": collections.defaultdict(list, a=[1]),
+        "size": torch.Size([1, 2]),
+        "set": {1, 2},
+        "config": types.SimpleNamespace(a=1),
+    }
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "protocol 4", "distributed"])
+def test_harmless_values_are_left_unread(form: str, tmp_path: Path) -> None:
+    """The weights load, a note says what else there was, and nothing of it is imported."""
+    state = trained_critic().state_dict()
+    path = _write(form, {"model": dict(state), **_surroundings()}, tmp_path)
+    checkpoint = read_checkpoint(path)
+    (note,) = checkpoint.notes
+    assert note.startswith("left unread: values of 'argparse.Namespace', 'datetime.datetime', ")
+    assert load_checkpoint(Critic(), checkpoint).key == "model"
+    assert note in inspect_checkpoint(path).notes
+    assert checkpoint.content["counter"] == {"a": 2, "b": 1}
+    assert checkpoint.content["deque"] == collections.deque([1.0])
+    with pytest.raises(CheckpointError, match=r"also holds a value of '.*', which was left unread"):
+        convert_checkpoint(path, tmp_path / "b.pt", "plain")
+    convert_checkpoint(path, tmp_path / "b.pt", "plain", weights_only=True)
+
+
+def test_the_classes_of_omegaconf_are_not_imported(tmp_path: Path) -> None:
+    """A package that is not there: its configuration is left unread."""
+    config = b"comegaconf.dictconfig\nDictConfig\n)\x81}X\x01\x00\x00\x00aK\x01sb"
+    path = FILES["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00c" + config + b"s.")
+    assert read_checkpoint(path).notes == (
+        "left unread: values of 'omegaconf.dictconfig.DictConfig', which weights do not need; "
+        "--trust-pickle reads them, and lets the file run any code as you",
+    )
+
+
+def _message(path: Path, **options: Any) -> str:
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(path, **options)
+    return str(caught.value).replace(f"{path.parent}/", "")
+
+
+def _write_zip(path: Path, *names: str) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, b"x")
+
+
+def _write_arrays(path: Path, save: Callable[..., None]) -> None:
+    with path.open("wb") as file:
+        save(file, np.ones(2))
+
+
+OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "npz": (
+        lambda path: _write_arrays(path, np.savez),
+        "an archive of numpy arrays (.npz), not a checkpoint of torch; torch.save a dict with "
+        "torch.from_numpy of each",
+    ),
+    "npy": (
+        lambda path: _write_arrays(path, np.save),
+        "a numpy array, not a checkpoint of torch",
+    ),
+    "pt2": (
+        lambda path: _write_zip(path, "c/models/model.json", "c/archive_format"),
+        "a program of torch.export (.pt2), not a checkpoint; torch.save the state_dict of what "
+        "torch.export.load returns",
+    ),
+    "package": (
+        lambda path: _write_zip(path, "c/.data/extern_modules"),
+        "a torch.package, which holds code; torch.save the state dict of what is in it",
+    ),
+    "zip": (
+        lambda path: _write_zip(path, "a.txt", "b.txt"),
+        "a zip archive of something else than a checkpoint: it holds 'a.txt', 'b.txt'",
+    ),
+    "empty zip": (lambda path: _write_zip(path), "an empty zip archive"),
+    "pickle": (
+        lambda path: path.write_bytes(pickle.dumps({"w": torch.ones(2)})),
+        "a plain pickle, not a file of torch.save: load it where it comes from, and torch.save "
+        "the state dict in it; --trust-pickle reads it, and lets it run any code as you",
+    ),
+    "lfs": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "a pointer of Git LFS; fetch the file itself with git lfs pull",
+    ),
+    "hdf5": (lambda path: path.write_bytes(b"\x89HDF\r\n"), "an HDF5 file, as Keras writes it"),
+    "gguf": (lambda path: path.write_bytes(b"GGUF\x03"), "a GGUF file of llama.cpp"),
+    "gzip": (
+        lambda path: path.write_bytes(b"\x1f\x8b\x08"),
+        "a gzip archive; unpack it first",
+    ),
+    "onnx": (
+        lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"),
+        "an ONNX file, which holds a graph; give the checkpoint that it was made from",
+    ),
+    "script": (
+        lambda path: torch.jit.save(torch.jit.script(nn.Linear(2, 2)), path),
+        "a TorchScript archive, which holds code; save the state dict instead, or let it run with "
+        "--trust-pickle if you trust its origin",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+def test_sound_files_of_another_kind(kind: str, tmp_path: Path) -> None:
+    """They are called what they are, with what to do, and not damaged."""
+    write, what = OTHERS[kind]
+    write(tmp_path / "a.pt")
+    assert _message(tmp_path / "a.pt") == f"'a.pt' is {what}"
+
+
+@pytest.mark.parametrize("kind", ["script", "pickle", "whole module"])
+def test_what_trust_reads(kind: str, tmp_path: Path) -> None:
+    """With trust their state dicts are taken."""
+    if kind == "whole module":
+        torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
+    else:
+        OTHERS[kind][0](tmp_path / "a.pt")
+    (found,) = read_checkpoint(tmp_path / "a.pt", trust_pickle=True).state_dicts()
+    assert "w" in found.tensors or "weight" in found.tensors
+
+
+def test_the_first_format_of_torch(tmp_path: Path) -> None:
+    """Torch unpacks it to disk, so that it is refused, although it begins as a pickle does."""
+    name = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".decode("latin-1")
+    with tarfile.open(
+        tmp_path / "a.pt", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1"
+    ) as archive:
+        archive.addfile(tarfile.TarInfo(name))
+    assert _message(tmp_path / "a.pt") == (
+        "'a.pt' is a tar archive, as torch.save wrote before 0.1.10; torch.load and torch.save it "
+        "again where it comes from"
+    )
+
+
+@pytest.mark.parametrize(
+    "names", [["model.safetensors"], ["pytorch_model.bin", "training_args.bin"], ["any.pth"]]
+)
+def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> None:
+    """As Hugging Face's libraries write them, whatever else is there."""
+    state = {"w": torch.ones(2)}
+    (tmp_path / "config.json").write_text("{}")
+    for name in names:
+        if name.endswith(".safetensors"):
+            save_file(state, tmp_path / name)
+        else:
+            torch.save(state, tmp_path / name)
+    (found,) = read_checkpoint(tmp_path).state_dicts()
+    assert list(found.tensors) == ["w"]
+
+
+def test_folders_with_several(tmp_path: Path) -> None:
+    """The message names them."""
+    folder = tmp_path / "f"
+    folder.mkdir()
+    for name in ("a.pt", "b.pt"):
+        torch.save({}, folder / name)
+    assert _message(folder) == "folder 'f' holds several checkpoints; give one of 'a.pt', 'b.pt'"
+
+
+def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
+    """An index of .bin files promises what is not there."""
+    torch.save({"w": torch.ones(1)}, tmp_path / "a.bin")
+    index = tmp_path / "m.bin.index.json"
+    index.write_text('{"weight_map": {"x": "a.bin"}}')
+    assert _message(index) == "'a.bin' lacks 'x', which its index promises"
