@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import linecache
 import re
 import traceback
@@ -180,15 +181,17 @@ def _find_place_of_node(node: Any, model: nn.Module) -> _Place | None:
         lines = _RANGE.finditer(str(node.sourceRange()))
     else:
         return None
-    users = [match for match in lines if _is_of_user(match["file"])]
+    # torch.fx tells the outermost call first, TorchScript last.
+    calls = [*lines][:: -1 if isinstance(node, torch.fx.Node) else 1]
+    # What called the exporter is not the model's.
+    below = itertools.takewhile(lambda call: not call["file"].startswith(_OURS), calls)
+    users = [call for call in below if _is_of_user(call["file"])]
     place = _Place()
     module = dict(model.named_modules()).get(path) if path is not None else None
     if module is not None:
         place = _Place(path, type_name(module))
     if users:
-        # torch.fx tells the outermost call first, TorchScript last.
-        last = users[-1] if isinstance(node, torch.fx.Node) else users[0]
-        place.file, place.line = last["file"], int(last["line"])
+        place.file, place.line = users[0]["file"], int(users[0]["line"])
     return place if place.module is not None or place.file is not None else None
 
 
