@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import rank_cases
+import torch
 from filelock import FileLock
 
 import sn_export
@@ -51,19 +52,23 @@ def _results(folder: Path, ranks: int) -> dict[str, list[str]]:
 
 def _run(file: Path, ranks: int) -> None:
     names = ON_FOUR if ranks == 4 else ()
+    done = _torchrun(ranks, str(SUPPORT), str(file), *names)
+    if not file.exists():
+        file.write_text(json.dumps({}))
+        raise AssertionError(f"the ranks ended without results:\n{done.stderr[-4000:]}")
+
+
+def _torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     paths = [str(Path(sn_export.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    done = subprocess.run(
-        [*command, f"--nproc-per-node={ranks}", str(SUPPORT), str(file), *names],
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return subprocess.run(
+        [*launcher, f"--nproc-per-node={ranks}", *command],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         timeout=SECONDS,
         check=False,
     )
-    if not file.exists():
-        file.write_text(json.dumps({}))
-        raise AssertionError(f"the ranks ended without results:\n{done.stderr[-4000:]}")
 
 
 @pytest.mark.parametrize(
@@ -74,3 +79,10 @@ def test_ranks(case: str, ranks: int, results: functools.partial[dict[str, list[
     found = results(ranks)
     assert case in found, f"the ranks ended before '{case}'"
     assert not found[case], "\n".join(found[case])
+
+
+def test_recipe(tmp_path: Path) -> None:
+    """The script of the page on sharded models runs, and writes what a plain network loads."""
+    script = SUPPORT.parent.parent / "recipes" / "sharded.py"
+    _torchrun(2, str(script), str(tmp_path / "plain.pt")).check_returncode()
+    assert sorted(torch.load(tmp_path / "plain.pt")) == ["0.bias", "0.weight", "2.bias", "2.weight"]
