@@ -24,7 +24,11 @@ from sn_export.cli.app import app
 ROOT = Path(__file__).resolve().parent.parent
 TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
-PAGES = sorted(p for p in ROOT.rglob("*.md") if not {".venv", "build"} & {*p.parts})
+PAGES = sorted(
+    page
+    for page in ROOT.rglob("*.md")
+    if not any(part == "build" or part.startswith(".") for part in page.relative_to(ROOT).parts)
+)
 
 
 def _environment(folder: Path) -> dict[str, str]:
