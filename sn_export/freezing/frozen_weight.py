@@ -77,9 +77,8 @@ def _content(tensor: Tensor) -> tuple[int, bytes]:
     size = tensor.nbytes
     if size <= _SAMPLED_WHOLE:
         return start, ctypes.string_at(start, size)
-    stride = (size - _CHUNK) // (_CHUNKS - 1)
-    samples = (ctypes.string_at(start + i * stride, _CHUNK) for i in range(_CHUNKS))
-    return start, b"".join(samples)
+    places = ((size - _CHUNK) * i // (_CHUNKS - 1) for i in range(_CHUNKS))  # both ends too
+    return start, b"".join(ctypes.string_at(start + place, _CHUNK) for place in places)
 
 
 class Residence:

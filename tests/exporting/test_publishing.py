@@ -365,3 +365,22 @@ def test_nothing_of_the_machine_in_the_file(tmp_path: Path, exporter: str) -> No
         assert text.encode() not in content, text
     graph = onnx.load(path).graph
     assert {graph.doc_string, *(node.doc_string for node in graph.node)} == {""}
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_file_that_the_checker_finds_fault_with(
+    tmp_path: Path, exporter: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is not published, though onnxruntime would run it.
+
+    The checker is replaced, since no exporter is known to write such a file.
+    """
+
+    def check(path: str, full_check: bool) -> None:
+        assert full_check
+        raise onnx.checker.ValidationError("an attribute is missing")
+
+    monkeypatch.setattr(onnx.checker, "check_model", check)
+    with pytest.raises(ExportError, match="is not valid ONNX: an attribute is missing"):
+        export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter=exporter)
+    assert contents_of(tmp_path) == {}

@@ -330,3 +330,21 @@ def test_hook_exchanged_inside_runs_after_spectral_norm() -> None:
         earlier.remove()
         later = linear.register_forward_pre_hook(lambda module, inputs: None)
     assert list(linear._forward_pre_hooks) == [own, later.id]
+
+
+@pytest.mark.parametrize("part", range(16))
+def test_write_to_any_part_of_a_large_weight_is_noticed(part: int) -> None:
+    """Past 4 KiB samples are compared: whatever covers a fifteenth of a weight is seen."""
+    model = spectral_norm(nn.Linear(300, 200, bias=False)).eval()
+    length = model.weight_orig.numel() // 15 + 64
+    start = (model.weight_orig.numel() - length) * part // 15
+    with pytest.warns(FrozenWeightChangedWarning, match="weight"), frozen_spectral_norm(model):
+        model.weight.data.view(-1)[start : start + length] += 1
+
+
+@pytest.mark.parametrize("end", [0, -1])
+def test_write_to_either_end_of_a_large_weight_is_noticed(end: int) -> None:
+    """The first element and the last are in the samples."""
+    model = spectral_norm(nn.Linear(300, 200, bias=False)).eval()
+    with pytest.warns(FrozenWeightChangedWarning, match="weight"), frozen_spectral_norm(model):
+        model.weight.data.view(-1)[end] += 1

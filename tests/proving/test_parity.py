@@ -531,3 +531,13 @@ def test_data_outside_the_folder_are_not_read(way: str, tmp_path: Path) -> None:
         onnx.save(content, folder / "a.onnx")
     with pytest.raises(ExportError, match=r"cannot load 'a\.onnx'"):
         check_parity(model, folder / "a.onnx", rows(32))
+
+
+def test_default_tolerances_are_those_of_the_documentation() -> None:
+    """rtol, and atol in units of the largest value; looser ones would let a wrong file pass."""
+    assert DEFAULT_TOLERANCES == {
+        "float64": (1e-9, 1e-9),
+        "float32": (1e-4, 1e-4),
+        "float16": (1e-2, 1e-2),
+        "bfloat16": (5e-2, 5e-2),
+    }
