@@ -80,7 +80,14 @@ class _Export:
 
     def run(self) -> None:
         """Export."""
-        export_onnx(self.model, torch.zeros(1, 2), self.path, exporter="torchscript", samples=0)
+        export_onnx(
+            self.model,
+            torch.zeros(1, 2),
+            self.path,
+            exporter="torchscript",
+            samples=0,
+            overwrite=True,
+        )
 
     def faults(self, stride: int) -> Row:
         """Raise at each line, with one of the errors in turn."""
