@@ -159,12 +159,16 @@ def _details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[
     for output in parity["outputs"]:
         if output["reason"]:
             yield f"{output['name']}: {output['reason']}."
+        elif output.get("rounding"):
+            yield f"{output['name']}: {output['verdict']}."
     if not parity["passed"]:
         if parity["divergence"]:
             yield _sentence(parity["divergence"]["reason"])
         if "target" in content:
             yield f"'{content['target']}' was not written."
-    yield from content.get("notes", ())
+    said = content.get("notes", ())  # the command line has the warnings among its notes
+    yield from (_sentence(note) for note in parity.get("notes", ()) if note not in said)
+    yield from said
 
 
 def _sentence(text: str) -> str:

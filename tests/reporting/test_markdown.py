@@ -102,3 +102,19 @@ def test_everything_is_one_line_of_a_table() -> None:
         rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
         assert len({len(re.findall(r"<t[hd]", row)) for row in rows}) == 1
         assert len(rows) > 1
+
+
+def test_verdicts_by_rounding_and_notes_are_shown() -> None:
+    """A verdict that asked the truth, and the notes of the proof, are on the page."""
+    distance = {"rms": 1e-4, "p99": 2e-4, "max": 3e-4}
+    rounding = {
+        **dict.fromkeys(("model", "file", "expected"), distance),
+        "scale": 1.0,
+        "dtype": "float32",
+    }
+    made = content()
+    made["parity"]["outputs"][0] |= {"rounding": rounding, "verdict": "as near as it can be"}
+    made["parity"]["notes"] = ["spectral norm is far from converged in 'fc.weight'"]
+    page = to_markdown(made)
+    assert "as near as it can be." in page
+    assert "Spectral norm is far from converged in 'fc.weight'." in page
