@@ -5,7 +5,9 @@ for large models stands because the aim is missed without it (dynamo, 2.3 GB of 
 hooks, of the aim): all on 0.63; frozen weights in memory 1.01; proof of the file as a whole 1.01;
 every parameter copied before it may be written 1.02; onnxruntime with its packed copies of
 weights 1.07. Computed weights of hooks kept for the whole forward are 0.99, and 1.03 for
-convolutions, which need memory of their own while they run.
+convolutions, which need memory of their own while they run. The network was never trained, so the
+proof asks the truth in float64 too, by which all on is 0.73; without giving back what each module
+has read there it is 1.10.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def _write(
     other = next((name for name in EXPORTERS if name not in request.exporters), None)
     try:
         # No name holds the block: whatever strikes as it is left, it ends before the state around.
-        with disk_errors_as(ExportError, request.target), proof.freezing():
+        with disk_errors_as(ExportError, request.target), proof.freezing.block():
             options.release()  # the block looks at its weights, on entering and on leaving
             return write_onnx(request.model, proof.references[0], exporter, options, draft, other)
     finally:
@@ -176,7 +176,7 @@ def _with_cause(error: ParityError, proof: Proof) -> ParityError:
             "exporter takes and which gives zeros at padding: call "
             "torch.backends.mha.set_fastpath_enabled(False) first"
         )
-    elif differs(proof, proof.freezing):
+    elif differs(proof, proof.freezing.block):
         cause = (
             "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
             "something else than one plain weight for each layer, such as the raw weight, by "

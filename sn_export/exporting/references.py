@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any
 
 from ..freezing import freeze_into
-from ..proving import Proof, Resizer, coarsest_of, references_beyond, resized_references
+from ..proving import Freezing, Proof, Resizer, coarsest_of, references_beyond, resized_references
 from ..running import (
     Preserved,
     Reference,
@@ -74,7 +74,9 @@ def plan_proof(
         model=request.model,
         state=state,
         references=references,
-        freezing=partial(freeze_into, request.model, request.frozen_kinds, spill.keep),
+        freezing=Freezing(
+            partial(freeze_into, request.model, request.frozen_kinds, spill.keep), spill.release
+        ),
         dims=request.dims,
         settings=replace(request.settings.checked(outputs), input_names=request.input_names),
         per_module=request.per_module,

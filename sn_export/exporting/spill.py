@@ -39,6 +39,7 @@ class Spill:
         Small weights stay in memory, and what is not on the CPU or not contiguous; so does what
         the folder has no room for.
         """
+        self._kept = []  # of one block at a time: those of an earlier one go with their weights
         return list(map(self._keep, values))
 
     def _keep(self, value: Tensor) -> Tensor:

@@ -10,10 +10,12 @@ from .parity import check_parity, coarsest_of
 from .proof import Proof, differs
 from .settings import ProofSettings
 from .traced_ranges import references_beyond
+from .truth import Freezing
 from .verdicts import is_imprecise, unconverged_note
 
 __all__ = [
     "Case",
+    "Freezing",
     "Proof",
     "ProofSettings",
     "Resizer",

@@ -87,7 +87,7 @@ def check_parity(
     note = unconverged_note(model)
     with preserved(model) as state:
         references = [run_reference(model, state, one) for one in sets]
-        freezing = partial(frozen_spectral_norm, model)
+        freezing = Freezing(partial(frozen_spectral_norm, model))
         report = compare(model, freezing, session, path, references, settings)
         report = replace(report, notes=(note,) if note else ())
         if per_module or not report.passed:
@@ -121,7 +121,7 @@ def compare(
 
     Args:
         model: the unfrozen model.
-        freezing: makes a block that freezes it.
+        freezing: how it is frozen.
         session: that of `proof_session` with the same settings. The file's inputs are matched as
             by `named_inputs`.
         path: the file.

@@ -46,7 +46,7 @@ class Proof:
         model: the unfrozen model.
         state: what puts it back after a forward pass.
         references: what it said, for each input set; more may be added between two proofs.
-        freezing: makes a block that freezes the model, as for the export.
+        freezing: how the model is frozen, as for the export.
         dims: the dimensions that may vary.
         settings: how files are run and held against the model.
         per_module: whether modules are compared though all outputs pass.

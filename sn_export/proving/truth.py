@@ -14,12 +14,14 @@ import contextlib
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
-from dataclasses import astuple
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import astuple, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_forward_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FreezeError, SnExportError
@@ -38,11 +40,22 @@ from ..text import without_frames
 from .output_errors import Spread
 from .precision import InFloat64, MovedByRounding, widened
 
-Freezing = Callable[[], AbstractContextManager[Any]]  # makes a block, to be entered once
-
 _RUNS = 2  # with moved results, for each input set
 _PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
 _MEANINGFUL = 0.1  # of an output: what rounding moves more than that tells nothing
+
+
+@dataclass(frozen=True)
+class Freezing:
+    """How the model is frozen.
+
+    Attributes:
+        block: makes a block, to be entered once.
+        release: frees the memory that reading the frozen weights of a large model took.
+    """
+
+    block: Callable[[], AbstractContextManager[Any]]
+    release: Callable[[], None] = lambda: None
 
 
 class NoTruthError(SnExportError):
@@ -80,12 +93,13 @@ def measure_rounding(
     for number, reference in enumerate(references):
         with _frozen(model, freezing) as state:
             exact = InFloat64()
-            truth = _run(model, state, reference.inputs, exact, in_float64=True)
+            run = partial(_run, model, freezing.release, state, reference.inputs)
+            truth = run(exact, in_float64=True)
             if exact.obstacle:
                 raise NoTruthError(exact.obstacle)
             seeds = range(number * _RUNS, (number + 1) * _RUNS)
             modes = [MovedByRounding(seed, coarsest) for seed in seeds]
-            moved = [_run(model, state, reference.inputs, mode) for mode in modes]
+            moved = [run(mode) for mode in modes]
         shapes = [[tuple(output.shape) for output in one] for one in (truth, *moved)]
         if any(one != [tuple(output.shape) for output in reference.outputs] for one in shapes):
             raise NoTruthError("the forward returns tensors of other shapes in float64")
@@ -109,7 +123,7 @@ def _frozen(model: nn.Module, freezing: Freezing) -> Iterator[Preserved]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # all that is to be warned of has been
-                stack.enter_context(freezing())
+                stack.enter_context(freezing.block())
         except FreezeError as error:
             raise NoTruthError(str(error)) from error
         yield stack.enter_context(preserved(model))
@@ -117,6 +131,7 @@ def _frozen(model: nn.Module, freezing: Freezing) -> Iterator[Preserved]:
 
 def _run(
     model: nn.Module,
+    release: Callable[[], None],
     state: Preserved,
     inputs: InputSet,
     mode: TorchDispatchMode,
@@ -124,10 +139,11 @@ def _run(
 ) -> list[Tensor]:
     """Return the outputs in a mode, from the state that the model started in."""
     given = inputs.map(widened) if in_float64 else inputs.clone()
+    is_large = are_large(model.parameters())
     try:
-        if in_float64 and not are_large(model.parameters()):
+        if in_float64 and not is_large:
             _widen_held(state)
-        with torch.no_grad(), mode:
+        with _released(release) if is_large else nullcontext(), torch.no_grad(), mode:
             result = model(*given.args, **given.kwargs)
         return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in tensor_leaves(result)]
     except (Exception, SystemExit) as error:
@@ -135,6 +151,16 @@ def _run(
         raise NoTruthError(f"the forward does not run: {type(error).__name__}: {reason}") from error
     finally:
         state.reset()
+
+
+@contextmanager
+def _released(release: Callable[[], None]) -> Iterator[None]:
+    """Call ``release`` whenever a module has run: no more of the weights is read at a time."""
+    handle = register_module_forward_hook(lambda *_: release())
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def _widen_held(state: Preserved) -> None:

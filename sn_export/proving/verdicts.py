@@ -61,7 +61,7 @@ def judge(
     Args:
         report: the comparison by tolerance.
         model: the unfrozen model.
-        freezing: makes a block that freezes it.
+        freezing: how it is frozen.
         path: the file.
         references: the input sets that were compared.
         settings: how.
