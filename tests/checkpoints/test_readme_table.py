@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import warnings
@@ -17,6 +18,7 @@ from cli_networks import Critic, Tokens, before_v, prefixed, trained_critic
 from cli_running import runner
 from export_models import run_file
 from safetensors.torch import save_file
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from vocoder_networks import Generator
 
 from sn_export import check_case, export_onnx
@@ -39,6 +41,15 @@ def _save_shards(path: Path) -> None:
     target = path.parent / "model.safetensors"
     convert_checkpoint(path.parent / "a.pt", target, "hook", max_shard_size=1000)
     assert path.exists()
+
+
+def _save_bin_shards(folder: Path) -> None:
+    folder.mkdir()
+    state = trained_critic().state_dict()
+    shards = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(state)}
+    for shard in sorted(set(shards.values())):
+        torch.save({name: state[name] for name in state if shards[name] == shard}, folder / shard)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": shards}))
 
 
 def _save_case(folder: Path) -> None:
@@ -71,6 +82,11 @@ def _make(name: str) -> None:
         "code.pt": _save({"state_dict": state, "hyper_parameters": Tokens()}),
         "critic.safetensors": lambda path: save_file(state, path),
         "shards/model.safetensors.index.json": _save_shards,
+        "hub": _save_bin_shards,
+        "ranks": lambda path: dcp.save(
+            dict(state), storage_writer=HuggingFaceStorageWriter(path, save_distributed=True)
+        ),
+        "whole.pt": _save(critic),
         "dcp": lambda path: dcp.save(dict(state), checkpoint_id=path),
         "hook.pt": _save(before_v(state, critic)),
         "vocoder.pt": _save(Generator("parametrization").state_dict()),
