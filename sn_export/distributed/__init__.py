@@ -2,7 +2,7 @@
 
 from .block import frozen_parametrizations, frozen_spectral_norm
 from .find import find_parametrizations, find_spectral_norm
-from .gather import gather_plain_state_dict
+from .gather import gather_plain_state_dict, refuse_sharded
 
 __all__ = [
     "find_parametrizations",
@@ -10,4 +10,5 @@ __all__ = [
     "frozen_parametrizations",
     "frozen_spectral_norm",
     "gather_plain_state_dict",
+    "refuse_sharded",
 ]

@@ -6,8 +6,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..errors import ExportError
 from ..freezing import Only
 from .block import frozen_parametrizations
+from .planner import sharded_units
 
 
 def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Tensor]:
@@ -43,3 +45,18 @@ def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Te
             if is_first:
                 gathered[name] = whole.detach().to("cpu", copy=True)
     return gathered
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise if ``model`` is under `fully_shard`: no exporter takes shards. A local call.
+
+    Raises:
+        ExportError: with the way to a network that can be exported.
+        FreezeError: if it is under FullyShardedDataParallel.
+    """
+    if sharded_units(model):
+        raise ExportError(
+            f"{type(model).__name__} is under fully_shard, and this rank holds a piece of it: call "
+            "gather_plain_state_dict(model) on every rank, load what rank 0 gets into the network "
+            "without reparametrizations, and export that"
+        )

@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from ..distributed import refuse_sharded
 from ..errors import SnExportError
 from ..files import (
     are_one_place,
@@ -113,6 +114,7 @@ def require_network(model: Any) -> nn.Module:
         SnExportError: if a lazy module of it has not run yet.
     """
     network = unwrapped(require_module(model))
+    refuse_sharded(network)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):
             raise SnExportError(

@@ -24,47 +24,14 @@ FAR = 0.5  # of the true sigma: one forward in train mode reaches more, from any
 
 
 def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
-    """List the tensors that `frozen_spectral_norm` would freeze, in the order of the modules.
-
-    Args:
-        model: any module. It is not changed; no power iteration is run.
-
-    Returns:
-        One `SpectralNormInfo` for each tensor.
-
-    Raises:
-        TypeError: if ``model`` is not a `torch.nn.Module`.
-        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
-            adapter fails.
-
-    Warns:
-        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
-            is not known (`find_suspects`); it is not in the list.
-    """
+    """List what `frozen_spectral_norm` would freeze, as `sn_export.find_spectral_norm` does."""
     found = list(walk(require_module(model), SPECTRAL_NORM))
     warn_of_suspects(model, found, stacklevel=2)
     return _described(found)
 
 
 def find_parametrizations(model: nn.Module, only: Only = None) -> list[ParametrizationInfo]:
-    """List the tensors that `frozen_parametrizations` would freeze, in the order of the modules.
-
-    Args:
-        model: any module. It is not changed; no power iteration is run.
-        only: as for `frozen_parametrizations`.
-
-    Returns:
-        One `ParametrizationInfo` for each tensor.
-
-    Raises:
-        TypeError: if ``model`` is not a `torch.nn.Module`, or ``only`` holds no strings.
-        ValueError: if a name in ``only`` fits nothing.
-        FreezeError: if a tensor cannot be computed, or an adapter fails.
-
-    Warns:
-        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
-            is not known (`find_suspects`), and spectral norm is asked for; it is not in the list.
-    """
+    """List what `frozen_parametrizations` would freeze; see `sn_export.find_parametrizations`."""
     selection = Selection(only)
     found = selection.find(require_module(model))
     if selection.includes_spectral_norm:

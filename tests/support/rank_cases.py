@@ -40,7 +40,9 @@ from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, 
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from sn_export import (
+    ExportError,
     FreezeError,
+    export_onnx,
     find_parametrizations,
     find_spectral_norm,
     frozen_parametrizations,
@@ -378,6 +380,20 @@ def _() -> None:
             plain = network()
             plain.load_state_dict(state)
             torch.testing.assert_close(Training(plain).answer(), expected, rtol=0, atol=1e-6)
+
+
+@case("export-on-one-rank")
+def _() -> None:
+    """An export of shards is refused with the way out, on one rank alone too: nobody waits."""
+    model = shard(network(spectral_norm), "layers")
+    if dist.get_rank() == 0:
+        try:
+            export_onnx(model, (rows(0),), "never-written.onnx")
+        except ExportError as error:
+            assert "gather_plain_state_dict(model)" in str(error)
+        else:
+            raise AssertionError("shards were exported")
+    model(rows(0))
 
 
 @case("tensor-parallel")
