@@ -55,7 +55,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         Freeze, typer.Option(help="Spectral norm alone, or every reparametrization.")
     ] = "spectral_norm"
     opset_version: Annotated[
-        int | None, typer.Option("--opset", help="ONNX opset; torch's by default.")
+        int | None, typer.Option("--opset", help="ONNX opset, from 11; torch's by default.")
     ] = None
     input_names: Annotated[
         list[str] | None,

@@ -22,7 +22,6 @@ from ..errors import (
 from ..files import disk_errors_as, drafts
 from ..proving import Case, Proof, differs, is_imprecise, type_name
 from ..results import (
-    EXPORTERS,
     Attempt,
     Exporter,
     ExportReport,
@@ -35,6 +34,7 @@ from ..text import quote_names
 from .arguments import Request
 from .failures import traced_decision
 from .metadata import file_metadata, versions
+from .opset import exporters_of
 from .quiet import no_fused_attention
 from .references import extend_references
 from .torch_exporters import ExportOptions, Written, write_onnx
@@ -127,7 +127,8 @@ def _write(
     request: Request, proof: Proof, exporter: Exporter, options: ExportOptions, draft: Path
 ) -> Written:
     """Export the frozen model to ``draft``, and leave it as it was."""
-    other = next((name for name in EXPORTERS if name not in request.exporters), None)
+    able = exporters_of(request.opset_version)
+    other = next((name for name in able if name not in request.exporters), None)
     try:
         # No name holds the block: whatever strikes as it is left, it ends before the state around.
         with disk_errors_as(ExportError, request.target), proof.freezing.block():

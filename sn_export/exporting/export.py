@@ -94,8 +94,9 @@ def export_onnx(
             first, and the second where the first cannot export or its file does not prove.
         freeze: ``"spectral_norm"``, or ``"all"`` for every reparametrization, as
             `frozen_parametrizations` finds them.
-        opset_version: version of the ONNX opset, from 17 to the newest that both exporters and
-            onnxruntime take; torch's default where None, but 22 for bfloat16.
+        opset_version: version of the ONNX opset: from 11 by the TorchScript exporter, from 17 by
+            the dynamo one, to the newest that torch and onnxruntime take; ``"auto"`` takes the
+            exporters that make it. torch's default where None, but 22 for bfloat16.
         input_names: names of the first inputs in the file, or all; by default those of the
             forward's parameters, nested ones joined (``pair_0``).
         output_names: names of the first outputs, or all; by default from the structure of the
@@ -167,13 +168,14 @@ def export_onnx(
     """
     network = require_network(model)
     frozen_kinds = require_freeze(freeze)
+    opset, exporters = require_opset(opset_version, require_exporter(exporter))
     request = Request(
         model=network,
         target=(target := require_target(path, overwrite)),
-        exporters=require_exporter(exporter),
+        exporters=exporters,
         external_data=require_external_data(external_data),
         samples=require_samples(samples),
-        opset_version=require_opset(opset_version),
+        opset_version=opset,
         settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),
         metadata=require_metadata(metadata),
         case=require_case(save_case, target),
