@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn
 
+from torch import nn
+
 from ..errors import (
     ExportError,
     OutputNotExportedWarning,
@@ -20,6 +22,7 @@ from ..errors import (
     TracedDecisionWarning,
 )
 from ..files import disk_errors_as, drafts
+from ..freezing import describe_sites
 from ..proving import Case, Proof, differs, is_imprecise, type_name
 from ..results import (
     Attempt,
@@ -221,7 +224,7 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
         example: what the model said to the example.
         left_out: a sentence on random inputs that were left out; empty if none was.
     """
-    _warn_of_folded_weights(made.report.folded)
+    _warn_of_folded_weights(request.model, made.report.folded)
     _warn_of_traced_decisions(request, made)
     _warn_of_unseen_outputs(example.unseen)
     if left_out:
@@ -229,20 +232,33 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
     _warn_of_precision(request.note, made.report.parity)
 
 
-def _warn_of_folded_weights(folded: Sequence[FoldedInitializer]) -> None:
-    """Warn of weights that the block does not know."""
-    weights = [entry for entry in folded if entry.is_weight]
+def _warn_of_folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> None:
+    """Warn of weights that had to be folded in the file, since the block left them."""
+    weights = [entry.name for entry in folded if entry.is_weight]
     if not weights:
         return
-    warnings.warn(
-        f"the model computes {quote_names(entry.name for entry in weights)} by itself, in a way "
-        "that frozen_spectral_norm does not know. The file holds the computed values and is "
-        "proved, but a with-block of your own leaves these modules as they are. If it is spectral "
-        "norm, register_spectral_norm teaches the block; what was folded is in the report's "
-        "'folded'",
-        ReparametrizationNotRecognisedWarning,
-        stacklevel=_CALLER,
+    known = {info.name for info in describe_sites(model, None)}
+    left, unknown = (
+        [name for name in weights if (name in known) is is_known] for is_known in (True, False)
     )
+    if left:
+        _warn_of_folding(
+            f"{quote_names(left)} is under a reparametrization that freeze='spectral_norm' leaves. "
+            "The file holds the computed values and is proved; freeze='all' freezes them all, as "
+            "frozen_parametrizations does"
+        )
+    if unknown:
+        _warn_of_folding(
+            f"the model computes {quote_names(unknown)} by itself, in a way that "
+            "frozen_spectral_norm does not know. The file holds the computed values and is "
+            "proved, but a with-block of your own leaves these modules as they are. If it is "
+            "spectral norm, register_spectral_norm teaches the block; what was folded is in the "
+            "report's 'folded'"
+        )
+
+
+def _warn_of_folding(message: str) -> None:
+    warnings.warn(message, ReparametrizationNotRecognisedWarning, stacklevel=_CALLER + 1)
 
 
 def _warn_of_traced_decisions(request: Request, made: Made) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,11 @@ from computed_networks import (
     Tied,
     stack,
 )
-from export_models import EXPORTERS, assert_as_before, bare_export, small_net
+from export_models import EXPORTERS, assert_as_before, bare_export, rows, small_net
 from fingerprint import fingerprint
 from onnx import numpy_helper
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
 from sn_export import (
     ExportReport,
@@ -306,3 +308,20 @@ def test_external_data_holds_the_folded_weight(tmp_path: Path) -> None:
     size = (tmp_path / "net.onnx.data").stat().st_size
     weight = 4 * 256 * 64 * 9
     assert weight <= size < weight + 65536 + 4 * 256 * 2
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.parametrizations.weight_norm])
+def test_a_known_reparametrization_is_said_to_need_freeze_all(
+    tmp_path: Path, exporter: str, norm: Callable[[nn.Module], nn.Module]
+) -> None:
+    """Weight norm under the default ``freeze`` is told how to be frozen; no adapter is advised."""
+    model = nn.Sequential(norm(nn.Linear(3, 4)), spectral_norm(nn.Linear(4, 2)))
+    for _ in range(20):
+        model(rows())
+    with pytest.warns(ReparametrizationNotRecognisedWarning) as caught:
+        export_onnx(model, (rows(),), tmp_path / "net.onnx", exporter=exporter)
+    (text,) = (str(w.message) for w in caught if "reparametrization" in str(w.message))
+    assert "'0.weight' is under a reparametrization" in text and "freeze='all'" in text
+    assert "register_spectral_norm" not in text and caught[0].filename == __file__
+    export_onnx(model, (rows(),), tmp_path / "all.onnx", exporter=exporter, freeze="all")
