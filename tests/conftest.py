@@ -9,6 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # once: a test that runs pytest within takes what it imports out again
 
 torch.set_num_threads(1)
 
