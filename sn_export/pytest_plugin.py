@@ -16,14 +16,13 @@ import os
 import re
 from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol, get_args
 
 import pytest
 
-if TYPE_CHECKING:
-    from .results import ExportReport
+from .results import ExporterChoice, ExportReport
 
-EXPORTERS = ("auto", "dynamo", "torchscript")
+EXPORTERS = get_args(ExporterChoice)
 _REPORT_DIR = pytest.StashKey[Path]()
 _LONGEST = 80  # of a name in the report folder; file systems take 255 bytes
 
