@@ -21,10 +21,10 @@ from .console import (
     print_line,
     print_note,
     progress,
+    show_parity,
 )
 from .options import Parsed, parse_factory
 from .request import ModelOptions, ProofOptions, print_notes_of_checkpoint, print_warnings
-from .tables import show_parity
 
 
 @dataclass(frozen=True, kw_only=True)

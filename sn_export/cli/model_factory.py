@@ -1,21 +1,121 @@
-"""``MODULE:FACTORY``: import the code of a network, call it, and load a checkpoint into it."""
+"""``MODULE:FACTORY``: import the code of a network, call it, and load a checkpoint into it.
+
+The tensors of ``--input`` and ``--input-file`` are made here too.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable
+import os
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, BinaryIO
 
-from torch import nn
+import numpy as np
+import torch
+from torch import Tensor, nn
 
 from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
 from ..errors import UsageError
-from .inputs import Inputs, gather
-from .options import import_from_current_folder
+from ..files import open_regular
+from ..running import InputSet
+from .options import DynamicDims, InputShape, import_from_current_folder
 from .request import ModelOptions
+
+# What compressed inputs may unpack to, in bytes, or times the size of their file.
+_UNPACKED, _RATIO = 2**28, 100
+
+
+def draw_example(shapes: Iterable[InputShape]) -> InputSet:
+    """Return random inputs of the given shapes, the same ones every time."""
+    generator = torch.Generator().manual_seed(0)
+    args: list[Tensor] = []
+    kwargs: dict[str, Tensor] = {}
+    for one in shapes:
+        try:
+            value = _random(one.shape, getattr(torch, one.dtype), generator)
+        except RuntimeError as error:  # for want of memory
+            raise UsageError(f"--input {one.text}: torch cannot draw it: {error}") from error
+        if one.name is None:
+            args.append(value)
+        else:
+            kwargs[one.name] = value
+    return InputSet(tuple(args), kwargs, "the example input")
+
+
+def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    if dtype.is_floating_point or dtype.is_complex:
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        return torch.randn(shape, dtype=wide, generator=generator).to(dtype)
+    # 0 and 1 are an index into anything; other values have to come from --input-file.
+    return torch.randint(0, 2, shape, generator=generator).to(dtype)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """An example, and further inputs that are part of the proof."""
+
+    example: InputSet
+    own: tuple[InputSet, ...]
+
+    def dynamic_shapes(
+        self, model: nn.Module, dims: DynamicDims
+    ) -> dict[str, dict[int, str] | None] | None:
+        """Return ``--dynamic`` as `torch.export` takes it: an entry for each input, or None."""
+        if not dims:
+            return None
+        parameters = list(inspect.signature(model.forward).parameters)
+        names = [*parameters[: len(self.example.args)], *self.example.kwargs]
+        for name in dims:
+            if name not in names:
+                raise UsageError(
+                    f"--dynamic names the input '{name}'; the inputs are {', '.join(names)}"
+                )
+        return {name: dims.get(name) for name in names}
+
+
+def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
+    """Return the inputs that ``--input`` and ``--input-file`` give; one of them does.
+
+    Raises:
+        UsageError: if a file is none of numpy's.
+    """
+    own = tuple(_from_file(path) for path in files)
+    return Inputs(draw_example(shapes), own) if shapes else Inputs(own[0], own[1:])
+
+
+def _from_file(path: Path) -> InputSet:
+    try:
+        with open_regular(path) as file:
+            _require_small(path, file)
+            content = np.load(file, allow_pickle=False)
+            arrays = {name: torch.from_numpy(content[name]) for name in content.files}
+    except UsageError:
+        raise
+    except Exception as error:  # numpy raises many kinds for a broken file
+        raise UsageError(
+            f"'{path}' is no .npz of numeric arrays: {str(error).splitlines()[0]}"
+        ) from error
+    positional = [f"arr_{i}" for i in range(len(arrays))]
+    if list(arrays) == positional:
+        return InputSet(tuple(arrays.values()), {}, f"'{path.name}'")
+    return InputSet((), arrays, f"'{path.name}'")
+
+
+def _require_small(path: Path, file: BinaryIO) -> None:
+    """Raise a UsageError if a few bytes would unpack to more than memory should be filled with."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    if unpacked > max(_UNPACKED, _RATIO * packed):
+        raise UsageError(
+            f"'{path}' unpacks from {packed} to {unpacked} bytes; save it with np.savez"
+        )
 
 
 def prepare_model(

@@ -1,9 +1,15 @@
-"""``sn-export onnx``: a checkpoint, a network, a proved file."""
+"""``sn-export onnx``: a checkpoint, a network, a proved file.
+
+Its report files are checked before the long work begins, and written after it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import os
+import shlex
+import sys
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,11 +17,11 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from ..files import require_place, require_replaceable, side_file
+from ..errors import UsageError
+from ..files import require_place, require_replaceable, require_writable, side_file
 from ..results import ExporterChoice, ExportReport, Freeze, ParityError
 from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
 from .options import DynamicDims, Parsed, parse_dynamic, parse_metadata, parse_names
-from .output_files import is_pictured, require_apart, require_report, write_report
 from .request import (
     CheckpointArgument,
     ModelOption,
@@ -24,6 +30,69 @@ from .request import (
     print_notes_of_checkpoint,
     print_warnings,
 )
+
+_PICTURED = (".html", ".md")
+
+
+def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path]]) -> None:
+    """Raise where two outputs are one file, or one is an input.
+
+    Args:
+        outputs: files to write by what they are called in messages; None for those not asked for.
+        inputs: files to read, likewise.
+
+    Raises:
+        UsageError: naming both.
+    """
+    seen = {os.path.realpath(path): name for name, paths in inputs.items() for path in paths}
+    for name, path in outputs.items():
+        if path is None:
+            continue
+        other = seen.setdefault(os.path.realpath(path), name)
+        if other != name:
+            raise UsageError(f"{name} must be another file than {other}, both are '{path}'")
+
+
+def require_report(path: Path | None) -> None:
+    """Raise if no report can be written to ``path``.
+
+    Raises:
+        ValueError: for a suffix that says no kind of report.
+        OSError: if its folder is absent or cannot be written to, or it is a folder.
+    """
+    if path is not None:
+        from ..reporting import require_report_path  # its templates take a moment to load
+
+        require_report_path(path)
+        require_writable(path)
+
+
+def is_pictured(path: Path | None) -> bool:
+    """Whether a report is one to look at, with modules and true sigma."""
+    return path is not None and path.suffix in _PICTURED
+
+
+def write_report(content: Mapping[str, Any], path: Path | None, written: Path | None) -> None:
+    """Write a report, with the command line that asked for it.
+
+    Args:
+        content: of its JSON.
+        path: the file; None for none.
+        written: the ONNX file that is already in place, for the message.
+
+    Raises:
+        UsageError: if the disk is full, say.
+    """
+    if path is None:
+        return
+    from ..reporting import save_report
+
+    try:
+        save_report(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
+    except OSError as error:
+        there = f"; '{written}' was proved and written all the same" if written else ""
+        raise UsageError(f"cannot write '{path}': {error.strerror or error}{there}") from error
+
 
 _EXTERNAL_DATA = {"auto": "auto", "always": True, "never": False}
 
@@ -163,7 +232,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         )
 
     def _show(self, made: ExportReport) -> None:
-        from .tables import show_frozen, show_parity
+        from .console import show_frozen, show_parity
 
         show_frozen(made.frozen)
         show_parity(made.parity, self.per_module)

@@ -37,10 +37,9 @@ from ..text import quote_names
 from .arguments import Request
 from .failures import traced_decision
 from .metadata import file_metadata, versions
-from .opset import exporters_of
 from .quiet import no_fused_attention
 from .references import extend_references
-from .torch_exporters import ExportOptions, Written, write_onnx
+from .torch_exporters import ExportOptions, Written, exporters_of, write_onnx
 
 _logger = logging.getLogger("sn_export")
 _CALLER = 4  # stack level of whoever calls export_onnx, from the functions that warn

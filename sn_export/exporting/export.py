@@ -30,11 +30,10 @@ from .arguments import (
     require_target,
 )
 from .attempts import Made, make_proved_file, warn_of_made
+from .graph import name_inputs
 from .metadata import require_metadata, require_source
-from .names import name_inputs
-from .opset import require_opset
 from .references import plan_proof, run_references
-from .torch_exporters import ExternalData
+from .torch_exporters import ExternalData, require_opset
 
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.

@@ -18,10 +18,9 @@ from ..running import (
     run_usable,
 )
 from .arguments import Request
-from .names import name_outputs
-from .opset import default_opset
+from .graph import name_outputs
 from .spill import Spill
-from .torch_exporters import ExportOptions
+from .torch_exporters import ExportOptions, default_opset
 
 _logger = logging.getLogger("sn_export")
 

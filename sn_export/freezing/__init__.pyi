@@ -6,6 +6,9 @@ from .adapters import (
 from .block import (
     Block as Block,
     Planner as Planner,
+    freeze_into as freeze_into,
+    frozen_parametrizations as frozen_parametrizations,
+    frozen_spectral_norm as frozen_spectral_norm,
 )
 from .edits import Edits as Edits
 from .find import (
@@ -15,11 +18,6 @@ from .find import (
     find_suspects as find_suspects,
     find_unconverged as find_unconverged,
     with_exact_sigma as with_exact_sigma,
-)
-from .freeze import (
-    freeze_into as freeze_into,
-    frozen_parametrizations as frozen_parametrizations,
-    frozen_spectral_norm as frozen_spectral_norm,
 )
 from .info import (
     Group as Group,

@@ -7,7 +7,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Generator, Iterable, Sequence
-from contextlib import ContextDecorator
+from contextlib import AbstractContextManager, ContextDecorator
 from typing import Generic, TypeVar
 
 from torch import nn
@@ -16,8 +16,8 @@ from ..errors import FreezeError, FrozenWeightChangedWarning
 from ..running import ClosedOnExit, undo_on_exit
 from .interference import complaints, unused
 from .plan import Keep, Plan
-from .selection import Selection
-from .site import Found, Site
+from .selection import Only, Selection
+from .site import Found, Site, require_module
 from .suspects import warn_of_suspects
 
 M = TypeVar("M", bound=nn.Module)
@@ -220,3 +220,31 @@ def _refuse_held(model: nn.Module) -> None:
                 "a block in another thread holds it frozen",
                 "Leave that block first, or give each thread its own copy of the model",
             )
+
+
+def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
+    """Freeze every spectral norm of a model in one process for the length of a with-block.
+
+    `sn_export.frozen_spectral_norm` promises, takes and raises the same, on any number of ranks.
+    """
+    return Block(require_module(model), Planner(Selection("spectral_norm")))
+
+
+def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManager[M]:
+    """Freeze everything that computes a weight, of a model in one process, for a with-block.
+
+    `sn_export.frozen_parametrizations` promises, takes and raises the same, on any number of ranks.
+    """
+    return Block(require_module(model), Planner(Selection(only)))
+
+
+def freeze_into(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
+    """Freeze as `frozen_parametrizations` does, with the weights where ``keep`` puts them.
+
+    Args:
+        model: any module.
+        only: as for `frozen_parametrizations`.
+        keep: takes the weights, each made when it is asked for, and returns tensors of the same
+            bits, shapes and dtypes.
+    """
+    return Block(require_module(model), Planner(Selection(only), keep))

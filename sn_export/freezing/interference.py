@@ -16,9 +16,8 @@ from .frozen_weight import FrozenWeight
 from .info import GROUPS, Group
 from .kinds import TORCH
 from .kinds.chain import ChainSite, chains, changed_class
-from .kinds.state_hooks import new_state_hooks
 from .plan import Plan
-from .site import Site
+from .site import Site, new_state_hooks
 
 
 def unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:

@@ -12,8 +12,8 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
 from ..text import quote_names, shorten_list
-from .introspection.candidate import missing_weights
 from .introspection.frozen_class import Frozen
+from .introspection.sandbox import missing_weights
 from .introspection.singular_vectors import (
     fits,
     matrices,

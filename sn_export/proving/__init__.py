@@ -4,11 +4,11 @@ from .case_file import Case, opened_case, write_case
 from .cases import check_case
 from .dynamic_sizes import Resizer, resized_references
 from .external_data import find_stale_data, save, weight_bytes
+from .module_errors import type_name
 from .module_scopes import using_modules
-from .module_trace import type_name
 from .parity import check_parity, coarsest_of
 from .proof import Proof, differs
-from .settings import ProofSettings
+from .tolerances import ProofSettings
 from .traced_ranges import references_beyond
 from .truth import Freezing
 from .verdicts import is_imprecise, unconverged_note

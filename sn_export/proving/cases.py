@@ -18,8 +18,7 @@ from .case_file import Case, opened_case
 from .float32 import as_float32
 from .parity import add_results, coarsest_of, proof_session, results, running_errors
 from .session import DEFAULT_PROVIDERS, named_inputs
-from .settings import ProofSettings
-from .tolerances import resolve_tolerance
+from .tolerances import ProofSettings, resolve_tolerance
 from .verdicts import FACTOR
 
 

@@ -19,11 +19,20 @@ from ..errors import ExportError, SnExportError
 from ..results import Divergence, ModuleParity
 from ..running import InputSet, Preserved
 from ..text import quote_names
-from .module_errors import ModuleCall, Strictness, compare_calls, compare_whole, nearest
+from .module_errors import (
+    ModuleCall,
+    Strictness,
+    compare_calls,
+    compare_whole,
+    first_random,
+    nearest,
+    trace,
+    trace_inputs,
+    type_name,
+)
 from .module_scopes import module_values
-from .module_trace import first_random, trace, trace_inputs, type_name
 from .session import named_inputs, open_session, run_session
-from .settings import ProofSettings
+from .tolerances import ProofSettings
 
 _SHOWN = 4  # how many modules a finding names
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode

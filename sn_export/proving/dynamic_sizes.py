@@ -1,10 +1,15 @@
-"""Inputs of other sizes than the example's, for the proof of dynamic shapes."""
+"""Inputs of other sizes than the example's, for the proof of dynamic shapes.
+
+The sizes that a file declares its outputs to have are corrected to those that were seen.
+"""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
+import onnx
 import torch
 from torch import Tensor
 
@@ -269,3 +274,43 @@ def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
         if old != size:
             index = index.index_select(position, torch.arange(size, device=index.device) % old)
     return index
+
+
+def correct_declared_sizes(path: Path, references: Sequence[Reference]) -> tuple[str, ...]:
+    """Rewrite what a proved file says of its outputs where another size was seen throughout.
+
+    Onnxruntime only logs it; other runtimes plan their memory by it. The TorchScript exporter
+    declares what onnx infers, which for an average pool with ``ceil_mode`` is one more than torch
+    and onnxruntime compute::
+
+        [2, 8, 12, 12], seen as [2, 8, 11, 11]  ->  [2, 8, 11, 11]
+
+    Args:
+        path: the file; its external data is neither read nor written.
+        references: the input sets of the proof, with the outputs of model and file.
+
+    Returns:
+        A sentence for each dimension that was corrected.
+
+    Raises:
+        ExportError: if it has fixed a dimension that varies.
+    """
+    file = onnx.load(path, load_external_data=False)
+    notes = []
+    for number, output in enumerate(file.graph.output):
+        shapes = {one.inputs.label: one.outputs[number].shape for one in references}
+        for position, dim in enumerate(output.type.tensor_type.shape.dim):
+            seen = {label: shape[position] for label, shape in shapes.items()}
+            other = next((label for label, size in seen.items() if size != dim.dim_value), None)
+            if not dim.HasField("dim_value") or other is None:
+                continue
+            fixed = f"dimension {position} of the output '{output.name}' at {dim.dim_value}"
+            if len(set(seen.values())) > 1:
+                raise ExportError(
+                    f"the exporter has fixed {fixed}, and it is {seen[other]} for {other}"
+                )
+            dim.dim_value = seen[other]
+            notes.append(f"the exporter has fixed {fixed}, and it is {seen[other]}: it says so now")
+    if notes:
+        onnx.save(file, path)
+    return tuple(notes)

@@ -1,15 +1,21 @@
-"""ONNX files with their weights in the file or in one side file."""
+"""ONNX files with their weights in the file or in one side file.
+
+A file whose weights fill the memory runs piece after piece, each with its own weights alone.
+"""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import onnx
 import onnx_ir as ir
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
+from ..errors import ExportError
 from ..files import side_file
 
 # Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
@@ -61,3 +67,124 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
     entries = [entry for tensor in tensors for entry in tensor.external_data]
     is_read = any(entry.key == "location" and entry.value == data.name for entry in entries)
     return [data] if is_read else []
+
+
+_PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
+
+
+class Pieces:
+    """An onnxruntime session with a large file, that reads its weights a piece at a time.
+
+    Every node runs once, in the order of the file, on the file's own weights. Only what
+    onnxruntime would fuse across the border of two pieces runs unfused.
+
+    Args:
+        whole: a session with the file, which answers for it; it has not read the weights yet.
+        path: the file.
+        open_piece: makes a session of a model's bytes, with its external data beside ``path``.
+    """
+
+    def __init__(self, whole: Any, path: Path, open_piece: Callable[[bytes], Any]) -> None:
+        self._whole = whole
+        self._file = onnx.load(path, load_external_data=False)
+        self._open = open_piece
+        self._pieces = _cut(self._file.graph)
+        self.get_inputs = whole.get_inputs
+        self.get_outputs = whole.get_outputs
+        self.get_providers = whole.get_providers
+
+    def run_with_ort_values(
+        self, outputs: Sequence[str] | None, feed: Mapping[str, Any]
+    ) -> list[Any]:
+        """Return the outputs that are named, or all, as a session of the whole file does."""
+        names = [entry.name for entry in self.get_outputs()] if outputs is None else outputs
+        made = {name for piece in self._pieces for name in piece.makes}
+        if not made.issuperset(names):
+            return self._at_once(outputs, feed)
+        values = dict(feed)
+        for position, piece in enumerate(self._pieces):
+            if not piece.makes:
+                continue  # nodes that nothing reads
+            given = {name: values[name] for name in piece.takes if name in values}
+            if not all(value.is_tensor() for value in given.values()):
+                return self._at_once(outputs, feed)  # a sequence has no type of its own
+            try:
+                session = self._open(_model(self._file, piece, given).SerializeToString())
+            except ExportError:  # it needs what is beyond its borders
+                return self._at_once(outputs, feed)
+            results = session.run_with_ort_values(piece.makes, given)
+            del session  # and with it the weights
+            later = {name for other in self._pieces[position + 1 :] for name in other.takes}
+            values.update(zip(piece.makes, results, strict=True))
+            values = {n: value for n, value in values.items() if n in later or n in names}
+        return [values[name] for name in names]
+
+    def _at_once(self, outputs: Sequence[str] | None, feed: Mapping[str, Any]) -> list[Any]:
+        results: list[Any] = self._whole.run_with_ort_values(outputs, feed)
+        return results
+
+
+@dataclass
+class _Piece:
+    """Consecutive nodes, with the weights they read, and what passes their borders."""
+
+    nodes: list[NodeProto] = field(default_factory=list)
+    weights: dict[str, TensorProto] = field(default_factory=dict)
+    takes: list[str] = field(default_factory=list)
+    makes: list[str] = field(default_factory=list)
+
+
+def _cut(graph: GraphProto) -> list[_Piece]:
+    weights = {entry.name: entry for entry in graph.initializer}
+    if any(entry.name in weights for entry in graph.input):
+        return []  # weights that may be given anew with each run
+    pieces, size = [_Piece()], 0
+    for node in graph.node:
+        read = {name: weights[name] for name in _reads(node) if name in weights}
+        more = sum(_size(read[name]) for name in read.keys() - pieces[-1].weights.keys())
+        if size + more > _PIECE and pieces[-1].nodes:
+            pieces.append(_Piece())
+            size, more = 0, sum(map(_size, read.values()))
+        pieces[-1].nodes.append(node)
+        pieces[-1].weights |= read
+        size += more
+    needed = {entry.name for entry in graph.output}
+    for piece in reversed(pieces):
+        made = {name for node in piece.nodes for name in node.output if name}
+        read = dict.fromkeys(name for node in piece.nodes for name in _reads(node))
+        piece.makes = sorted(made & needed)
+        piece.takes = [name for name in read if name not in made and name not in weights]
+        needed |= set(piece.takes)
+    return pieces
+
+
+def _reads(node: NodeProto) -> Iterator[str]:
+    """Yield what a node reads, and what the graphs in it may read from around them."""
+    yield from filter(None, node.input)
+    for attribute in node.attribute:
+        for graph in (attribute.g, *attribute.graphs):
+            yield from (entry.name for entry in graph.output)
+            for inner in graph.node:
+                yield from _reads(inner)
+
+
+def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelProto:
+    model = ModelProto(ir_version=file.ir_version)
+    model.opset_import.extend(file.opset_import)
+    model.functions.extend(file.functions)
+    graph = model.graph
+    graph.name = file.graph.name
+    graph.node.extend(piece.nodes)
+    graph.initializer.extend(piece.weights.values())
+    declared = {entry.name: entry for entry in file.graph.input}  # which sizes the file takes
+    for name, value in given.items():
+        made = onnx.helper.make_tensor_value_info(name, value.element_type(), value.shape())
+        graph.input.append(declared.get(name, made))
+    for name in piece.makes:
+        graph.output.add(name=name)
+    return model
+
+
+def _size(tensor: TensorProto) -> int:
+    lengths = (int(entry.value) for entry in tensor.external_data if entry.key == "length")
+    return next(lengths, tensor.ByteSize())

@@ -22,8 +22,7 @@ from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
-from .settings import ProofSettings
-from .tolerances import coarsest_dtype, largest
+from .tolerances import ProofSettings, coarsest_dtype, largest
 from .truth import Freezing
 from .verdicts import FACTOR, judge, unconverged_note
 

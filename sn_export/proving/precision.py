@@ -3,18 +3,26 @@
 Both are modes of torch's dispatcher, which sees each operator on its way to a kernel. So nothing
 of the model is copied or rewritten, and a forward that casts, or that makes tensors of a dtype that
 it names, is caught as well.
+
+ONNX has no float64 kernel for some operators: what a file in float64 computes in float32 on the way
+is found here too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
+from onnx import NodeProto, TensorProto
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from ..text import shorten_list
 
 _WIDER = {
     torch.float32: torch.float64,
@@ -126,3 +134,33 @@ def _written_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> se
 
 def _name(func: Any) -> str:
     return str(func).split(".")[1] if "." in str(func) else str(func)
+
+
+def narrow_operators(path: Path) -> str:
+    """Return the operators that a file runs between a cast to float32 and one to float64.
+
+    Torch's exporters write such casts where ONNX has no operator in float64, as ``Celu``::
+
+        Cast(to=FLOAT) -> Celu -> Cast(to=DOUBLE)  # "Celu"
+
+    Args:
+        path: the file; its external data is not read.
+
+    Returns:
+        Their names with commas between them, each once; empty if there are none.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    narrow: set[str] = set()
+    found: dict[str, None] = {}
+    for node in graph.node:
+        to = _cast_to(node)
+        if to == TensorProto.FLOAT:
+            narrow.update(node.output)
+        elif to is None and narrow.intersection(node.input):
+            narrow.update(node.output)
+            found[node.op_type] = None
+    return shorten_list(found)
+
+
+def _cast_to(node: NodeProto) -> int | None:
+    return next((a.i for a in node.attribute if a.name == "to"), None)

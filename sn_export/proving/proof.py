@@ -16,15 +16,15 @@ from ..results import ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
-from .declared_sizes import correct_declared_sizes
 from .dynamic_sizes import (
+    correct_declared_sizes,
     find_tied_dims,
     require_apart,
     require_dynamic,
     sizes_of,
 )
 from .parity import compare, locate_divergence, proof_session
-from .settings import ProofSettings
+from .tolerances import ProofSettings
 from .truth import Freezing
 
 _logger = logging.getLogger("sn_export")

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..errors import ExportError
 from ..files import side_file
 from ..running import InputSet, as_real_pairs, is_large
+from .external_data import Pieces
 from .float32 import missing_kernel
-from .pieces import Pieces
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _BFLOAT16 = 16  # TensorProto.BFLOAT16

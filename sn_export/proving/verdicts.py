@@ -33,9 +33,8 @@ from ..freezing import find_unconverged
 from ..results import OutputParity, ParityReport, Rounding
 from ..running import Reference
 from ..text import shorten_list
-from .narrow_path import narrow_operators
-from .settings import ProofSettings
-from .tolerances import DEFAULT_TOLERANCES
+from .precision import narrow_operators
+from .tolerances import DEFAULT_TOLERANCES, ProofSettings
 from .truth import Freezing, NoTruthError, measure_rounding
 
 FACTOR = 4.0  # times what rounding accounts for: a right file is no farther from the truth

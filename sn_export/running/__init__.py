@@ -18,16 +18,16 @@ from .preservation import (
     restore_container,
     without_trace,
 )
-from .random_inputs import (
+from .reference import (
     RandomReferences,
+    Reference,
     left_out_note,
     near_like,
     random_references,
+    run_reference,
     run_usable,
 )
-from .reference import Reference, run_reference
-from .shared_memory import same_bits
-from .tensor_layouts import are_large, as_real_pairs, dense_parts, is_dense, is_large
+from .tensor_memory import are_large, as_real_pairs, dense_parts, is_dense, is_large, same_bits
 from .undo import ClosedOnExit, undo_on_exit, undoing
 from .wrapped_models import unwrapped
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
-from .tensor_layouts import is_dense
+from .tensor_memory import is_dense
 
 _SEED = 0
 _RANDOM = "random input"

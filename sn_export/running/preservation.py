@@ -15,11 +15,9 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .plain_objects import PlainObjects
-from .shared_memory import Copies, is_in_place, on_memory_of, same_bits
-from .tensor_layouts import are_large
+from .tensor_memory import Copies, Watch, are_large, is_in_place, on_memory_of, same_bits
 from .undo import undo_on_exit, undoing
 from .wrapped_models import original_of
-from .write_watch import Watch
 
 T = TypeVar("T")
 

@@ -15,8 +15,7 @@ import pytest
 import torch
 from cli_networks import Critic, critic
 
-from sn_export.cli.inputs import Inputs, draw_example, gather
-from sn_export.cli.model_factory import build_model
+from sn_export.cli.model_factory import Inputs, build_model, draw_example, gather
 from sn_export.cli.options import (
     parse_dims,
     parse_dynamic,

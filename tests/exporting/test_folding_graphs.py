@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sn_export.exporting.folding.fold import fold_initializers
-from sn_export.exporting.folding.naming import folded_name, plain_path
+from sn_export.exporting.folding.sources import folded_name, plain_path
 from sn_export.proving import using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'

@@ -20,7 +20,7 @@ from torch.nn.utils import spectral_norm
 
 from sn_export import ExportError, ParityError, export_onnx
 from sn_export.exporting import torch_exporters
-from sn_export.exporting.opset import OLDEST_OPSETS, newest_opset
+from sn_export.exporting.torch_exporters import OLDEST_OPSETS, newest_opset
 
 
 def _opset(path: Path) -> int:

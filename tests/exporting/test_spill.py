@@ -24,14 +24,14 @@ from sn_export import export_onnx
 from sn_export.exporting import spill
 from sn_export.exporting.spill import Spill
 from sn_export.freezing import freeze_into
-from sn_export.running import InputSet, preserved, run_reference, tensor_layouts
+from sn_export.running import InputSet, preserved, run_reference, tensor_memory
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.complex64, torch.int8)
 
 
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
+    monkeypatch.setattr(tensor_memory, "LARGE", 0)
     monkeypatch.setattr(spill, "_SMALLEST", 1)
 
 
@@ -52,7 +52,7 @@ def test_the_file_is_the_same(
     before = fingerprint(model)
     export_onnx(model, args, tmp_path / "spilled" / "net.onnx", exporter=exporter)
     assert_as_before(before, model)
-    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_memory, "LARGE", 2**29)
     export_onnx(model, args, tmp_path / "held" / "net.onnx", exporter=exporter)
     spilled, held = contents_of(tmp_path / "spilled"), contents_of(tmp_path / "held")
     assert list(spilled) == ["net.onnx"]
@@ -85,7 +85,7 @@ def test_small_weights_and_small_models_stay(
     monkeypatch.setattr(spill, "_SMALLEST", 17)
     assert _spill(tmp_path).keep([value])[0] is value
     monkeypatch.setattr(spill, "_SMALLEST", 1)
-    monkeypatch.setattr(tensor_layouts, "LARGE", 8)  # the bytes of the model
+    monkeypatch.setattr(tensor_memory, "LARGE", 8)  # the bytes of the model
     assert _spill(tmp_path).keep([value])[0] is value
 
 

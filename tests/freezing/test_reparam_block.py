@@ -369,7 +369,7 @@ def test_a_link_that_writes_its_parameters(
     write: Any, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Looking, freezing and leaving put back parameters that a chain writes in its forward."""
-    monkeypatch.setattr("sn_export.running.tensor_layouts.LARGE", limit)
+    monkeypatch.setattr("sn_export.running.tensor_memory.LARGE", limit)
     model = nn.Linear(3, 4)
     link = VectorsInParameters(write)
     parametrize.register_parametrization(model, "weight", link, unsafe=True)

@@ -13,7 +13,7 @@ from onnx import helper
 from torch import nn
 
 from sn_export import ExportError, export_onnx
-from sn_export.proving.declared_sizes import correct_declared_sizes
+from sn_export.proving.dynamic_sizes import correct_declared_sizes
 from sn_export.running import InputSet, Reference
 
 

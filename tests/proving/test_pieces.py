@@ -22,18 +22,18 @@ from onnx import TensorProto, external_data_helper, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ParityError, check_parity, export_onnx
-from sn_export.proving import pieces, session as onnx_session
-from sn_export.proving.pieces import Pieces
+from sn_export.proving import external_data, session as onnx_session
+from sn_export.proving.external_data import Pieces
 from sn_export.proving.session import open_session, run_session
-from sn_export.running import tensor_layouts
+from sn_export.running import tensor_memory
 
 CPU = ("CPUExecutionProvider",)
 
 
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
-    monkeypatch.setattr(pieces, "_PIECE", 1)
+    monkeypatch.setattr(tensor_memory, "LARGE", 0)
+    monkeypatch.setattr(external_data, "_PIECE", 1)
 
 
 def _opened(path: Path) -> Pieces:
@@ -81,9 +81,9 @@ def test_networks(
     """A file of one weight a piece gives every output that it gives at once, and no other."""
     build, inputs = NETWORKS[network]
     path = tmp_path / "net.onnx"
-    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_memory, "LARGE", 2**29)
     export_onnx(build(), inputs(), path, exporter=exporter)
-    monkeypatch.setattr(tensor_layouts, "LARGE", 0)
+    monkeypatch.setattr(tensor_memory, "LARGE", 0)
     session = _opened(path)
     seen = _runs_at_once(session, monkeypatch)
     args = inputs()
@@ -134,7 +134,7 @@ def test_pieces_are_as_large_as_they_may_be(
     ]
     weights = _weights(a=[1, 2], b=[3, 4], c=[5, 6], d=[7, 8])
     path = file_of(tmp_path / "net.onnx", nodes, initializers=weights)
-    monkeypatch.setattr(pieces, "_PIECE", 16)
+    monkeypatch.setattr(external_data, "_PIECE", 16)
     session = _opened(path)
     assert [list(piece.weights) for piece in session._pieces] == [["a", "b"], ["c", "d"]]
     (y,) = _run(session, x=torch.ones(2))
@@ -317,5 +317,5 @@ def test_small_files_are_opened_as_they_are(
     path = file_of(tmp_path / "net.onnx", nodes, initializers=_weights(a=[2.0]))
     _opened(path)
     assert isinstance(open_session(path, CPU, at_once=True), ort.InferenceSession)
-    monkeypatch.setattr(tensor_layouts, "LARGE", 2**29)
+    monkeypatch.setattr(tensor_memory, "LARGE", 2**29)
     assert isinstance(open_session(path, CPU), ort.InferenceSession)

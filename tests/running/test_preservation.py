@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, export_onnx
 from sn_export.running import preserved
-from sn_export.running.shared_memory import Copies
+from sn_export.running.tensor_memory import Copies
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     "the same memory": lambda base: base.detach(),
@@ -125,7 +125,7 @@ def test_a_buffer_on_a_parameter(
     parameter_first: bool, limit: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What is written to a parameter is read from a buffer on its memory, and back, in each run."""
-    monkeypatch.setattr("sn_export.running.tensor_layouts.LARGE", limit)
+    monkeypatch.setattr("sn_export.running.tensor_memory.LARGE", limit)
     model = OnAParameter(parameter_first)
     with torch.no_grad():  # a deep copy would part them
         right = OnAParameter(parameter_first).eval()(rows())

@@ -13,7 +13,7 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sn_export.running import preserved, tensor_layouts, without_trace
+from sn_export.running import preserved, tensor_memory, without_trace
 
 
 class Writing(nn.Module):
@@ -70,7 +70,7 @@ def test_an_interrupt_at_any_step(
 
     So they are of a large model, whose parameters are watched and copied when they are written.
     """
-    monkeypatch.setattr(tensor_layouts, "LARGE", limit)
+    monkeypatch.setattr(tensor_memory, "LARGE", limit)
     model = Writing()
     before = fingerprint(model)
     run(model, Fault())

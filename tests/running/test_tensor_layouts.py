@@ -16,8 +16,8 @@ from export_models import APPLY, KINDS, rows
 from torch import Tensor, nn
 
 from sn_export import export_onnx, frozen_spectral_norm
-from sn_export.running import same_bits, tensor_layouts
-from sn_export.running.shared_memory import Copies
+from sn_export.running import same_bits, tensor_memory
+from sn_export.running.tensor_memory import Copies
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*in beta state:UserWarning"),
@@ -71,7 +71,7 @@ class Holder(nn.Module):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_export(tmp_path: Path, layout: str, limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model that holds such a tensor is exported, and has the same object with the same bits."""
-    monkeypatch.setattr(tensor_layouts, "LARGE", limit)
+    monkeypatch.setattr(tensor_memory, "LARGE", limit)
     model = Holder(LAYOUTS[layout]())
     held, kept = model.held, model.kept[0]
     before = held.clone(), kept.clone()

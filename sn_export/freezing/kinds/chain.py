@@ -14,8 +14,7 @@ from ...errors import FreezeError
 from ...running import restore_container, undo_on_exit, undoing, without_trace
 from ..edits import Edits
 from ..info import Group
-from ..site import Site, plan_registration
-from .state_hooks import is_weight_norm_state_hook
+from ..site import Site, is_weight_norm_state_hook, plan_registration
 
 # Their forward in eval mode writes nothing and returns memory of its own.
 _PURE = (_SpectralNorm, _WeightNorm)

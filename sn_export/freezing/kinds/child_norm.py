@@ -21,10 +21,9 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..edits import Edits
-from ..introspection.candidate import Candidate
 from ..introspection.frozen_class import frozen_class
 from ..introspection.probe import Probe
-from ..introspection.sandbox import AbsorbingArgument, placeholders
+from ..introspection.sandbox import AbsorbingArgument, Candidate, placeholders
 from ..introspection.singular_vectors import (
     fits,
     matrices,

@@ -26,10 +26,9 @@ from torch import Tensor, nn
 
 from ...running import undo_on_exit, undoing
 from ..edits import Edits
-from ..introspection.candidate import Candidate
 from ..introspection.frozen_class import Override, frozen_class
 from ..introspection.probe import Probe
-from ..introspection.sandbox import AbsorbingArgument, compute_in_sandbox, placeholders
+from ..introspection.sandbox import AbsorbingArgument, Candidate, compute_in_sandbox, placeholders
 from ..introspection.singular_vectors import (
     fits,
     matrices,

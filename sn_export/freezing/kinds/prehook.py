@@ -20,14 +20,12 @@ from torch import Tensor, nn
 
 from ...running import same_bits
 from ..edits import Edits
-from ..introspection.candidate import Candidate, missing_weights
-from ..introspection.sandbox import AlwaysEqualArgument
+from ..introspection.sandbox import AlwaysEqualArgument, Candidate, missing_weights
 from ..introspection.source_code import mentioned, names_in
 from ..names import is_named_as_vector
-from ..site import plan_registration
+from ..site import is_state_hook_of, plan_registration
 from .handwritten_site import Answer, HandwrittenSite
 from .hook import find_hooks
-from .state_hooks import is_state_hook_of
 
 
 class PrehookSite(HandwrittenSite):

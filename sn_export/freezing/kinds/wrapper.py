@@ -25,9 +25,8 @@ from torch import Tensor, nn
 
 from ...text import qualified
 from ..edits import Edits
-from ..introspection.candidate import Candidate, missing_weights
 from ..introspection.frozen_class import How, Override, frozen_class
-from ..introspection.sandbox import placeholders
+from ..introspection.sandbox import Candidate, missing_weights, placeholders
 from ..introspection.singular_vectors import (
     fits,
     matrices,

@@ -1,13 +1,72 @@
-"""Copies of tensors that share memory with each other wherever the originals do."""
+"""How tensors lie in memory, and copies of them.
+
+A copy shares memory with other copies wherever the originals do. A `Watch` copies a tensor when
+something writes to it, and not before. A large model is treated in ways that need less memory, and
+more time or room on the disk.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+)
 
-from .tensor_layouts import dense_parts, is_dense
+LARGE = 2**29  # bytes of weights, past which a model is a large one
+
+_BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
+_BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements lie one by one in memory, as a file can hold them."""
+    return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
+
+
+def dense_parts(tensor: Tensor) -> list[Tensor]:
+    """Return dense tensors that hold, together, every value of ``tensor``.
+
+    A dense tensor is its only part; a sparse one gives its indices and its values.
+    """
+    if tensor.is_nested:
+        return [*tensor.unbind()]
+    if tensor.is_quantized:
+        return [tensor.int_repr(), tensor.dequantize()]
+    if tensor.layout == torch.sparse_coo:
+        return [tensor._indices(), tensor._values()]
+    if tensor.layout in _BY_ROW:
+        return [tensor.crow_indices(), tensor.col_indices(), tensor.values()]
+    if tensor.layout in _BY_COLUMN:
+        return [tensor.ccol_indices(), tensor.row_indices(), tensor.values()]
+    return [tensor] if is_dense(tensor) else [tensor.to_dense()]
+
+
+def as_real_pairs(tensor: Tensor) -> Tensor:
+    """Return a complex tensor as a file has it: real and imaginary parts in a last dimension of 2.
+
+    As `torch.view_as_real`; any other tensor is returned as it is::
+
+        as_real_pairs(torch.zeros(4, 8, dtype=torch.complex64))  # float32, shape (4, 8, 2)
+    """
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def is_large(size: int) -> bool:
+    """Whether ``size`` bytes of weights are those of a large model."""
+    return size > LARGE
+
+
+def are_large(tensors: Iterable[Tensor]) -> bool:
+    """Whether ``tensors`` take, together, as many bytes as those of a large model."""
+    return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))
+
 
 _ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
 
@@ -147,3 +206,57 @@ def _end(tensor: Tensor) -> int:
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
     return _first(tensor) + (last + 1) * tensor.itemsize
+
+
+class Watch(TorchDispatchMode):
+    """From `start` to `stop`, calls back before the first write to the memory of a tensor.
+
+    It sees every operator that torch dispatches, in eager and scripted code, and nothing that
+    writes past torch, such as numpy.
+
+    Args:
+        watched: tensors, each with what is called before its memory is first written.
+    """
+
+    def __init__(self, watched: Iterable[tuple[Tensor, Callable[[], None]]]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._calls: dict[int, list[Callable[[], None]]] = {}
+        for tensor, call in watched:
+            self._calls.setdefault(_memory(tensor), []).append(call)
+
+    def start(self) -> None:
+        """Watch from here on."""
+        self.__enter__()  # type: ignore[no-untyped-call]
+
+    def stop(self) -> None:
+        """Watch no more; can be repeated from any point where it was interrupted."""
+        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
+            return
+        try:
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        except IndexError:  # what `__exit__` takes first is gone: it was interrupted behind that
+            _pop_mode()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func._schema.is_mutable:
+            for position, argument in enumerate(func._schema.arguments):
+                if argument.alias_info is not None and argument.alias_info.is_write:
+                    value = args[position] if position < len(args) else kwargs.get(argument.name)
+                    self._before_write(value)
+        return func(*args, **kwargs)
+
+    def _before_write(self, value: Any) -> None:
+        for leaf in pytree.tree_leaves(value):
+            if isinstance(leaf, Tensor):
+                for call in self._calls.pop(_memory(leaf), ()):
+                    call()
+
+
+def _memory(tensor: Tensor) -> int:
+    try:
+        return tensor.untyped_storage().data_ptr()
+    except (RuntimeError, NotImplementedError):  # tensor subclasses without memory of their own
+        return 0
