@@ -38,7 +38,12 @@ _LOCK, _MADE, _REPLACED, _KEPT, _PLAN = "lock", "made", "replaced", "kept", "pla
 # Nobody expects an ONNX file under these names.
 _OTHER_FORMATS = (
     *(".bin", ".ckpt", ".h5", ".pkl", ".pt", ".pt2", ".pth", ".safetensors", ".npy", ".npz"),
-    *(".html", ".json", ".md", ".ort", ".py", ".tflite", ".txt", ".zip"),
+    *(".html", ".md", ".ort", ".py", ".tflite", ".txt", ".zip"),
+)
+# Under these, onnx writes and reads text in the place of protobuf, which onnxruntime does not run.
+TEXT_FORMATS = (
+    *(".json", ".onnxjson", ".onnxtext", ".onnxtxt"),
+    *(".pbtxt", ".prototxt", ".textproto", ".txtpb"),
 )
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
@@ -136,17 +141,31 @@ def find_disk_error(error: BaseException | None) -> OSError | None:
     return None
 
 
-def require_replaceable(target: Path, advice: str) -> None:
-    """Raise if an ONNX file at ``target`` would take the place of something else.
+def require_onnx_place(target: Path, *, has_data: bool, overwrite: bool, advice: str) -> None:
+    """Raise if no ONNX file can be at ``target``, or it would take the place of something else.
 
     Args:
         target: where the file is to be.
+        has_data: whether its weights go, or may go, to external data beside it.
+        overwrite: whether it may have the suffix of another format, or replace any file.
         advice: how to write it all the same, for the message.
 
     Raises:
         ValueError: if the suffix is that of another format.
         FileExistsError: if there is a file that is neither ONNX nor empty.
+        OSError: as `require_place`, for the file, its external data, and a name that is too long.
     """
+    require_place(target)
+    require_place(side_file(target))
+    if has_data:
+        _require_room_in_name(target)
+    if target.suffix in TEXT_FORMATS:
+        raise ValueError(
+            f"cannot write '{target}': onnx writes text to a file that ends in {target.suffix}, "
+            "which onnxruntime cannot run, so nothing could be proved; let it end in .onnx"
+        )
+    if overwrite:
+        return
     if target.suffix.lower() in _OTHER_FORMATS:
         raise ValueError(
             f"cannot write '{target}': an ONNX file should end in .onnx, and {target.suffix} is "
@@ -156,6 +175,24 @@ def require_replaceable(target: Path, advice: str) -> None:
         raise FileExistsError(
             f"cannot write '{target}': the file that is there is no ONNX file; {advice}"
         )
+
+
+def _require_room_in_name(target: Path) -> None:
+    """Raise if the disk takes no name that is as long as one that is made from ``target``'s.
+
+    onnx-ir writes external data in a folder that is called ``.net.onnx.data.k2x0f8vt``.
+    """
+    longer = f".{side_file(target).name}.{'x' * 8}"
+    try:
+        os.lstat(target.with_name(longer))
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        spare = len(os.fsencode(longer)) - len(os.fsencode(target.name))
+        raise type(error)(
+            f"cannot write '{target}': {error.strerror}: names that are {spare} bytes longer are "
+            "needed while its external data is written"
+        ) from error
 
 
 def starts_as_onnx(path: Path) -> bool:

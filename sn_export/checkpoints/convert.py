@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..files import disk_errors_as, drafts, publish, require_place
 from ..results import Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
-from .lazy_tensors import LazyTensors
+from .lazy_tensors import LazyTensors, read_index
 from .read import read_checkpoint
 from .reparametrizations import (
     Reparametrization,
@@ -26,7 +27,7 @@ from .reparametrizations import (
     find_reparametrizations,
     handwritten_notes,
 )
-from .safetensors_file import write_safetensors
+from .safetensors_file import shard_name, write_safetensors
 from .spectral_norm import notes_on_lengths
 from .spelling import Respelled, require_fitting, respell
 from .weight_norm import notes_on_dims
@@ -92,7 +93,8 @@ def convert_checkpoint(
         key: where in the checkpoint the state dict is, if several are reparametrized.
         weights_only: write the state dict alone, and leave out what else is there.
         dims: dims by name of the tensor, where the file cannot tell.
-        max_shard_size: bytes for each safetensors file; with more of them there is an index.
+        max_shard_size: bytes for each safetensors file; with more of them there is an index. The
+            shards of an index that it replaces go with it.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor written and how many there will be.
 
@@ -108,6 +110,8 @@ def convert_checkpoint(
         )
     with disk_errors_as(CheckpointError, destination):
         require_place(destination)
+        if max_shard_size is not None:
+            require_place(destination.with_name(shard_name(destination.name, 1, 1)))
     is_torch = destination.suffix != ".safetensors"
     if max_shard_size is not None and is_torch:
         raise CheckpointError(f"only safetensors can be sharded, and '{destination}' is not")
@@ -146,7 +150,11 @@ def convert_checkpoint(
             )
         _require_unambiguous(destination, made)
         files = tuple(destination.with_name(file.name) for file in made)
-        publish(list(zip(made, files, strict=True)))
+        stale = _find_stale_shards(files)
+        publish(list(zip(made, files, strict=True)), stale)
+    if stale:
+        names = quote_names(path.name for path in stale)
+        notes += (f"removed, as the new index names other shards: {names}",)
     return Conversion(files, state.key, found, result.changed, notes)
 
 
@@ -243,6 +251,24 @@ def _require_tensors_only(
             f"'{target.name}' can hold tensors only, and '{checkpoint.path}' also holds "
             f"{quote_names(others)}; leave them out with --weights-only, or write a .pt"
         )
+
+
+def _find_stale_shards(files: Sequence[Path]) -> list[Path]:
+    """Return the shards of an earlier conversion to the same name that the new ones leave over.
+
+    Only those that the index in the place of the new one lists, and that are called as shards of
+    the same name are: no other file goes because an index says so.
+    """
+    index = files[-1]
+    if len(files) == 1 or not index.exists():
+        return []
+    try:
+        listed = set(read_index(index).values())
+    except CheckpointError:
+        return []
+    stem = re.escape(index.name.removesuffix(".safetensors.index.json"))
+    is_shard = re.compile(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors").fullmatch
+    return sorted(path for path in listed.difference(files) if is_shard(path.name))
 
 
 def _require_unambiguous(target: Path, made: list[Path]) -> None:

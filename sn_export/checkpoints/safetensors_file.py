@@ -53,9 +53,8 @@ def write_safetensors(
         _write(folder / name, shards[0], specs, entries, texts, written)
         return [folder / name]
     files, weight_map = [], {}
-    stem = name.removesuffix(".safetensors")
     for number, keys in enumerate(shards, 1):
-        shard = f"{stem}-{number:05d}-of-{len(shards):05d}.safetensors"
+        shard = shard_name(name, number, len(shards))
         _write(folder / shard, keys, specs, entries, texts, written)
         files.append(folder / shard)
         weight_map.update(dict.fromkeys(keys, shard))
@@ -66,6 +65,11 @@ def write_safetensors(
     files.append(folder / f"{name}.index.json")
     files[-1].write_text(json.dumps(index, indent=2) + "\n", "utf-8")
     return files
+
+
+def shard_name(name: str, number: int, count: int) -> str:
+    """Return ``net-00001-of-00003.safetensors`` for the first of three of ``net.safetensors``."""
+    return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def _require_storable(key: str, entry: Entry) -> Spec:

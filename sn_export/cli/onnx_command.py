@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from ..files import require_place, require_replaceable, require_writable, side_file
+from ..files import require_onnx_place, require_writable, side_file
 from ..results import ExporterChoice, ExportReport, Freeze, ParityError
 from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
 from .options import DynamicDims, Parsed, parse_dynamic, parse_metadata, parse_names
@@ -195,7 +195,12 @@ class OnnxCommand(ModelOptions, ProofOptions):
     def _require_possible(self) -> None:
         """Raise for a file that cannot be read or written; it needs no torch."""
         self.require_files(self.checkpoint)
-        require_place(self.output)
+        require_onnx_place(
+            self.output,
+            has_data=self.external_data is True,
+            overwrite=self.overwrite,
+            advice="--force writes it all the same",
+        )
         require_apart(
             {
                 "-o": self.output,
@@ -205,8 +210,6 @@ class OnnxCommand(ModelOptions, ProofOptions):
             },
             {"the checkpoint": [self.checkpoint], "--input-file": self.input_files},
         )
-        if not self.overwrite:
-            require_replaceable(self.output, "--force writes it all the same")
         require_report(self.report)
 
     def _export(self, model: Any, inputs: Any, fit: Mapping[str, str]) -> ExportReport:

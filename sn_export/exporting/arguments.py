@@ -16,8 +16,7 @@ from ..errors import SnExportError
 from ..files import (
     are_one_place,
     as_path,
-    require_place,
-    require_replaceable,
+    require_onnx_place,
     require_writable,
     side_file,
 )
@@ -34,6 +33,7 @@ from ..results import EXPORTERS, Exporter
 from ..running import (
     DynamicDim,
     InputSet,
+    are_large,
     as_input_sets,
     as_kwargs,
     dynamic_dims,
@@ -203,19 +203,22 @@ def as_args(args: Any) -> tuple[Any, ...]:
     raise TypeError(f"args must be a tuple of arguments or a tensor, got {type(args).__name__}")
 
 
-def require_target(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the path of the ONNX file to write.
+def require_target(
+    path: str | os.PathLike[str], model: nn.Module, external_data: ExternalData, overwrite: bool
+) -> Path:
+    """Return the path of the ONNX file to write, with its external data beside it if it has any.
 
     Raises:
         TypeError: if it is no path.
-        ValueError: if it names no file, or one of another format and ``overwrite`` is False.
+        ValueError: if it names no file, or one of another format and ``overwrite`` is False, or
+            one that onnx would write text to.
         OSError: if it cannot be there, or its external data beside it, or if something else than
             an ONNX file is there and ``overwrite`` is False.
     """
     target = _require_file(path, "path")
-    require_place(side_file(target))
-    if not overwrite:
-        require_replaceable(target, "pass overwrite=True to write it all the same")
+    advice = "pass overwrite=True to write it all the same"
+    has_data = are_large(model.parameters()) if external_data == "auto" else external_data
+    require_onnx_place(target, has_data=has_data, overwrite=overwrite, advice=advice)
     return target
 
 

@@ -130,7 +130,8 @@ def export_onnx(
             weights that they hold: in memory, or past 512 MB of parameters in files without a
             name beside ``path``, whose room on the disk is free again with the report.
         overwrite: write ``path`` also where something is that is no ONNX file, or where its suffix
-            is that of another format, such as ``.pt``. An ONNX file is replaced in any case.
+            is that of another format, such as ``.pt``. An ONNX file is replaced in any case. Under
+            suffixes such as ``.json`` onnx writes text, and they are refused.
         verbose: let the exporters print, log and warn.
 
     Returns:
@@ -168,11 +169,12 @@ def export_onnx(
     network = require_network(model)
     frozen_kinds = require_freeze(freeze)
     opset, exporters = require_opset(opset_version, require_exporter(exporter))
+    placing = require_external_data(external_data)
     request = Request(
         model=network,
-        target=(target := require_target(path, overwrite)),
+        target=(target := require_target(path, network, placing, overwrite)),
         exporters=exporters,
-        external_data=require_external_data(external_data),
+        external_data=placing,
         samples=require_samples(samples),
         opset_version=opset,
         settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),

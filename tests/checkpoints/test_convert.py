@@ -245,6 +245,26 @@ def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
     )
 
 
+def test_shards_that_a_new_index_leaves_over(tmp_path: Path) -> None:
+    """Those of the index in its place go with it; other files stay, whatever an index says."""
+    source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_file(trained_critic().state_dict(), source)
+    many = convert_checkpoint(source, target, "hook", max_shard_size=300).files
+    content = json.loads(many[-1].read_text())
+    for name in ("mine.safetensors", "b-1-of-2.safetensors"):
+        save_file({"w": torch.ones(1)}, tmp_path / name)
+        content["weight_map"][name] = name
+    many[-1].write_text(json.dumps(content))
+    (tmp_path / "b-00009-of-00009.safetensors").write_bytes(b"of no index")
+    few = convert_checkpoint(source, target, "hook", max_shard_size=900)
+    assert len(many) > len(few.files) > 2
+    assert few.notes[-1].startswith("removed, as the new index names other shards: 'b-00001-of-")
+    left = {"a.safetensors", "mine.safetensors", "b-1-of-2.safetensors"}
+    left |= {"b-00009-of-00009.safetensors", *(path.name for path in few.files)}
+    assert {path.name for path in tmp_path.iterdir()} == left
+    assert not convert_checkpoint(source, target, "hook", max_shard_size=900).notes
+
+
 def test_old_shards_or_files_that_would_contradict_the_new(tmp_path: Path) -> None:
     """A reader finds either the file or the index, so only one of them may be there."""
     save_file(trained_critic().state_dict(), tmp_path / "a.safetensors")

@@ -30,6 +30,7 @@ from torch import nn
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.exporting import torch_exporters as onnx_file
+from sn_export.files import TEXT_FORMATS
 
 EARLIER = onnx.ModelProto(ir_version=8, producer_name="an earlier file").SerializeToString()
 
@@ -283,6 +284,33 @@ def test_suffixes_of_other_formats(tmp_path: Path, name: str) -> None:
         export_onnx(Head(), rows(), tmp_path / name, exporter="torchscript")
     assert not list(tmp_path.iterdir())
     export_onnx(Head(), rows(), tmp_path / name, exporter="torchscript", overwrite=True)
+
+
+def test_suffixes_that_onnx_writes_text_to(tmp_path: Path) -> None:
+    """They are refused even with overwrite; the list is that of the installed onnx."""
+    known = onnx.serialization.registry._extension_to_format.items()  # no public list of them
+    assert {suffix for suffix, kind in known if kind != "protobuf"} == set(TEXT_FORMATS)
+    for suffix in TEXT_FORMATS:
+        with pytest.raises(ValueError, match=r"onnx writes text to .* let it end in \.onnx"):
+            export_onnx(Raising(), rows(), tmp_path / f"net{suffix}", overwrite=True)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("length", [240, 241, 246, 250, 251, 255])
+@pytest.mark.parametrize("external", [True, "auto"])
+def test_long_names(tmp_path: Path, external: bool, length: int) -> None:
+    """A name with no room for those that are made from it is refused before the model runs."""
+    path = tmp_path / ("n" * (length - 5) + ".onnx")
+    fits = length <= 240 if external is True else length <= 250
+    if fits:
+        export_onnx(
+            small_net("hook"), images(), path, exporter="torchscript", external_data=external
+        )
+        assert path.name in contents_of(tmp_path)
+        return
+    with pytest.raises(OSError, match=r"^cannot write .*: File name too long"):
+        export_onnx(Raising(), rows(), path, external_data=external)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("kind", ["empty", "another order of fields"])
