@@ -88,7 +88,7 @@ def progress() -> Iterator[Callable[[str], None]]:
             def show(text: str) -> None:
                 status.update(Text(escape_unprintable(text)))  # no text, which is read as markup
 
-            with _followed(show):
+            with _follow_log(show):
                 yield show
 
 
@@ -141,7 +141,7 @@ def number(value: float) -> str:
 
 
 @contextlib.contextmanager
-def _followed(show: Callable[[str], None]) -> Iterator[None]:
+def _follow_log(show: Callable[[str], None]) -> Iterator[None]:
     class Handler(logging.Handler):
         def emit(self, record: logging.LogRecord) -> None:
             show(record.getMessage())

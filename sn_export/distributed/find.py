@@ -16,7 +16,7 @@ from ..freezing import (
     Site,
     SpectralNormInfo,
     Walk,
-    computed,
+    compute_value,
     require_module,
     warn_of_suspects,
 )
@@ -74,7 +74,9 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
             is not known (`find_suspects`), and spectral norm is asked for; it is not in the list.
     """
     selection = Selection(only)
-    return _describe(require_module(model), selection, lambda site: site.outline(computed(site)))
+    return _describe(
+        require_module(model), selection, lambda site: site.outline(compute_value(site))
+    )
 
 
 def _describe(

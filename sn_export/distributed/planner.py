@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError
-from ..freezing import Found, Kind, Plan, Planner, Site, Walk, computed, walk
+from ..freezing import Found, Kind, Plan, Planner, Site, Walk, compute_value, walk
 from .agreement import raise_on_all_ranks
 from .fsdp import Unit, held_by, holders, is_gathered_as, shard_of, units_of
 from .wrappers import keep_replicas_apart, refuse_flat_shards
@@ -68,7 +68,7 @@ class RankPlanner(Planner):
     def _keep_shard(self, site: Site, unit: Unit | None) -> None:
         raw = [] if unit is None else _raw_params(unit, site)
         _require_dtype(site, raw)
-        value = computed(site)
+        value = compute_value(site)
         if not raw:
             self._shards[id(site)] = _Shard(value)
             return
@@ -254,7 +254,9 @@ class ShardedPlan(Plan):
 
     def _stays(self, place: tuple[nn.Module, str], hidden: set[int]) -> bool:
         module, name = place
-        return id(module) not in hidden and name in self.edits.of(module._parameters).remaining()
+        return (
+            id(module) not in hidden and name in self.edits.of(module._parameters).remaining_keys()
+        )
 
     def _plan_hooks(self, module: nn.Module, shard: _Shard, ours: Any) -> None:
         """Let the state dict of ``module`` be that of shards, and a loaded one reach ``ours``."""

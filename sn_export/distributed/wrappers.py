@@ -58,7 +58,7 @@ def _has_buffers(model: nn.Module, plan: Plan) -> bool:
     while stack:
         module = stack.pop()
         buffers = module._buffers
-        if plan.edits.of(buffers).remaining() if plan.edits.has(buffers) else buffers:
+        if plan.edits.of(buffers).remaining_keys() if plan.edits.has(buffers) else buffers:
             return True
         stack += [child for child in module.children() if id(child) not in hidden]
     return False

@@ -38,7 +38,7 @@ from ..running import (
     as_kwargs,
     dynamic_dims,
     require_seen,
-    unwrapped,
+    unwrap_model,
 )
 from ..text import plain_integer
 from .torch_exporters import ExternalData
@@ -113,7 +113,7 @@ def require_network(model: Any) -> nn.Module:
         TypeError: if it is no module.
         SnExportError: if a lazy module of it has not run yet.
     """
-    network = unwrapped(require_module(model))
+    network = unwrap_model(require_module(model))
     refuse_sharded(network)
     for name, tensor in (*network.named_parameters(), *network.named_buffers()):
         if is_lazy(tensor):

@@ -129,13 +129,13 @@ def _shorten(text: str) -> str:
 def _name_dimensions(text: str, inputs: Sequence[str]) -> str:
     """Say ``dimension 0 of 'x'`` where torch says ``L['args'][0].size()[0]``."""
 
-    def named(match: re.Match[str]) -> str:
+    def name_dimension(match: re.Match[str]) -> str:
         name, position = match["name"], match["position"]
         if name is None and int(position) < len(inputs):
             name = inputs[int(position)]
         return f"dimension {match['dim']} of '{name}'" if name in inputs else match[0]
 
-    return _DIMENSION.sub(named, text)
+    return _DIMENSION.sub(name_dimension, text)
 
 
 def _describe_place(place: _Place) -> str:

@@ -71,7 +71,7 @@ def file_metadata(
         FileNotFoundError: if there is no such checkpoint.
     """
     sigmas = {
-        info.name: _rounded(info.sigma) if isinstance(info, SpectralNormInfo) else None
+        info.name: _round_sigma(info.sigma) if isinstance(info, SpectralNormInfo) else None
         for info in frozen
     }
     made = {
@@ -120,7 +120,7 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _rounded(sigma: float) -> float | None:
+def _round_sigma(sigma: float) -> float | None:
     # Six digits: sums in another order, as another number of threads makes them, agree in these.
     return float(f"{sigma:.6g}") if math.isfinite(sigma) else None
 

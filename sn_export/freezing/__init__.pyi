@@ -31,7 +31,7 @@ from .names import (
 from .plan import (
     Plan as Plan,
     Walk as Walk,
-    computed as computed,
+    compute_value as compute_value,
     walk as walk,
 )
 from .selection import (

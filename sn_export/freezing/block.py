@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import FreezeError, FrozenWeightChangedWarning
 from ..running import ClosedOnExit, undo_on_exit
-from .interference import complaints, unused
+from .interference import complaints, describe_unused
 from .plan import Keep, Plan
 from .selection import Only, Selection
 from .site import Found, Site, require_module
@@ -108,7 +108,9 @@ class _Freezing:
         _active.append(self)
         plan = self._planner.plan(self._model, found)
         self._plan = plan
-        for text, category in unused([w.site for w in plan.weights if not w.site.is_applied]):
+        for text, category in describe_unused(
+            [w.site for w in plan.weights if not w.site.is_applied]
+        ):
             warnings.warn(text, category, stacklevel=_ENTERING)
         if self._planner.selection.includes_spectral_norm:
             warn_of_suspects(self._model, found, stacklevel=_ENTERING)

@@ -29,7 +29,7 @@ class Edit:
         self.order: list[Any] | None = None  # of the keys while applied, where that matters
         self.restored: Container | None = None
 
-    def remaining(self) -> list[Any]:
+    def remaining_keys(self) -> list[Any]:
         """Return the keys that will be there once the edit is applied."""
         removed, added = self.removed, self.added
         kept = [key for key in self.before if key not in removed]
@@ -47,12 +47,12 @@ class Edit:
             target.update(self.added)
             order = self.order
             if order is None and self.before_others:
-                order = self._ordered(self.before_others)
+                order = self._order_keys(self.before_others)
             if order is not None:
                 content = {key: target[key] for key in order if key in target}
                 _assign(target, {**content, **target})
 
-    def _ordered(self, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
+    def _order_keys(self, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
         order = list(self.target)
         for key, other in pairs:
             if other in self.target and order.index(key) > order.index(other):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .info import ParametrizationInfo, SpectralNormInfo, UnconvergedSigma
 from .kinds import SPECTRAL_NORM
-from .plan import computed, walk
+from .plan import compute_value, walk
 from .selection import Only, Selection
 from .sigma import exact_sigma, exact_sigma_cost, least_sigma
 from .site import Found, Kind, Site, require_module
@@ -27,7 +27,7 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
     """List what `frozen_spectral_norm` would freeze, as `sn_export.find_spectral_norm` does."""
     found = list(walk(require_module(model), SPECTRAL_NORM))
     warn_of_suspects(model, found, stacklevel=2)
-    return _described(found)
+    return _describe_sites(found)
 
 
 def find_parametrizations(model: nn.Module, only: Only = None) -> list[ParametrizationInfo]:
@@ -37,7 +37,7 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
     if selection.includes_spectral_norm:
         warn_of_suspects(model, found, stacklevel=2)
     with torch.inference_mode(False), torch.no_grad():
-        return [site.outline(computed(site)) for _, sites in found for site in sites]
+        return [site.outline(compute_value(site)) for _, sites in found for site in sites]
 
 
 @overload
@@ -83,10 +83,10 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
 
 
 def _info(site: Site) -> SpectralNormInfo | ParametrizationInfo:
-    return site.describe() if site.group == "spectral_norm" else site.outline(computed(site))
+    return site.describe() if site.group == "spectral_norm" else site.outline(compute_value(site))
 
 
-def _described(found: Iterable[Found]) -> list[SpectralNormInfo]:
+def _describe_sites(found: Iterable[Found]) -> list[SpectralNormInfo]:
     return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
 
 

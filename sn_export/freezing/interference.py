@@ -20,7 +20,7 @@ from .plan import Plan
 from .site import Site, new_state_hooks
 
 
-def unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
+def describe_unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
     """Return the warnings about ``sites`` whose hook never runs, with their categories."""
     messages: list[tuple[str, type[UserWarning]]] = []
     for group in GROUPS:
@@ -32,11 +32,11 @@ def unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
         of_group = [site for site in sites if site.group == group]
         for reason in dict.fromkeys(site.unapplied for site in of_group):
             names = [site.name for site in of_group if site.unapplied == reason]
-            messages.append((_unused(group, names, reason), category))
+            messages.append((_describe_group(group, names, reason), category))
     return messages
 
 
-def _unused(group: Group, names: list[str], reason: str) -> str:
+def _describe_group(group: Group, names: list[str], reason: str) -> str:
     remedy = (
         "Prune in place, with torch.nn.utils.prune.remove, instead"
         if group == "pruning"

@@ -119,13 +119,13 @@ def walk(
 
 
 def _value(site: Site) -> Tensor:
-    value = computed(site)
+    value = compute_value(site)
     if value.is_meta:
         _refuse_without_values(site, None)
     return value
 
 
-def computed(site: Site) -> Tensor:
+def compute_value(site: Site) -> Tensor:
     """Return the value of ``site``, which may be on the meta device.
 
     Raises:
@@ -207,4 +207,6 @@ def _plan_module(edits: Edits, module: nn.RNNBase, frozen: dict[str, Tensor]) ->
     attributes.added["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
     parameters = edits.of(module._parameters)
     position = {name: index for index, name in enumerate(names)}
-    parameters.order = sorted(parameters.remaining(), key=lambda n: position.get(n, len(names)))
+    parameters.order = sorted(
+        parameters.remaining_keys(), key=lambda n: position.get(n, len(names))
+    )

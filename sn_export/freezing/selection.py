@@ -61,7 +61,7 @@ class Selection:
             takes(site)
         missing = [name for name in self._names if name not in used]
         if missing:
-            raise ValueError(_fits_nothing(missing[0], model))
+            raise ValueError(_describe_unmatched(missing[0], model))
         return found
 
     def _is_partial(self) -> bool:
@@ -103,7 +103,7 @@ def _values(only: str | Iterable[str]) -> tuple[str, ...]:
     return values
 
 
-def _fits_nothing(name: str, model: nn.Module) -> str:
+def _describe_unmatched(name: str, model: nn.Module) -> str:
     there: dict[str, Group] = {
         site.name: site.group for _, sites in walk(model, ALL) for site in sites
     }

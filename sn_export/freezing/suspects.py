@@ -19,7 +19,7 @@ from .introspection.singular_vectors import (
     matrices,
     small_state,
 )
-from .introspection.source_code import Code, code_of, is_torch_layer, mentioned
+from .introspection.source_code import Code, code_of, is_mentioned, is_torch_layer
 from .names import (
     is_named_as_bounded,
     is_named_as_norm,
@@ -106,7 +106,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         if not fits(pair.vector, pair.state, pair.weight):
             continue
         signs = (named, is_named_as_vector(pair.vector), mentions_norm(pair.names))
-        if sum(signs) >= 2 and mentioned(pair.vector, pair.names):
+        if sum(signs) >= 2 and is_mentioned(pair.vector, pair.names):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
     own, names = matrices(module), code.mentions(code.forward)
     bounded = is_named_as_bounded(type(module).__name__)

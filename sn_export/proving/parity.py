@@ -16,7 +16,7 @@ from ..errors import ExportError
 from ..files import as_path
 from ..freezing import frozen_spectral_norm
 from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
-from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrapped
+from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrap_model
 from .divergence import locate
 from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
@@ -74,7 +74,7 @@ def check_parity(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = unwrapped(model)
+    model = unwrap_model(model)
     settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():

@@ -29,7 +29,7 @@ from .reference import (
 )
 from .tensor_memory import are_large, as_real_pairs, dense_parts, is_dense, is_large, same_bits
 from .undo import ClosedOnExit, undo_on_exit, undoing
-from .wrapped_models import unwrapped
+from .wrapped_models import unwrap_model
 
 __all__ = [
     "ClosedOnExit",
@@ -67,6 +67,6 @@ __all__ = [
     "tensor_leaves",
     "undo_on_exit",
     "undoing",
-    "unwrapped",
+    "unwrap_model",
     "without_trace",
 ]

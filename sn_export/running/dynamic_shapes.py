@@ -82,7 +82,7 @@ def dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
         return []
     declared: dict[int, dict[int, Any]] = {}
     for name, value, spec in _by_argument(example, dynamic_shapes):
-        declared.update(_declared(name, value, spec))
+        declared.update(_declared_dims(name, value, spec))
     found: list[DynamicDim] = []
     for name, tensor in example.named_tensors():
         for position, entry in declared.get(id(tensor), {}).items():
@@ -163,7 +163,7 @@ def _require_known(name: str, is_known: bool, arguments: Mapping[str, Any]) -> N
         )
 
 
-def _declared(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
+def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
     """Return the dynamic dimensions of each tensor in ``value``, by its id.
 
     Not by its name: ``a[0]`` and an argument ``a_0`` have the same until they are told apart.
@@ -206,7 +206,7 @@ def _declared(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
         )
     found: dict[int, dict[int, Any]] = {}
     for key, item, inner in pairs:
-        found.update(_declared(f"{name}_{key}", item, inner))
+        found.update(_declared_dims(f"{name}_{key}", item, inner))
     return found
 
 

@@ -140,7 +140,7 @@ class Preserved:
         self._copies = Copies(tensor for tensor in self._tensors() if id(tensor) not in guarded)
         replaced |= self._copies.of
         self._swapped = [
-            (container, _replaced(content, replaced))
+            (container, _replace_copies(content, replaced))
             for container, content in (*self._containers, *self._originals)
         ]
         self._start_over()
@@ -263,7 +263,7 @@ def _cuda_is_used() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 
-def _replaced(content: Any, copies: dict[int, Any]) -> Any:
+def _replace_copies(content: Any, copies: dict[int, Any]) -> Any:
     if isinstance(content, dict):
         return {key: copies.get(id(value), value) for key, value in content.items()}
     return type(content)(copies.get(id(value), value) for value in content)

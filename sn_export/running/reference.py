@@ -87,7 +87,7 @@ def _place_of(error: BaseException, model: nn.Module) -> str:
 def _run(model: nn.Module, state: Preserved, inputs: InputSet) -> Any:
     if are_large(model.parameters()):
         try:
-            with _weights_dropped(model):
+            with _drop_weights(model):
                 return _call(model, inputs)
         except Exception:  # it may need one of them later
             state.reset()
@@ -101,7 +101,7 @@ def _call(model: nn.Module, inputs: InputSet) -> Any:
 
 
 @undoing
-def _weights_dropped(model: nn.Module) -> Iterator[None]:
+def _drop_weights(model: nn.Module) -> Iterator[None]:
     """Free each weight that a hook of torch's has set once its module has run.
 
     It is deleted, not replaced: a forward that reads it later fails, and gets no other value.

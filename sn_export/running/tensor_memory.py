@@ -86,7 +86,7 @@ class Copies:
         self._pairs: list[tuple[Tensor, Tensor]] = []  # a copy, and what it is a copy of
         self._views: list[tuple[Tensor, Tensor]] = []  # a copy, and the memory that it belongs on
         originals = {id(tensor): tensor for tensor in tensors}
-        for group in _sharing(originals.values()):
+        for group in _group_by_memory(originals.values()):
             if len(group) > 1:
                 self._copy_together(group)
         for key, tensor in originals.items():
@@ -125,7 +125,7 @@ def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Ten
     others = {id(tensor): tensor for tensor in tensors}
     return [
         tensor
-        for group in _sharing([*aliases.values(), *others.values()])
+        for group in _group_by_memory([*aliases.values(), *others.values()])
         if any(id(tensor) in aliases for tensor in group)
         for tensor in group
         if id(tensor) in others
@@ -168,7 +168,7 @@ def _bits(tensor: Tensor) -> Tensor:
     return real.resolve_neg().contiguous().flatten().view(torch.uint8)
 
 
-def _sharing(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+def _group_by_memory(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Yield the tensors in groups, one for each range of bytes that hangs together."""
     storages: dict[tuple[torch.device, int], list[Tensor]] = {}
     for tensor in tensors:

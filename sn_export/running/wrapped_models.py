@@ -21,7 +21,7 @@ def original_of(module: nn.Module) -> nn.Module | None:
     return module._modules["_orig_mod"]
 
 
-def unwrapped(model: nn.Module) -> nn.Module:
+def unwrap_model(model: nn.Module) -> nn.Module:
     """Return the module to export: the one inside torch's wrappers, or ``model`` itself.
 
     `torch.nn.DataParallel` and `torch.nn.parallel.DistributedDataParallel` scatter their inputs,

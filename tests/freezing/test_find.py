@@ -90,8 +90,8 @@ def test_sigma_in_a_chain_is_of_what_spectral_norm_is_given() -> None:
     model = KINDS["chain-last"](nn.Linear(3, 4)).eval()
     (info,) = find_spectral_norm(model)
     scale, norm = model.parametrizations.weight  # type: ignore[union-attr,misc,index]
-    arriving = scale(model.parametrizations.weight.original)  # type: ignore[union-attr,operator]
-    expected = norm._u @ arriving.detach() @ norm._v
+    input_of_link = scale(model.parametrizations.weight.original)  # type: ignore[union-attr,operator]
+    expected = norm._u @ input_of_link.detach() @ norm._v
     assert info.sigma == pytest.approx(float(expected), rel=1e-5)
 
 

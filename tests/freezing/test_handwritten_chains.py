@@ -417,11 +417,11 @@ def test_sigma_of_an_own_link_is_what_it_divides_by() -> None:
     model = chain(Scale, lambda: OwnNorm(3))()
     (info,) = find_spectral_norm(model)
     scale, own = cast(Any, model).parametrizations.weight
-    arriving = scale(cast(Any, model).parametrizations.weight.original).detach()
+    input_of_link = scale(cast(Any, model).parametrizations.weight.original).detach()
     before = own.u.clone()
-    value = own(arriving)
+    value = own(input_of_link)
     own.u.copy_(before)
-    assert info.sigma == pytest.approx(float((arriving / value).mean()), rel=1e-5)
+    assert info.sigma == pytest.approx(float((input_of_link / value).mean()), rel=1e-5)
 
 
 def test_cached_value_counts_in_eval() -> None:

@@ -19,7 +19,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from sn_export import check_parity, export_onnx, frozen_spectral_norm
-from sn_export.running import unwrapped
+from sn_export.running import unwrap_model
 
 PLAIN = ["0.weight", "0.bias", "4.weight", "4.bias"]
 
@@ -67,7 +67,7 @@ def test_wrapped_model(tmp_path: Path, kind: str, exporter: str, wrapper: str) -
     """The network inside is exported under its plain names, and all is as it was."""
     model = small_net(kind)
     around = _wrapped(wrapper, model)
-    assert unwrapped(around) is model
+    assert unwrap_model(around) is model
     before = fingerprint(model)
     path = tmp_path / "net.onnx"
     report = export_onnx(around, images(), path, exporter=exporter, samples=1)

@@ -137,7 +137,7 @@ def _register(
     assert tensor is not None  # `find_cones` and `computed_from` take no other
     raw = sources.main(names, tensor.size)
     users = using_modules(value)
-    value.name = tensor.name = folded_name(raw, users, _taken(graph))
+    value.name = tensor.name = folded_name(raw, users, _taken_names(graph))
     _insert(graph, value, sources.positions.get(raw or ""), sources.positions)
     return FoldedInitializer(
         name=value.name,
@@ -150,7 +150,7 @@ def _register(
     )
 
 
-def _taken(graph: ir.Graph) -> set[str]:
+def _taken_names(graph: ir.Graph) -> set[str]:
     values = [*graph.inputs, *graph.initializers.values()]
     for node in graph:
         values.extend(node.outputs)

@@ -88,7 +88,7 @@ class Sources:
         return [name for name in near if self._state[name].numel() == tensor.size] or None
 
     def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
-        missing, dtype = _sampled(tensor)
+        missing, dtype = _sample(tensor)
         for name in names:
             source = self._state[name].detach()
             if not source.is_floating_point() or source.is_meta:
@@ -106,7 +106,7 @@ class Sources:
         return not len(missing)
 
 
-def _sampled(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[Any]]:
+def _sample(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[Any]]:
     """Return some elements, sorted and without zeros, and the dtype that they have in ``tensor``.
 
     A masked weight has zeros of its own.
@@ -167,10 +167,10 @@ def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) ->
         if user is not None and not _is_within(module, user):
             wanted = qualified(user, tensor)
     candidates = [wanted, qualified(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
-    return next(name for name in (*candidates, *_numbered(wanted, taken)) if name not in taken)
+    return next(name for name in (*candidates, *_add_number(wanted, taken)) if name not in taken)
 
 
-def _numbered(name: str, taken: Container[str]) -> Iterable[str]:
+def _add_number(name: str, taken: Container[str]) -> Iterable[str]:
     number = 1
     while f"{name}_{number}" in taken:
         number += 1

@@ -90,10 +90,10 @@ def _attribute(cls: type, override: Override) -> Any:
         return property(lambda self: getattr(self, target))
     if how == "base":
         return getattr(torch_base(cls), name)
-    return _named(name, _FUNCTIONS[how](target, getattr(cls, name)))
+    return _set_name(name, _FUNCTIONS[how](target, getattr(cls, name)))
 
 
-def _named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+def _set_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
     function.__name__ = name
     return function
 
@@ -111,7 +111,7 @@ def _argument(target: str, original: Any) -> Callable[..., Any]:
     return normalise
 
 
-def _nothing(target: str, original: Any) -> Callable[..., Any]:
+def _do_nothing(target: str, original: Any) -> Callable[..., Any]:
     return lambda self, *args, **kwargs: None
 
 
@@ -126,7 +126,7 @@ def _forward(target: str, original: Any) -> Callable[..., Any]:
 _FUNCTIONS: dict[str, Callable[[str, Any], Callable[..., Any]]] = {
     "method": _method,
     "argument": _argument,
-    "nothing": _nothing,
+    "nothing": _do_nothing,
     "call": _call,
     "forward": _forward,
 }

@@ -68,7 +68,7 @@ class Code:
         """Every name in any member."""
         return frozenset().union(*(member.names for member in self.members.values()))
 
-    def reached(self, start: Member, cut: Collection[str] = ()) -> Iterator[Member]:
+    def iter_used(self, start: Member, cut: Collection[str] = ()) -> Iterator[Member]:
         """Yield the members that ``start`` uses, nearest first, not looking into ``cut``."""
         queue, seen = [start], {start.name, *cut}
         for member in queue:
@@ -80,7 +80,7 @@ class Code:
 
     def mentions(self, start: Member, cut: Collection[str] = ()) -> frozenset[str]:
         """Return all names in ``start`` and the members it reaches, except inside ``cut``."""
-        return start.names.union(*(member.names for member in self.reached(start, cut)))
+        return start.names.union(*(member.names for member in self.iter_used(start, cut)))
 
 
 _LAYERS = frozenset(
@@ -106,7 +106,7 @@ def code_of(cls: type) -> Code:
     return code
 
 
-def mentioned(name: str, names: Collection[str]) -> bool:
+def is_mentioned(name: str, names: Collection[str]) -> bool:
     """Whether code that uses ``names`` reads the attribute ``name``, perhaps by a pattern.
 
     ``u0`` may be read as ``getattr(self, "u%d" % i)`` or ``getattr(self, f"u{i}")``, and

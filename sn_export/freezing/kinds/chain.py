@@ -79,7 +79,7 @@ class ChainSite(Site):
         if _is_pure(self.chain):
             return self._value_of_pure_chain()
         # A chain that ends in a view or a cached tensor must not lend us its memory.
-        with _nothing_cached():
+        with _bypass_cache():
             value = without_trace(self._run, self.chain.modules())
         return value.clone() if isinstance(value, Tensor) else value
 
@@ -108,7 +108,7 @@ class ChainSite(Site):
         current = edits.planned_class(module)
         owner = class_with_property(current, name)
         assert owner is not None  # `value` has seen it
-        if edits.of(lists._modules).remaining():
+        if edits.of(lists._modules).remaining_keys():
             plain = without_property(owner, name)
         else:
             edits.remove(module._modules, ("parametrizations",))
@@ -151,7 +151,7 @@ def find_chains(path: str, module: nn.Module) -> Iterable[ChainSite]:
 
 
 @undoing
-def _nothing_cached() -> Iterator[None]:
+def _bypass_cache() -> Iterator[None]:
     """Let nothing of a chain stay in torch's cache: it is computed from copies here."""
     cache = parametrize._cache
     content = cache.copy()

@@ -44,21 +44,21 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     code = code_of(type(module))
     if code.is_torch:
         return False
-    vectors = {} if not mentions_norm(code.names) else _named(small_state(module))
+    vectors = {} if not mentions_norm(code.names) else _select_vectors(small_state(module))
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
     # Where the vectors are kept at length one by parametrizations, its own code need not do it.
     inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
-    vectors |= _named((name, t) for name, t in inner if not t.requires_grad)
+    vectors |= _select_vectors((name, t) for name, t in inner if not t.requires_grad)
     if not vectors and (module is not link or not mentions_sigma(code.names)):
         return False
     try:
-        return _divides(module, link, arriving(chain, link), is_whole=not vectors)
+        return _divides(module, link, input_of_link(chain, link), is_whole=not vectors)
     except Exception:  # an eval-mode forward would fail as well
         return False
 
 
-def _named(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+def _select_vectors(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return {name: t for name, t in state if is_named_as_vector(name)}
 
 
@@ -92,13 +92,13 @@ def _divides(module: nn.Module, link: nn.Module, weight: Tensor, is_whole: bool)
     calls: list[tuple[Any, Any]] = []
     original = module.forward
 
-    def listening(*args: Any, **kwargs: Any) -> Any:
+    def record_call(*args: Any, **kwargs: Any) -> Any:
         result = original(*args, **kwargs)
         calls.append((next(iter((*args, *kwargs.values())), None), result))
         return result
 
     def run() -> list[tuple[Any, Any]]:
-        module.__dict__["forward"] = listening
+        module.__dict__["forward"] = record_call
         calls.append((weight, link(weight)))
         return calls
 
@@ -122,7 +122,7 @@ def _is_divided(given: Any, result: Any, is_whole: bool) -> bool:
     return all(is_multiple(one, other) for one, other in matrices)
 
 
-def arriving(chain: ParametrizationList, link: nn.Module) -> Tensor:
+def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
     """Return what ``link`` of ``chain`` is given: the links before it run, and leave no trace."""
     links = list(chain.children())
     before = links[: links.index(link)]

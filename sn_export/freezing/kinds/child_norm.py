@@ -96,7 +96,7 @@ def _confirm(
     module: nn.Module, code: Code, candidate: Candidate, child: str, helper: nn.Module
 ) -> Tensor | None:
     """Return what the child makes of the weight, if forward hands it over and no more."""
-    methods = ["forward", *(member.name for member in code.reached(code.forward))]
+    methods = ["forward", *(member.name for member in code.iter_used(code.forward))]
     reads, uses = (
         sum(times_read(type(module), method, name) for method in methods)
         for name in (candidate.raw, child)
@@ -106,13 +106,13 @@ def _confirm(
     calls: list[tuple[tuple[Any, ...], Any]] = []
     original = helper.forward
 
-    def listening(*args: Any, **kwargs: Any) -> Any:
+    def record_call(*args: Any, **kwargs: Any) -> Any:
         value = original(*args, **kwargs)
         calls.append(((*args, *kwargs.items()), value))
         return value
 
     def run() -> Tensor | None:
-        helper.__dict__["forward"] = listening
+        helper.__dict__["forward"] = record_call
         helper.__dict__["_compiled_call_impl"] = None
         probe = Probe.of(module)
         inputs = placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]

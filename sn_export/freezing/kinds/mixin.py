@@ -34,7 +34,7 @@ from ..introspection.singular_vectors import (
     matrices,
     small_state,
 )
-from ..introspection.source_code import Code, Member, mentioned, times_read
+from ..introspection.source_code import Code, Member, is_mentioned, times_read
 from ..names import is_named_as_vector, mentions_norm, mentions_sigma, plain_name
 from ..site import plan_registration
 from .handwritten_site import Answer, HandwrittenSite
@@ -95,7 +95,7 @@ def _site(
     candidate = Candidate(raw, raw, weight, tuple(vectors))
     probe = Probe.of(module)
     used = None if probe is None else probe.weight(raw)
-    for member in code.reached(code.forward):
+    for member in code.iter_used(code.forward):
         names = code.mentions(member)
         if member.required > 1 or not _is_normalised(names, raw, vectors, member):
             continue
@@ -138,7 +138,7 @@ def _method_site(
         Override(member.name, how, tensor),  # type: ignore[arg-type]
         *(Override(m.name, "nothing") for m in updates),
     )
-    kept = tuple(name for name in state if mentioned(name, rest))
+    kept = tuple(name for name in state if is_mentioned(name, rest))
     return MixinSite(path, module, tensor, Answer(raw, value, state), overrides, kept)
 
 
@@ -155,8 +155,8 @@ def _is_normalised(
     names: frozenset[str], raw: str, vectors: Collection[str], member: Member | None = None
 ) -> bool:
     """Whether code that uses ``names`` reads the weight and something to divide it by."""
-    reads = mentioned(raw, names) or (member is not None and member.required == 1)
-    return reads and (any(mentioned(v, names) for v in vectors) or mentions_sigma(names))
+    reads = is_mentioned(raw, names) or (member is not None and member.required == 1)
+    return reads and (any(is_mentioned(v, names) for v in vectors) or mentions_sigma(names))
 
 
 def _state(
@@ -167,7 +167,7 @@ def _state(
     return tuple(
         name
         for name, tensor in small_state(module)
-        if name in stored and (name in vectors or tensor.numel() == 1) and mentioned(name, names)
+        if name in stored and (name in vectors or tensor.numel() == 1) and is_mentioned(name, names)
     )
 
 
@@ -178,7 +178,7 @@ def _observe(module: nn.Module, member: Member, candidate: Candidate) -> Tensor 
     values: list[Any] = []
 
     def run() -> Tensor | None:
-        with contextlib.suppress(Exception), _listening(module, member, values):
+        with contextlib.suppress(Exception), _collect_returns(module, member, values):
             module.forward(
                 *placeholders(module, AbsorbingArgument)
             )  # it ends where it needs an input
@@ -189,22 +189,22 @@ def _observe(module: nn.Module, member: Member, candidate: Candidate) -> Tensor 
 
 
 @undoing
-def _listening(module: nn.Module, member: Member, values: list[Any]) -> Iterator[None]:
+def _collect_returns(module: nn.Module, member: Member, values: list[Any]) -> Iterator[None]:
     """Collect what ``member`` returns; to be used on copies, inside `compute_in_sandbox`."""
 
-    def noted(value: Any) -> Any:
+    def collect(value: Any) -> Any:
         values.append(value)
         return value
 
     if not member.is_property:
         original = getattr(module, member.name)
-        module.__dict__[member.name] = lambda *args, **kwargs: noted(original(*args, **kwargs))
+        module.__dict__[member.name] = lambda *args, **kwargs: collect(original(*args, **kwargs))
         yield
         return
     cls = type(module)
     entry: property = inspect.getattr_static(cls, member.name)
     listening = frozen_class(cls, ())
-    setattr(listening, member.name, property(lambda self: noted(entry.__get__(self))))
+    setattr(listening, member.name, property(lambda self: collect(entry.__get__(self))))
     with undo_on_exit(lambda: object.__setattr__(module, "__class__", cls)):
         object.__setattr__(module, "__class__", listening)
         yield
@@ -245,11 +245,11 @@ def _updates(
 
     return [
         other
-        for other in code.reached(code.forward, {member.name})
+        for other in code.iter_used(code.forward, {member.name})
         if other.name in code.forward.names
         and not other.is_property
         and other.required == 0
-        and any(mentioned(name, code.mentions(other)) for name in vectors)
+        and any(is_mentioned(name, code.mentions(other)) for name in vectors)
         and returns_nothing(other.name)
     ]
 

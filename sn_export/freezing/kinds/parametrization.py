@@ -12,7 +12,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..info import Group, SpectralNormInfo
 from ..sigma import stored_sigma
 from .chain import ChainSite, chains
-from .chain_link import arriving, asked_sigma, spectral_norm_in
+from .chain_link import asked_sigma, input_of_link, spectral_norm_in
 
 
 class ParametrizationSite(ChainSite):
@@ -35,7 +35,7 @@ class ParametrizationSite(ChainSite):
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
         norm = self.norm
-        weight = arriving(self.chain, norm)
+        weight = input_of_link(self.chain, norm)
         return self.norm_info(
             weight,
             dim=getattr(norm, "dim", 0),
@@ -49,7 +49,7 @@ class ParametrizationSite(ChainSite):
         norm = self.norm
         if not isinstance(norm, _SpectralNorm):
             return None  # a link of somebody's own need not take the norm of a matrix
-        weight = arriving(self.chain, norm)
+        weight = input_of_link(self.chain, norm)
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ...running import same_bits
 from ..edits import Edits
 from ..introspection.sandbox import AlwaysEqualArgument, Candidate, missing_weights
-from ..introspection.source_code import mentioned, names_in
+from ..introspection.source_code import is_mentioned, names_in
 from ..names import is_named_as_vector
 from ..site import is_state_hook_of, plan_registration
 from .handwritten_site import Answer, HandwrittenSite
@@ -64,7 +64,7 @@ def find_prehooks(path: str, module: nn.Module) -> list[PrehookSite]:
         if missing.tensor in known or not any(map(is_named_as_vector, missing.state)):
             continue
         for key, hook in module._forward_pre_hooks.items():
-            if not mentioned(missing.raw, names_in(hook)):
+            if not is_mentioned(missing.raw, names_in(hook)):
                 continue  # somebody else's, which must not run for this
             value = _confirm(module, missing, key)
             if value is not None:

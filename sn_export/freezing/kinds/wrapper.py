@@ -32,7 +32,7 @@ from ..introspection.singular_vectors import (
     matrices,
     small_state,
 )
-from ..introspection.source_code import Code, Member, is_torch_layer, mentioned
+from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
 from ..names import is_named_as_vector
 from ..site import plan_registration
 from .handwritten_site import Answer, HandwrittenSite
@@ -98,7 +98,7 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
         if kept and is_torch_layer(type(layer)) and layer._parameters.get("weight") is None:
             missing_here += [Candidate("weight", raw, value) for raw, value in kept.items()]
         for missing in missing_here:
-            if not mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
+            if not is_mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
             state = list(missing.state)
             state += [n for n, t in beside if fits(n, t, missing.weight)]
@@ -131,7 +131,7 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
         if value is None:
             value = _value_after(wrapper, layer, setters)
         rest = code.mentions(code.forward, {m.name for m in setters})
-        if not setters or any(mentioned(n, rest) for n in (candidate.raw, *candidate.state)):
+        if not setters or any(is_mentioned(n, rest) for n in (candidate.raw, *candidate.state)):
             return None
     if value is None:
         return None
@@ -153,7 +153,7 @@ def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
         is_same = not kwargs and len(args) == len(given) and all(map(_is, args, given))
         return result
 
-    def called(_module: nn.Module, _args: Any) -> None:
+    def note_call(_module: nn.Module, _args: Any) -> None:
         call.way = "call"
 
     attributes = layer.module.__dict__
@@ -161,7 +161,7 @@ def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
     attributes["_compiled_call_impl"] = None
     for hooks in _HOOKS:  # not the user's: there is no input yet
         attributes[hooks] = OrderedDict()
-    attributes["_forward_pre_hooks"][0] = called
+    attributes["_forward_pre_hooks"][0] = note_call
     try:
         call.is_all = wrapper.forward(*given) is result and is_same
     except Exception:
@@ -177,11 +177,11 @@ def _setters(code: Code, candidate: Candidate) -> list[Member]:
     names = (candidate.raw, *candidate.state)
     return [
         member
-        for member in code.reached(code.forward)
+        for member in code.iter_used(code.forward)
         if member.name in code.forward.names
         and not member.is_property
         and member.required == 0
-        and any(mentioned(n, code.mentions(member)) for n in names)
+        and any(is_mentioned(n, code.mentions(member)) for n in names)
     ]
 
 
