@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -179,7 +179,7 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
     if is_norm and "weight" in site.keys:
         dim, sigma, exact, note = _measure(site, state.tensors, dims)
     else:
-        note = _broken({key: state.tensors[key] for key in specs if specs[key] is not None})
+        note = _broken([key for key in specs if specs[key] is not None], state.tensors)
     if site.group == "weight_norm" and not site.blocked:
         dim, more = _weight_norm_dim(site, state.tensors, dims)
         note = note or more
@@ -205,9 +205,9 @@ def _measure(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[int | None, float, float, str]:
     """Return dim, sigma and exact sigma of a spectral norm, and what is to be said of them."""
-    norm = TorchNorm(site, tensors)
-    if broken := _broken({site.keys[part]: value for part, value in norm.parts.items()}):
+    if broken := _broken(site.keys.values(), tensors):
         return None, math.nan, math.nan, broken
+    norm = TorchNorm(site, tensors)
     try:
         dim = decide_dim(norm, dims)
     except CheckpointError as error:
@@ -232,11 +232,11 @@ def _weight_norm_dim(
     return dim, "g is one number for the whole tensor (dim=None)" if dim is None else ""
 
 
-def _broken(values: Mapping[str, Any]) -> str:
-    """Return which of some values, by key, is not finite, or nothing."""
-    for key, value in values.items():
+def _broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
+    """Return which of some tensors, read one at a time, is not finite, or nothing."""
+    for key in keys:
         try:
-            require_finite(key, value)
+            require_finite(key, tensors[key])
         except CheckpointError:
             return f"'{key}' holds NaN or infinite values"
     return ""
@@ -245,7 +245,10 @@ def _broken(values: Mapping[str, Any]) -> str:
 def _exact_for_all(norm: TorchNorm) -> float:
     """Return the largest singular value where all dims that fit agree on it."""
     try:
-        values = [exact_sigma(norm.matrix(dim)) for dim in fitting_dims(norm)]
+        dims = fitting_dims(norm)
     except CheckpointError:
         return math.nan
-    return values[0] if all(math.isclose(v, values[0], rel_tol=1e-12) for v in values) else math.nan
+    if len(norm.site.shape) == 2:  # a matrix and its transpose have one
+        dims = dims[:1]
+    first, *others = (exact_sigma(norm.matrix(dim)) for dim in dims)
+    return first if all(math.isclose(one, first, rel_tol=1e-9) for one in others) else math.nan

@@ -311,16 +311,31 @@ def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
 
 def require_finite(key: str, tensor: Tensor) -> Tensor:
     """Return ``tensor``; raise a CheckpointError that names ``key`` if it holds NaN or infinity."""
-    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
-        return tensor
-    values = tensor.float() if tensor.dtype.itemsize == 1 else tensor  # float8 knows no isfinite
-    finite = torch.isfinite(values)
-    if not bool(finite.all()):
+    if not is_finite(tensor):
+        values = _values(tensor)
         raise CheckpointError(
-            f"'{key}' holds {int((~finite).sum())} of {tensor.numel()} values that are NaN or "
-            "infinite"
+            f"'{key}' holds {int((~torch.isfinite(values)).sum())} of {values.numel()} values "
+            "that are NaN or infinite"
         )
     return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers; no copy is made, as `torch.isfinite` makes three."""
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return True
+    values = _values(tensor)
+    parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    # NaN and infinities show in the least and the largest value.
+    return not parts.numel() or all(map(math.isfinite, map(float, torch.aminmax(parts))))
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return the stored values of a sparse tensor, and float8 as what can be compared."""
+    values = tensor.detach()
+    if values.layout is not torch.strided:
+        values = values._values() if values.layout is torch.sparse_coo else values.values()
+    return values.float() if values.dtype.itemsize == 1 else values
 
 
 def aligned(tensor: Tensor) -> Tensor:

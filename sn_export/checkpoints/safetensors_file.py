@@ -131,14 +131,22 @@ def _write(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
-            value = entries[key].read()
-            if Spec(value.dtype, tuple(value.shape)) != specs[key]:
-                raise CheckpointError(
-                    f"'{key}' came out as {value.dtype} {list(value.shape)}, not as "
-                    f"{specs[key].dtype} {list(specs[key].shape)}"
-                )
-            _write_bytes(file, value)
+            _write_bytes(file, read_entry(key, entries[key], specs[key]))
             written(key)
+
+
+def read_entry(key: str, entry: Entry, spec: Spec) -> Tensor:
+    """Return the tensor that ``entry`` promises; raise a CheckpointError if it is another.
+
+    The caller must not keep it in a variable: the next one is made while that still holds it.
+    """
+    value: Tensor = entry.read()
+    if Spec(value.dtype, tuple(value.shape)) != spec:
+        raise CheckpointError(
+            f"'{key}' came out as {value.dtype} {list(value.shape)}, not as "
+            f"{spec.dtype} {list(spec.shape)}"
+        )
+    return value
 
 
 def _write_bytes(file: Any, tensor: Tensor) -> None:

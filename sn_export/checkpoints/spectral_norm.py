@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from ..errors import CheckpointError
 from ..text import quote_names
 from .lazy_tensors import Spec, spec_of
-from .reparametrizations import Entry, Kind, Reparametrization, aligned, require_finite
+from .reparametrizations import Entry, Kind, Reparametrization, aligned, is_finite, require_finite
 
 # After a training step u = normalize(W v) or v = normalize(W^H u) held exactly, and a step of
 # the optimizer later still nearly; along a wrong dim the two are strangers.
@@ -107,7 +107,7 @@ def _plain_value(
     if len(candidates) > 1 or site.name in dims:
         candidates = [decide_dim(norm, dims)]
     value = norm.value(candidates[0])
-    if not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         raise zero_sigma(site.name)
     return value
 

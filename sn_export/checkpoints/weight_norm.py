@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _WeightNorm
 from ..errors import CheckpointError
 from ..text import quote_names
 from .lazy_tensors import spec_of
-from .reparametrizations import Kind, Reparametrization, aligned, weight_norm_dims
+from .reparametrizations import Kind, Reparametrization, aligned, is_finite, weight_norm_dims
 
 
 def fitting_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
@@ -85,7 +85,7 @@ def _plain_value(
         raise CheckpointError(
             f"torch cannot normalise '{site.name}': {str(error).splitlines()[0]}"
         ) from error
-    if not bool(torch.isfinite(value).all()):
+    if not is_finite(value):
         raise CheckpointError(
             f"a norm in '{site.keys['v']}' is 0 or too small to divide by, so the weight "
             f"'{site.name}' would not be finite"
