@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..files import open_regular
 from ..text import quote_name, quote_names
 from .content import Checkpoint
-from .distributed import is_distributed, read_distributed, read_sharded_safetensors
+from .distributed import is_distributed, read_distributed
 from .lazy_tensors import (
     LazyTensors,
     lacking,
@@ -19,6 +19,7 @@ from .lazy_tensors import (
     read_safetensors,
     read_safetensors_index,
 )
+from .sharded import read_sharded_safetensors
 from .torch_file import read_torch_file
 
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
