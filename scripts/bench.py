@@ -34,7 +34,7 @@ BENCHMARKS = {
     "export": ("bench_export", "exporting"),
     "file": ("bench_export", "files"),
     "large": ("bench_large", "exporting"),
-    "convert": ("bench_checkpoint", "converting"),
+    "checkpoints": ("bench_checkpoint", "checkpoints"),
     "help": ("bench_checkpoint", "helping"),
 }
 VERDICTS = {True: "met", False: "MISSED", None: ""}
@@ -44,7 +44,7 @@ HEADER = ("name", "measured", "min to max", "aim", "", "seconds")
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the benchmarks asked for and report them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--quick", action="store_true", help="fewer repetitions, smaller files")
     parser.add_argument("--only", choices=BENCHMARKS, action="append", help="may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--markdown", action="store_true", help="print a markdown table")

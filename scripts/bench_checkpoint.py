@@ -1,4 +1,4 @@
-"""What the command line costs: memory for a large checkpoint, and time until help is there."""
+"""What the command line costs: time and memory for large checkpoints, time until help shows."""
 
 from __future__ import annotations
 
@@ -6,29 +6,37 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
+import torch.distributed.checkpoint as dcp
 from bench_common import Row, ratio
 from safetensors.torch import save_file
 
-_LAYERS, _SHAPE = 100, (2560, 4096)  # 4.2 GB in float32
 # Not ru_maxrss: that starts at what the parent had when it started the process.
 _MEASURE = """
-import re, sys
-from sn_export.checkpoints import convert_checkpoint
-_, source, target, to = sys.argv
-convert_checkpoint(source, target, to, max_shard_size=10**9)
-print(int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024)
+import json, re, sys, time
+from sn_export.cli import main
+start = time.perf_counter()
+try:
+    main()
+finally:
+    peak = int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+    measured = {"seconds": time.perf_counter() - start, "bytes": peak}
+    print("\\n" + json.dumps(measured), file=sys.stderr)
 """
+_AIM = 0.5  # GB: torch itself takes 0.27
 
 
-def converting(quick: bool) -> list[Row]:
-    """Peak resident memory of a process that converts a checkpoint of 4.2 GB."""
+def checkpoints(quick: bool) -> list[Row]:
+    """Peak resident memory and time of ``inspect`` and ``convert``, each a process of its own."""
+    share = 10 if quick else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        source = _checkpoint(folder, _LAYERS // 10 if quick else _LAYERS)
-        return [_peak(source, folder / to, to) for to in ("plain", "parametrization")]
+        rows = _measure(_safetensors(folder, 100 // share, (2560, 4096)), folder / "plain", "")
+        return rows + _measure(_distributed(folder, 36 // share, (4096, 4096)), folder / "dcp", "/")
 
 
 def helping(quick: bool) -> list[Row]:
@@ -45,37 +53,57 @@ def helping(quick: bool) -> list[Row]:
     ]
 
 
-def _peak(source: Path, folder: Path, to: str) -> Row:
-    folder.mkdir()
-    target = folder / "converted.safetensors"
-    command = [sys.executable, "-c", _MEASURE, str(source), str(target), to]
-    ran = subprocess.run(command, check=True, capture_output=True, text=True)
-    for file in folder.iterdir():
-        file.unlink()
-    size = sum(file.stat().st_size for file in source.parent.glob("*.safetensors"))
-    return Row(
-        f"convert --to {to}, {size / 1e9:.1f} GB: peak memory in GB",
-        int(ran.stdout) / 1e9,
-        1.0,
-        "GB",
-        {"bytes": size},
-    )
+def _measure(source: Path, target: Path, suffix: str) -> list[Row]:
+    folder = source if source.is_dir() else source.parent
+    size = sum(path.stat().st_size for path in folder.iterdir() if path.is_file())
+    output = f"{target}{suffix or '.safetensors'}"
+    shards = [] if suffix else ["--max-shard-size", "1GB"]
+    rows = []
+    for command in (
+        ["inspect", source],
+        ["convert", source, "--to", "plain", "-o", output, *shards],
+    ):
+        process = [sys.executable, "-c", _MEASURE, *map(str, command)]
+        ran = subprocess.run(process, check=True, capture_output=True, text=True)
+        measured = json.loads(ran.stderr.splitlines()[-1])
+        title = f"{command[0]} {size / 1e9:.1f} GB, {'DCP folder' if suffix else 'safetensors'}"
+        rows.append(Row(f"{title}: peak memory", measured["bytes"] / 1e9, _AIM, "GB"))
+        rows.append(Row(f"{title}: seconds", measured["seconds"], None, "s"))
+    return rows
 
 
-def _checkpoint(folder: Path, layers: int) -> Path:
-    """Write shards of ten layers and their index, so that this process stays small too."""
+def _layers(count: int, shape: tuple[int, int]) -> Callable[[int], dict[str, torch.Tensor]]:
+    """Return a function that gives the tensors of one of ``count`` layers; they share a weight."""
     torch.manual_seed(0)
-    weight = torch.randn(_SHAPE)
-    files = {}
-    for start in range(0, layers, 10):
+    weight = torch.randn(shape)
+    u = torch.nn.functional.normalize(torch.randn(shape[0]), dim=0)
+    v = torch.nn.functional.normalize(weight.mT @ u, dim=0)
+
+    def layer(number: int) -> dict[str, torch.Tensor]:
+        parts = {"weight_orig": weight, "weight_u": u, "weight_v": v}
+        return {f"{number}.{name}": value for name, value in parts.items()}
+
+    return layer
+
+
+def _safetensors(folder: Path, count: int, shape: tuple[int, int]) -> Path:
+    """Write shards of ten layers and their index, so that this process stays small too."""
+    layer, places = _layers(count, shape), dict[str, str]()
+    (folder / "shards").mkdir()
+    for start in range(0, count, 10):
         shard = f"part-{start:03d}.safetensors"
-        tensors = {}
-        for i in range(start, min(start + 10, layers)):
-            tensors[f"{i}.weight_orig"] = weight.clone()
-            tensors[f"{i}.weight_u"] = torch.randn(_SHAPE[0])
-            tensors[f"{i}.weight_v"] = torch.randn(_SHAPE[1])
-        save_file(tensors, folder / shard)
-        files.update(dict.fromkeys(tensors, shard))
-    index = folder / "large.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+        tensors: dict[str, Any] = {}
+        for number in range(start, min(start + 10, count)):
+            tensors |= {name: value.clone() for name, value in layer(number).items()}
+        save_file(tensors, folder / "shards" / shard)
+        places.update(dict.fromkeys(tensors, shard))
+    index = folder / "shards" / "large.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": places}))
     return index
+
+
+def _distributed(folder: Path, count: int, shape: tuple[int, int]) -> Path:
+    layer = _layers(count, shape)
+    state = {name: value for number in range(count) for name, value in layer(number).items()}
+    dcp.save(state, checkpoint_id=folder / "saved", no_dist=True)
+    return folder / "saved"
