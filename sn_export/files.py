@@ -125,6 +125,20 @@ def require_place(target: Path) -> None:
             raise FileExistsError(f"cannot write '{target}': it is no regular file")
 
 
+def require_folder_place(target: Path) -> None:
+    """Raise if no new folder can be at ``target``. An empty one there is replaced.
+
+    Raises:
+        FileExistsError: if there is anything else.
+        OSError: as `require_place`.
+    """
+    if target.is_dir() and not target.is_symlink() and not any(target.iterdir()):
+        return
+    if os.path.lexists(target):
+        raise FileExistsError(f"cannot write '{target}': it is there, and no empty folder")
+    require_place(target)
+
+
 def are_one_place(one: Path, other: Path) -> bool:
     """Whether two paths name one file, whether or not it is there."""
     return os.path.realpath(one) == os.path.realpath(other)
@@ -292,13 +306,16 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
     next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
 
     Args:
-        moves: drafts, from `drafts`, and their places; the one that names the others last.
+        moves: drafts, from `drafts`, and their places; the one that names the others last. A
+            folder alone, with files in it, is moved in one step too.
         stale: files that nobody reads afterwards, each beside one of the places.
 
     Raises:
         OSError: if a file cannot be moved; what was at the places is there again.
     """
     for made, _ in moves:
+        for path in made.iterdir() if made.is_dir() else ():
+            _flush(path)
         _flush(made)
     last, done = moves[-1][0], list[tuple[Path, Path]]()
     phases = _plan(moves, stale)

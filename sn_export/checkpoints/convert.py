@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import compress
 from operator import not_
@@ -15,16 +16,18 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import disk_errors_as, drafts, publish, require_place
+from ..files import disk_errors_as, drafts, publish, require_folder_place, require_place
 from ..results import Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
+from .distributed import write_distributed
 from .lazy_tensors import LazyTensors, read_index
 from .read import read_checkpoint
 from .reparametrizations import (
     Reparametrization,
     Spelling,
     find_reparametrizations,
+    handwritten_norms,
     handwritten_notes,
 )
 from .safetensors_file import shard_name, write_safetensors
@@ -47,7 +50,7 @@ class Conversion:
     """What `convert_checkpoint` made.
 
     Attributes:
-        files: the files written.
+        files: the files written, or the folder.
         key: where in the checkpoint the state dict is.
         found: every reparametrized tensor that was to be respelled.
         changed: those that were spelled differently.
@@ -82,12 +85,15 @@ def convert_checkpoint(
         convert_checkpoint("critic.pt", "plain.safetensors", "plain", weights_only=True)
 
     A plain network that loads the result computes, bit for bit, what the reparametrized
-    network computes in eval mode. From safetensors to safetensors one tensor at a
-    time is in memory. Files appear together once all are written, or none does.
+    network computes in eval mode. From safetensors and distributed folders to safetensors and
+    folders one tensor at a time is in memory. Files appear together once all are written, or none
+    does.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
-        target: the file to write, ``.safetensors`` or torch's ``.pt``, ``.pth``, ``.ckpt``.
+        target: the file to write, ``.safetensors`` or torch's ``.pt``, ``.pth``, ``.ckpt``. Where
+            a folder was read, of torch.distributed.checkpoint or of safetensors, any other name
+            is that of a new folder of the same kind, from which a sharded run can go on.
         to: ``"plain"``, ``"hook"`` or ``"parametrization"``.
         only: respell spectral norm or weight norm alone, and leave others as they are.
         key: where in the checkpoint the state dict is, if several are reparametrized.
@@ -103,19 +109,10 @@ def convert_checkpoint(
             spelled so; it names what cannot. What was at ``target`` is untouched then.
     """
     destination = Path(target)
-    if destination.suffix not in _SUFFIXES:
-        raise CheckpointError(
-            f"cannot write '{destination}': it must end in {', '.join(_SUFFIXES[:-1])} or "
-            f"{_SUFFIXES[-1]}"
-        )
-    with disk_errors_as(CheckpointError, destination):
-        require_place(destination)
-        if max_shard_size is not None:
-            require_place(destination.with_name(shard_name(destination.name, 1, 1)))
-    is_torch = destination.suffix != ".safetensors"
-    if max_shard_size is not None and is_torch:
-        raise CheckpointError(f"only safetensors can be sharded, and '{destination}' is not")
+    is_folder = _require_target(destination, Path(path), max_shard_size)
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
+    if is_folder and checkpoint.format == "torch":
+        raise _unknown_target(destination)
     state = checkpoint.choose(
         key, lambda one: bool(_chosen_sites(one, only)[0]), f"has {_label(only)} in it"
     )
@@ -124,10 +121,7 @@ def convert_checkpoint(
     if not found:
         raise CheckpointError(". ".join((_nothing_to_convert(checkpoint, only), *notes)))
     require_fitting(dims or {}, found, state.tensors)
-    try:
-        result = respell(state, {site.name: to for site in found}, dims)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}{_advice(found, only)}") from error
+    result = _respell_all(state, found, to, only, dims)
     notes += checkpoint.notes + _notes(found, left, state.tensors, dims or {})
     count = len(result.entries)
 
@@ -135,18 +129,17 @@ def convert_checkpoint(
         progress(name, count)
 
     with disk_errors_as(CheckpointError, destination), drafts(destination) as draft:
-        if is_torch:
+        if is_folder:
+            made = [draft]
+            _write_folder(checkpoint, state, result, weights_only, draft, written)
+        elif destination.suffix != ".safetensors":
             made = [draft]
             _save(_content(checkpoint, state, result, weights_only, written), draft)
         else:
             _require_tensors_only(checkpoint, state, weights_only, destination)
+            texts = checkpoint.file_metadata
             made = write_safetensors(
-                draft.parent,
-                draft.name,
-                result.entries,
-                checkpoint.file_metadata,
-                max_shard_size,
-                written,
+                draft.parent, draft.name, result.entries, texts, max_shard_size, written
             )
         _require_unambiguous(destination, made)
         files = tuple(destination.with_name(file.name) for file in made)
@@ -156,6 +149,77 @@ def convert_checkpoint(
         names = quote_names(path.name for path in stale)
         notes += (f"removed, as the new index names other shards: {names}",)
     return Conversion(files, state.key, found, result.changed, notes)
+
+
+def _require_target(target: Path, source: Path, max_shard_size: int | None) -> bool:
+    """Return whether ``target`` is to be a folder, as ``source`` is; raise if it cannot be."""
+    is_file = target.suffix in _SUFFIXES
+    if not is_file and not source.is_dir():
+        raise _unknown_target(target)
+    with disk_errors_as(CheckpointError, target):
+        if is_file:
+            require_place(target)
+        else:
+            require_folder_place(target)
+        if max_shard_size is not None:
+            require_place(target.with_name(shard_name(target.name, 1, 1)))
+    if max_shard_size is not None and target.suffix != ".safetensors":
+        raise CheckpointError(f"only safetensors can be sharded, and '{target}' is not")
+    return not is_file
+
+
+def _unknown_target(target: Path) -> CheckpointError:
+    return CheckpointError(
+        f"cannot write '{target}': it must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
+    )
+
+
+def _respell_all(
+    state: StateDict,
+    found: Sequence[Reparametrization],
+    to: Spelling,
+    only: Respellable | None,
+    dims: Mapping[str, int] | None,
+) -> Respelled:
+    """Return ``state`` with all of ``found`` spelled as ``to``.
+
+    Raises:
+        CheckpointError: if one cannot be, or there is handwritten spectral norm, so that the file
+            would not be what was asked for.
+    """
+    try:
+        result = respell(state, {site.name: to for site in found}, dims)
+    except CheckpointError as error:
+        is_partial = only is None and len({site.group for site in found}) > 1
+        raise CheckpointError(f"{error}{_advise_only(found) if is_partial else ''}") from error
+    handwritten = handwritten_norms(state.tensors)
+    if handwritten and only is None:
+        raise CheckpointError(
+            f"cannot spell {quote_names(handwritten)} as {to}: it looks like handwritten spectral "
+            "norm, and only the model's code can tell the weight in use ('sn-export onnx' runs "
+            f"that){_advise_only(found)}"
+        )
+    return result
+
+
+def _write_folder(
+    checkpoint: Checkpoint,
+    state: StateDict,
+    result: Respelled,
+    weights_only: bool,
+    folder: Path,
+    written: Callable[[str], None],
+) -> None:
+    """Write a folder of the kind that was read."""
+    if checkpoint.format == "safetensors":
+        folder.mkdir()
+        texts = checkpoint.file_metadata
+        write_safetensors(folder, "model.safetensors", result.entries, texts, None, written)
+        return
+    require_read(checkpoint.content, quote_name(checkpoint.path))
+    content, path = (None, ()) if weights_only else (checkpoint.content, state.path)
+    with _torch_disk_errors():
+        write_distributed(folder, content, path, result.entries, written)
 
 
 def _chosen_sites(
@@ -180,12 +244,11 @@ def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str
     return f"'{checkpoint.path}' holds {'; and '.join(absent)}"
 
 
-def _advice(found: Sequence[Reparametrization], only: Respellable | None) -> str:
-    """Return how to convert the rest, where a part of what was found cannot be."""
+def _advise_only(found: Sequence[Reparametrization]) -> str:
+    """Return how to convert a part of what was found, and leave the rest as it is."""
     possible = sorted({site.group for site in found if not site.blocked} & _LOOKED_FOR.keys())
-    if only or not possible or len({site.group for site in found}) == 1:
-        return ""
-    return f"; to leave that as it is: {' or '.join(f'--only {name}' for name in possible)}"
+    options = " or ".join(f"--only {name}" for name in possible)
+    return f"; to leave that as it is: {options}" if options else ""
 
 
 def _notes(
@@ -228,12 +291,20 @@ def _content(
 
 
 def _save(content: Any, path: Path) -> None:
+    with _torch_disk_errors(), path.open("wb") as file:
+        torch.save(content, file)
+
+
+@contextmanager
+def _torch_disk_errors() -> Iterator[None]:
+    """Raise an OSError for what torch's C++ writer makes of a full disk."""
     try:
-        with path.open("wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # what its C++ writer makes of a full disk
+        yield
+    except RuntimeError as error:
         if isinstance(error.__context__, OSError):
             raise error.__context__ from error
+        if "inline_container" not in str(error):  # the name of that writer's file
+            raise
         raise OSError(0, "the disk is full, or the file was cut off") from error
 
 

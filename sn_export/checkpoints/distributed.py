@@ -1,11 +1,12 @@
-"""Folders of torch.distributed.checkpoint: read by one process, tensor by tensor."""
+"""Folders of torch.distributed.checkpoint, read and written by one process, tensor by tensor."""
 
 from __future__ import annotations
 
 import io
 import math
 import os
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -13,18 +14,24 @@ from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     Metadata,
     MetadataIndex,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..text import quote_name
+from .content import replace_at
 from .lazy_tensors import LazyTensors, Spec
 from .pickle_globals import is_count
+from .reparametrizations import Entry
 from .sharded import Piece, Sharded, as_shape, damaged, require_covered
 from .torch_file import read_pickle, read_torch_part
 
@@ -189,6 +196,8 @@ def _sharded(files: _Files, name: str, entry: TensorStorageMetadata) -> Sharded:
 def _read_piece(files: _Files, index: MetadataIndex, spec: Spec) -> Tensor:
     if not math.prod(spec.shape):
         return torch.empty(spec.shape, dtype=spec.dtype)
+    # Not by torch's FileSystemReader: it unpickles a piece with a list of its own, into a second
+    # tensor of the same size. Here one list decides for every format, and a piece is read once.
     what = f"{files.what}: {quote_name(index.fqn)}"
     with files.open(index) as part:
         value = read_torch_part(part, what, False, set())
@@ -237,3 +246,88 @@ def _finish(node: _Node) -> Any:
     others = {str(k): v for k, v in values.items() if not isinstance(v, Sharded)}
     specs = {name: tensor.spec for name, tensor in tensors.items()}
     return LazyTensors(specs, lambda name: tensors[name].read(), others)
+
+
+def write_distributed(
+    folder: Path,
+    content: Any,
+    path: tuple[str, ...],
+    entries: Mapping[str, Entry],
+    written: Callable[[str], None],
+) -> None:
+    """Write a folder that `torch.distributed.checkpoint.load` reads, on any number of ranks.
+
+    Torch plans with tensors on the meta device, and each value is made when it is written. Every
+    tensor has a file of its own: torch keeps all that it writes into one file in memory until
+    that is closed.
+
+    Args:
+        folder: where to write; it is made.
+        content: everything that is to be in it. Tensors that are read lazily stay so.
+        path: where in it ``entries`` stand, in the place of the state dict there.
+        entries: the values of the state dict.
+        written: called with the name of each of them that is written.
+
+    Raises:
+        CheckpointError: if a value cannot be computed.
+        OSError: if it cannot be written.
+    """
+    planner = _LazyPlanner()
+    outlined = {
+        name: planner.outline(entry, partial(written, name)) for name, entry in entries.items()
+    }
+    state = planner.outline_all(replace_at(content, path, outlined))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is one process, which is meant so
+            writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
+            save(state, storage_writer=writer, planner=planner, no_dist=True)
+    except CheckpointException as error:  # it wraps what was raised
+        raise next(iter(error.failures.values()))[0] from error
+
+
+class _LazyPlanner(DefaultSavePlanner):
+    """Plans with outlines of tensors, and makes each value when it is asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._reads: dict[int, tuple[Tensor, Callable[[], Any]]] = {}
+        self._last: Tensor | None = None
+
+    def outline(self, entry: Entry, written: Callable[[], None] = lambda: None) -> Any:
+        """Return a tensor without values in the place of ``entry``; other values as they are."""
+        if entry.spec is None:
+            return entry.read()
+        outline = torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device="meta")
+
+        def read() -> Any:
+            value = entry.read()
+            written()
+            return value
+
+        self._reads[id(outline)] = outline, read
+        return outline
+
+    def outline_all(self, node: Any) -> Any:
+        """Return ``node`` with outlines in the place of tensors that are read lazily."""
+        if isinstance(node, LazyTensors):
+            tensors = {
+                name: self.outline(Entry(spec, partial(node.__getitem__, name)))
+                for name, spec in node.specs.items()
+            }
+            return tensors | {name: self.outline_all(value) for name, value in node.others.items()}
+        if type(node) is dict:
+            return {name: self.outline_all(value) for name, value in node.items()}
+        return list(map(self.outline_all, node)) if type(node) is list else node
+
+    def lookup_object(self, index: MetadataIndex) -> Any:
+        """Return the value of ``index``."""
+        value = super().lookup_object(index)
+        outline, read = self._reads.get(id(value), (None, None))
+        if read is None or outline is not value:
+            return value
+        if self._last is not None and self._last.untyped_storage().resizable():
+            # It is written, and torch's loop holds it in a variable until it has the next one.
+            self._last.untyped_storage().resize_(0)
+        self._last = read()
+        return self._last

@@ -37,6 +37,7 @@ class Loaded:
     Attributes:
         key: where in the checkpoint the state dict is.
         notes: what had to be done, in words; empty if it fitted as it was.
+        warnings: what is wrong with the values, such as singular vectors that were averaged.
         missing: keys of the model that the checkpoint lacks, where that was allowed: they have
             the values that the model was built with.
         unexpected: keys of the checkpoint that the model does not know, where that was allowed.
@@ -46,6 +47,7 @@ class Loaded:
     notes: tuple[str, ...]
     missing: tuple[str, ...] = ()
     unexpected: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
         """Return what a file made of the model says of it: lists of keys in JSON, if there are."""
@@ -59,6 +61,7 @@ class _Reading:
 
     state: StateDict
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     def sites(self) -> list[Reparametrization]:
         return find_reparametrizations(self.state.tensors, self.state.versions)
@@ -117,8 +120,9 @@ def load_checkpoint(
         undo()
         raise
     notes: tuple[str, ...] = (f"took the state dict under '{state.key}'",) if state.key else ()
-    notes += checkpoint.notes + reading.notes + left_out.notes() + _notes_on_values(reading)
-    return Loaded(state.key, notes, left_out.missing, left_out.unexpected)
+    notes += checkpoint.notes + reading.notes + left_out.notes() + _notes_before_v(reading)
+    warnings = reading.warnings + notes_on_lengths(reading.sites(), reading.state.tensors)
+    return Loaded(state.key, notes, left_out.missing, left_out.unexpected, warnings)
 
 
 def _load_nearest(
@@ -256,10 +260,8 @@ def _in_spelling_of(
             {name: entry.read() for name, entry in result.entries.items()},
             result.versions,
         ),
-        reading.notes
-        + notes
-        + notes_on_dims(plain, tensors, dims)
-        + notes_on_lengths(plain, tensors),
+        reading.notes + notes + notes_on_dims(plain, tensors, dims),
+        notes_on_lengths(plain, tensors),
     )
 
 
@@ -277,15 +279,13 @@ def _require_usable(
             raise zero_sigma(info.name)
 
 
-def _notes_on_values(reading: _Reading) -> tuple[str, ...]:
-    """Return what is to be said of spectral norms that were loaded as they were stored."""
-    sites = reading.sites()
-    old = tuple(
+def _notes_before_v(reading: _Reading) -> tuple[str, ...]:
+    """Return a sentence for each spectral norm that was loaded without v."""
+    return tuple(
         f"'{site.name}' is from before torch kept v, which torch solves for"
-        for site in sites
+        for site in reading.sites()
         if "normalised" in site.keys
     )
-    return old + notes_on_lengths(sites, reading.state.tensors)
 
 
 def _remember(model: nn.Module) -> Callable[[], None]:

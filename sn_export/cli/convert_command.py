@@ -26,7 +26,14 @@ class ConvertCommand(CheckpointOptions):
 
     checkpoint: CheckpointArgument
     to: Annotated[Spelling, typer.Option(help="How to spell them.")]
-    output: Annotated[Path, typer.Option("--output", "-o", help="A .pt or .safetensors file.")]
+    output: Annotated[
+        Path,
+        typer.Option(
+            "--output",
+            "-o",
+            help="A .pt or .safetensors file, or a new folder where a sharded one is read.",
+        ),
+    ]
     only: Annotated[
         Respellable | None, typer.Option(help="Respell these alone, and leave others as they are.")
     ] = None

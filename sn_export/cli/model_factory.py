@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
-from ..errors import UsageError
+from ..errors import SnExportWarning, UsageError
 from ..files import open_regular
 from ..running import InputSet
 from .options import DynamicDims, InputShape, import_from_current_folder
@@ -136,6 +137,8 @@ def prepare_model(
     model = build_model(factory, options.model_kwargs)
     show("loading the checkpoint into the model")
     loaded = load_checkpoint(model, content, **options.keywords_of(load_checkpoint))
+    for text in loaded.warnings:
+        warnings.warn(text, SnExportWarning, stacklevel=2)
     return model, inputs, loaded
 
 

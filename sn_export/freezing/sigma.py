@@ -88,7 +88,7 @@ def _largest_element(matrix: Tensor) -> float:
 
 def _blocks(tall: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield a few rows at a time, as many as the caches of a processor hold."""
-    for rows in tall.split(max(_BLOCK // tall.shape[1], 1)):
+    for rows in torch.split(tall, max(_BLOCK // tall.shape[1], 1)):
         yield rows.to(dtype)
 
 
@@ -133,7 +133,7 @@ def _leading_vector(tall: Tensor, scale: float) -> Tensor:
             if is_all or residual <= _RESIDUAL * float(values[-1]) or done == _ITERATIONS:
                 break
         projected[done, done - 1] = projected[done - 1, done] = length
-    return known.mT @ vectors[:, -1].to(dtype)
+    return torch.mv(known.mT, vectors[:, -1].to(dtype))
 
 
 def least_sigma(matrix: Tensor, rounds: int = 8) -> float:

@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from cli_networks import Critic, trained_critic
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
-from sn_export.checkpoints import read_checkpoint
+from sn_export.checkpoints import convert_checkpoint, read_checkpoint
 from sn_export.errors import CheckpointError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -135,3 +136,59 @@ def test_safetensors_of_several_ranks(tmp_path: Path) -> None:
         f"folder '{tmp_path}' is damaged or incomplete: the pieces of 'w' hold 32 of its 66 "
         "elements"
     )
+
+
+def test_a_folder_from_a_folder(tmp_path: Path) -> None:
+    """A run goes on from it under torch's own loader; everything else in it is as it was."""
+    model = trained_critic()
+    content = {
+        "model": model.state_dict(),
+        "ema": {"decay": 0.5, "shadow": torch.ones(3)},
+        "sizes": [torch.zeros(0), torch.tensor(4)],
+        "step": 7,
+    }
+    dcp.save(content, checkpoint_id=tmp_path / "a", no_dist=True)
+    made = convert_checkpoint(tmp_path / "a", tmp_path / "b", "plain")
+    assert made.files == (tmp_path / "b",)
+    plain = Critic("plain")
+    wanted = content | {"model": plain.state_dict()}
+    loaded: Any = {
+        "model": plain.state_dict(),
+        "ema": {"decay": 0.0, "shadow": torch.zeros(3)},
+        "sizes": [torch.ones(0), torch.tensor(0)],
+        "step": 0,
+    }
+    dcp.load(loaded, checkpoint_id=tmp_path / "b", no_dist=True)
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain.eval()(images), model(images))
+    assert str({**loaded, "model": 0}) == str({**wanted, "model": 0})
+    convert_checkpoint(tmp_path / "a", tmp_path / "only", "plain", weights_only=True)
+    assert set(read_checkpoint(tmp_path / "only").content) == set(plain.state_dict())
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Not over another one, not from a file, and not with a weight that cannot be computed."""
+    dcp.save(dict(trained_critic().state_dict()), checkpoint_id=tmp_path / "a", no_dist=True)
+    zero = {name: torch.zeros_like(value) for name, value in trained_critic().state_dict().items()}
+    dcp.save(zero, checkpoint_id=tmp_path / "zero", no_dist=True)
+    torch.save(zero, tmp_path / "a.pt")
+    before = sorted(tmp_path.rglob("*"))
+    for source, target, message in (
+        ("a", "zero", "cannot write 'zero': it is there, and no empty folder"),
+        ("zero", "b", "sigma of 'body.0.weight' is 0 or too small to divide by"),
+        ("a.pt", "b", "cannot write 'b': it must end in .pt, .pth, .ckpt, .bin or .safetensors"),
+    ):
+        with pytest.raises(CheckpointError) as caught:
+            convert_checkpoint(tmp_path / source, tmp_path / target, "plain", dims={})
+        assert str(caught.value).replace(f"{tmp_path}/", "").startswith(message)
+        assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_folder_of_safetensors_from_one(tmp_path: Path) -> None:
+    """It holds one file, under the name that Hugging Face's libraries look for."""
+    (tmp_path / "a").mkdir()
+    save_file(trained_critic().state_dict(), tmp_path / "a" / "model.safetensors")
+    (tmp_path / "b").mkdir()  # an empty one is as good as none
+    made = convert_checkpoint(tmp_path / "a", tmp_path / "b", "plain")
+    assert made.files == (tmp_path / "b",)
+    assert set(load_file(tmp_path / "b" / "model.safetensors")) == set(Critic("plain").state_dict())

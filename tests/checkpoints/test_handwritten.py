@@ -1,4 +1,4 @@
-"""Handwritten spectral norm in a checkpoint is told of, and left as it is.
+"""Handwritten spectral norm in a checkpoint is told of, and never taken for a plain weight.
 
 `handwritten_norms` is asked inside, on names alone: files say no more of them.
 """
@@ -49,8 +49,8 @@ def test_others_are_not(name: str) -> None:
     assert handwritten_norms(NOT[name]) == []
 
 
-def test_inspect_and_convert_say_so(tmp_path: Path) -> None:
-    """Beside torch's spectral norm the others are named, and kept bit for bit."""
+def test_a_mixed_file_is_no_plain_one(tmp_path: Path) -> None:
+    """Beside torch's spectral norm the others are named, and converted only if they may stay."""
     mixed = dict(trained_critic().state_dict())
     mixed |= {f"own.{key}": value for key, value in STATES["weight_bar"].items()}
     torch.save(mixed, tmp_path / "a.pt")
@@ -59,11 +59,17 @@ def test_inspect_and_convert_say_so(tmp_path: Path) -> None:
         "model's code can tell the weight in use, and 'sn-export onnx' runs that"
     )
     assert inspect_checkpoint(tmp_path / "a.pt").notes == (note,)
-    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.safetensors", "plain")
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")
+    assert str(caught.value) == (
+        "cannot spell 'own.weight_bar' as plain: it looks like handwritten spectral norm, and only "
+        "the model's code can tell the weight in use ('sn-export onnx' runs that); to leave that "
+        "as it is: --only spectral_norm"
+    )
+    assert not (tmp_path / "b.pt").exists()
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", only="spectral_norm")
     assert made.notes == (note,)
-    assert inspect_checkpoint(tmp_path / "b.safetensors").notes == (note,)
-    converted = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain").files[0]
-    kept = torch.load(converted)
+    kept = torch.load(tmp_path / "b.pt")
     assert all(
         torch.equal(kept[f"own.{key}"], value) for key, value in STATES["weight_bar"].items()
     )

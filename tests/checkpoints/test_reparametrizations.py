@@ -297,7 +297,7 @@ def test_averaged_vectors_are_told_of(tmp_path: Path) -> None:
         assert "no unit vector" in notes[0]
         assert "discriminators.0.convs.0.weight" in notes[0]
         loaded = load_checkpoint(Discriminators(to), read_checkpoint(tmp_path / "a.pt"))
-        assert sum("no unit vector" in note for note in loaded.notes) == 1
+        assert sum("no unit vector" in note for note in loaded.warnings) == 1
     torch.save(one.state_dict(), tmp_path / "a.pt")
     assert inspect_checkpoint(tmp_path / "a.pt").layers[0].note == ""
 

@@ -31,6 +31,25 @@ def test_it_is_the_largest_singular_value(shape: tuple[int, int], dtype: torch.d
     assert exact_sigma(matrix) == pytest.approx(wanted, rel=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("matrix", "error"),
+    [
+        (torch.randn(900, 800, generator=torch.Generator().manual_seed(1)), 1e-9),
+        (torch.randn(800, 900, generator=torch.Generator().manual_seed(1)).bfloat16(), 1e-9),
+        (torch.randn(800, 800, dtype=torch.complex64), 1e-9),
+        (torch.randn(800, 800).double() * 1e-300, 1e-9),
+        (torch.randn(800, 3) @ torch.randn(3, 900), 1e-9),  # no more than three directions
+        (torch.eye(800).double() + 1e-7 * torch.randn(800, 800).double(), 1e-5),  # all alike
+    ],
+    ids=["tall", "wide half", "complex", "tiny", "low rank", "alike"],
+)
+def test_large_matrices(matrix: torch.Tensor, error: float) -> None:
+    """By another method the value is as good, and what it may be off by is stated."""
+    assert exact_sigma_cost(tuple(matrix.shape)) < 800**3  # by fewer multiplications
+    wide = matrix.to(torch.complex128 if matrix.is_complex() else torch.float64)
+    assert exact_sigma(matrix) == pytest.approx(float(torch.linalg.matrix_norm(wide, 2)), rel=error)
+
+
 @pytest.mark.parametrize("scale", [1e-300, 1e300])
 def test_squares_do_not_leave_float64(scale: float) -> None:
     """Elements whose squares overflow or vanish are no trouble."""
