@@ -85,6 +85,8 @@ class Rounding:
         scale: root mean square of the output in float64.
         dtype: the coarsest floating dtype on the way: of the model, or where that is float64 of
             the file.
+        operators: how far rounding moves the outputs of the file, whose operators are not those of
+            the model; None where that was not asked.
     """
 
     model: Distance
@@ -92,12 +94,21 @@ class Rounding:
     expected: Distance
     scale: float
     dtype: str = ""
+    operators: Distance | None = None
 
     @property
     def ratio(self) -> float:
         """The file's distance as a multiple of what rounding does, the largest of the three."""
-        pairs = zip(astuple(self.file), astuple(self.expected), strict=True)
-        return max(_multiple(file, expected) for file, expected in pairs)
+        return self._ratio(self.expected)
+
+    @property
+    def operators_ratio(self) -> float:
+        """The same for what rounding does to the file's operators; infinite if not asked."""
+        return math.inf if self.operators is None else self._ratio(self.operators)
+
+    def _ratio(self, expected: Distance) -> float:
+        pairs = zip(astuple(self.file), astuple(expected), strict=True)
+        return max(_multiple(value, of) for value, of in pairs)
 
 
 def _multiple(value: float, of: float) -> float:

@@ -140,7 +140,8 @@ def _saved(
     outputs = [reference.outputs[position] for reference in references]
     if which and output.fraction_outside and output.rounding is not None:
         # Without the model nobody can ask again how far rounding goes: what was allowed is kept.
-        return output.atol + (1 + FACTOR) * output.rounding.expected.max
+        moved = [output.rounding.expected, output.rounding.operators]
+        return output.atol + (1 + FACTOR) * max(one.max for one in moved if one is not None)
     if given is not None or coarsest in (None, dtype_name(outputs[0])):
         return given
     # The dtype of the output does not tell in what precision the network computes.

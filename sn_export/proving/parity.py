@@ -234,9 +234,12 @@ def locate_divergence(
         coarsest_of(model, references),
     )
     if output.rounding is not None:  # what rounding moves in the output, it moves in the modules
-        strictness = strictness.relaxed(
-            FACTOR * output.rounding.expected.max / largest(chosen.outputs[position]), output.dtype
-        )
+        size = largest(chosen.outputs[position]) or 1.0
+        moved = FACTOR * output.rounding.expected.max / size
+        if output.passed or output.fraction_outside:
+            strictness = strictness.relaxed(moved, output.dtype)
+        else:  # it was within tolerance, and too far all the same
+            strictness = Strictness(0.0, moved)
     try:
         divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))
     except Exception as error:  # what cannot be told must not hide what is known

@@ -4,20 +4,21 @@ Both are modes of torch's dispatcher, which sees each operator on its way to a k
 of the model is copied or rewritten, and a forward that casts, or that makes tensors of a dtype that
 it names, is caught as well.
 
-ONNX has no float64 kernel for some operators: what a file in float64 computes in float32 on the way
-is found here too.
+A file computes the same with other operators, which round otherwise: a copy of it that moves every
+value is made here. And ONNX has no float64 kernel for some operators: what a file in float64
+computes in float32 on the way is found here too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import onnx
 import torch
-from onnx import NodeProto, TensorProto
+from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -164,3 +165,60 @@ def narrow_operators(path: Path) -> str:
 
 def _cast_to(node: NodeProto) -> int | None:
     return next((a.i for a in node.attribute if a.name == "to"), None)
+
+
+# Onnxruntime computes these by rational functions that are exact to a unit of 1, not of the value:
+# its sigmoid of -9 is off by 9e-8, which is 5e-4 of it. `torch.special.expit` is exact to a unit.
+_BOUNDED = {"Sigmoid", "Tanh", "Erf", "Softmax"}
+_UNITS = {TensorProto.FLOAT: 2.0**-23, TensorProto.DOUBLE: 2.0**-52}
+_EXACT = {"Constant", "ConstantOfShape"}
+
+
+def with_moved_values(path: Path) -> bytes:
+    """Return a copy of a file that moves the results of its operators by a unit of rounding.
+
+    It moves them elsewhere at every run, up or down at random, as `MovedByRounding` does to a
+    model; integers, and what is inside an ``If`` or ``Loop``, stay as they are::
+
+        Sigmoid -> y -> Log  ->  Sigmoid -> y.exact, y.exact + unit * random -> y -> Log
+
+    Args:
+        path: the file; the copy looks for its external data beside it.
+    """
+    file: ModelProto = onnx.load(path, load_external_data=False)
+    typed = onnx.shape_inference.infer_shapes(file).graph
+    kinds = {v.name: v.type.tensor_type.elem_type for v in (*typed.value_info, *typed.output)}
+    nodes: list[NodeProto] = []
+    for node in file.graph.node:
+        nodes.append(node)
+        for position, name in enumerate(node.output):
+            unit = _UNITS.get(kinds.get(name, 0))
+            if unit is not None and node.op_type not in _EXACT:
+                node.output[position] = exact = f"{name}.exact"
+                nodes += _moving_nodes(exact, name, unit, node.op_type in _BOUNDED, len(nodes))
+    del file.graph.node[:]
+    file.graph.node.extend(nodes)
+    content: bytes = file.SerializeToString()
+    return content
+
+
+def _moving_nodes(
+    exact: str, name: str, unit: float, is_absolute: bool, seed: int
+) -> Iterator[NodeProto]:
+    """Yield the nodes that make the value ``name`` of ``exact``, but for what is an integer."""
+    random, rounded, is_integer, moved = (
+        f"{name}.{part}" for part in ("random", "rounded", "integer", "moved")
+    )
+    middle = 0.0 if is_absolute else 1.0
+    yield helper.make_node(
+        "RandomUniformLike",
+        [exact],
+        [random],
+        low=middle - unit,
+        high=middle + unit,
+        seed=float(seed),
+    )
+    yield helper.make_node("Add" if is_absolute else "Mul", [exact, random], [moved])
+    yield helper.make_node("Round", [exact], [rounded])
+    yield helper.make_node("Equal", [exact, rounded], [is_integer])
+    yield helper.make_node("Where", [is_integer, exact, moved], [name])

@@ -117,6 +117,30 @@ def measure_rounding(
     return {position: one.result(name) for position, one in running.items()}
 
 
+def measure_operators(
+    references: Sequence[Reference],
+    run_file: Callable[[Reference], Sequence[Tensor]],
+    run_moved: Callable[[Reference], Sequence[Tensor]],
+    positions: Sequence[int],
+) -> dict[int, Distance]:
+    """Return how far rounding moves outputs of a file, by its own operators.
+
+    Args:
+        references: the input sets.
+        run_file: gives the outputs of the file for one of them.
+        run_moved: gives those of its copy by `with_moved_values`, others at every call.
+        positions: which outputs; they are floating.
+    """
+    running = {position: _RunningDistance() for position in positions}
+    for reference in references:
+        found = run_file(reference)
+        for _ in range(_RUNS):
+            moved = run_moved(reference)
+            for position, one in running.items():
+                one.add(found[position], moved[position])
+    return {position: one.result() for position, one in running.items()}
+
+
 @contextmanager
 def _frozen(model: nn.Module, freezing: Freezing) -> Iterator[Preserved]:
     with contextlib.ExitStack() as stack:

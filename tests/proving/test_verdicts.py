@@ -185,6 +185,7 @@ def test_errors_within_tolerance_and_far_above_rounding(
     else:
         assert output.rounding.ratio > 100
         assert "though within the default tolerance (rtol=0.0001 accepts it)" in output.reason
+        assert report.first_divergent == "0"
     assert output.verdict in str(report)
 
 
@@ -205,6 +206,27 @@ def test_precision_that_the_exporter_loses_is_warned_of(tmp_path: Path) -> None:
         export_onnx(
             Expm1(), (torch.randn(4, 16),), tmp_path / "net.onnx", exporter="dynamo", rtol=1e-4
         )
+
+
+@pytest.mark.parametrize("scale", [8.5, 0.1])
+def test_a_function_that_the_file_writes_with_other_operators(tmp_path: Path, scale: float) -> None:
+    """Onnxruntime's log(sigmoid(x)) loses digits that torch keeps: proved, and warned of."""
+    x, path = torch.linspace(-1, 1, 64) * scale, tmp_path / "net.onnx"
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", PrecisionLostWarning)
+        (output,) = export_onnx(nn.LogSigmoid(), (x,), path, exporter="torchscript").parity.outputs
+    assert bool(caught) == (scale > 1) and output.passed
+    if scale > 1:
+        assert output.rounding is not None and output.rounding.ratio > 100
+        assert output.rounding.operators_ratio <= 4
+        assert "Rounding in the file's own operators accounts for" in output.verdict
+        file = onnx.load(path)
+        shift = numpy_helper.from_array(np.float32(0.01), "shift")
+        file.graph.initializer.append(shift)
+        file.graph.node.insert(0, helper.make_node("Add", ["input", "shift"], ["shifted"]))
+        file.graph.node[1].input[0] = "shifted"
+        onnx.save(file, path)
+        assert not check_parity(nn.LogSigmoid(), path, x).passed  # one per cent is no rounding
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
