@@ -32,12 +32,11 @@ from ..results import (
     ParityError,
     ParityReport,
 )
-from ..running import Reference
+from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
 from .failures import traced_decision
 from .metadata import file_metadata, versions
-from .quiet import no_fused_attention
 from .references import extend_references
 from .torch_exporters import ExportOptions, Written, exporters_of, write_onnx
 

@@ -11,8 +11,6 @@ import sys
 import warnings
 from collections.abc import Iterator
 
-import torch
-
 from ..running import undo_on_exit, undoing
 
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
@@ -47,15 +45,6 @@ def quiet(verbose: bool) -> Iterator[None]:
             os.dup2(nowhere, 1)
             os.close(nowhere)
         sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
-        yield
-
-
-@undoing
-def no_fused_attention() -> Iterator[None]:
-    """Keep `torch.nn.TransformerEncoderLayer` off its fused operator, which has no ONNX form."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    with undo_on_exit(lambda: torch.backends.mha.set_fastpath_enabled(enabled)):
-        torch.backends.mha.set_fastpath_enabled(False)
         yield
 
 

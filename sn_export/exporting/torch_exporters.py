@@ -25,13 +25,13 @@ from ..errors import ExportError
 from ..files import find_disk_error
 from ..proving import save, weight_bytes
 from ..results import EXPORTERS, Exporter, FileInput, FoldedInitializer
-from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes
+from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes, no_fused_attention
 from ..text import plain_integer, qualified
 from .failures import describe_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
 from .graph import rename, set_opset, strip_traces
-from .quiet import no_fused_attention, quiet
+from .quiet import quiet
 
 ExternalData = Literal["auto"] | bool
 

@@ -23,7 +23,7 @@ from .input_set import InputSet, random_sets
 from .nested import is_plain, paths_of_tensors, tensor_leaves, unseen_tensors
 from .preservation import Preserved, set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
-from .undo import undoing
+from .undo import undo_on_exit, undoing
 
 
 @dataclass(frozen=True)
@@ -190,6 +190,15 @@ def run_usable(
         if not bool(now.isfinite().all()) and bool(before.isfinite().all()):
             raise SnExportError(f"the model gives NaN or infinities for {inputs.label}")
     return reference
+
+
+@undoing
+def no_fused_attention() -> Iterator[None]:
+    """Keep `torch.nn.TransformerEncoderLayer` off its fused operator, which has no ONNX form."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    with undo_on_exit(lambda: torch.backends.mha.set_fastpath_enabled(enabled)):
+        torch.backends.mha.set_fastpath_enabled(False)
+        yield
 
 
 def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iterator[InputSet]:
