@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import SnExportError
 from ..text import without_frames
@@ -182,14 +183,66 @@ def run_usable(
     """Return what the model says for drawn inputs.
 
     Raises:
-        SnExportError: if it rejects them, or gives NaN or infinities where it gives none for the
-            example: nothing can be compared then.
+        SnExportError: if it rejects them; if it gives NaN or infinities where it gives none for
+            the example: nothing can be compared then; or if a mask hides a whole row of an
+            attention, where the formula, and so the file, has NaN.
     """
     reference = run(inputs)
-    for before, now in zip(first.outputs, reference.outputs, strict=False):
-        if not bool(now.isfinite().all()) and bool(before.isfinite().all()):
-            raise SnExportError(f"the model gives NaN or infinities for {inputs.label}")
+    if not _is_finite_as(first, reference):
+        raise SnExportError(f"the model gives NaN or infinities for {inputs.label}")
+    has_mask = any(map(_may_be_mask, tensor_leaves((inputs.args, dict(inputs.kwargs)))))
+    if has_mask and _hides_rows(inputs, run) and not _hides_rows(first.inputs, run):
+        raise SnExportError(
+            f"a mask hides all that a query may attend to for {inputs.label}, where attention is "
+            "not defined: torch's gives zeros, and its formula NaN"
+        )
     return reference
+
+
+def _is_finite_as(first: Reference, reference: Reference) -> bool:
+    """Whether an output is finite wherever that of the example is."""
+    return all(
+        bool(now.isfinite().all()) or not bool(before.isfinite().all())
+        for before, now in zip(first.outputs, reference.outputs, strict=False)
+    )
+
+
+def _may_be_mask(tensor: Tensor) -> bool:
+    is_integer = not (tensor.is_floating_point() or tensor.is_complex())
+    return is_integer and bool(((tensor == 0) | (tensor == 1)).all())
+
+
+def _hides_rows(inputs: InputSet, run: Callable[[InputSet], Reference]) -> bool:
+    seen = _HiddenRows()
+    with no_fused_attention(), seen:
+        run(inputs)
+    return seen.found
+
+
+class _HiddenRows(TorchDispatchMode):
+    """Sees whether a mask of torch's attention leaves a query nothing to attend to.
+
+    Attributes:
+        found: whether one did.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Run one operator, and look at its mask."""
+        kwargs = dict(kwargs or {})
+        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+        # Each kernel has an operator of its own; without one it is this softmax, of what is masked.
+        key = "self" if func is torch.ops.aten._safe_softmax.default else "attn_mask"
+        mask = given.get(key, given.get("attn_bias"))
+        if isinstance(mask, Tensor):
+            visible = mask if mask.dtype == torch.bool else ~mask.isneginf()
+            self.found |= not bool(visible.any(-1).all())
+        return func(*args, **kwargs)
 
 
 @undoing
@@ -204,7 +257,8 @@ def no_fused_attention() -> Iterator[None]:
 def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iterator[InputSet]:
     """Yield input sets near the example, from a farther to a nearer one.
 
-    Floats get a little noise; integers and booleans are in another order, then as they are::
+    Floats get a little noise; integers and booleans are in another order within each row, so that
+    no row is hidden by a mask that the example does not hide, then as they are::
 
         lengths [7, 5, 2], x [0.5, -1]  ->  [5, 7, 2], [0.502, -0.994], then [7, 5, 2], [0.499, ...]
     """
@@ -222,10 +276,10 @@ def near_like(tensor: Tensor, generator: torch.Generator, shuffled: bool) -> Ten
         drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64, device="cpu")
         noise = 1 + _NOISE * (2 * drawn - 1)
         return (values * noise.to(values.device)).to(values.dtype)
-    if not shuffled or values.numel() < 2:
+    if not shuffled or not values.ndim:
         return values
-    order = torch.randperm(values.numel(), generator=generator, device="cpu")
-    return values.flatten()[order.to(values.device)].view(values.shape)
+    order = torch.randperm(values.shape[-1], generator=generator, device="cpu")
+    return values[..., order.to(values.device)]
 
 
 def _is_same(one: InputSet, other: InputSet) -> bool:

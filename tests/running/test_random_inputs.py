@@ -62,15 +62,28 @@ class Picky(nn.Module):
         return x
 
 
+class Masked(nn.Module):
+    """Gives numbers by torch's fused attention where a mask hides a whole row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        """Return the tokens."""
+        return self.layer(x, src_key_padding_mask=hidden)  # type: ignore[no-any-return]
+
+
 @pytest.mark.parametrize(
     ("model", "args", "left_out"),
     [
         (Packed(), (torch.randn(3, 7, 4), torch.tensor([7, 5, 2])), 0),
         (Bags(), (torch.rand(3, 4), torch.arange(8), torch.tensor([0, 2, 5])), 0),
         (Power(), (torch.tensor([[2.0, 3.0, 9.0, 1.6] * 4]),), 0),
+        (Masked().eval(), (torch.randn(5, 2, 4), torch.tensor([[False, True]] * 5)), 0),
         (Picky(), (torch.ones(3),), 3),
     ],
-    ids=["lengths", "offsets", "powers", "ones"],
+    ids=["lengths", "offsets", "powers", "masks", "ones"],
 )
 def test_every_random_input_is_usable_or_left_out(
     model: nn.Module, args: tuple[Tensor, ...], left_out: int
@@ -84,6 +97,8 @@ def test_every_random_input_is_usable_or_left_out(
     for reference in drawn.references:
         assert reference.inputs.label.startswith("random input ")
         assert all(bool(output.isfinite().all()) for output in reference.outputs)
+        if isinstance(model, Masked):
+            assert not reference.inputs.args[1].all(-1).any()  # no row is hidden altogether
         pairs = zip(reference.inputs.args, args, strict=True)
         assert not all(torch.equal(one, other) for one, other in pairs)
     assert bool(left_out_note(drawn)) == bool(left_out)
