@@ -317,6 +317,31 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         for path in made.iterdir() if made.is_dir() else ():
             _flush(path)
         _flush(made)
+    with _alone_in(moves[-1][1].parent):
+        _move_all(moves, stale)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else publishes in ``folder``, as ranks do that export the same model.
+
+    Without it, one would move aside what another one has just put there. Where folders cannot be
+    locked (Windows, some NFS), they take that chance.
+    """
+    descriptors = list[int]()
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        descriptors.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        while descriptors:
+            os.close(descriptors.pop())
+
+
+def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None:
     last, done = moves[-1][0], list[tuple[Path, Path]]()
     phases = _plan(moves, stale)
     if len(phases) > 1:
@@ -339,7 +364,7 @@ def _plan(
     """Return the steps of `publish`, in three groups that are flushed one after the other."""
     *others, (made, target) = moves
     aside = made.parent.with_name(_REPLACED)
-    removed = [(path, aside / path.name) for path in stale]
+    removed = [(path, aside / path.name) for path in stale if os.path.lexists(path)]
     if not others and not removed:
         return [[(made, target)]]
     changed = removed

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -188,6 +189,23 @@ def test_symbolic_link_is_replaced(tmp_path: Path, is_there: bool) -> None:
     assert not target.is_symlink()
     assert target.read_bytes() == b"new"
     assert (tmp_path / "other").exists() is is_there
+
+
+def test_those_that_publish_at_once_wait_for_each_other(tmp_path: Path) -> None:
+    """Ranks that all write one pair of files leave one whole pair, and none of them fails."""
+    model, data = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
+
+    def write(text: str) -> None:
+        with drafts(model) as draft:
+            made = draft.with_name(data.name)
+            draft.write_text(text)
+            made.write_text(text)
+            publish([(made, data), (draft, model)])
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write, map(str, range(40))))
+    assert sorted(tmp_path.iterdir()) == [model, data]
+    assert model.read_text() == data.read_text()
 
 
 def test_folder_that_is_a_link(tmp_path: Path) -> None:
