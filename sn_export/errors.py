@@ -28,6 +28,10 @@ class FreezeError(SnExportError):
         self.remedy = remedy
         self.rank = rank
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made from: processes hand errors to each other."""
+        return type(self), (self.tensor, self.reason, self.remedy, self.rank)
+
 
 class SnExportWarning(UserWarning):
     """Base of every warning that sn_export gives."""

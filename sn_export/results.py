@@ -312,6 +312,10 @@ class ParityError(SnExportError):
         self.report = report
         self.export = export
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle what it was made from: processes hand errors to each other."""
+        return type(self), (str(self), self.report, self.export)
+
     @property
     def divergence(self) -> Divergence | None:
         """The comparison module by module: ``report.divergence``."""

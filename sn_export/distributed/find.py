@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TypeVar, cast
+from typing import NamedTuple, TypeVar, cast
 
 import torch
 from torch import nn
 
 from ..freezing import (
+    BUDGET,
     Found,
     Only,
     ParametrizationInfo,
     Selection,
     Site,
     SpectralNormInfo,
+    UnconvergedSigma,
     Walk,
+    add_exact_sigma,
     compute_value,
+    describe_site,
+    exact_sigma_cost,
+    norm_matrix,
     require_module,
+    unconverged_among,
     warn_of_suspects,
 )
 from .fsdp import Unit
@@ -79,8 +86,48 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
     )
 
 
+class Description(NamedTuple):
+    """What is known of the reparametrizations of a model.
+
+    Attributes:
+        frozen: the tensors that are frozen.
+        unconverged: those whose stored sigma is far below the true one.
+    """
+
+    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
+    unconverged: tuple[UnconvergedSigma, ...]
+
+
+def describe_sharded(model: nn.Module, only: Only, sigma_exact: bool) -> Description:
+    """Return what would be frozen in a sharded model, without a warning; a collective call.
+
+    Args:
+        model: the model.
+        only: as for `frozen_parametrizations`.
+        sigma_exact: compute the largest singular values too, of the first matrices that together
+            take seconds.
+    """
+    unconverged: list[UnconvergedSigma] = []
+    left = BUDGET
+
+    def describe(site: Site) -> SpectralNormInfo | ParametrizationInfo:
+        nonlocal left
+        info, matrix = describe_site(site), norm_matrix(site)
+        unconverged.extend(unconverged_among([info], matrix))
+        if sigma_exact:
+            (info,) = add_exact_sigma([info], matrix, left)
+            left -= sum(exact_sigma_cost(tuple(one.shape)) for one in matrix.values())
+        return info
+
+    frozen = _describe(model, Selection(only), describe, warns=False)
+    return Description(tuple(frozen), tuple(unconverged))
+
+
 def _describe(
-    model: nn.Module, selection: Selection, describe: Callable[[Site], Info]
+    model: nn.Module,
+    selection: Selection,
+    describe: Callable[[Site], Info],
+    warns: bool = True,
 ) -> list[Info]:
     infos: dict[int, Info] = {}
 
@@ -92,7 +139,7 @@ def _describe(
 
     units = sharded_units(model)
     found = find_gathered(model, units, take, find) if units else selection.find(model)
-    if selection.includes_spectral_norm:
+    if warns and selection.includes_spectral_norm:
         warn_of_suspects(model, found, stacklevel=3)
     sites = [site for _, module_sites in found for site in module_sites]
     if not units:

@@ -13,7 +13,7 @@ weight, with another name and another shard. The originals are not written to.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -21,8 +21,18 @@ from torch import Tensor, nn
 
 from ..errors import FreezeError
 
-_STATE = ("_fsdp_param_groups",)
-_GROUP = ("fsdp_params", "_to_sharded", "_module_to_pre_save_state_dict_hook_handle", "mesh_info")
+_STATE = ("_fsdp_param_groups", "_comm_ctx", "_is_root", "_state_ctx")
+_CONTEXT = ("iter_forward_root",)
+_ORDER = "post_forward_order"  # of a communication context, from the first forward on
+_GROUP = (
+    "_module_to_pre_save_state_dict_hook_handle",
+    "_partial_reduce_output",
+    "_post_forward_indices",
+    "_to_sharded",
+    "fsdp_params",
+    "lazy_init",
+    "mesh_info",
+)
 _PARAM = (
     "_module_info",
     "_orig_param_uid",
@@ -61,6 +71,34 @@ class Unit:
         """Put this rank's shards back into the modules; a local call."""
         for group in self.groups:
             group._to_sharded()
+
+    def initialise(self) -> None:
+        """Register the hooks that torch registers before the first forward."""
+        for group in self.groups:
+            group.lazy_init()
+
+    def trace(self) -> Callable[[], None]:
+        """Reshard, and return what takes back all that forwards leave behind from here on.
+
+        That is whole parameters, the order of the units, by which a backward gathers them ahead,
+        and a forward that an exception has stopped; ending it must not end a backward of the
+        user's that still gathers gradients. Ranks with other orders would wait for each other.
+        """
+        self.reshard()
+        orders = {id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, _ORDER, ()))}
+        groups = [(g, list(g._post_forward_indices), g._partial_reduce_output) for g in self.groups]
+
+        def take_back() -> None:
+            if self.state._is_root and self.state._state_ctx.iter_forward_root is not None:
+                self.module.reset_iter_state()
+            self.reshard()
+            context = self.state._comm_ctx  # of all units, from the first forward on
+            getattr(context, _ORDER, [])[:] = orders.get(id(context), [])
+            for group, indices, gradients in groups:
+                group._post_forward_indices[:] = indices
+                group._partial_reduce_output = gradients
+
+        return take_back
 
     @property
     def groups(self) -> list[Any]:
@@ -109,10 +147,31 @@ def units_of(model: nn.Module) -> dict[int, Unit]:
     return found
 
 
+def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that `fully_shard` was called on."""
+    from torch.distributed.fsdp import FSDPModule  # as above
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+def ranks_of(units: Iterable[Unit]) -> list[int]:
+    """Return the ranks that the parameters are spread over, in ascending order.
+
+    A parameter that is tensor parallel as well has a mesh of more dimensions than its unit.
+    """
+    ranks: set[int] = set()
+    for unit in units:
+        for _, param in unit.params():
+            ranks.update(param.sharded_param.device_mesh.mesh.flatten().tolist())
+    return sorted(ranks)
+
+
 def _state_of(path: str, module: Any) -> Any:
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
     missing = [f"FSDPState.{name}" for name in _STATE if not hasattr(state, name)]
-    for group in getattr(state, _STATE[0], ()):
+    context = getattr(state, "_state_ctx", None)
+    missing += [f"FSDPStateContext.{name}" for name in _CONTEXT if not hasattr(context, name)]
+    for group in getattr(state, "_fsdp_param_groups", ()):
         missing += [f"FSDPParamGroup.{name}" for name in _GROUP if not hasattr(group, name)]
         for param in getattr(group, "fsdp_params", ()):
             missing += [f"FSDPParam.{name}" for name in _PARAM if not hasattr(param, name)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..freezing import Only
 from .block import frozen_parametrizations
+from .fsdp import ranks_of
 from .planner import sharded_units
 
 
@@ -36,15 +39,39 @@ def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Te
     Raises:
         TypeError, ValueError, FreezeError: as `frozen_parametrizations`.
     """
-    is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == 0
-    gathered: dict[str, Tensor] = {}
+    return gather_state(model, only)[0]
+
+
+def gather_state(model: nn.Module, only: Only) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the plain state dict, and all buffers of the plain network by name, on the first rank.
+
+    Args:
+        model: as for `gather_plain_state_dict`; both are empty on the other ranks.
+        only: likewise.
+    """
+    ranks = ranks_of(sharded_units(model).values()) or [0]
+    is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == ranks[0]
+    known: dict[int, Any] = {}  # of tied tensors there is one
+
+    def whole(value: Any) -> Any:
+        if id(value) not in known:
+            tensor = value  # a module may have put anything into its state
+            if hasattr(tensor, "full_tensor"):  # a DTensor, whose import takes half a second
+                tensor = tensor.full_tensor()
+            if isinstance(tensor, Tensor) and is_first:
+                tensor = tensor.detach().to("cpu", copy=True)
+            known[id(value)] = tensor if is_first else None
+        return known[id(value)]
+
     with frozen_parametrizations(model, only), torch.no_grad():
-        for name, tensor in model.state_dict().items():
-            # A DTensor has this method; importing its class takes half a second.
-            whole = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-            if is_first:
-                gathered[name] = whole.detach().to("cpu", copy=True)
-    return gathered
+        # Both hold what they name until the end, so that no id stands for two.
+        state, named = (
+            model.state_dict(keep_vars=True),
+            dict(model.named_buffers(remove_duplicate=False)),
+        )
+        gathered = {name: whole(value) for name, value in state.items()}
+        buffers = {name: whole(buffer) for name, buffer in named.items()}
+    return (gathered, buffers) if is_first else ({}, {})
 
 
 def refuse_sharded(model: nn.Module) -> None:
@@ -57,6 +84,6 @@ def refuse_sharded(model: nn.Module) -> None:
     if sharded_units(model):
         raise ExportError(
             f"{type(model).__name__} is under fully_shard, and this rank holds a piece of it: call "
-            "gather_plain_state_dict(model) on every rank, load what rank 0 gets into the network "
-            "without reparametrizations, and export that"
+            "export_onnx on every rank with model_factory=, a function without arguments that "
+            "builds the network without fully_shard"
         )

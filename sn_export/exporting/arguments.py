@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..distributed import refuse_sharded
+from ..distributed import Description, lead_export, refuse_sharded, sharded_units
 from ..errors import SnExportError
 from ..files import (
     are_one_place,
@@ -25,14 +25,16 @@ from ..freezing import (
     ParametrizationInfo,
     SpectralNormInfo,
     describe_sites,
+    find_unconverged,
     require_module,
     with_exact_sigma,
 )
 from ..proving import ProofSettings
-from ..results import EXPORTERS, Exporter
+from ..results import EXPORTERS, Exporter, ExportReport
 from ..running import (
     DynamicDim,
     InputSet,
+    Reference,
     are_large,
     as_input_sets,
     as_kwargs,
@@ -42,6 +44,75 @@ from ..running import (
 )
 from ..text import plain_integer
 from .torch_exporters import ExternalData
+
+
+class Source(Protocol):
+    """Where the network and its reference come from: `OwnNetwork`, or `GatheredNetwork`."""
+
+    @property
+    def network(self) -> nn.Module:
+        """What is exported."""
+
+    @property
+    def run(self) -> Callable[[InputSet], Reference] | None:
+        """Runs the reference where that is another model; None for the network itself."""
+
+    def describe(self, sigma_exact: bool) -> Description:
+        """Return what is frozen, with the largest singular values where those are asked for."""
+
+
+class OwnNetwork:
+    """The network that the caller has, within torch's wrappers.
+
+    Args:
+        model: what the caller gave.
+        only: what is frozen, as `frozen_parametrizations` takes it.
+    """
+
+    run = None
+
+    def __init__(self, model: nn.Module, only: Only) -> None:
+        self.network = require_network(model)
+        self._only = only
+
+    def describe(self, sigma_exact: bool) -> Description:
+        """Return what is frozen; the block itself warns."""
+        frozen = tuple(describe_sites(self.network, self._only))
+        try:
+            unconverged = find_unconverged(self.network)
+        except SnExportError:  # it sits where it cannot be read
+            unconverged = ()
+        frozen = with_exact_sigma(self.network, frozen) if sigma_exact else frozen
+        return Description(frozen, unconverged)
+
+
+def export_from(
+    model: Any,
+    factory: Any,
+    only: Only,
+    export: Callable[[Source], ExportReport],
+) -> ExportReport:
+    """Return what ``export`` does: of the model itself, or of what the ranks of a sharded one hold.
+
+    Args:
+        model: what the caller gave.
+        factory: builds the network of a sharded model in one process; not called for others.
+        only: what is frozen, as `frozen_parametrizations` takes it.
+        export: called once, of a sharded model on its first rank.
+
+    Raises:
+        TypeError: if the model is no module, or the factory cannot be called.
+        ExportError: for a sharded model without a factory.
+    """
+    network = unwrap_model(require_module(model))
+    if factory is not None and not callable(factory):
+        raise TypeError(f"model_factory must be callable, got {type(factory).__name__}")
+    if factory is None or not sharded_units(network):
+        return export(OwnNetwork(network, only))
+    # torch's programs hold the weights, which the other ranks have no use for.
+    return lead_export(
+        network, factory, only, export, lambda report: replace(report, onnx_program=None)
+    )
 
 
 @dataclass(frozen=True)
@@ -78,6 +149,7 @@ class Request:
         output_names: names that the user wants for the first outputs; None for none.
         frozen_kinds: what is frozen, as `frozen_parametrizations` takes it.
         frozen: what that is in this model.
+        run: runs the reference where that is another model than ``model``; else None.
         note: a sentence on spectral norms that are far from converged, or nothing.
         per_module: whether modules are compared though all outputs pass.
         keep_programs: whether torch's programs are kept in the report.
@@ -101,6 +173,7 @@ class Request:
     frozen_kinds: Only
     frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
     note: str
+    run: Callable[[InputSet], Reference] | None
     per_module: bool
     keep_programs: bool
     verbose: bool
@@ -123,8 +196,17 @@ def require_network(model: Any) -> nn.Module:
     return network
 
 
-def require_call(model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Call:
+def require_call(
+    model: nn.Module, args: Any, kwargs: Any, inputs: Any, *, on_cpu: bool = False
+) -> Call:
     """Return the example, and the user's inputs for the proof, by the names of the forward.
+
+    Args:
+        model: the network.
+        args: as `export_onnx` is given them.
+        kwargs: likewise.
+        inputs: likewise.
+        on_cpu: whether the network is there, wherever the inputs are.
 
     Raises:
         TypeError: if they are no arguments of a call, or hold tensors that no exporter sees.
@@ -137,6 +219,8 @@ def require_call(model: nn.Module, args: Any, kwargs: Any, inputs: Any) -> Call:
     own = as_input_sets(model, inputs, len(example.args), "inputs", example)
     for one in own:
         require_seen(one, example)
+    if on_cpu:
+        return Call(example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in own])
     return Call(example, own)
 
 
@@ -180,14 +264,6 @@ def _translate_axes(example: InputSet, axes: Any, input_names: Any) -> dict[str,
         elif isinstance(dims, (list, tuple)):
             shapes[argument] = {dim: f"{argument}_{dim}" for dim in dims}
     return shapes
-
-
-def describe_frozen(
-    model: nn.Module, kinds: Only, sigma_exact: bool
-) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
-    """Return what is frozen, with the largest singular values where those are asked for."""
-    frozen = tuple(describe_sites(model, kinds))  # the block itself warns
-    return with_exact_sigma(model, frozen) if sigma_exact else frozen
 
 
 def as_args(args: Any) -> tuple[Any, ...]:

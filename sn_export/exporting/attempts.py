@@ -41,7 +41,7 @@ from .references import extend_references
 from .torch_exporters import ExportOptions, Written, exporters_of, write_onnx
 
 _logger = logging.getLogger("sn_export")
-_CALLER = 4  # stack level of whoever calls export_onnx, from the functions that warn
+_CALLER = 7  # stack level of whoever calls export_onnx, from the functions that warn
 
 Failure = tuple[Exporter, ExportError | ParityError]  # what an exporter ended with
 

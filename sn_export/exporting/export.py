@@ -6,19 +6,27 @@ import contextlib
 import logging
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..files import disk_errors_as, drafts, publish, side_file
-from ..proving import ProofSettings, find_stale_data, unconverged_note, write_case
+from ..proving import (
+    ProofSettings,
+    describe_unconverged,
+    find_stale_data,
+    require_same_network,
+    write_case,
+)
 from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
-from ..running import preserved
+from ..running import preserved, run_reference
 from .arguments import (
     Request,
-    describe_frozen,
+    Source,
+    export_from,
     require_call,
     require_case,
     require_dims,
@@ -65,6 +73,7 @@ def export_onnx(
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
     sigma_exact: bool = False,
+    model_factory: Callable[[], nn.Module] | None = None,
     keep_programs: bool = True,
     overwrite: bool = False,
     verbose: bool = False,
@@ -126,6 +135,11 @@ def export_onnx(
         source: the checkpoint that the weights came from; its SHA-256 is written to the file.
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.
+        model_factory: for a model under `torch.distributed.fsdp.fully_shard`, which is exported by
+            this call on every rank: builds the network in one process, without `fully_shard`. The
+            first rank calls it, loads the gathered weights, exports and proves the file against
+            the sharded model, with its own arguments; all ranks return its report. Other models
+            need none.
         keep_programs: keep torch's ExportedProgram and ONNXProgram in the report, with the frozen
             weights that they hold: in memory, or past 512 MB of parameters in files without a
             name beside ``path``, whose room on the disk is free again with the report.
@@ -148,7 +162,8 @@ def export_onnx(
         FileExistsError: if ``path`` is something else than an ONNX file.
         FreezeError: if a tensor cannot be frozen.
         SnExportError: if the model rejects an input, or a lazy module of it never ran.
-        ExportError: if torch cannot export the model, or onnxruntime not run the file; if a
+        ExportError: if torch cannot export the model, or onnxruntime not run the file; for a
+            sharded model without ``model_factory``, or one whose weights do not fit that; if a
             dimension that is declared dynamic by name takes one size only, or is made one with
             another that has its own size in the model.
         ParityError: if outputs differ, or are NaN. No file is written then.
@@ -166,35 +181,50 @@ def export_onnx(
         PrecisionLostWarning: if the file is within the default tolerance, and much farther from
             the network in float64 than rounding accounts for.
     """
-    network = require_network(model)
     frozen_kinds = require_freeze(freeze)
-    opset, exporters = require_opset(opset_version, require_exporter(exporter))
-    placing = require_external_data(external_data)
-    request = Request(
-        model=network,
-        target=(target := require_target(path, network, placing, overwrite)),
-        exporters=exporters,
-        external_data=placing,
-        samples=require_samples(samples),
-        opset_version=opset,
-        settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),
-        metadata=require_metadata(metadata),
-        case=require_case(save_case, target),
-        source=require_source(source),
-        call=(call := require_call(network, args, kwargs, inputs)),
-        dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),
-        input_names=name_inputs(network, call.example, input_names),
-        output_names=output_names,
-        frozen_kinds=frozen_kinds,
-        frozen=describe_frozen(network, frozen_kinds, sigma_exact),
-        note=unconverged_note(network),
-        per_module=per_module,
-        keep_programs=keep_programs,
-        verbose=verbose,
-    )
+
+    def export(origin: Source) -> ExportReport:
+        opset, exporters = require_opset(opset_version, require_exporter(exporter))
+        placing = require_external_data(external_data)
+        request = Request(
+            target=(target := require_target(path, model, placing, overwrite)),
+            exporters=exporters,
+            external_data=placing,
+            samples=require_samples(samples),
+            opset_version=opset,
+            settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),
+            metadata=require_metadata(metadata),
+            case=require_case(save_case, target),
+            source=require_source(source),
+            model=(network := require_network(origin.network)),
+            call=(
+                call := require_call(network, args, kwargs, inputs, on_cpu=origin.run is not None)
+            ),
+            dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),
+            input_names=name_inputs(network, call.example, input_names),
+            output_names=output_names,
+            frozen_kinds=frozen_kinds,
+            frozen=(described := origin.describe(sigma_exact)).frozen,
+            note=describe_unconverged(described.unconverged),
+            run=origin.run,
+            per_module=per_module,
+            keep_programs=keep_programs,
+            verbose=verbose,
+        )
+        return _export(request)
+
+    return export_from(model, model_factory, frozen_kinds, export)
+
+
+def _export(request: Request) -> ExportReport:
+    """Export the network, prove the file and publish it."""
+    network = request.model
     with _one_at_a_time, preserved(network) as state, contextlib.ExitStack() as workspaces:
-        references, left_out = run_references(request, state)
-        proof, options = plan_proof(request, state, references, left_out)
+        run = request.run or partial(run_reference, network, state)
+        references, left_out = run_references(request, state, run)
+        proof, options = plan_proof(request, state, run, references, left_out)
+        if request.run is not None:
+            require_same_network(proof, options.output_names)
         made = make_proved_file(request, proof, options, workspaces)
         warn_of_made(request, made, references[0], left_out)
         _publish(request, made)

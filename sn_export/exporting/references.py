@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 from ..freezing import freeze_into
 from ..proving import Freezing, Proof, Resizer, coarsest_of, references_beyond, resized_references
 from ..running import (
+    InputSet,
     Preserved,
     Reference,
     left_out_note,
     random_references,
-    run_reference,
     run_usable,
 )
 from .arguments import Request
@@ -25,12 +26,16 @@ from .torch_exporters import ExportOptions, default_opset
 _logger = logging.getLogger("sn_export")
 
 
-def run_references(request: Request, state: Preserved) -> tuple[list[Reference], str]:
+Run = Callable[[InputSet], Reference]
+
+
+def run_references(request: Request, state: Preserved, run: Run) -> tuple[list[Reference], str]:
     """Run the model on the example, at random, on the user's inputs, and at other sizes.
 
     Args:
         request: what was asked for; names and tolerances are held against the outputs as soon as
             the example has run.
+        run: runs the model.
         state: the model's; which parameters the forward writes is known after the example.
 
     Returns:
@@ -42,12 +47,11 @@ def run_references(request: Request, state: Preserved) -> tuple[list[Reference],
         ExportError: if it takes no other size in a dimension that the user names.
         ValueError: for names, or tolerances, that do not fit the outputs.
     """
-    model, call = request.model, request.call
-    first = run_reference(model, state, call.example)
+    call = request.call
+    first = run(call.example)
     state.settle()
     request.settings.checked(_name_outputs(request, first))
     _logger.info("running the reference")
-    run = partial(run_reference, model, state)
     drawn = random_references(first, request.samples, run)
     references = [first, *drawn.references, *map(run, call.own)]
     usable = partial(run_usable, first, run=run)
@@ -56,13 +60,14 @@ def run_references(request: Request, state: Preserved) -> tuple[list[Reference],
 
 
 def plan_proof(
-    request: Request, state: Preserved, references: list[Reference], left_out: str
+    request: Request, state: Preserved, run: Run, references: list[Reference], left_out: str
 ) -> tuple[Proof, ExportOptions]:
     """Return what files are held against, and what torch's exporters are asked for.
 
     Args:
         request: what was asked for.
         state: puts the model back after a forward pass.
+        run: runs the model for the reference.
         references: what `run_references` returned.
         left_out: the sentence that it returned.
     """
@@ -72,6 +77,7 @@ def plan_proof(
     proof = Proof(
         model=request.model,
         state=state,
+        run=run,
         references=references,
         freezing=Freezing(
             partial(freeze_into, request.model, request.frozen_kinds, spill.keep), spill.release
@@ -100,14 +106,13 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
     They count for the proof of this file and of the next one.
     """
     example = request.call.example
-    run = partial(run_reference, request.model, proof.state)
     proof.references.extend(
         references_beyond(
             program,
             example.named_tensors(),
             request.dims,
             Resizer(example).of,
-            partial(run_usable, proof.references[0], run=run),
+            partial(run_usable, proof.references[0], run=proof.run),
         )
     )
 

@@ -12,17 +12,23 @@ from .block import (
 )
 from .edits import Edits as Edits
 from .find import (
+    BUDGET as BUDGET,
+    add_exact_sigma as add_exact_sigma,
+    describe_site as describe_site,
     describe_sites as describe_sites,
     find_parametrizations as find_parametrizations,
     find_spectral_norm as find_spectral_norm,
     find_suspects as find_suspects,
     find_unconverged as find_unconverged,
+    norm_matrix as norm_matrix,
+    unconverged_among as unconverged_among,
     with_exact_sigma as with_exact_sigma,
 )
 from .info import (
     Group as Group,
     ParametrizationInfo as ParametrizationInfo,
     SpectralNormInfo as SpectralNormInfo,
+    UnconvergedSigma as UnconvergedSigma,
 )
 from .names import (
     STATE_BESIDE as STATE_BESIDE,
@@ -40,6 +46,7 @@ from .selection import (
 )
 from .sigma import (
     exact_sigma as exact_sigma,
+    exact_sigma_cost as exact_sigma_cost,
     stored_sigma as stored_sigma,
 )
 from .site import (

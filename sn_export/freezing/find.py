@@ -60,7 +60,7 @@ def describe_sites(
         each other one.
     """
     with torch.inference_mode(False), torch.no_grad():
-        return [_info(site) for _, sites in Selection(only).find(model) for site in sites]
+        return [describe_site(site) for _, sites in Selection(only).find(model) for site in sites]
 
 
 def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
@@ -82,7 +82,8 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
     return suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
 
 
-def _info(site: Site) -> SpectralNormInfo | ParametrizationInfo:
+def describe_site(site: Site) -> SpectralNormInfo | ParametrizationInfo:
+    """Return what `describe_sites` has for one tensor."""
     return site.describe() if site.group == "spectral_norm" else site.outline(compute_value(site))
 
 
@@ -107,7 +108,16 @@ def with_exact_sigma(
             tensors whose sigma is no norm of a matrix, and those on the meta device.
         kinds: the implementations of spectral norm to look for.
     """
-    found = _exact_sigmas(_matrices(model, kinds), budget)
+    return add_exact_sigma(infos, _matrices(model, kinds), budget)
+
+
+def add_exact_sigma(
+    infos: Sequence[SpectralNormInfo | ParametrizationInfo],
+    matrices: Mapping[str, Tensor],
+    budget: float,
+) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
+    """Return ``infos`` as `with_exact_sigma` does, given the weight matrices by name."""
+    found = _exact_sigmas(matrices, budget)
     return tuple(
         replace(info, sigma_exact=found.get(info.name))
         if isinstance(info, SpectralNormInfo)
@@ -128,11 +138,20 @@ def find_unconverged(model: nn.Module) -> tuple[UnconvergedSigma, ...]:
     Raises:
         FreezeError: as `find_spectral_norm`.
     """
-    matrices = _matrices(model, SPECTRAL_NORM)
+    return unconverged_among(describe_sites(model), _matrices(model, SPECTRAL_NORM))
+
+
+def unconverged_among(
+    infos: Iterable[SpectralNormInfo | ParametrizationInfo], matrices: Mapping[str, Tensor]
+) -> tuple[UnconvergedSigma, ...]:
+    """Return what `find_unconverged` does, given the weight matrices by name."""
     stored = {
         info.name: info.sigma
-        for info in describe_sites(model)
-        if info.is_applied and info.name in matrices and math.isfinite(info.sigma)
+        for info in infos
+        if isinstance(info, SpectralNormInfo)
+        and info.is_applied
+        and info.name in matrices
+        and math.isfinite(info.sigma)
     }
     least = {name: least_sigma(matrices[name]) for name in stored}
     far = {name: matrices[name] for name in stored if stored[name] < FAR * least[name]}
@@ -148,10 +167,15 @@ def _matrices(model: nn.Module, kinds: Iterable[Kind]) -> dict[str, Tensor]:
     found = {}
     for _, sites in walk(model, kinds):
         for site in sites:
-            matrix = site.matrix()
-            if matrix is not None and matrix.ndim == 2 and not matrix.is_meta:
-                found[site.name] = matrix
+            found.update(norm_matrix(site))
     return found
+
+
+def norm_matrix(site: Site) -> dict[str, Tensor]:
+    """Return the weight matrix of one tensor by its name; nothing if that has no norm."""
+    matrix = site.matrix()
+    has_norm = matrix is not None and matrix.ndim == 2 and not matrix.is_meta
+    return {site.name: matrix} if matrix is not None and has_norm else {}
 
 
 def _exact_sigmas(matrices: Mapping[str, Tensor], budget: float) -> dict[str, float]:

@@ -7,11 +7,11 @@ from .external_data import find_stale_data, save, weight_bytes
 from .module_errors import type_name
 from .module_scopes import using_modules
 from .parity import check_parity, coarsest_of
-from .proof import Proof, differs
+from .proof import Proof, differs, require_same_network
 from .tolerances import ProofSettings
 from .traced_ranges import references_beyond
 from .truth import Freezing
-from .verdicts import is_imprecise, unconverged_note
+from .verdicts import describe_unconverged, is_imprecise, unconverged_note
 
 __all__ = [
     "Case",
@@ -22,11 +22,13 @@ __all__ = [
     "check_case",
     "check_parity",
     "coarsest_of",
+    "describe_unconverged",
     "differs",
     "find_stale_data",
     "is_imprecise",
     "opened_case",
     "references_beyond",
+    "require_same_network",
     "resized_references",
     "save",
     "type_name",

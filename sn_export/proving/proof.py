@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..results import ParityReport
+from ..results import ParityError, ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
 from .case_file import Case
 from .cases import case_of
@@ -23,7 +23,14 @@ from .dynamic_sizes import (
     require_dynamic,
     sizes_of,
 )
-from .parity import compare, locate_divergence, proof_session
+from .parity import (
+    coarsest_of,
+    compare,
+    locate_divergence,
+    proof_session,
+    results,
+    running_errors,
+)
 from .tolerances import ProofSettings
 from .truth import Freezing
 
@@ -45,6 +52,7 @@ class Proof:
     Attributes:
         model: the unfrozen model.
         state: what puts it back after a forward pass.
+        run: runs it for the reference, or another one that it is to reproduce.
         references: what it said, for each input set; more may be added between two proofs.
         freezing: how the model is frozen, as for the export.
         dims: the dimensions that may vary.
@@ -56,6 +64,7 @@ class Proof:
 
     model: nn.Module
     state: Preserved
+    run: Callable[[InputSet], Reference]
     references: list[Reference]
     freezing: Freezing
     dims: Sequence[DynamicDim]
@@ -129,18 +138,51 @@ class Proof:
 
 def differs(proof: Proof, within: Callable[[], AbstractContextManager[Any]]) -> bool:
     """Whether the model gives other outputs for the example within a context than without."""
+    outputs = _outputs_for_example(proof, within)
+    pairs = zip(outputs, proof.references[0].outputs, strict=False)
+    return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
+
+
+def require_same_network(proof: Proof, names: Sequence[str]) -> None:
+    """Raise if the model is another network than the one that the references come from.
+
+    Args:
+        proof: its model was gathered from that one.
+        names: those of the outputs.
+
+    Raises:
+        ParityError: if outputs for the example are far apart.
+    """
+    if not differs(proof, nullcontext):
+        return
     reference = proof.references[0]
-    given = reference.inputs.clone()
+    running = running_errors(names, proof.settings, coarsest_of(proof.model, [reference]))
+    outputs = _outputs_for_example(proof, nullcontext)
+    for errors, wanted, got in zip(running, reference.outputs, outputs, strict=False):
+        errors.add(reference.inputs.label, wanted, got)
+    report = ParityReport(results(running), 1, ())
+    farthest = max(report.outputs, key=lambda output: output.max_abs)
+    raise ParityError(
+        "the network that model_factory builds gives other outputs than the sharded model for "
+        f"{reference.inputs.label}, with the same parameters and buffers: '{farthest.name}' "
+        f"differs by up to {farthest.max_abs:.3g}",
+        report,
+    )
+
+
+def _outputs_for_example(
+    proof: Proof, within: Callable[[], AbstractContextManager[Any]]
+) -> list[Tensor]:
+    """Return what the model gives within a context; nothing if it fails there."""
+    given = proof.references[0].inputs.clone()
     try:
         with within(), torch.no_grad():
             found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
-        outputs = [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
+        return [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
     except Exception:  # then an exporter has failed as well, and said so
-        return False
+        return []
     finally:
         proof.state.reset()  # outside of a block, whose weights it does not know
-    pairs = zip(outputs, reference.outputs, strict=False)
-    return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -38,7 +38,7 @@ from google.protobuf.message import EncodeError
 from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
-from ..freezing import find_unconverged
+from ..freezing import UnconvergedSigma, find_unconverged
 from ..results import OutputParity, ParityReport, Rounding
 from ..running import Reference
 from ..text import shorten_list
@@ -188,9 +188,13 @@ def _judged(
 def unconverged_note(model: nn.Module) -> str:
     """Return a sentence on the layers whose stored sigma is far below the true one, or nothing."""
     try:
-        found = find_unconverged(model)
+        return describe_unconverged(find_unconverged(model))
     except SnExportError:  # it sits where it cannot be read
         return ""
+
+
+def describe_unconverged(found: Sequence[UnconvergedSigma]) -> str:
+    """Return that sentence on what `find_unconverged` returned."""
     if not found:
         return ""
     return (

@@ -15,6 +15,7 @@ from .preservation import (
     Guarded,
     Preserved,
     preserved,
+    preserved_globals,
     restore_container,
     without_trace,
 )
@@ -58,6 +59,7 @@ __all__ = [
     "output_names",
     "paths_of_tensors",
     "preserved",
+    "preserved_globals",
     "random_like",
     "random_references",
     "random_sets",

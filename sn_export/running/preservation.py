@@ -119,12 +119,18 @@ class Preserved:
         """
         return [*self._containers, *self._originals]
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The buffers, and the tensors in attributes that no hook of torch's computes anew."""
+        buffers = (b for _, content in self._originals for b in content.values())
+        return [tensor for tensor in (*self._attributes, *buffers) if tensor is not None]
+
     def guard_parameters(self) -> None:
         """Before `begin`: keep a copy of every parameter; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
         tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
         is_large = are_large(tensors)
-        views = on_memory_of(tensors, self._tensors())
+        views = on_memory_of(tensors, self.tensors)
         self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
         if is_large:
             self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
@@ -137,17 +143,13 @@ class Preserved:
             id(m): original for m in self._modules if (original := original_of(m)) is not None
         } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
         guarded = {id(g.tensor) for g in self._guarded}
-        self._copies = Copies(tensor for tensor in self._tensors() if id(tensor) not in guarded)
+        self._copies = Copies(tensor for tensor in self.tensors if id(tensor) not in guarded)
         replaced |= self._copies.of
         self._swapped = [
             (container, _replace_copies(content, replaced))
             for container, content in (*self._containers, *self._originals)
         ]
         self._start_over()
-
-    def _tensors(self) -> list[Tensor]:
-        buffers = (b for _, content in self._originals for b in content.values())
-        return [tensor for tensor in (*self._attributes, *buffers) if tensor is not None]
 
     def settle(self) -> None:
         """Forget the copies of parameters that the forward passes so far did not write."""

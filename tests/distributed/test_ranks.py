@@ -28,6 +28,7 @@ ON_FOUR = (
     "error-on-one-rank",
     "exception-in-the-block-on-one-rank",
     "gathered-state-dict",
+    "export-refused",
 )
 SECONDS = 240  # for all cases together; torch waits for a lost rank for 60
 
@@ -82,7 +83,10 @@ def test_ranks(case: str, ranks: int, results: functools.partial[dict[str, list[
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """The script of the page on sharded models runs, and writes what a plain network loads."""
-    script = SUPPORT.parent.parent / "recipes" / "sharded.py"
-    _torchrun(2, str(script), str(tmp_path / "plain.pt")).check_returncode()
-    assert sorted(torch.load(tmp_path / "plain.pt")) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    """The script of the page on sharded models exports, and saves what a plain network loads."""
+    script, model, state = SUPPORT.parent.parent / "recipes" / "sharded.py", "a.onnx", "plain.pt"
+    done = _torchrun(2, str(script), str(tmp_path / model), str(tmp_path / state))
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert f"proved: {tmp_path / model}" in done.stdout
+    assert sorted(torch.load(tmp_path / state)) == ["0.bias", "0.weight", "2.bias", "2.weight"]
+    assert sorted(file.name for file in tmp_path.iterdir()) == [model, state]

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import sys
+import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from sn_export import (
     ExportError,
     FreezeError,
+    check_parity,
     export_onnx,
     find_parametrizations,
     find_spectral_norm,
@@ -382,15 +384,211 @@ def _() -> None:
             torch.testing.assert_close(Training(plain).answer(), expected, rtol=0, atol=1e-6)
 
 
-@case("export-on-one-rank")
+class Mixed(nn.Module):
+    """Tied weights, buffers of both sorts, a tensor in an attribute, a norm that is left."""
+
+    def __init__(self, kind: Wrap = untouched) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = kind(nn.Linear(8, 8))
+        self.norm = nn.BatchNorm1d(8)
+        self.coder, self.decoder = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.decoder.weight = self.coder.weight
+        self.other = weight_norm(nn.Linear(8, 8))
+        self.head = kind(nn.Linear(8, 1))
+        self.register_buffer("scale", torch.linspace(0.5, 1.5, 8), persistent=False)
+        self.shift = torch.arange(8.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(self.norm(x)) * self.scale + self.shift
+        return self.head(self.other(self.decoder(torch.relu(self.coder(x)))))
+
+
+def shard_mixed(kind: Wrap) -> nn.Module:
+    model = Mixed(kind)
+    model.scale.mul_(2)  # what counts is the model's, not what the factory draws
+    for layer in (model.first, model.head):
+        fully_shard(layer)
+    return fully_shard(model)
+
+
+def shared_folder() -> Path:
+    """Return a folder that rank 0 has made."""
+    made: list[Any] = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(made)
+    return Path(made[0])
+
+
+def require_same_everywhere(value: Any) -> None:
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, value)
+    assert all(one == everyone[0] for one in everyone), f"ranks differ: {everyone}"
+
+
+@case("export")
 def _() -> None:
-    """An export of shards is refused with the way out, on one rank alone too: nobody waits."""
+    """One file and report; it holds the bits of the gathered weights, and training goes on."""
+    path, found = shared_folder() / "net.onnx", []
+    hook, chain = KINDS["hook"], KINDS["parametrization"]
+    for build, factory, freeze in (
+        (lambda: shard(network(chain), "root"), network, "all"),
+        (lambda: shard_mixed(hook), Mixed, "spectral_norm"),
+        (lambda: shard_mixed(chain), lambda: Mixed(chain), "spectral_norm"),
+    ):
+        ours, twin = Training(build()), Training(build())
+        for seed in (0, 1):
+            ours.step(seed)
+            twin.step(seed)
+        before, random = objects(ours.model), torch.get_rng_state()
+        report = export_onnx(
+            *(ours.model, (rows(100),), path),
+            model_factory=factory,
+            freeze=freeze,
+            samples=1,
+            exporter="torchscript",  # the other one takes seconds on its first export
+        )
+        assert torch.equal(random, torch.get_rng_state())
+        assert objects(ours.model) == before
+        require_same_everywhere(report.content())
+        assert report.parity.passed
+        assert report.frozen == tuple(find_spectral_norm(ours.model))
+        state = gather_plain_state_dict(ours.model, only="spectral_norm")
+        for seed in (2, 3):
+            ours.step(seed)
+            twin.step(seed)
+        for left, right in zip(ours.state(), twin.state(), strict=True):
+            require_equal(left, right, "what was trained on and its twin")
+        matrices = {name: weight for name, weight in state.items() if weight.ndim == 2}
+        found.append(missing_from_file(path, matrices) if matrices else [])
+    assert not any(found), found  # no rank fails alone before here
+
+
+def missing_from_file(path: Path, weights: dict[str, Tensor]) -> list[str]:
+    """Return which weights are not in the file once, as they are or transposed."""
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    held = [torch.tensor(to_array(one)) for one in onnx.load(path).graph.initializer]
+    return [
+        f"{name}: {count} in the file"
+        for name, weight in weights.items()
+        for count in [sum(torch.equal(one, weight) or torch.equal(one.T, weight) for one in held)]
+        if count != 1 and not name.startswith("other.")
+    ]
+
+
+class _OddError(Exception):
+    def __init__(self, left: object, right: object) -> None:
+        super().__init__(left)
+
+
+@case("export-refused")
+def _() -> None:
+    """One error for all ranks, whoever fails; nothing is written, and training goes on."""
+    path = shared_folder() / "net.onnx"
+    ours, twin = (Training(shard(network(spectral_norm), "layers")) for _ in range(2))
+    ours.step(0)
+    twin.step(0)
+    before = objects(ours.model)
+    last = dist.get_world_size() - 1
+    for factory, prepare, texts in (
+        (raising(ValueError("no luck")), (), ("no luck",)),
+        (raising(KeyboardInterrupt()), (), ("rank 0 has left with KeyboardInterrupt",)),
+        (raising(_OddError(1, 2)), (), ("1",)),
+        (lambda: 3, (), ("must return a torch.nn.Module, got int",)),
+        (3, (), ("model_factory must be callable, got int",)),
+        (lambda: nn.Sequential(nn.Linear(8, 7)), (), ("model_factory must build the", "[6, 8]")),
+        (with_tanh, (), ("gives other outputs than the sharded model",)),
+        (network, (0, 2, RuntimeError("no luck")), ("no luck; in '2'",)),
+        (network, (last, 0, RuntimeError("no luck")), (f"rank {last}: the model fails", "no luck")),
+        (network, (last, 4, KeyboardInterrupt()), (f"rank {last} has left",)),
+        (network, (0, 0, KeyboardInterrupt()), ("rank 0 has left",)),
+    ):
+        with failing_layer(ours.model, *prepare):
+            try:
+                export_onnx(ours.model, (rows(0),), path, model_factory=factory)
+            except KeyboardInterrupt:
+                assert "has left" in texts[0]
+            except Exception as error:
+                for text in texts:
+                    assert text in str(error), f"{text!r} is not in {error!r}"
+            else:
+                raise AssertionError("it was exported")
+        assert objects(ours.model) == before
+        assert [*path.parent.iterdir()] == []
+    for seed in (1, 2):
+        ours.step(seed)
+        twin.step(seed)
+    for left, right in zip(ours.state(), twin.state(), strict=True):
+        require_equal(left, right, "what was trained on and its twin")
+
+
+def with_tanh() -> nn.Module:
+    model = network()
+    model[1] = nn.Tanh()
+    return model
+
+
+def raising(error: BaseException) -> Callable[[], nn.Module]:
+    def build() -> nn.Module:
+        raise error
+
+    return build
+
+
+@contextmanager
+def failing_layer(
+    model: nn.Module, rank: int = -1, layer: int = 0, error: BaseException | None = None
+) -> Iterator[None]:
+    """Let one layer raise on one rank, once it has run."""
+    if error is None or dist.get_rank() != rank:
+        yield
+        return
+    raised = error
+
+    def fail(*_: object) -> None:
+        raise raised
+
+    handle = model[layer].register_forward_hook(fail)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+@case("export-of-replicas")
+def _() -> None:
+    """Rank 0 alone exports a DDP model, or all ranks do: one file, one verdict."""
+    path = shared_folder() / "net.onnx"
+    model = nn.Sequential(spectral_norm(nn.Linear(8, 64)), spectral_norm(nn.Linear(64, 64)))
+    ours = Training(DistributedDataParallel(model))
+    ours.step(0)
+    if dist.get_rank() == 0:
+        assert export_onnx(ours.model, (rows(0),), path, exporter="torchscript").parity.passed
+    ours.step(1)
+    report = export_onnx(
+        *(ours.model, (rows(0),), path),
+        external_data=True,
+        model_factory=network,
+        exporter="torchscript",
+    )
+    dist.barrier()
+    there = sorted(file.name for file in path.parent.iterdir())
+    assert there == ["net.onnx", "net.onnx.data"], there
+    require_same_everywhere(report.content())
+    assert check_parity(ours.model.eval(), path, rows(0)).passed
+    ours.step(2)
+
+
+@case("export-without-a-factory")
+def _() -> None:
+    """An export of shards is refused with what to pass, on one rank alone too: nobody waits."""
     model = shard(network(spectral_norm), "layers")
     if dist.get_rank() == 0:
         try:
             export_onnx(model, (rows(0),), "never-written.onnx")
         except ExportError as error:
-            assert "gather_plain_state_dict(model)" in str(error)
+            assert "call export_onnx on every rank with model_factory=" in str(error)
         else:
             raise AssertionError("shards were exported")
     model(rows(0))
