@@ -21,6 +21,8 @@ from .wrapped_models import original_of
 
 T = TypeVar("T")
 
+_UNCHANGING = frozenset({bool, int, float, str, type(None)})  # most of what modules hold
+
 
 @undoing
 def preserved_globals() -> Iterator[None]:
@@ -77,14 +79,17 @@ class Preserved:
         others: list[Any] = []
         known = set(map(id, modules))
         for module in self._modules:  # grows on the way
-            self._remember(module.__dict__, seen, others)
-            for held in [thing for thing in others if isinstance(thing, nn.Module)]:
-                for inner in held.modules():
+            found: list[Any] = []
+            self._remember(module.__dict__, seen, found)
+            for thing in found:
+                if not isinstance(thing, nn.Module):
+                    others.append(thing)
+                    continue
+                for inner in thing.modules():
                     if id(inner) not in known and not isinstance(inner, torch.jit.ScriptModule):
                         known.add(id(inner))
                         seen.add(id(inner._buffers))
                         self._modules.append(inner)
-            others = [thing for thing in others if not isinstance(thing, nn.Module)]
         objects = PlainObjects(others if belongings else (), seen)
         self._containers += objects.containers
         self._attributes += objects.tensors
@@ -106,6 +111,8 @@ class Preserved:
         for value in container.values() if isinstance(container, dict) else container:
             if isinstance(value, (dict, list, set, deque)):
                 self._remember(value, seen, others)
+            elif type(value) in _UNCHANGING:
+                continue
             elif not isinstance(value, Tensor):
                 others.append(value)
             elif not isinstance(value, nn.Parameter):
@@ -149,6 +156,10 @@ class Preserved:
             (container, _replace_copies(content, replaced))
             for container, content in (*self._containers, *self._originals)
         ]
+        own = {id(module.__dict__) for module in self._modules[: self._own]}
+        for container, content in self._swapped:
+            if id(container) in own:
+                content["training"] = False
         self._start_over()
 
     def settle(self) -> None:
@@ -179,8 +190,6 @@ class Preserved:
     def _start_over(self) -> None:
         for container, content in self._swapped:
             restore_container(container, content)
-        for module in self._modules[: self._own]:
-            module.__dict__["training"] = False
         for scripted, _ in self._scripted:
             scripted.training = False
 
@@ -273,6 +282,8 @@ def _replace_copies(content: Any, copies: dict[int, Any]) -> Any:
 
 def restore_container(container: Any, content: Any) -> None:
     """Give a dict, list, set or deque its old content; nothing is touched that is there."""
+    if not container and not content:  # most of a module's dictionaries
+        return
     if isinstance(container, dict):
         same = list(container) == list(content) and all(
             map(is_, container.values(), content.values())
