@@ -75,32 +75,24 @@ class RunningErrors:
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
         rtol, atol = resolve_tolerance(expected, self.rtol, self.atol, self.coarsest)
         left, right = _wide(expected), _wide(got)
-        equal = expected == got  # before widening: float64 does not hold every integer
-        # Equal infinities differ by nothing; inf - inf would say NaN.
-        difference = torch.where(equal, 0.0, (left - right).abs()).double()
-        if not (expected.is_floating_point() or expected.is_complex()):
-            difference = torch.where(equal, 0.0, difference.clamp(min=1))
-        nan = torch.isnan(difference)
+        is_finite = expected.is_floating_point() and _all_finite(left, right)
+        difference = (left - right).abs_() if is_finite else _difference(expected, got)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
-        worst = int(torch.where(nan, math.inf, difference).argmax())
+        worst = int((difference if is_finite else difference.nan_to_num(math.inf, math.inf)).argmax())
         largest = float(difference.flatten()[worst])
         if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
             values = _value(expected, worst), _value(got, worst)
             self._note_worst(label, largest, _index(worst, expected.shape), values)
-        nonzero = magnitude > 0
-        if bool(nonzero.any()):
-            relative = difference / torch.where(torch.isinf(difference), 1.0, magnitude)
-            relative = torch.where(nan, math.nan, relative)[nonzero]
-            self.max_rel = _larger(self.max_rel, float(relative.max()))
+        self.max_rel = _larger(self.max_rel, _largest_relative(difference, magnitude, is_finite))
         self.total += float(difference.sum())
         self.elements += expected.numel()
         self.spread.add(difference.flatten().numpy())
-        # An infinite reference allows itself alone: inf <= atol + rtol * inf would allow all.
-        finite = torch.isfinite(difference) & torch.isfinite(magnitude)
-        outside = ~(equal | (finite & (difference <= atol + rtol * magnitude)))
-        self.outside += int(outside.sum())
-        if bool(nan.any()):
+        outside = (difference != 0) & ~(difference <= atol + rtol * magnitude)
+        if not is_finite:  # an infinite reference allows itself alone: inf <= atol + rtol * inf
+            outside |= (difference != 0) & ~(difference.isfinite() & magnitude.isfinite())
+        self.outside += int(outside.count_nonzero())
+        if not is_finite and bool((nan := torch.isnan(difference)).any()):
             self._blame(label, math.inf, _nan_reason(nan, torch.isnan(left), label))
         elif bool(outside.any()):
             at = int(torch.where(outside, difference, -1.0).argmax())
@@ -183,6 +175,31 @@ def _wide(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
+def _all_finite(left: Tensor, right: Tensor) -> bool:
+    return all(math.isfinite(float(bound)) for one in (left, right) for bound in one.aminmax())
+
+
+def _difference(expected: Tensor, got: Tensor) -> Tensor:
+    """Return the distances, float64; NaN where one of two numbers is NaN and infinity no number."""
+    equal = expected == got  # before widening: float64 does not hold every integer
+    # Equal infinities differ by nothing; inf - inf would say NaN.
+    found = torch.where(equal, 0.0, (_wide(expected) - _wide(got)).abs()).double()
+    if expected.is_floating_point() or expected.is_complex():
+        return found
+    return torch.where(equal, 0.0, found.clamp(min=1))
+
+
+def _largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) -> float:
+    """Return the largest distance by the reference, over references that are not zero, or 0."""
+    if is_finite:
+        relative = torch.where(magnitude > 0, difference / magnitude, 0.0)
+        return float(relative.max())
+    nonzero = magnitude > 0
+    relative = difference / torch.where(torch.isinf(difference), 1.0, magnitude)
+    relative = torch.where(torch.isnan(difference), math.nan, relative)[nonzero]
+    return float(relative.max()) if relative.numel() else 0.0
+
+
 def _value(tensor: Tensor, at: int) -> float | None:
     if tensor.is_complex():
         return None
@@ -221,10 +238,12 @@ class Spread:
 
     def add(self, errors: NDArray[np.float64]) -> None:
         """Take in absolute errors, shape (n,)."""
-        usual = errors[np.isfinite(errors) & (errors > 0)]
+        usual = errors[errors > 0]
+        if not np.isfinite(errors).all():
+            usual = usual[np.isfinite(usual)]
+            self.infinite += int(np.isinf(errors).sum())
+            self.nan += int(np.isnan(errors).sum())
         self.zeros += int((errors == 0).sum())
-        self.infinite += int(np.isinf(errors).sum())
-        self.nan += int(np.isnan(errors).sum())
         bucket = np.searchsorted(_EDGES, usual, side="right") - 1
         self.counts += np.bincount(bucket.clip(0, len(self.counts) - 1), minlength=len(self.counts))
         self.kept.append(usual)

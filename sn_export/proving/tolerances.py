@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,9 @@ def largest(tensor: Tensor) -> float:
     """Return the largest finite magnitude in ``tensor``, or 0."""
     values = tensor.detach().cpu()
     values = values.abs() if values.is_complex() else values.to(torch.float64).abs()
+    highest = float(values.max()) if values.numel() else 0.0
+    if math.isfinite(highest):
+        return highest
     finite = values[torch.isfinite(values)]
     return float(finite.max()) if finite.numel() else 0.0
 
