@@ -76,6 +76,8 @@ def _open(
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # the exception says it
+    # Threads that wait by spinning take longer to start than most networks to run.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if is_large(_size(path) + _size(side_file(path))):
         # Weights in another order run faster and take their memory twice.
         options.add_session_config_entry("session.disable_prepacking", "1")

@@ -53,6 +53,7 @@ def evaluate(cone: Cone, model: ir.Model) -> NDArray[Any]:
 def _session(content: bytes) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # the exception says it
+    options.intra_op_num_threads = 1
     # The operators as they stand: no rewriting of the arithmetic.
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
