@@ -18,11 +18,13 @@ from torch import Tensor
 
 from ...freezing import plain_name
 from ...proving import using_modules
+from ...running import is_dense
 from ...text import qualified
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
 _CHUNK = 2**20  # elements compared at a time
+_OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 
 
 class Sources:
@@ -83,6 +85,8 @@ class Sources:
             for name in self._state
             if any(name == qualified(user, name.rpartition(".")[2]) for user in users)
         ]
+        if any(_is_moved(tensor, self._state[name]) for name in near):
+            return None
         if self._are_elements(tensor, dict.fromkeys((*near, *self._state))):  # the near ones first
             return None
         return [name for name in near if self._state[name].numel() == tensor.size] or None
@@ -106,20 +110,44 @@ class Sources:
         return not len(missing)
 
 
+def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
+    """Tell whether an initializer has a weight's elements in its places, or in transposed ones."""
+    weight = source.detach()
+    if weight.dtype not in _OF_NUMPY or not is_dense(weight) or weight.is_meta:
+        return False
+    array, weight = tensor.numpy(), weight.cpu()
+    shape, places = array.shape, _places(array.size)
+    found = array.flat[places]
+    del array
+    _release(tensor)
+    return any(
+        shape == tuple(candidate.shape)
+        and np.array_equal(found, candidate.numpy().flat[places])
+        for candidate in (weight, weight.mT if weight.ndim == 2 else weight)
+    )
+
+
+def _places(size: int) -> NDArray[np.int64]:
+    return np.arange(0, size, max(1, size // _SAMPLES))
+
+
 def _sample(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[Any]]:
     """Return some elements, sorted and without zeros, and the dtype that they have in ``tensor``.
 
     A masked weight has zeros of its own.
     """
     array = tensor.numpy()
-    places = np.arange(0, array.size, max(1, array.size // _SAMPLES))
     # A transposed weight would be copied by `ravel`.
-    wanted = np.unique(array.flat[places].astype(np.float64))
+    wanted = np.unique(array.flat[_places(array.size)].astype(np.float64))
     dtype = array.dtype
     del array
+    _release(tensor)
+    return wanted[wanted != 0], dtype
+
+
+def _release(tensor: ir.TensorProtocol) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()  # of a large file, which would stay in memory page by page
-    return wanted[wanted != 0], dtype
 
 
 def _is_fused(value: ir.Value) -> bool:
