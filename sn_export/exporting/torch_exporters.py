@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,13 +26,20 @@ from ..errors import ExportError
 from ..files import find_disk_error
 from ..proving import save, weight_bytes
 from ..results import EXPORTERS, Exporter, FileInput, FoldedInitializer
-from ..running import DynamicDim, Reference, dynamic_axes, flat_shapes, no_fused_attention
+from ..running import (
+    DynamicDim,
+    Reference,
+    are_large,
+    dynamic_axes,
+    flat_shapes,
+    no_fused_attention,
+)
 from ..text import plain_integer, qualified
 from .failures import describe_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
 from .graph import rename, set_opset, strip_traces
-from .quiet import quiet
+from .quiet import operators_parsed_once, quiet
 
 ExternalData = Literal["auto"] | bool
 
@@ -73,6 +81,7 @@ class Written:
         folded: what was folded because it depends on initializers alone.
         program: torch's ONNXProgram, of the dynamo exporter alone.
         inputs: the inputs of the file.
+        declared: the shapes that it declares of its outputs; none of an output without one.
         notes: what onnx's checker says against it, though it is a valid file.
     """
 
@@ -80,6 +89,7 @@ class Written:
     folded: tuple[FoldedInitializer, ...]
     program: Any
     inputs: tuple[FileInput, ...]
+    declared: tuple[tuple[int | str, ...], ...]
     notes: tuple[str, ...] = ()
 
     def without_program(self) -> Written:
@@ -144,41 +154,44 @@ def write_onnx(
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model))
     inputs = tuple(map(_describe_input, graph.graph.inputs))
+    declared = tuple(map(_sizes_of, graph.graph.outputs))
     _save(graph, path, options)
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
     notes = _check(path)
-    return Written(int(graph.opset_imports.get("", 0)), folded, program, inputs, notes)
+    return Written(int(graph.opset_imports.get("", 0)), folded, program, inputs, declared, notes)
 
 
 def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
     shapes = flat_shapes(list(options.input_names), options.dims)
-    program = torch.onnx.export(
-        model,
-        call.tensors,
-        dynamo=True,
-        verbose=options.verbose,
-        opset_version=options.opset_version,
-        dynamic_shapes=(shapes,) if shapes and call.is_hidden else shapes,
-    )
+    with operators_parsed_once():
+        program = torch.onnx.export(
+            model,
+            call.tensors,
+            dynamo=True,
+            verbose=options.verbose,
+            opset_version=options.opset_version,
+            dynamic_shapes=(shapes,) if shapes and call.is_hidden else shapes,
+        )
     assert program is not None  # torch returns None only for dynamo=False
     return program
 
 
 def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: Path) -> ir.Model:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    content = None if are_large(model.parameters()) else io.BytesIO()
     with torch.no_grad():
         torch.onnx.export(
             model,
             call.tensors,
-            str(raw),  # past 2 GB torch takes no other kind of path
+            content or str(raw),  # past 2 GB torch takes no other kind of path
             dynamo=False,
             verbose=options.verbose,
             opset_version=options.opset_version,
             input_names=list(options.input_names.values()),
             dynamic_axes=dynamic_axes(options.input_names, options.dims) or None,
         )
-    graph = ir.load(raw)
+    graph = ir.from_proto(onnx.load_from_string(content.getvalue())) if content else ir.load(raw)
     # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
     # writes (vectors that iterate in eval mode) would be one step ahead.
     for name, buffer in model.named_buffers():
@@ -192,10 +205,13 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
 
 
 def _describe_input(value: ir.Value) -> FileInput:
-    sizes = () if value.shape is None else value.shape
-    shape = tuple(size if isinstance(size, int) else size.value or "?" for size in sizes)
     dtype = "" if value.dtype is None else str(value.dtype.numpy())
-    return FileInput(value.name or "", dtype, shape)
+    return FileInput(value.name or "", dtype, _sizes_of(value))
+
+
+def _sizes_of(value: ir.Value) -> tuple[int | str, ...]:
+    sizes = () if value.shape is None else value.shape
+    return tuple(size if isinstance(size, int) else size.value or "?" for size in sizes)
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
@@ -232,14 +248,14 @@ def _check(path: Path) -> tuple[str, ...]:
     compute.
     """
     try:
-        onnx.checker.check_model(str(path))
-    except Exception as error:  # onnx has several types for it, and protobuf more
-        raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error
-    try:
         onnx.checker.check_model(str(path), full_check=True)
-    except Exception as error:
+    except Exception as inferred:  # onnx has several types for it, and protobuf more
+        try:
+            onnx.checker.check_model(str(path))
+        except Exception as error:
+            raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error
         return (
-            f"onnx's checker infers other shapes than were seen: {' '.join(str(error).split())}",
+            f"onnx's checker infers other shapes than were seen: {' '.join(str(inferred).split())}",
         )
     return ()
 
@@ -310,6 +326,7 @@ def _runs(opset: int) -> bool:
     )
     options = ort.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1
     try:
         ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception:

@@ -276,7 +276,9 @@ def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return index
 
 
-def correct_declared_sizes(path: Path, references: Sequence[Reference]) -> tuple[str, ...]:
+def correct_declared_sizes(
+    path: Path, references: Sequence[Reference], declared: Sequence[Sequence[object]] | None = None
+) -> tuple[str, ...]:
     """Rewrite what a proved file says of its outputs where another size was seen throughout.
 
     Onnxruntime only logs it; other runtimes plan their memory by it. The TorchScript exporter
@@ -288,6 +290,8 @@ def correct_declared_sizes(path: Path, references: Sequence[Reference]) -> tuple
     Args:
         path: the file; its external data is neither read nor written.
         references: the input sets of the proof, with the outputs of model and file.
+        declared: the shapes that the file declares, where that is known. The file is read only
+            where one of them has another size than was seen.
 
     Returns:
         A sentence for each dimension that was corrected.
@@ -295,6 +299,14 @@ def correct_declared_sizes(path: Path, references: Sequence[Reference]) -> tuple
     Raises:
         ExportError: if it has fixed a dimension that varies.
     """
+    if declared is not None and all(
+        size == one.outputs[number].shape[position]
+        for number, shape in enumerate(declared)
+        for position, size in enumerate(shape)
+        if isinstance(size, int)
+        for one in references
+    ):
+        return ()
     file = onnx.load(path, load_external_data=False)
     notes = []
     for number, output in enumerate(file.graph.output):

@@ -79,7 +79,9 @@ class RunningErrors:
         difference = (left - right).abs_() if is_finite else _difference(expected, got)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
-        worst = int((difference if is_finite else difference.nan_to_num(math.inf, math.inf)).argmax())
+        worst = int(
+            (difference if is_finite else difference.nan_to_num(math.inf, math.inf)).argmax()
+        )
         largest = float(difference.flatten()[worst])
         if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
             values = _value(expected, worst), _value(got, worst)

@@ -73,12 +73,15 @@ class Proof:
     keeps_case: bool
     notes: tuple[str, ...] = ()
 
-    def of(self, draft: Path, maker: str) -> Proved:
+    def of(
+        self, draft: Path, maker: str, declared: Sequence[Sequence[object]] | None = None
+    ) -> Proved:
         """Return the proof of a file.
 
         Args:
             draft: the file.
             maker: who made it, for the message.
+            declared: the shapes that it declares of its outputs, where that is known.
 
         Raises:
             ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named
@@ -97,7 +100,7 @@ class Proof:
         case = case_of(self.model, session, runnable, self.settings, parity) if keeps else None
         del session
         if parity.passed:
-            corrected = correct_declared_sizes(draft, runnable)
+            corrected = correct_declared_sizes(draft, runnable, declared)
             parity = replace(parity, notes=(*parity.notes, *corrected))
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")

@@ -121,8 +121,7 @@ def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
     del array
     _release(tensor)
     return any(
-        shape == tuple(candidate.shape)
-        and np.array_equal(found, candidate.numpy().flat[places])
+        shape == tuple(candidate.shape) and np.array_equal(found, candidate.numpy().flat[places])
         for candidate in (weight, weight.mT if weight.ndim == 2 else weight)
     )
 
