@@ -32,6 +32,7 @@ BENCHMARKS = {
     "growth": ("bench_freeze", "growth"),
     "memory": ("bench_freeze", "memory"),
     "export": ("bench_export", "exporting"),
+    "networks": ("bench_export", "networks"),
     "file": ("bench_export", "files"),
     "large": ("bench_large", "exporting"),
     "checkpoints": ("bench_checkpoint", "checkpoints"),

@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import statistics
 import sys
 import tempfile
+import time
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +18,7 @@ import onnx
 import onnxruntime
 import torch
 from bench_common import KINDS, Row, Step, critic, ratio
+from bench_networks import BUILDERS, build
 from torch import nn
 
 from sn_export import export_onnx, frozen_spectral_norm
@@ -37,13 +40,41 @@ def exporting(quick: bool) -> list[Row]:
             with _folder() as folder:
                 row = ratio(
                     name,
-                    _exporting(model, image, folder / "ours.onnx", exporter),
+                    _exporting(model, (image,), folder / "ours.onnx", exporter),
                     _exporting_twin(_twin(model), image, folder / "twin.onnx", exporter),
                     repeats=_repeats(quick, exporter),
                     aim=1.10,
                 )
             rows.append(row)
     return rows
+
+
+def networks(quick: bool) -> list[Row]:
+    """Time export_onnx against bare torch.onnx.export of the plain network, processor time."""
+    aims = {"dynamo": 1.00, "torchscript": 1.50}
+    rows = []
+    for exporter in EXPORTERS:
+        found = [_bare_ratio(name, exporter, quick) for name in BUILDERS]
+        middle = statistics.median(row.measured for row in found if row.measured is not None)
+        title = f"export_onnx to bare torch.onnx.export, {exporter}, median of {len(found)}"
+        rows += [*found, Row(title, middle, aims[exporter], "ratio")]
+    return rows
+
+
+def _bare_ratio(name: str, exporter: Exporter, quick: bool) -> Row:
+    model, args = build(name, "parametrization")
+    twin, _ = build(name, "plain")
+    with frozen_spectral_norm(model):
+        twin.load_state_dict(model.state_dict())
+    with _folder() as folder:
+        ours, bare = folder / "ours.onnx", folder / "bare.onnx"
+        return ratio(
+            f"export_onnx to bare torch.onnx.export, {exporter}, {name}",
+            _exporting(model, args, ours, exporter),
+            lambda: _torch_export(twin, args, bare, exporter),
+            repeats=3 if quick else 9,
+            clock=time.process_time,
+        )
 
 
 def files(quick: bool) -> list[Row]:
@@ -57,13 +88,13 @@ def files(quick: bool) -> list[Row]:
             with _folder() as folder:
                 raw, frozen = folder / "raw.onnx", folder / "frozen.onnx"
                 try:
-                    _torch_export(model, image, raw, exporter)
+                    _torch_export(model, (image,), raw, exporter)
                 except Exception as error:  # whatever the exporter raises is the finding
                     reason = f"{type(error).__name__}: {error}".splitlines()[-1]
                     detail = {"raw export failed": reason}
                     rows.append(Row(f"nodes, {title}", None, None, "ratio", detail))
                     continue
-                _exporting(model, image, frozen, exporter)()
+                _exporting(model, (image,), frozen, exporter)()
                 rows += _compare_files(title, frozen, raw, image, quick)
     return rows
 
@@ -99,10 +130,12 @@ def _session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options)
 
 
-def _exporting(model: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> Step:
+def _exporting(
+    model: nn.Module, args: tuple[torch.Tensor, ...], path: Path, exporter: Exporter
+) -> Step:
     def run() -> None:
         with _quiet():
-            export_onnx(model, (image,), path, exporter=exporter, samples=SAMPLES)
+            export_onnx(model, args, path, exporter=exporter, samples=SAMPLES)
 
     return run
 
@@ -111,7 +144,7 @@ def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: 
     inputs = [image, *(torch.randn(IMAGES) for _ in range(SAMPLES))]
 
     def run() -> None:
-        _torch_export(twin, image, path, exporter)
+        _torch_export(twin, (image,), path, exporter)
         session = onnxruntime.InferenceSession(path)
         name = session.get_inputs()[0].name
         for tensor in inputs:
@@ -120,11 +153,13 @@ def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: 
     return run
 
 
-def _torch_export(model: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> None:
+def _torch_export(
+    model: nn.Module, args: tuple[torch.Tensor, ...], path: Path, exporter: Exporter
+) -> None:
     with _quiet():
         torch.onnx.export(
             model,
-            (image,),
+            args,
             path,
             dynamo=exporter == "dynamo",
             external_data=False,  # one file, as export_onnx writes it at this size
