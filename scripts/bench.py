@@ -3,8 +3,8 @@
     python scripts/bench.py [--quick] [--only NAME] [--json FILE] [--markdown] [--threads N]
 
 Both sides of a ratio run turn by turn in one process; the figure is the median of the ratios
-of neighbours. A missed aim is shown as missed; the exit code is 1 only where a measurement
-itself failed.
+of neighbours. Each part prints its rows as it ends. A missed aim is shown as missed; the exit
+code is 1 only where a measurement itself failed.
 """
 
 from __future__ import annotations
@@ -59,13 +59,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"measuring {name} ...", file=sys.stderr, flush=True)
         module, function = BENCHMARKS[name]
         try:
-            rows += getattr(importlib.import_module(module), function)(options.quick)
+            found = getattr(importlib.import_module(module), function)(options.quick)
         except Exception:
             traceback.print_exc()
             failed.append(name)
+            continue
+        rows += found
+        (_markdown if options.markdown else _rich)(found)
 
     environment = _environment(options.quick)
-    (_markdown if options.markdown else _rich)(rows, environment)
+    print(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
     if options.json is not None:
         report = {
             "environment": environment,
@@ -112,22 +115,17 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (name, measured, spread, aim, VERDICTS[row.passed], times)
 
 
-def _summary(environment: dict[str, Any]) -> str:
-    return ", ".join(f"{key} {value}" for key, value in environment.items() if value is not None)
-
-
-def _rich(rows: Sequence[Row], environment: dict[str, Any]) -> None:
-    table = Table(*HEADER, caption=_summary(environment))
+def _rich(rows: Sequence[Row]) -> None:
+    table = Table(*HEADER)
     for row in rows:
         style = "bold red" if row.passed is False else None
         table.add_row(*_cells(row), style=style)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def _markdown(rows: Sequence[Row], environment: dict[str, Any]) -> None:
+def _markdown(rows: Sequence[Row]) -> None:
     lines = [HEADER, ("---",) * len(HEADER), *map(_cells, rows)]
-    print("\n".join("| " + " | ".join(line) + " |" for line in lines))
-    print(f"\n{_summary(environment)}")
+    print("\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ one example input.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -46,7 +47,7 @@ class ResidualBlock(nn.Module):
         self.conv1 = norm(nn.Conv2d(inputs, outputs, 3, stride, 1, bias=False))
         self.conv2 = norm(nn.Conv2d(outputs, outputs, 3, 1, 1, bias=False))
         self.bn1, self.bn2 = nn.BatchNorm2d(outputs), nn.BatchNorm2d(outputs)
-        self.down = nn.Identity()
+        self.down: nn.Module = nn.Identity()
         if stride > 1 or inputs != outputs:
             shortcut = norm(nn.Conv2d(inputs, outputs, 1, stride, bias=False))
             self.down = nn.Sequential(shortcut, nn.BatchNorm2d(outputs))
@@ -78,7 +79,7 @@ class Period(nn.Module):
         widths = (1, 16, 64, 128, 256)
         self.convs = nn.ModuleList(
             norm(nn.Conv2d(inputs, outputs, (5, 1), (3, 1), (2, 0)))
-            for inputs, outputs in zip(widths, widths[1:], strict=False)
+            for inputs, outputs in itertools.pairwise(widths)
         )
         self.convs.append(norm(nn.Conv2d(256, 256, (5, 1), 1, (2, 0))))
         self.post = norm(nn.Conv2d(256, 1, (3, 1), 1, (1, 0)))
@@ -179,8 +180,8 @@ class ConditionalNorm(nn.Module):
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         gain, bias = 1 + self.gain(y)[:, :, None, None], self.bias(y)[:, :, None, None]
-        normed: Tensor = self.bn(x)
-        return normed * gain + bias
+        normed: Tensor = self.bn(x) * gain + bias
+        return normed
 
 
 class BigGANBlock(nn.Module):

@@ -71,7 +71,7 @@ def operators_parsed_once() -> Iterator[None]:
         return _parsed[function]
 
     with undo_on_exit(lambda: setattr(TracedOnnxFunction, "function_ir", parse)):
-        TracedOnnxFunction.function_ir = property(parse_once)
+        setattr(TracedOnnxFunction, "function_ir", property(parse_once))  # noqa: B010
         yield
 
 

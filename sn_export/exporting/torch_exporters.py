@@ -179,12 +179,13 @@ def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
 
 def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: Path) -> ir.Model:
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    content = None if are_large(model.parameters()) else io.BytesIO()
+    # A large file goes to the disk: past 2 GB torch takes nothing but the text of a path.
+    content: Any = None if are_large(model.parameters()) else io.BytesIO()
     with torch.no_grad():
         torch.onnx.export(
             model,
             call.tensors,
-            content or str(raw),  # past 2 GB torch takes no other kind of path
+            content or str(raw),
             dynamo=False,
             verbose=options.verbose,
             opset_version=options.opset_version,

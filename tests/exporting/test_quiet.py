@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import logging
 import os
 import sys
@@ -13,7 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from export_models import EXPORTERS, KINDS, Head, Liar, Unsupported, images, rows, small_net
-from torch import Tensor
+from onnxscript.values import TracedOnnxFunction
+from torch import Tensor, nn
 
 from sn_export import SnExportError, export_onnx
 
@@ -161,3 +163,14 @@ def test_exports_in_threads(tmp_path: Path) -> None:
         thread.join()
     assert passed == [True] * 6
     assert process() == before
+
+
+def test_operators_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second export reads the source of no operator; onnxscript keeps the property that this
+    leans on, and has it back afterwards. Inside, since nothing but time tells otherwise."""
+    parse = vars(TracedOnnxFunction)["function_ir"]
+    assert isinstance(parse, property)
+    export_onnx(nn.Linear(3, 2), rows(), tmp_path / "first.onnx", exporter="dynamo")
+    monkeypatch.setattr(inspect, "getsource", lambda *_: pytest.fail("an operator was read"))
+    export_onnx(nn.Linear(3, 2), rows(), tmp_path / "second.onnx", exporter="dynamo")
+    assert vars(TracedOnnxFunction)["function_ir"] is parse
