@@ -80,11 +80,13 @@ class Unit:
     def trace(self) -> Callable[[], None]:
         """Reshard, and return what takes back all that forwards leave behind from here on.
 
-        That is whole parameters, the order of the units, by which a backward gathers them ahead,
-        and a forward that an exception has stopped; ending it must not end a backward of the
-        user's that still gathers gradients. Ranks with other orders would wait for each other.
+        That is whole parameters, also where a forward has given them memory of its own (handwritten
+        norms set the ``data`` of their vectors); the order of the units, by which a backward
+        gathers them ahead, so that ranks with other orders would wait for each other; and a forward
+        that an exception has stopped, whose end must not end a backward that still gathers.
         """
         self.reshard()
+        gathered = [(param, _remember_gathered(param)) for _, param in self.params()]
         orders = {id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, _ORDER, ()))}
         groups = [(g, list(g._post_forward_indices), g._partial_reduce_output) for g in self.groups]
 
@@ -92,6 +94,8 @@ class Unit:
             if self.state._is_root and self.state._state_ctx.iter_forward_root is not None:
                 self.module.reset_iter_state()
             self.reshard()
+            for param, restore in gathered:
+                restore(param)
             context = self.state._comm_ctx  # of all units, from the first forward on
             getattr(context, _ORDER, [])[:] = orders.get(id(context), [])
             for group, indices, gradients in groups:
@@ -208,10 +212,31 @@ def held_by(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
     info.shared_modules = [module for module, _ in shared]
     info.shared_param_names = [name for _, name in shared]
     other._module_info = info
-    # Memory of its own for the whole parameter, made when it is first gathered.
-    other.all_gather_outputs = []
-    other.__dict__.pop(_GATHERED, None)
+    _forget_gathered(other)  # it has memory of its own for the whole parameter
     return other
+
+
+def _remember_gathered(param: Any) -> Callable[[Any], None]:
+    """Return what gives the whole parameter the memory that it has now, with what is there."""
+    whole = getattr(param, _GATHERED, None)
+    if whole is None:
+        return _forget_gathered
+    memory = whole.detach()
+    # The memory of a gather is empty between two of them; only that of a forward holds anything.
+    content = memory.clone() if memory.untyped_storage().size() else None
+
+    def restore(param: Any) -> None:
+        whole.data = memory
+        if content is not None:
+            memory.copy_(content)
+
+    return restore
+
+
+def _forget_gathered(param: Any) -> None:
+    """Let the first gather be the next one."""
+    param.all_gather_outputs = []
+    param.__dict__.pop(_GATHERED, None)
 
 
 def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -16,9 +17,9 @@ from ..running import Preserved, preserved_globals, unwrap_model
 class PlainNetwork:
     """What a factory builds, first without values, and later with those of another network.
 
-    It is built on the meta device, so that no memory is taken twice. Whatever has no values once
-    all that is known is loaded, such as a tensor in a plain attribute, has those that the factory
-    gives: then it is called again, on the device that it chooses.
+    It is built on the meta device, so that no memory is taken twice. Some factories read values;
+    some handwritten norms are known by what they compute; and a tensor in a plain attribute has the
+    value that the factory gives it. Then the factory is called again, on the device it chooses.
 
     Args:
         factory: returns the network, without its reparametrizations or with them.
@@ -26,12 +27,13 @@ class PlainNetwork:
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
         self._factory = factory
-        self._network: nn.Module | None = None
+        self._on_meta: nn.Module | None = None
+        self._real: nn.Module | None = None
         try:
             with torch.device("meta"):
-                self._network = self._build()
-        except Exception:  # it reads values, which meta tensors have not
-            self._network = self._build()
+                self._on_meta = self._build()
+        except Exception:
+            self._real = self._build()
 
     def load(
         self, selection: Selection, state: Mapping[str, Any], buffers: Mapping[str, Tensor]
@@ -46,16 +48,19 @@ class PlainNetwork:
         Raises:
             ExportError: if ``state`` is not that of this network.
         """
-        assert self._network is not None
-        self._fill(self._network, selection, state, buffers)
-        if any(tensor.is_meta for _, tensor in _tensors(self._network)):
-            self._network = None  # its tensors go before there are others
-            self._network = self._build()
-            self._fill(self._network, selection, state, buffers)
-        for name, tensor in _tensors(self._network):
+        network, self._on_meta = self._on_meta, None
+        if network is not None:
+            with contextlib.suppress(Exception):  # raised again if it has another cause
+                self._fill(network, selection, state, buffers)
+                if not any(tensor.is_meta for _, tensor in _tensors(network)):
+                    return network
+            del network  # its tensors go before there are others
+        network = self._real or self._build()
+        self._fill(network, selection, state, buffers)
+        for name, tensor in _tensors(network):
             if tensor.is_meta:
                 raise ExportError(f"model_factory leaves '{name}' on the meta device")
-        return self._network
+        return network
 
     def _build(self) -> nn.Module:
         with preserved_globals():

@@ -7,6 +7,7 @@ Rank 0 writes for each case what failed on any rank, by name; nothing failed whe
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+import handwritten_networks
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -92,6 +94,11 @@ KINDS: dict[str, Wrap] = {
     "orthogonal": parametrizations.orthogonal,
     "pruning": pruned,
 }
+# One of each way to write it; of the first, the factory does not show the norm on the meta device.
+HANDWRITTEN = (
+    *("prehook-operator", "wrapper-conv", "wrapper-lstm", "biggan-conv", "property"),
+    *("inline", "updating-always", "raw-name", "helped-torch"),
+)
 CASES: dict[str, Case] = {}
 
 
@@ -247,6 +254,41 @@ def _() -> None:
         mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
         check_block("hook", "layers", mesh=mesh)
         check_block("parametrization", "root", mesh=mesh)
+
+
+@case("handwritten")
+def _() -> None:
+    """Handwritten norms are frozen exactly, and exported from a factory that applies them too."""
+    path = shared_folder() / "net.onnx"
+    for name in HANDWRITTEN:
+        known = handwritten_networks.CASES[name]
+        model = nn.Sequential(known.make(), nn.Identity())
+        fully_shard(model[0])
+        fully_shard(model)
+        known.run(model).sum().backward()
+        model.eval().reshard()
+        before = objects(model)
+        with frozen_spectral_norm(model), torch.no_grad():
+            plain = known.run(model)
+            keys = [key.removeprefix("0.") for key in model.state_dict()]
+            assert known.layer or keys == [*known.plain().state_dict()]
+        assert objects(model) == before
+        if name in HANDWRITTEN[:2]:
+            factory = functools.partial(build_handwritten, known)
+            export_onnx(
+                *(model, (known.x(),), path),
+                model_factory=factory,
+                samples=0,
+                exporter="torchscript",
+            )
+            assert objects(model) == before
+        with torch.no_grad():
+            require_equal(plain, known.run(model), f"outputs of {name}")
+        known.run(model.train()).sum().backward()
+
+
+def build_handwritten(known: handwritten_networks.Case) -> nn.Module:
+    return nn.Sequential(known.make(seed=3), nn.Identity())
 
 
 @case("mixed-precision")
