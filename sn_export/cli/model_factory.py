@@ -11,7 +11,7 @@ import os
 import warnings
 import zipfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, BinaryIO
@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
 from ..errors import SnExportWarning, UsageError
 from ..files import open_regular
-from ..running import InputSet
+from ..running import InputSet, find_entry
+from ..text import shorten_list
 from .options import DynamicDims, InputShape, import_from_current_folder
 from .request import ModelOptions
 
@@ -69,7 +70,8 @@ class Inputs:
         """Return ``--dynamic`` as `torch.export` takes it: an entry for each input, or None."""
         if not dims:
             return None
-        parameters = list(inspect.signature(model.forward).parameters)
+        called = self.example.method or model.forward
+        parameters = list(inspect.signature(called).parameters)
         names = [*parameters[: len(self.example.args)], *self.example.kwargs]
         for name in dims:
             if name not in names:
@@ -122,10 +124,10 @@ def _require_small(path: Path, file: BinaryIO) -> None:
 def prepare_model(
     options: ModelOptions, checkpoint: Path, factory: str, show: Callable[[str], None]
 ) -> tuple[nn.Module, Inputs, Loaded]:
-    """Return the network with the checkpoint in it, the inputs, and how it went in.
+    """Return what is called, with the checkpoint in it, the inputs, and how it went in.
 
     Args:
-        options: how to read the checkpoint and call the network.
+        options: how to read the checkpoint, and what of the network is called.
         checkpoint: the file or folder.
         factory: ``MODULE:FACTORY``.
         show: is told each step.
@@ -134,12 +136,32 @@ def prepare_model(
     show(f"reading {checkpoint}")
     content = read_checkpoint(checkpoint, **options.keywords_of(read_checkpoint))
     show(f"building {factory}")
-    model = build_model(factory, options.model_kwargs)
+    built = build_model(factory, options.model_kwargs)
+    network = _find_module("--network", built, options.network)
+    model = _find_module("--submodule", built, options.submodule)
+    try:
+        method = find_entry(model, options.method)[1]
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--{error}") from error
     show("loading the checkpoint into the model")
-    loaded = load_checkpoint(model, content, **options.keywords_of(load_checkpoint))
+    loaded = load_checkpoint(network, content, **options.keywords_of(load_checkpoint))
     for text in loaded.warnings:
         warnings.warn(text, SnExportWarning, stacklevel=2)
-    return model, inputs, loaded
+    return model, replace(inputs, example=inputs.example.bind(model, method)), loaded
+
+
+def _find_module(option: str, model: nn.Module, path: str | None) -> nn.Module:
+    """Return the module that an option names below ``model``; the model itself for None."""
+    found: Any = model
+    for name in path.split(".") if path is not None else ():
+        found = getattr(found, name, None)
+    if isinstance(found, nn.Module):
+        return found
+    paths = [name for name, _ in model.named_modules() if name]
+    raise UsageError(
+        f"{option} {path}: there is no such module in {type(model).__name__}; it has "
+        f"{shorten_list(paths) or 'none'}"
+    )
 
 
 def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:

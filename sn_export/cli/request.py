@@ -108,6 +108,14 @@ class ModelOptions(CheckpointOptions):
         Parsed(str | None, parse_kwargs, None),
         typer.Option("--model-kwargs", help="Arguments of the factory as JSON."),
     ]
+    network: Annotated[
+        str | None,
+        typer.Option(help="Attribute of what the factory makes that the checkpoint is for."),
+    ] = None
+    submodule: Annotated[
+        str | None, typer.Option(help="Take this module within it, e.g. decoder or blocks.0.")
+    ] = None
+    method: Annotated[str | None, typer.Option(help="Call this method in place of forward.")] = None
     prefix: Annotated[
         str | None, typer.Option(help="Start of the names that are the network's.")
     ] = None

@@ -6,13 +6,13 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MethodType
 from typing import Any, Protocol
 
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from ..distributed import Description, lead_export, refuse_sharded, sharded_units
-from ..errors import SnExportError
+from ..errors import ExportError, SnExportError
 from ..files import (
     are_one_place,
     as_path,
@@ -26,7 +26,6 @@ from ..freezing import (
     SpectralNormInfo,
     describe_sites,
     find_unconverged,
-    require_module,
     with_exact_sigma,
 )
 from ..proving import ProofSettings
@@ -40,7 +39,6 @@ from ..running import (
     as_kwargs,
     dynamic_dims,
     require_seen,
-    unwrap_model,
 )
 from ..text import plain_integer
 from .torch_exporters import ExternalData
@@ -65,14 +63,14 @@ class OwnNetwork:
     """The network that the caller has, within torch's wrappers.
 
     Args:
-        model: what the caller gave.
+        model: what the caller gave, within torch's wrappers.
         only: what is frozen, as `frozen_parametrizations` takes it.
     """
 
     run = None
 
     def __init__(self, model: nn.Module, only: Only) -> None:
-        self.network = require_network(model)
+        self.network = require_whole(model)
         self._only = only
 
     def describe(self, sigma_exact: bool) -> Description:
@@ -87,7 +85,8 @@ class OwnNetwork:
 
 
 def export_from(
-    model: Any,
+    network: nn.Module,
+    method: MethodType | None,
     factory: Any,
     only: Only,
     export: Callable[[Source], ExportReport],
@@ -95,20 +94,25 @@ def export_from(
     """Return what ``export`` does: of the model itself, or of what the ranks of a sharded one hold.
 
     Args:
-        model: what the caller gave.
+        network: within torch's wrappers.
+        method: the method of it to export, or None.
         factory: builds the network of a sharded model in one process; not called for others.
         only: what is frozen, as `frozen_parametrizations` takes it.
         export: called once, of a sharded model on its first rank.
 
     Raises:
-        TypeError: if the model is no module, or the factory cannot be called.
-        ExportError: for a sharded model without a factory.
+        TypeError: if the factory cannot be called.
+        ExportError: for a sharded model without a factory, or a method of it.
     """
-    network = unwrap_model(require_module(model))
     if factory is not None and not callable(factory):
         raise TypeError(f"model_factory must be callable, got {type(factory).__name__}")
     if factory is None or not sharded_units(network):
         return export(OwnNetwork(network, only))
+    if method is not None:
+        raise ExportError(
+            f"'{method.__name__}' is a method of a sharded {type(network).__name__}, of which only "
+            "forward can be exported: let its forward call that method"
+        )
     # torch's programs hold the weights, which the other ranks have no use for.
     return lead_export(
         network, factory, only, export, lambda report: replace(report, onnx_program=None)
@@ -148,12 +152,12 @@ class Request:
         input_names: names in the file by the names in the forward's signature, in its order.
         output_names: names that the user wants for the first outputs; None for none.
         frozen_kinds: what is frozen, as `frozen_parametrizations` takes it.
-        frozen: what that is in this model.
         run: runs the reference where that is another model than ``model``; else None.
-        note: a sentence on spectral norms that are far from converged, or nothing.
         per_module: whether modules are compared though all outputs pass.
         keep_programs: whether torch's programs are kept in the report.
         verbose: whether torch may print, log and warn.
+        frozen: what is frozen in this model, once it has no lazy modules.
+        note: a sentence on spectral norms that are far from converged, or nothing.
     """
 
     model: nn.Module
@@ -171,38 +175,34 @@ class Request:
     input_names: Mapping[str, str]
     output_names: Sequence[str] | None
     frozen_kinds: Only
-    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
-    note: str
     run: Callable[[InputSet], Reference] | None
     per_module: bool
     keep_programs: bool
     verbose: bool
+    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...] = ()
+    note: str = ""
 
 
-def require_network(model: Any) -> nn.Module:
-    """Return the network within torch's wrappers.
-
-    Raises:
-        TypeError: if it is no module.
-        SnExportError: if a lazy module of it has not run yet.
-    """
-    network = unwrap_model(require_module(model))
+def require_whole(network: nn.Module) -> nn.Module:
+    """Return the network if no parameter of it is a shard, and raise an ExportError if one is."""
     refuse_sharded(network)
-    for name, tensor in (*network.named_parameters(), *network.named_buffers()):
-        if is_lazy(tensor):
-            raise SnExportError(
-                f"'{name}' has no shape yet, since its lazy module never ran: run the model once"
-            )
     return network
 
 
 def require_call(
-    model: nn.Module, args: Any, kwargs: Any, inputs: Any, *, on_cpu: bool = False
+    model: nn.Module,
+    method: MethodType | None,
+    args: Any,
+    kwargs: Any,
+    inputs: Any,
+    *,
+    on_cpu: bool = False,
 ) -> Call:
-    """Return the example, and the user's inputs for the proof, by the names of the forward.
+    """Return the example, and the user's inputs for the proof, by the names of what is called.
 
     Args:
         model: the network.
+        method: the method of it that is called, or None.
         args: as `export_onnx` is given them.
         kwargs: likewise.
         inputs: likewise.
@@ -213,10 +213,10 @@ def require_call(
         ValueError: for a tensor in ``inputs`` that the example does not have.
     """
     keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
-    given = InputSet(as_args(args), keywords, "the example input").bind(model)
+    given = InputSet(as_args(args), keywords, "the example input").bind(model, method)
     require_seen(given)
     example = given.clone()
-    own = as_input_sets(model, inputs, len(example.args), "inputs", example)
+    own = as_input_sets(model, inputs, len(example.args), "inputs", example, method)
     for one in own:
         require_seen(one, example)
     if on_cpu:

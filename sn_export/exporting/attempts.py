@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..files import disk_errors_as, drafts
 from ..freezing import describe_sites
-from ..proving import Case, Proof, differs, is_imprecise, type_name
+from ..proving import Case, Proof, called_name, differs, is_imprecise
 from ..results import (
     Attempt,
     Exporter,
@@ -157,7 +157,7 @@ def _describe_export(
         metadata=dict(metadata),
         folded=written.folded,
         inputs=written.inputs,
-        model=type_name(request.model),
+        model=called_name(request.model, request.call.example),
     )
 
 
@@ -263,7 +263,7 @@ def _warn_of_traced_decisions(request: Request, made: Made) -> None:
     """Warn if an exporter that takes no decision by values was tried first."""
     samples = made.report.parity.samples
     for _, error in made.failures:
-        where = traced_decision(error, request.model)
+        where = traced_decision(error, request.model, request.call.example.method)
         if where is not None:
             warnings.warn(
                 f"the forward decides by the values of a tensor ({where}), which the dynamo "

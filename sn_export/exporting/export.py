@@ -7,6 +7,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -22,7 +23,7 @@ from ..proving import (
     write_case,
 )
 from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
-from ..running import preserved, run_reference
+from ..running import find_entry, initialise_lazy, preserved, run_reference
 from .arguments import (
     Request,
     Source,
@@ -33,9 +34,9 @@ from .arguments import (
     require_exporter,
     require_external_data,
     require_freeze,
-    require_network,
     require_samples,
     require_target,
+    require_whole,
 )
 from .attempts import Made, make_proved_file, warn_of_made
 from .graph import name_inputs
@@ -49,11 +50,12 @@ _one_at_a_time = threading.RLock()
 
 
 def export_onnx(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     args: tuple[Any, ...] | Tensor,
     path: str | os.PathLike[str],
     *,
     kwargs: Mapping[str, Any] | None = None,
+    method: str | None = None,
     exporter: ExporterChoice = "auto",
     freeze: Freeze = "spectral_norm",
     opset_version: int | None = None,
@@ -89,15 +91,21 @@ def export_onnx(
     shapes, on ``inputs``, and with dynamic shapes on other sizes. Then `torch.onnx.export`
     runs inside `frozen_spectral_norm`, into a folder beside ``path``; arithmetic that depends
     on initializers alone is folded, and onnxruntime must give the same outputs. The model, its
-    modes, the inputs and the global random states are as before afterwards, whatever happens.
+    modes, the inputs and the global random states are as before afterwards, whatever happens, but
+    for lazy modules that never ran: the example is run once, in eval mode, and they are initialised
+    then as after any forward, also where the export fails later.
 
     Args:
         model: the model, in train or eval mode, with or without spectral norm. Of
             `torch.compile`, DataParallel and DistributedDataParallel the network inside is taken.
+            A bound method of a module, such as ``net.decode``, is exported in place of its forward:
+            called directly, without the hooks of ``net`` itself. Names in the file and in the
+            report are those in ``net``.
         args: positional arguments of an example call, as for `torch.onnx.export`.
         path: the ONNX file to write; its folder must exist. External data goes to
             ``<path>.data``.
         kwargs: keyword arguments of the example call.
+        method: the name of a method of ``model`` to export in place of its forward.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"`` (tracing), or ``"auto"``: the
             first, and the second where the first cannot export or its file does not prove.
         freeze: ``"spectral_norm"``, or ``"all"`` for every reparametrization, as
@@ -152,16 +160,17 @@ def export_onnx(
         The report.
 
     Raises:
-        TypeError: for a model that is no module, or arguments of a wrong type, such as objects
-            whose tensors no exporter sees.
-        ValueError: for an option outside its range, dynamic shapes or names that do not fit the
-            inputs or outputs, a tolerance for an output that the file does not have, or a tensor
-            in ``inputs`` that the example does not have.
+        TypeError: for a model that is no module and no method of one, or arguments of a wrong type,
+            such as objects whose tensors no exporter sees.
+        ValueError: for an option outside its range, a method that is not there, dynamic shapes or
+            names that do not fit the inputs or outputs, a tolerance for an output that the file
+            does not have, or a tensor in ``inputs`` that the example does not have.
         FileNotFoundError: if the folder of ``path`` or ``save_case``, or the file ``source``,
             does not exist.
         FileExistsError: if ``path`` is something else than an ONNX file.
         FreezeError: if a tensor cannot be frozen.
-        SnExportError: if the model rejects an input, or a lazy module of it never ran.
+        SnExportError: if the model rejects an input, or the example does not call a lazy module
+            that never ran.
         ExportError: if torch cannot export the model, or onnxruntime not run the file; for a
             sharded model without ``model_factory``, or one whose weights do not fit that; if a
             dimension that is declared dynamic by name takes one size only, or is made one with
@@ -181,13 +190,14 @@ def export_onnx(
         PrecisionLostWarning: if the file is within the default tolerance, and much farther from
             the network in float64 than rounding accounts for.
     """
+    network, entry = find_entry(model, method)
     frozen_kinds = require_freeze(freeze)
 
     def export(origin: Source) -> ExportReport:
         opset, exporters = require_opset(opset_version, require_exporter(exporter))
         placing = require_external_data(external_data)
         request = Request(
-            target=(target := require_target(path, model, placing, overwrite)),
+            target=(target := require_target(path, network, placing, overwrite)),
             exporters=exporters,
             external_data=placing,
             samples=require_samples(samples),
@@ -196,38 +206,43 @@ def export_onnx(
             metadata=require_metadata(metadata),
             case=require_case(save_case, target),
             source=require_source(source),
-            model=(network := require_network(origin.network)),
+            model=(whole := require_whole(origin.network)),
             call=(
-                call := require_call(network, args, kwargs, inputs, on_cpu=origin.run is not None)
+                call := require_call(
+                    whole, entry, args, kwargs, inputs, on_cpu=origin.run is not None
+                )
             ),
             dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),
-            input_names=name_inputs(network, call.example, input_names),
+            input_names=name_inputs(whole, call.example, input_names),
             output_names=output_names,
             frozen_kinds=frozen_kinds,
-            frozen=(described := origin.describe(sigma_exact)).frozen,
-            note=describe_unconverged(described.unconverged),
             run=origin.run,
             per_module=per_module,
             keep_programs=keep_programs,
             verbose=verbose,
         )
-        return _export(request)
+        return _export(request, origin, sigma_exact)
 
-    return export_from(model, model_factory, frozen_kinds, export)
+    return export_from(network, entry, model_factory, frozen_kinds, export)
 
 
-def _export(request: Request) -> ExportReport:
+def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport:
     """Export the network, prove the file and publish it."""
     network = request.model
-    with _one_at_a_time, preserved(network) as state, contextlib.ExitStack() as workspaces:
-        run = request.run or partial(run_reference, network, state)
-        references, left_out = run_references(request, state, run)
-        proof, options = plan_proof(request, state, run, references, left_out)
-        if request.run is not None:
-            require_same_network(proof, options.output_names)
-        made = make_proved_file(request, proof, options, workspaces)
-        warn_of_made(request, made, references[0], left_out)
-        _publish(request, made)
+    with _one_at_a_time:
+        initialise_lazy(network, request.call.example)
+        described = origin.describe(sigma_exact)
+        note = describe_unconverged(described.unconverged)
+        request = replace(request, frozen=described.frozen, note=note)
+        with preserved(network) as state, contextlib.ExitStack() as workspaces:
+            run = request.run or partial(run_reference, network, state)
+            references, left_out = run_references(request, state, run)
+            proof, options = plan_proof(request, state, run, references, left_out)
+            if request.run is not None:
+                require_same_network(proof, options.output_names)
+            made = make_proved_file(request, proof, options, workspaces)
+            warn_of_made(request, made, references[0], left_out)
+            _publish(request, made)
     return made.report
 
 

@@ -9,6 +9,7 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
@@ -62,20 +63,25 @@ class _Place:
 
 
 def describe_failure(
-    error: BaseException, model: nn.Module, other: str | None, inputs: Sequence[str]
+    error: BaseException,
+    model: nn.Module,
+    method: MethodType | None,
+    other: str | None,
+    inputs: Sequence[str],
 ) -> str:
     """Return what failed, where in the user's model, and what to try.
 
     Args:
         error: what the exporter raised.
         model: the model; its modules are told by their paths.
+        method: the method of it that is exported in place of its forward.
         other: the exporter that could be tried instead, if there is one.
         inputs: the names of the tensors that it was given, in their order.
     """
     chain = list(_causes(error))
     root = chain[-1]
     text = f"{type(root).__name__}: {_name_dimensions(_shorten(str(root)), inputs)}"
-    where = _describe_place(_find_place(chain, model))
+    where = _describe_place(_find_place(chain, model), method)
     advice = [
         text for pattern, text in _ADVICE if any(re.search(pattern, _as_line(e)) for e in chain)
     ][:1]
@@ -88,12 +94,15 @@ def describe_failure(
     return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")
 
 
-def traced_decision(error: BaseException, model: nn.Module) -> str | None:
+def traced_decision(
+    error: BaseException, model: nn.Module, method: MethodType | None
+) -> str | None:
     """Return where the forward decides by the values of a tensor, if that is what failed.
 
     Args:
         error: what the exporter raised, or is the cause of.
         model: as for `describe_failure`.
+        method: as for `describe_failure`.
     """
     chain = list(_causes(error))
     if not any(re.search(_DECIDES, _as_line(e)) for e in chain):
@@ -103,7 +112,7 @@ def traced_decision(error: BaseException, model: nn.Module) -> str | None:
     ]
     if any(file.startswith(_CHECKING) for file in files):
         return None
-    return _describe_place(_find_place(chain, model)).lstrip("; ")
+    return _describe_place(_find_place(chain, model), method).lstrip("; ")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -138,10 +147,11 @@ def _name_dimensions(text: str, inputs: Sequence[str]) -> str:
     return _DIMENSION.sub(name_dimension, text)
 
 
-def _describe_place(place: _Place) -> str:
+def _describe_place(place: _Place, method: MethodType | None) -> str:
     words = ""
+    called = "the forward" if method is None else repr(method.__name__)
     if place.module is not None:
-        words += f"; in {repr(place.module) if place.module else 'the forward'} ({place.kind})"
+        words += f"; in {repr(place.module) if place.module else called} ({place.kind})"
     if place.file is not None:
         source = linecache.getline(place.file, place.line).strip()
         words += f"; at {place.file}:{place.line}" + (f": {source}" if source else "")

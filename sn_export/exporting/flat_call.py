@@ -1,75 +1,93 @@
-"""Any call as one that exporters take: the model is given tensors alone, and returns tensors.
+"""Any call as one that exporters take: a module is given tensors alone, and returns tensors.
 
-Numbers, None, keywords, nested containers, dataclasses and objects of any class are put back by
-a pre-hook before the model's own hooks and forward see the call. Nothing of the model changes
-but two hooks and the signature that the exporters read, and these are gone afterwards.
+Numbers, None, keywords, nested containers, dataclasses and objects of any class are put back before
+the model, or the method of it that is exported, sees the call. What the exporters are given then is
+a module of our own, which has the very parameters, buffers and children of the model under the same
+names, and calls it; nothing of the model changes.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..running import InputSet, Reference, paths_of_tensors, undoing
+from ..running import InputSet, Reference, paths_of_tensors
+
+# What a module shares with its model, so that weights keep their names; the rest, as hooks, is new.
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 
 
 class FlatCall(NamedTuple):
     """A call with tensors alone.
 
     Attributes:
-        tensors: in the order of the forward's signature.
-        is_hidden: whether the signature that exporters read is ``(*args, **kwargs)``.
+        module: what is called: the model, or a module around it whose forward takes ``*args``.
+        tensors: in the order of the signature.
     """
 
+    module: nn.Module
     tensors: tuple[Tensor, ...]
-    is_hidden: bool
+
+    @property
+    def is_wrapped(self) -> bool:
+        """Whether the module is one around the model."""
+        return isinstance(self.module, _Call)
 
 
-@undoing
-def flat_call(model: nn.Module, reference: Reference) -> Iterator[FlatCall]:
-    """Let ``model`` be called with the tensors of the example alone, and return tensors alone.
+def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
+    """Return the call of a module that takes the tensors of the example, and returns tensors.
 
     Args:
-        model: it is given two hooks while the block lasts, unless it is compiled code.
-        reference: the example; every call inside has the structure and the constants of its
-            inputs, and returns what is a tensor in its result.
-
-    Yields:
-        The call.
+        model: it is called by that module, and exported itself where that is the same.
+        reference: the example; every call has the structure and the constants of its inputs, and
+            returns what is a tensor in its result.
     """
     example = reference.inputs.clone()
     tensors = tuple(tensor for _, tensor in example.named_tensors())
-    if isinstance(model, torch.jit.ScriptModule):
-        yield FlatCall(tensors, False)
-        return
-    is_hidden = not _is_flat(model, tensors, example)
-    position = {id(tensor): index for index, tensor in enumerate(tensors)}
+    is_compiled = isinstance(model, torch.jit.ScriptModule)
+    if is_compiled or (reference.is_plain and _is_flat(model, tensors, example)):
+        return FlatCall(model, tensors)
+    return FlatCall(_Call(model, example, tensors, reference.paths), tensors)
 
-    def unflatten(module: nn.Module, args: Any, kwargs: Any) -> Any:
-        full = example.map(lambda tensor: args[position[id(tensor)]])
-        return full.args, dict(full.kwargs)
 
-    def only_tensors(module: nn.Module, args: Any, result: Any) -> Any:
-        # By their places: while a model is traced, sizes are tensors too.
-        found = dict(paths_of_tensors(result))
-        return tuple(found[path] for path in reference.paths)
+class _Call(nn.Module):
+    """A model that is called in one way, with its own parameters, buffers and children."""
 
-    with contextlib.ExitStack() as stack:
-        if is_hidden:
-            stack.enter_context(_hidden_signature(model))
-            stack.enter_context(_first_pre_hook(model, unflatten))
-        if not reference.is_plain:
-            stack.enter_context(_last_hook(model, only_tensors))
-        yield FlatCall(tensors, is_hidden)
+    def __init__(
+        self,
+        model: nn.Module,
+        example: InputSet,
+        tensors: Sequence[Tensor],
+        paths: Sequence[tuple[str, ...]],
+    ) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["training"] = model.training
+        # torch names constants of the file by the attributes that hold them.
+        own.update({key: value for key, value in model.__dict__.items() if key not in own})
+        own.update({key: model.__dict__[key] for key in _SHARED})
+        own.pop("forward", None)  # one that was set on the instance
+        position = {id(tensor): index for index, tensor in enumerate(tensors)}
+
+        def call(args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            full = example.map(lambda tensor: args[position[id(tensor)]])
+            # By their places: while a model is traced, sizes are tensors too.
+            found = dict(paths_of_tensors(full.call(model)))
+            return tuple(found[path] for path in paths)
+
+        own["_call"] = call
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return self.__dict__["_call"](tensors)  # type: ignore[no-any-return]
 
 
 def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> bool:
+    if example.method is not None:
+        return False
     # A parameter left at its default would be filled in by the TorchScript exporter.
     parameters = inspect.signature(model.forward).parameters.values()
     return (
@@ -78,49 +96,3 @@ def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> 
         and not example.kwargs
         and all(tensor is arg for tensor, arg in zip(tensors, example.args, strict=True))
     )
-
-
-# The dictionaries are written to directly: a handle would count up torch's number of hooks.
-
-
-@undoing
-def _first_pre_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    key: Any = object()
-    hooks = cast("OrderedDict[Any, Any]", model._forward_pre_hooks)
-    try:
-        hooks[key] = hook
-        hooks.move_to_end(key, last=False)
-        model._forward_pre_hooks_with_kwargs[key] = True
-        yield
-    finally:
-        hooks.pop(key, None)
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
-@undoing
-def _last_hook(model: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    key: Any = object()
-    try:
-        model._forward_hooks[key] = hook
-        yield
-    finally:
-        model._forward_hooks.pop(key, None)
-
-
-@undoing
-def _hidden_signature(model: nn.Module) -> Iterator[None]:
-    # Exporters bind what they are given to the signature, and fill in defaults.
-    attributes, forward = model.__dict__, model.forward
-    own = attributes.get("forward")
-
-    def any_forward(*args: Any, **kwargs: Any) -> Any:
-        return forward(*args, **kwargs)
-
-    attributes["forward"] = any_forward
-    try:
-        yield
-    finally:
-        if own is None:
-            attributes.pop("forward", None)
-        else:
-            attributes["forward"] = own

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..files import find_disk_error
-from ..proving import save, weight_bytes
+from ..proving import called_name, save, weight_bytes
 from ..results import EXPORTERS, Exporter, FileInput, FoldedInitializer
 from ..running import (
     DynamicDim,
@@ -124,15 +124,12 @@ def write_onnx(
             another opset, or a file that is not valid.
         OSError: if the disk is full, say.
     """
-    program = None
+    program, inputs = None, list(options.input_names)
     try:
-        with (
-            quiet(options.verbose),
-            no_fused_attention(),
-            flat_call(model, reference) as call,
-        ):
+        with quiet(options.verbose), no_fused_attention():
+            call = flat_call(model, reference)
             if exporter == "dynamo":
-                program = _dynamo(model, call, options)
+                program = _dynamo(call, options)
                 graph = program.model
             else:
                 graph = _torchscript(model, call, options, path.with_suffix(".raw.onnx"))
@@ -141,8 +138,8 @@ def write_onnx(
         if full is not None:  # the exporter is not to blame, and the other would fail too
             raise OSError(full.errno, full.strerror) from error
         raise ExportError(
-            f"the {exporter} exporter cannot export {type(model).__name__}: "
-            f"{describe_failure(error, model, other, list(options.input_names))}"
+            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}: "
+            f"{describe_failure(error, model, reference.inputs.method, other, inputs)}"
         ) from error
     rename(
         graph.graph,
@@ -153,25 +150,26 @@ def write_onnx(
     set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model))
-    inputs = tuple(map(_describe_input, graph.graph.inputs))
+    described = tuple(map(_describe_input, graph.graph.inputs))
     declared = tuple(map(_sizes_of, graph.graph.outputs))
     _save(graph, path, options)
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
     notes = _check(path)
-    return Written(int(graph.opset_imports.get("", 0)), folded, program, inputs, declared, notes)
+    opset = int(graph.opset_imports.get("", 0))
+    return Written(opset, folded, program, described, declared, notes)
 
 
-def _dynamo(model: nn.Module, call: FlatCall, options: ExportOptions) -> Any:
+def _dynamo(call: FlatCall, options: ExportOptions) -> Any:
     shapes = flat_shapes(list(options.input_names), options.dims)
     with operators_parsed_once():
         program = torch.onnx.export(
-            model,
+            call.module,
             call.tensors,
             dynamo=True,
             verbose=options.verbose,
             opset_version=options.opset_version,
-            dynamic_shapes=(shapes,) if shapes and call.is_hidden else shapes,
+            dynamic_shapes=(shapes,) if shapes and call.is_wrapped else shapes,
         )
     assert program is not None  # torch returns None only for dynamo=False
     return program
@@ -183,7 +181,7 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
     content: Any = None if are_large(model.parameters()) else io.BytesIO()
     with torch.no_grad():
         torch.onnx.export(
-            model,
+            call.module,
             call.tensors,
             content or str(raw),
             dynamo=False,

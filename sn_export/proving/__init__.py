@@ -4,7 +4,7 @@ from .case_file import Case, opened_case, write_case
 from .cases import check_case
 from .dynamic_sizes import Resizer, resized_references
 from .external_data import find_stale_data, save, weight_bytes
-from .module_errors import type_name
+from .module_errors import called_name, type_name
 from .module_scopes import using_modules
 from .parity import check_parity, coarsest_of
 from .proof import Proof, differs, require_same_network
@@ -19,6 +19,7 @@ __all__ = [
     "Proof",
     "ProofSettings",
     "Resizer",
+    "called_name",
     "check_case",
     "check_parity",
     "coarsest_of",

@@ -144,7 +144,8 @@ def _around(path: str, model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[s
     around = path.rpartition(".")[0]
     while around not in called:  # past a ModuleList
         around = around.rpartition(".")[0]
-    return around, _title(around, type_name(model.get_submodule(around)))
+    kind = type_name(model.get_submodule(around)) if around else calls[-1].type
+    return around, _title(around, kind)
 
 
 def _hidden_before(

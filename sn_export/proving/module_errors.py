@@ -213,13 +213,19 @@ def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCa
     calls: list[ModuleCall] = []
     with _recording(model, calls):
         reference = run_reference(model, state, inputs)
-    kind = type_name(model)
+    kind = called_name(model, inputs)
     return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
 
 
 def type_name(module: nn.Module) -> str:
     """Return the name of a module's class, as it was before something was parametrized."""
     return parametrize.type_before_parametrizations(module).__name__
+
+
+def called_name(model: nn.Module, inputs: InputSet) -> str:
+    """Return the name of a model's class, with the method that is called: ``"Net.decode"``."""
+    method = inputs.method
+    return type_name(model) if method is None else f"{type_name(model)}.{method.__name__}"
 
 
 def trace_inputs(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,15 @@ from ..errors import ExportError
 from ..files import as_path
 from ..freezing import frozen_spectral_norm
 from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
-from ..running import Preserved, Reference, as_input_sets, preserved, run_reference, unwrap_model
+from ..running import (
+    Preserved,
+    Reference,
+    as_input_sets,
+    find_entry,
+    initialise_lazy,
+    preserved,
+    run_reference,
+)
 from .divergence import locate
 from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
@@ -28,10 +36,11 @@ from .verdicts import FACTOR, judge, unconverged_note
 
 
 def check_parity(
-    model: nn.Module,
+    model: nn.Module | Callable[..., Any],
     onnx_path: str | os.PathLike[str],
     inputs: Any,
     *,
+    method: str | None = None,
     rtol: Tolerance = None,
     atol: Tolerance = None,
     providers: Sequence[str] = DEFAULT_PROVIDERS,
@@ -44,11 +53,13 @@ def check_parity(
     set, and the report's ``divergence`` says where the two part.
 
     Args:
-        model: the reference, with or without spectral norm. It and the inputs are left as
-            they were.
+        model: the reference, with or without spectral norm, or a bound method of a module, such as
+            ``net.decode``. It and the inputs are left as they were, but for lazy modules that never
+            ran, as by `export_onnx`.
         onnx_path: the file.
         inputs: a tensor, a tuple of arguments, a dict of keyword arguments, or a list of
             these for several calls.
+        method: the name of a method of ``model`` that is called in place of it.
         rtol: relative tolerance; by default by dtype, see `sn_export.proving.tolerances`. A
             mapping gives it by name or position of outputs; the others have the default.
         atol: absolute tolerance in units of the output; by default by dtype and relative to
@@ -63,34 +74,33 @@ def check_parity(
         The report, passed or not.
 
     Raises:
-        TypeError: if ``model`` is not a module, ``inputs`` are of no known form, or another
-            argument is of a wrong type.
-        ValueError: for no inputs, a negative tolerance, a tolerance for an output that the file
-            does not have, or an unknown provider.
+        TypeError: if ``model`` is no module and no method of one, ``inputs`` are of no known form,
+            or another argument is of a wrong type.
+        ValueError: for a method that is not there, no inputs, a negative tolerance, a tolerance for
+            an output that the file does not have, or an unknown provider.
         FileNotFoundError: if there is no such file.
         SnExportError: if the model rejects an input.
         ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
             are not those of the model.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    model = unwrap_model(model)
+    network, entry = find_entry(model, method)
     settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
     session = proof_session(path, settings)
-    sets = as_input_sets(model, inputs, arity=len(session.get_inputs()))
+    sets = as_input_sets(network, inputs, arity=len(session.get_inputs()), method=entry)
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
-    note = unconverged_note(model)
-    with preserved(model) as state:
-        references = [run_reference(model, state, one) for one in sets]
-        freezing = Freezing(partial(frozen_spectral_norm, model))
-        report = compare(model, freezing, session, path, references, settings)
+    initialise_lazy(network, sets[0])
+    note = unconverged_note(network)
+    with preserved(network) as state:
+        references = [run_reference(network, state, one) for one in sets]
+        freezing = Freezing(partial(frozen_spectral_norm, network))
+        report = compare(network, freezing, session, path, references, settings)
         report = replace(report, notes=(note,) if note else ())
         if per_module or not report.passed:
-            report = locate_divergence(report, model, state, path, references, settings)
+            report = locate_divergence(report, network, state, path, references, settings)
     return report
 
 

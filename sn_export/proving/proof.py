@@ -180,7 +180,7 @@ def _outputs_for_example(
     given = proof.references[0].inputs.clone()
     try:
         with within(), torch.no_grad():
-            found = paths_of_tensors(proof.model(*given.args, **given.kwargs))
+            found = paths_of_tensors(given.call(proof.model))
         return [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
     except Exception:  # then an exporter has failed as well, and said so
         return []

@@ -168,7 +168,7 @@ def _run(
         if in_float64 and not is_large:
             _widen_held(state)
         with _released(release) if is_large else nullcontext(), torch.no_grad(), mode:
-            result = model(*given.args, **given.kwargs)
+            result = given.call(model)
         return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in tensor_leaves(result)]
     except (Exception, SystemExit) as error:
         reason = without_frames(str(error)).strip().split("\n")[0]

@@ -22,6 +22,7 @@ from .preservation import (
 from .reference import (
     RandomReferences,
     Reference,
+    initialise_lazy,
     left_out_note,
     near_like,
     no_fused_attention,
@@ -31,7 +32,7 @@ from .reference import (
 )
 from .tensor_memory import are_large, as_real_pairs, dense_parts, is_dense, is_large, same_bits
 from .undo import ClosedOnExit, undo_on_exit, undoing
-from .wrapped_models import unwrap_model
+from .wrapped_models import find_entry, unwrap_model
 
 __all__ = [
     "ClosedOnExit",
@@ -48,7 +49,9 @@ __all__ = [
     "dense_parts",
     "dynamic_axes",
     "dynamic_dims",
+    "find_entry",
     "flat_shapes",
+    "initialise_lazy",
     "is_dense",
     "is_large",
     "is_random",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MethodType
 from typing import Any
 
 import torch
@@ -52,19 +53,31 @@ class InputSet:
         kwargs: keyword arguments.
         label: what the set is, for messages: ``"the example input"``.
         binding: the names of the arguments, once `bind` has asked a forward for them.
+        method: the method of the model that is called in place of the model itself.
     """
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     label: str = "the input"
     binding: Binding | None = None
+    method: MethodType | None = None
 
-    def bind(self, model: nn.Module) -> InputSet:
-        """Return the set with the names of ``model.forward``, and its keywords in that order."""
-        binding = _bind(model, self)
+    def bind(self, model: nn.Module, method: MethodType | None = None) -> InputSet:
+        """Return the set with the names of what is called, and its keywords in that order.
+
+        Args:
+            model: called as it is, so that the names are those of its forward,
+            method: but for this method of it.
+        """
+        method = method or self.method
+        binding = _bind(method or model.forward, self)
         keywords = [place for place in binding.places.values() if isinstance(place, str)]
         kwargs = {keyword: self.kwargs[keyword] for keyword in keywords}
-        return replace(self, kwargs=kwargs, binding=binding)
+        return replace(self, kwargs=kwargs, binding=binding, method=method)
+
+    def call(self, model: nn.Module) -> Any:
+        """Return what ``model``, or its method, says to the arguments; it may write to them."""
+        return (self.method or model)(*self.args, **self.kwargs)
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -103,14 +116,14 @@ class InputSet:
         return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
 
 
-def _bind(model: nn.Module, inputs: InputSet) -> Binding:
-    """Return where the arguments of ``model.forward`` stand in a call.
+def _bind(forward: Callable[..., Any], inputs: InputSet) -> Binding:
+    """Return where the arguments of ``forward`` stand in a call.
 
     A forward without a usable signature (compiled code), and one that the call does not fit, has
     the names ``input_0`` and on for what is positional.
     """
     try:
-        signature = inspect.signature(model.forward)
+        signature = inspect.signature(forward)
         bound = signature.bind(*inputs.args, **inputs.kwargs).arguments
     except (TypeError, ValueError):
         positions = {f"input_{index}": index for index in range(len(inputs.args))}
@@ -156,8 +169,9 @@ def as_input_sets(
     arity: int | None = None,
     label: str = "input",
     example: InputSet | None = None,
+    method: MethodType | None = None,
 ) -> list[InputSet]:
-    """Return what a user passes as ``inputs`` as input sets, bound to the forward of ``model``.
+    """Return what a user passes as ``inputs`` as input sets, bound to ``method`` or ``model``.
 
     A tensor is one call; a dict one call by keywords; a tuple one call with these
     arguments; a list any number of calls. A tuple of tuples or dicts, or of more than
@@ -169,7 +183,7 @@ def as_input_sets(
     """
     if inputs is None:
         return []
-    return [one.bind(model) for one in _input_sets(inputs, arity, label, example)]
+    return [one.bind(model, method) for one in _input_sets(inputs, arity, label, example)]
 
 
 def _input_sets(

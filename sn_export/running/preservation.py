@@ -65,9 +65,15 @@ class Preserved:
         belongings: also remember numpy arrays, and the attributes of plain objects, that the
             modules hold. Arrays are restored in place. Past 512 MB the rest of the arrays, and
             of the tensors in such objects, is left alone.
+        left: modules that keep what happens to them.
     """
 
-    def __init__(self, modules: Iterable[nn.Module], belongings: bool = False) -> None:
+    def __init__(
+        self,
+        modules: Iterable[nn.Module],
+        belongings: bool = False,
+        left: Iterable[nn.Module] = (),
+    ) -> None:
         modules = list(modules)
         self._modules = [m for m in modules if not isinstance(m, torch.jit.ScriptModule)]
         self._own = len(self._modules)  # those within attributes and lists keep their mode
@@ -75,9 +81,10 @@ class Preserved:
         self._scripted = [(m, m.training) for m in modules if isinstance(m, torch.jit.ScriptModule)]
         self._containers: list[tuple[Any, Any]] = []
         self._attributes: list[Tensor] = []
-        seen = {id(m._buffers) for m in self._modules}
+        left = list(left)
+        seen = {id(m._buffers) for m in self._modules} | {id(m.__dict__) for m in left}
         others: list[Any] = []
-        known = set(map(id, modules))
+        known = set(map(id, (*modules, *left)))
         for module in self._modules:  # grows on the way
             found: list[Any] = []
             self._remember(module.__dict__, seen, found)

@@ -8,13 +8,15 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -52,13 +54,8 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
     Raises:
         SnExportError: if the model rejects the inputs or returns no tensor.
     """
-    try:
+    with _failures_told(model, inputs):
         result = _run(model, state, inputs)
-    except (Exception, SystemExit) as error:  # a network that exits has not run
-        raise SnExportError(
-            f"the model fails on {inputs.label}: {type(error).__name__}: "
-            f"{without_frames(str(error))}{_place_of(error, model)}"
-        ) from error
     found = paths_of_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
     state.reset()
@@ -71,6 +68,55 @@ def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Refer
         f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in unseen_tensors(result)
     )
     return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)
+
+
+@contextmanager
+def _failures_told(model: nn.Module, inputs: InputSet) -> Iterator[None]:
+    try:
+        yield
+    except (Exception, SystemExit) as error:  # a network that exits has not run
+        raise SnExportError(
+            f"the model fails on {inputs.label}: {type(error).__name__}: "
+            f"{without_frames(str(error))}{_place_of(error, model)}"
+        ) from error
+
+
+def initialise_lazy(model: nn.Module, inputs: InputSet) -> None:
+    """Run ``model`` once in eval mode where lazy modules of it never ran, so that they have shapes.
+
+    They, and the random numbers that they draw, are as after any forward; all else in the model is
+    put back.
+
+    Raises:
+        SnExportError: if the model rejects the inputs, or does not call one of them.
+    """
+    lazy = [m for m in model.modules() if isinstance(m, LazyModuleMixin) and _never_ran(m)]
+    if lazy:
+        known = set(map(id, lazy))
+        state = Preserved([m for m in model.modules() if id(m) not in known], True, left=lazy)
+        modes = [(module.__dict__, module.training) for module in lazy]
+
+        def restore() -> None:
+            state.restore()
+            for attributes, training in modes:
+                attributes["training"] = training
+
+        with undo_on_exit(restore), _failures_told(model, inputs):
+            state.guard_parameters()
+            state.begin()
+            for attributes, _ in modes:
+                attributes["training"] = False
+            _call(model, inputs)
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(tensor):
+            raise SnExportError(
+                f"'{name}' has no shape yet, since {inputs.label} does not call its lazy module: "
+                "run the model once in a way that does"
+            )
+
+
+def _never_ran(module: Any) -> bool:
+    return "_initialize_hook" in vars(module)  # which its first call removes
 
 
 def _place_of(error: BaseException, model: nn.Module) -> str:
@@ -96,9 +142,8 @@ def _run(model: nn.Module, state: Preserved, inputs: InputSet) -> Any:
 
 
 def _call(model: nn.Module, inputs: InputSet) -> Any:
-    given = inputs.clone()
     with torch.no_grad():
-        return model(*given.args, **given.kwargs)
+        return inputs.clone().call(model)
 
 
 @undoing

@@ -59,6 +59,22 @@ class Tokens(nn.Module):
         return out if scale is None else out * scale
 
 
+class Scored(nn.Module):
+    """A wrapper around the critic that a checkpoint is for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.critic = Critic()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.sigmoid(self.critic(x))
+
+    def features(self, x: Tensor) -> Tensor:
+        """What the critic's head is given."""
+        out: Tensor = self.critic.body(x)
+        return out
+
+
 class Unknown(nn.Module):
     """Spectral norm in a way of its own, which nothing knows: a helper is given the weight."""
 

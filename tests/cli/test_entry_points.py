@@ -1,0 +1,61 @@
+"""What of a network is loaded, and what is called: --network, --submodule, --method."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from cli_networks import Critic, Scored
+from cli_running import Run, runner
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Run the command line in an otherwise empty folder with the checkpoint ``a.pt``."""
+    return runner(tmp_path, monkeypatch, capsys)
+
+
+_OF_CRITIC = ("a.pt", "--model", "cli_networks:Scored", "--network", "critic")
+
+
+@pytest.mark.parametrize(
+    ("options", "shape", "first"),
+    [
+        ((), "2x3x8x8", "critic.body.3.weight"),
+        (("--method", "features"), "x=2x3x8x8", "critic.body.3.weight"),
+        (("--submodule", "critic.body"), "2x3x8x8", "3.weight"),
+        (("--submodule", "critic", "--method", "forward"), "2x3x8x8", "body.3.weight"),
+    ],
+)
+def test_part(run: Run, options: tuple[str, ...], shape: str, first: str) -> None:
+    """The checkpoint goes into the attribute; what is called is exported, and checked, by name."""
+    options = (*_OF_CRITIC, *options, "--input", shape)
+    ran = run("onnx", *options, "-o", "o.onnx", "--exporter", "torchscript")
+    assert (ran.code, ran.err) == (0, "")
+    graph = onnx.load("o.onnx").graph
+    assert first in {entry.name for entry in graph.initializer}
+    assert run("check", "o.onnx", *options).code == 0
+
+
+def test_part_that_is_not_there(run: Run) -> None:
+    """Exit code 2 and one message with what there is."""
+    for options, message in (
+        (("--method", "nope"), "--method='nope' is not there in Scored; it has features, forward"),
+        (("--submodule", "nope"), "--submodule nope: there is no such module in Scored; it has "),
+        (("--network", "critic.x"), "--network critic.x: there is no such module in Scored; it"),
+    ):
+        ran = run("onnx", *_OF_CRITIC, *options, "--input", "2x3x8x8", "-o", "o.onnx")
+        assert ran.code == 2
+        assert message in ran.err
+    ran = run("check", "a.pt", "--case", "c.npz", "--method", "decode")
+    assert ran.code == 2
+    assert "--case needs no model: leave out --method" in ran.err
+
+
+def test_networks_agree() -> None:
+    """The wrapper of these tests gives another answer than its critic."""
+    model, x = Scored().eval(), torch.randn(2, 3, 8, 8)
+    assert isinstance(model.critic, Critic)
+    assert not torch.equal(model(x), model.critic(x))
