@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..text import quote_name, quote_names, shorten_list
-from .lazy_tensors import LazyTensors
+from .lazy_tensors import LazyTensors, is_tensor
 from .pickle_globals import Global, Unread
 
 _DEPTH = 6
@@ -94,7 +94,7 @@ class Checkpoint:
             raise CheckpointError(f"{what} holds no state dict: {_describe(self.content)}")
 
         def candidates(of: Iterable[StateDict]) -> str:
-            return shorten_list((_describe_candidate(one, describe(one)) for one in of), 20)
+            return describe_candidates(of, describe)
 
         if key is not None:
             named = [one for one in found if one.key == key] or list(_under(self.content, key))
@@ -158,12 +158,16 @@ def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterato
 def as_mapping(node: Any) -> Mapping[Any, Any] | None:
     """Return a mapping, the state dict of a module, or a list as the mapping of its numbers.
 
+    Keys that are numbers become texts.
+
     None for anything else: it holds no state dict.
     """
     if isinstance(node, nn.Module):  # pickled whole, and trusted
         return node.state_dict()
     if isinstance(node, (list, tuple)):
         return {str(number): item for number, item in enumerate(node[:_MOST])}
+    if type(node) is dict and any(type(name) is int for name in node):
+        return {str(name): value for name, value in islice(node.items(), _MOST)}
     return node if isinstance(node, Mapping) else None
 
 
@@ -198,10 +202,19 @@ def _is_state_dict(node: Mapping[Any, Any]) -> bool:
     return any(isinstance(value, Tensor) for value in node.values())
 
 
-def _describe_candidate(state: StateDict, fit: str) -> str:
-    count = len(state.tensors)
-    text = f"{count} tensor{'' if count == 1 else 's'}" + (f", {fit}" if fit else "")
-    return f"{quote_name(state.key)} ({text})"
+def describe_candidates(states: Iterable[StateDict], describe: Callable[[StateDict], str]) -> str:
+    """Return the key of each state dict, its number of tensors, and what ``describe`` says.
+
+    Example::
+
+        describe_candidates([generator], lambda one: "")  # "'generator' (7 tensors)"
+    """
+    texts = []
+    for one in states:
+        count = sum(is_tensor(one.tensors, name) for name in one.tensors)
+        said = [f"{count} tensor{'' if count == 1 else 's'}", describe(one)]
+        texts.append(f"{quote_name(one.key)} ({', '.join(filter(None, said))})")
+    return shorten_list(texts, 20)
 
 
 def _describe(content: Any) -> str:
@@ -258,11 +271,12 @@ def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:
         number = int(path[0])
         items = [*node[:number], replace_at(node[number], path[1:], value), *node[number + 1 :]]
         return items if isinstance(node, list) else tuple(items)
-    inner = replace_at(node[path[0]], path[1:], value)
+    key = next(name for name in node if str(name) == path[0])
+    inner = replace_at(node[key], path[1:], value)
     if isinstance(node, LazyTensors):
-        return LazyTensors(node.specs, node.__getitem__, {**node.others, path[0]: inner})
+        return LazyTensors(node.specs, node.__getitem__, {**node.others, key: inner})
     changed = copy.copy(node)
-    changed[path[0]] = inner
+    changed[key] = inner
     return changed
 
 

@@ -9,9 +9,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from torch.nn.parameter import is_lazy
+
 from ..errors import CheckpointError
 from ..text import quote_names
 from .content import StateDict
+from .lazy_tensors import LazyTensors, is_tensor, spec_of
 from .reparametrizations import find_reparametrizations
 
 # What DistributedDataParallel, torch.compile and FSDP put into names, anywhere in them.
@@ -46,12 +49,25 @@ def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     return names
 
 
-def overlap(state: StateDict, wanted: Mapping[str, Any]) -> int:
-    """Return how many tensors of a model a state dict has, under some prefix."""
-    have, want = plain_names(state.tensors), set(plain_names(wanted))
-    if want <= set(have):
-        return len(want)
-    return max(_best_prefix(names.values(), want)[1] for names in _readings(have))
+def measure_overlap(state: StateDict, wanted: Mapping[str, Any]) -> tuple[int, int]:
+    """Return how many tensors of a model a state dict has, under some prefix.
+
+    Returns:
+        The number of those of the same name, and how many of these have the same shape too.
+    """
+    have, want = plain_names(state.tensors), plain_names(wanted)
+    found = []
+    for names in _readings(have):
+        prefix, count, _ = _best_prefix(names.values(), set(want))
+        shared = {
+            new.removeprefix(prefix): old for old, new in names.items() if new.startswith(prefix)
+        }
+        alike = [
+            _largest(state.tensors, have[shared[name]]) == _largest(wanted, want[name])
+            for name in shared.keys() & want.keys()
+        ]
+        found.append((count, sum(alike)))
+    return max(found)
 
 
 def fit_names(
@@ -145,7 +161,7 @@ class Refusal:
         return [
             f"'{key}' is {list(have)} and should be {list(want)}"
             for key in self.want
-            if (want := _shape(self.want[key])) != (have := _shape(self.have.get(key)))
+            if (want := _shape(self.want, key)) != (have := _shape(self.have, key))
             if want is not None and have is not None and not (len(want) == 0 and len(have) == 1)
         ]
 
@@ -275,12 +291,16 @@ def _starts(name: str, wanted: str) -> tuple[str, str]:
 
 def _largest(tensors: Mapping[str, Any], keys: Iterable[str]) -> Any:
     """Return the shape of the largest of the parts of one tensor, which is that of the tensor."""
-    shapes = [shape for key in keys if (shape := _shape(tensors[key])) is not None]
+    shapes = [shape for key in keys if (shape := _shape(tensors, key)) is not None]
     return max(shapes, key=math.prod, default=None)
 
 
-def _shape(tensor: Any) -> Any:
-    return getattr(tensor, "shape", None)
+def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+    """Return the shape of a tensor, which is not read for that; None for anything else."""
+    if key not in tensors or not is_tensor(tensors, key):
+        return None
+    known = isinstance(tensors, LazyTensors) or not is_lazy(tensors[key])
+    return spec_of(tensors, key).shape if known else None
 
 
 def _readings(names: Iterable[str]) -> list[dict[str, str]]:

@@ -17,8 +17,8 @@ from ..errors import CheckpointError
 from ..freezing import describe_sites
 from ..running import Preserved, restore_container, same_bits
 from ..text import quote_names
-from .content import Checkpoint, StateDict
-from .fit_names import Refusal, describe_refusal, fit_names, overlap, plain_names
+from .content import Checkpoint, StateDict, describe_candidates
+from .fit_names import Refusal, describe_refusal, fit_names, measure_overlap, plain_names
 from .reparametrizations import (
     Reparametrization,
     Spelling,
@@ -95,13 +95,15 @@ def load_checkpoint(
     """
     what = type(model).__name__
     wanted: dict[str, Any] = model.state_dict()
-    scores = {one.path: overlap(one, wanted) for one in checkpoint.state_dicts()}
-    best, count = max(scores.values(), default=0), len(plain_names(wanted))
+    found, count = checkpoint.state_dicts(), len(plain_names(wanted))
+    scores = {one.path: measure_overlap(one, wanted) for one in found}
+    best = max(scores.values(), default=(0, 0))
+
+    def describe(one: StateDict) -> str:
+        return f"has {scores[one.path][0]} of the {count} of {what}"
+
     state = checkpoint.choose(
-        key,
-        lambda one: 0 < best == scores[one.path],
-        f"fits {what}",
-        lambda one: f"has {scores.get(one.path, 0)} of the {count} of {what}",
+        key, lambda one: (0, 0) < best == scores[one.path], f"fits {what}", describe
     )
     undo = _remember(model)
     try:
@@ -114,7 +116,10 @@ def load_checkpoint(
             undo()
             refused.append((reading, left_out))
         else:
-            reading, left_out = _load_nearest(model, refused, strict, str(checkpoint.path))
+            others = [one for one in found if one.path != state.path and key is None]
+            advice = f"; --key takes {describe_candidates(others, describe)}" if others else ""
+            advice = advice and f". That is the state dict under '{state.key}'{advice}"
+            reading, left_out = _load_nearest(model, refused, strict, str(checkpoint.path), advice)
         _require_usable(model, reading, left_out, dims or {})
     except BaseException:
         undo()
@@ -126,9 +131,20 @@ def load_checkpoint(
 
 
 def _load_nearest(
-    model: nn.Module, refused: Sequence[tuple[_Reading, Refusal]], strict: bool, path: str
+    model: nn.Module,
+    refused: Sequence[tuple[_Reading, Refusal]],
+    strict: bool,
+    path: str,
+    advice: str,
 ) -> tuple[_Reading, Refusal]:
     """Load what fits of the reading that is nearest to fitting.
+
+    Args:
+        model: the model.
+        refused: the readings, and what the model said of each.
+        strict: False to load what fits, although keys are missing or unknown.
+        path: of the checkpoint, for the message.
+        advice: what to say of other state dicts in it.
 
     Returns:
         The reading, and what of it did not fit.
@@ -139,10 +155,10 @@ def _load_nearest(
     passed = [one for one in refused if one[1].is_passed]  # by an override of the model
     reading, refusal = min(passed or refused, key=lambda one: one[1].problems)
     if refusal.is_unused or not (passed or not strict):
-        raise CheckpointError(describe_refusal(refusal, path, type(model).__name__))
+        raise CheckpointError(describe_refusal(refusal, path, type(model).__name__) + advice)
     again = _ask(model, reading.state, refusal.want, strict=bool(passed))
     if not again.is_passed:
-        raise CheckpointError(describe_refusal(again, path, type(model).__name__))
+        raise CheckpointError(describe_refusal(again, path, type(model).__name__) + advice)
     return reading, refusal
 
 

@@ -266,8 +266,9 @@ def _residual(norm: TorchNorm, dim: int) -> float:
 
 
 def _distance(vector: Tensor, image: Tensor) -> float:
-    length = torch.linalg.vector_norm(image)
-    distance = float(torch.linalg.vector_norm(vector - image / length))
+    """Return how far apart two directions are; averaged vectors are no unit vectors."""
+    one, other = (part / torch.linalg.vector_norm(part) for part in (vector, image))
+    distance = float(torch.linalg.vector_norm(one - other))
     return distance if math.isfinite(distance) else math.inf
 
 

@@ -401,3 +401,17 @@ def test_a_prefix_that_all_names_but_one_have(tmp_path: Path) -> None:
         loaded = _load(model, state, tmp_path, **options)
         assert loaded.notes[0] == "took the 20 entries under 'module.', and left 1 others out"
         assert _equal(model, trained)
+
+
+def test_what_else_there_is_where_the_nearest_does_not_fit(tmp_path: Path) -> None:
+    """Keys that are numbers lead to state dicts too, and shapes decide between equal names."""
+    narrow, wide = trained_critic().state_dict(), Critic(ch=8).state_dict()
+    torch.save({"nets": {0: wide, 1: narrow}}, tmp_path / "a.pt")
+    assert load_checkpoint(Critic(), read_checkpoint(tmp_path / "a.pt")).key == "nets.1"
+    torch.save({"model": wide, "other": nn.Linear(2, 2).state_dict()}, tmp_path / "a.pt")
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(Critic(), read_checkpoint(tmp_path / "a.pt"))
+    assert str(caught.value).endswith(
+        ". That is the state dict under 'model'; --key takes 'other' (2 tensors, has 0 of the 12 of "
+        "Critic)"
+    )
