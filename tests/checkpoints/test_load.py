@@ -412,6 +412,6 @@ def test_what_else_there_is_where_the_nearest_does_not_fit(tmp_path: Path) -> No
     with pytest.raises(CheckpointError) as caught:
         load_checkpoint(Critic(), read_checkpoint(tmp_path / "a.pt"))
     assert str(caught.value).endswith(
-        ". That is the state dict under 'model'; --key takes 'other' (2 tensors, has 0 of the 12 of "
-        "Critic)"
+        ". That is the state dict under 'model'; --key takes 'other' (2 tensors, has 0 of the 12 "
+        "of Critic)"
     )
