@@ -283,9 +283,10 @@ def correct_declared_sizes(
 
     Onnxruntime only logs it; other runtimes plan their memory by it. The TorchScript exporter
     declares what onnx infers, which for an average pool with ``ceil_mode`` is one more than torch
-    and onnxruntime compute::
+    and onnxruntime compute. A size that varies between the input sets is left open::
 
         [2, 8, 12, 12], seen as [2, 8, 11, 11]  ->  [2, 8, 11, 11]
+        [2, 6], seen as [2, 6] and as [2, 9]    ->  [2, ?]
 
     Args:
         path: the file; its external data is neither read nor written.
@@ -295,9 +296,6 @@ def correct_declared_sizes(
 
     Returns:
         A sentence for each dimension that was corrected.
-
-    Raises:
-        ExportError: if it has fixed a dimension that varies.
     """
     if declared is not None and all(
         size == one.outputs[number].shape[position]
@@ -318,11 +316,12 @@ def correct_declared_sizes(
                 continue
             fixed = f"dimension {position} of the output '{output.name}' at {dim.dim_value}"
             if len(set(seen.values())) > 1:
-                raise ExportError(
-                    f"the exporter has fixed {fixed}, and it is {seen[other]} for {other}"
-                )
-            dim.dim_value = seen[other]
-            notes.append(f"the exporter has fixed {fixed}, and it is {seen[other]}: it says so now")
+                dim.Clear()
+                now = f"{seen[other]} for {other}: it is left open now"
+            else:
+                dim.dim_value = seen[other]
+                now = f"{seen[other]}: it says so now"
+            notes.append(f"the exporter has fixed {fixed}, and it is {now}")
     if notes:
         onnx.save(file, path)
     return tuple(notes)

@@ -84,8 +84,8 @@ class Proof:
             declared: the shapes that it declares of its outputs, where that is known.
 
         Raises:
-            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named
-                or that varies in an output, or made one of two.
+            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named,
+                or made one of two.
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
