@@ -27,6 +27,7 @@ from ..proving import Case, Proof, called_name, differs, is_imprecise
 from ..results import (
     Attempt,
     Exporter,
+    ExporterChoice,
     ExportReport,
     FoldedInitializer,
     ParityError,
@@ -35,7 +36,7 @@ from ..results import (
 from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
-from .failures import traced_decision
+from .failures import describe_failures, traced_decision
 from .metadata import file_metadata, versions
 from .references import extend_references
 from .torch_exporters import ExportOptions, Written, exporters_of, write_onnx
@@ -129,7 +130,10 @@ def _write(
 ) -> Written:
     """Export the frozen model to ``draft``, and leave it as it was."""
     able = exporters_of(request.opset_version)
-    other = next((name for name in able if name not in request.exporters), None)
+    # From the dynamo exporter to the other one, and from that to both: advice that comes to an end.
+    other: ExporterChoice | None = None
+    if len(request.exporters) == 1 and len(able) > 1:
+        other = "torchscript" if exporter == "dynamo" else "auto"
     try:
         # No name holds the block: whatever strikes as it is left, it ends before the state around.
         with disk_errors_as(ExportError, request.target), proof.freezing.block():
@@ -204,7 +208,7 @@ def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
     errors = [error for _, error in failures]
     if len(errors) == 1:
         raise errors[0]
-    text = "\n".join(dict.fromkeys(str(error) for error in errors))
+    text = describe_failures(errors)
     differing = next((error for error in errors if isinstance(error, ParityError)), None)
     if differing is not None:
         others = tuple(Attempt(tried, str(e)) for tried, e in failures if e is not differing)

@@ -6,7 +6,7 @@ import itertools
 import linecache
 import re
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
@@ -16,7 +16,9 @@ import torch
 from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ..errors import ExportError
 from ..proving import type_name
+from ..results import ParityError
 from ..text import without_frames
 
 _LONGEST = 1000  # characters of torch's own text
@@ -37,6 +39,11 @@ _NO_OPERATOR = "write that operator with others that ONNX has"
 _DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
 _ADVICE = (
     (
+        r"[Cc]omplex(?:$|[^\w ]| types| numbers| tensor|\d+)|istft",
+        "ONNX has no complex numbers, and torch's exporters take little of them: compute with real "
+        "and imaginary parts (torch.view_as_real), an inverse STFT as a transposed convolution",
+    ),
+    (
         _DECIDES,
         "the forward decides by the values of a tensor: write it with torch.where or torch.cond",
     ),
@@ -46,7 +53,7 @@ _ADVICE = (
         "leave that dimension fixed, or declare it as torch.export.Dim.AUTO",
     ),
     (
-        r"No ONNX function|UnsupportedOperator|not supported|No decompos",
+        r"No ONNX function|UnsupportedOperator|not supported|No decompos|Couldn't export operator",
         _NO_OPERATOR,
     ),
 )
@@ -62,26 +69,97 @@ class _Place:
     line: int = 0
 
 
-def describe_failure(
+@dataclass(frozen=True)
+class Explanation:
+    """What an exporter failed with.
+
+    Attributes:
+        text: the error.
+        place: where in the user's model: ``; in 'body.1' (Branching); at net.py:7: if y.sum():``.
+        advice: what to try.
+        is_at_line: whether the place has a line of the user's.
+    """
+
+    text: str
+    place: str
+    advice: tuple[str, ...]
+    is_at_line: bool
+
+    def __str__(self) -> str:
+        """Return all of it on one line."""
+        return f"{self.text}{self.place}{describe_advice('. ', self.advice)}"
+
+
+class TorchExporterError(ExportError):
+    """An exporter of torch's failed.
+
+    Attributes:
+        what: the exporter and the model, for a sentence.
+        explanation: what it failed with.
+    """
+
+    def __init__(self, what: str, explanation: Explanation) -> None:
+        super().__init__(f"{what}: {explanation}")
+        self.what, self.explanation = what, explanation
+
+
+def describe_advice(before: str, advice: Iterable[str]) -> str:
+    """Return ``before`` and the pieces of advice, each once, or nothing."""
+    pieces = dict.fromkeys(advice)
+    return f"{before}What to try: {'; or '.join(pieces)}" if pieces else ""
+
+
+def describe_failures(errors: Sequence[Exception]) -> str:
+    """Return why no exporter makes a right file: the most telling error first, with all advice.
+
+    An error at a line of the user's model tells more than one within torch or onnxruntime, and a
+    file that was made and differs tells more than the latter::
+
+        the torchscript exporter cannot export Net: ...; at net.py:8: .... What to try: ...
+        onnxruntime cannot load 'net.onnx': ...
+    """
+    ordered = sorted(errors, key=_is_vague)
+    known = [error for error in ordered if isinstance(error, TorchExporterError)]
+    advice = describe_advice(". ", (one for error in known for one in error.explanation.advice))
+    lines: dict[str, None] = {}
+    places: set[str] = set()
+    for error in ordered:
+        text = str(error)
+        if isinstance(error, TorchExporterError):
+            found = error.explanation
+            place = "" if found.place in places else found.place
+            text = f"{error.what}: {found.text}{place}{advice if error is known[0] else ''}"
+            places.add(found.place)
+        lines[text] = None
+    return "\n".join(lines)
+
+
+def _is_vague(error: Exception) -> bool:
+    if isinstance(error, TorchExporterError):
+        return not error.explanation.is_at_line
+    return not isinstance(error, ParityError)
+
+
+def explain_failure(
     error: BaseException,
     model: nn.Module,
     method: MethodType | None,
     other: str | None,
     inputs: Sequence[str],
-) -> str:
+) -> Explanation:
     """Return what failed, where in the user's model, and what to try.
 
     Args:
         error: what the exporter raised.
         model: the model; its modules are told by their paths.
         method: the method of it that is exported in place of its forward.
-        other: the exporter that could be tried instead, if there is one.
+        other: what ``exporter`` could be instead, if there is anything.
         inputs: the names of the tensors that it was given, in their order.
     """
     chain = list(_causes(error))
     root = chain[-1]
     text = f"{type(root).__name__}: {_name_dimensions(_shorten(str(root)), inputs)}"
-    where = _describe_place(_find_place(chain, model), method)
+    place = _find_place(chain, model)
     advice = [
         text for pattern, text in _ADVICE if any(re.search(pattern, _as_line(e)) for e in chain)
     ][:1]
@@ -91,7 +169,7 @@ def describe_failure(
         advice.insert(0, "export with freeze='all', so that no parametrization is in the graph")
     if other is not None:
         advice.append(f"try exporter='{other}'")
-    return f"{text}{where}" + (f". What to try: {'; or '.join(advice)}" if advice else "")
+    return Explanation(text, _describe_place(place, method), tuple(advice), place.file is not None)
 
 
 def traced_decision(
@@ -101,8 +179,8 @@ def traced_decision(
 
     Args:
         error: what the exporter raised, or is the cause of.
-        model: as for `describe_failure`.
-        method: as for `describe_failure`.
+        model: as for `explain_failure`.
+        method: as for `explain_failure`.
     """
     chain = list(_causes(error))
     if not any(re.search(_DECIDES, _as_line(e)) for e in chain):
@@ -128,7 +206,7 @@ def _as_line(error: BaseException) -> str:
 
 def _shorten(text: str) -> str:
     paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
-    text = paragraphs[0]
+    text = paragraphs[0].partition("[Caused by the value")[0].rstrip()  # of torch's graph
     if text.endswith(":") and len(paragraphs) > 1:
         text += " " + paragraphs[1]
     text = text.rstrip(".")

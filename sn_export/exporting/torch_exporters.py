@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..files import find_disk_error
 from ..proving import called_name, save, weight_bytes
-from ..results import EXPORTERS, Exporter, FileInput, FoldedInitializer
+from ..results import EXPORTERS, Exporter, ExporterChoice, FileInput, FoldedInitializer
 from ..running import (
     DynamicDim,
     Reference,
@@ -35,7 +35,7 @@ from ..running import (
     no_fused_attention,
 )
 from ..text import plain_integer, qualified
-from .failures import describe_failure
+from .failures import TorchExporterError, explain_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
 from .graph import rename, set_opset, strip_traces
@@ -107,7 +107,7 @@ def write_onnx(
     exporter: Exporter,
     options: ExportOptions,
     path: Path,
-    other: Exporter | None = None,
+    other: ExporterChoice | None = None,
 ) -> Written:
     """Export ``model`` to ``path``, with its external data beside it.
 
@@ -117,7 +117,7 @@ def write_onnx(
         exporter: which of torch's exporters.
         options: what it is asked for.
         path: the file.
-        other: the exporter to name where this one fails.
+        other: what to advise as ``exporter`` where this one fails.
 
     Raises:
         ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
@@ -137,9 +137,9 @@ def write_onnx(
         full = find_disk_error(error)
         if full is not None:  # the exporter is not to blame, and the other would fail too
             raise OSError(full.errno, full.strerror) from error
-        raise ExportError(
-            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}: "
-            f"{describe_failure(error, model, reference.inputs.method, other, inputs)}"
+        raise TorchExporterError(
+            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}",
+            explain_failure(error, model, reference.inputs.method, other, inputs),
         ) from error
     rename(
         graph.graph,

@@ -94,7 +94,8 @@ def _open(
     except Exception as error:
         missing = missing_kernel(path, str(error))
         if missing is None:
-            raise ExportError(f"onnxruntime cannot load '{path.name}': {error}") from error
+            text = str(error).replace(str(path), path.name)
+            raise ExportError(f"onnxruntime cannot load '{path.name}': {text}") from error
         operator, dtype = missing
         raise ExportError(
             f"onnxruntime's {', '.join(providers)} has no {operator} for {dtype} to prove "

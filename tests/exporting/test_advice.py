@@ -1,14 +1,17 @@
-"""What an error of an export advises is true, and the line that it names is the model's."""
+"""What an error of an export says is true: the cause, the line of the model, and what to try."""
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
 
-from sn_export import ExportError, ParityError, export_onnx
+from sn_export import ExportError, ParityError, SnExportError, export_onnx
 
 
 def test_no_line_of_the_caller_is_named(tmp_path: Path) -> None:
@@ -34,3 +37,113 @@ def test_noise_of_scale_zero_is_proved_as_the_error_says(tmp_path: Path) -> None
     with pytest.raises(ParityError, match="with 0 as its value in the example and samples=0"):
         export_onnx(Noisy(), (x, torch.tensor(1.0)), path)
     assert export_onnx(Noisy(), (x, torch.tensor(0.0)), path, samples=0).parity.passed
+
+
+class Failing(nn.Module):
+    """A layer under spectral norm, before something that no exporter takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(16, 16))
+        self.seen: list[str] = []
+
+
+class Unsupported(Failing):
+    """An operator that ONNX lacks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return Bessel functions."""
+        return torch.special.bessel_j0(self.layer(x))  # fails
+
+
+class Inverse(Failing):
+    """An inverse STFT: torch writes an invalid file of it, or says what it lacks."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the signal again."""
+        window = torch.hann_window(16)
+        y = self.layer(x).reshape(1, -1)
+        z = torch.stft(y, 16, 4, window=window, return_complex=True)  # fails
+        return torch.istft(z, 16, 4, window=window)
+
+
+class Complex(Failing):
+    """Complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return magnitudes."""
+        y = self.layer(x)
+        return torch.fft.ifft2(torch.fft.fft2(y) * torch.exp(1j * y)).abs()  # fails
+
+
+class Deciding(Failing):
+    """Control flow by values, so that what tracing made differs."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return some rows."""
+        y = self.layer(x)
+        count = int(y.abs().sum().item() * 7)  # fails
+        return y.repeat(count % 5 + 1, 1) if count > 2 else y
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor) -> Tensor:
+        """Return singular values."""
+        return torch.linalg.svdvals(y)  # fails
+
+
+class Custom(Failing):
+    """A function with a derivative of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return singular values."""
+        return _Function.apply(self.layer(x))  # type: ignore[no-any-return,no-untyped-call]
+
+
+class Noting(Failing):
+    """A side effect in Python."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return Bessel functions, after a note."""
+        self.seen.append(str(x.shape))
+        return torch.special.i0(self.layer(x))  # fails
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (Unsupported, "write that operator with others that ONNX has"),
+        (Inverse, "ONNX has no complex numbers"),
+        (Complex, "ONNX has no complex numbers"),
+        (Deciding, "torch.where or torch.cond"),
+        (Custom, "write that operator with others that ONNX has"),
+        (Noting, "write that operator with others that ONNX has"),
+    ],
+)
+def test_the_more_telling_cause_comes_first(
+    tmp_path: Path, kind: type[Failing], advice: str
+) -> None:
+    """The first line names the user's line and what to try, which is said once, in no circle."""
+    with warnings.catch_warnings(), pytest.raises(SnExportError) as caught:
+        warnings.simplefilter("ignore")  # of torch's tracing
+        export_onnx(kind(), (torch.randn(4, 16),), tmp_path / "net.onnx")
+    text = str(caught.value)
+    first, *others = text.split("\n")
+    assert f"at {__file__}:" in first and first.partition(". What to try")[0].endswith("# fails")
+    assert text.count(advice) == 1 and advice in first
+    assert others and "exporter=" not in text and "/" + tmp_path.name not in "".join(others)
+
+
+def test_advice_comes_to_an_end(tmp_path: Path) -> None:
+    """An exporter alone advises the other, that one both, and both none."""
+    advised = []
+    exporter: Any = "dynamo"
+    while exporter:
+        with pytest.raises(SnExportError) as caught:
+            export_onnx(
+                Unsupported(), (torch.randn(4, 16),), tmp_path / "net.onnx", exporter=exporter
+            )
+        advised.append(exporter)
+        exporter = str(caught.value).partition("try exporter='")[2].rstrip("'")
+    assert advised == ["dynamo", "torchscript", "auto"]

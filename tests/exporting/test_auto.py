@@ -1,6 +1,6 @@
 """``exporter="auto"``, and what is said when an exporter fails.
 
-`describe_failure` is called inside, for errors that torch raises for no network of this size.
+`explain_failure` is called inside, for errors that torch raises for no network of this size.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sn_export import (
     TracedDecisionWarning,
     export_onnx,
 )
-from sn_export.exporting.failures import describe_failure
+from sn_export.exporting.failures import explain_failure
 from sn_export.text import without_frames
 
 
@@ -232,7 +232,7 @@ def test_dimension_that_another_fixes_is_named(
 )
 def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
     """By name, by position or within the arguments of a call; what is unknown stays."""
-    assert names in describe_failure(ValueError(said), Pair(), None, ["x", "y"])
+    assert names in explain_failure(ValueError(said), Pair(), None, None, ["x", "y"]).text
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
 def test_frames_are_cut(said: str, text: str) -> None:
     """What C++ adds to an error's text is left out, in the words of an export too."""
     assert without_frames(said) == text
-    assert describe_failure(ValueError(said), Pair(), None, []) == f"ValueError: {text}"
+    assert str(explain_failure(ValueError(said), Pair(), None, None, [])) == f"ValueError: {text}"
 
 
 @pytest.mark.parametrize("exporter", ["onnx", None, "Dynamo", 3])
