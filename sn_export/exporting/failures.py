@@ -25,9 +25,9 @@ _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')  # torch.fx
 _RANGE = re.compile(r"^(?P<file>.+)\((?P<line>\d+)\): ", re.MULTILINE)  # torch.jit
-# As "inputs['x'].shape[0]", "inputs[0].shape[0]" or "L['args'][0].size()[0]", by version and call.
 _DIMENSION = re.compile(
-    r"(?:dimension )?(?:inputs|L)(?:\['args'\])?\[(?:'(?P<name>\w+)'|(?P<position>\d+))\]"
+    r"(?:dimension )?(?:inputs|L)(?:\['(?:args|tensors)'\])?"
+    r"\[(?:'(?P<name>\w+)'|(?P<position>\d+))\]"
     r"\.(?:shape|size\(\))\[(?P<dim>\d+)\]"
 )
 _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
