@@ -37,6 +37,8 @@ Spelling = Literal["plain", "hook", "parametrization"]  # of a tensor in a state
 
 Respellable = Literal["spectral_norm", "weight_norm"]
 
+OrthogonalMap = Literal["default", "matrix_exp", "cayley", "householder"]
+
 REPORT_SCHEMA = 1  # changes when a field changes its meaning or goes; new ones may come
 
 

@@ -7,7 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import compress
 from operator import not_
 from pathlib import Path
@@ -17,13 +17,14 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import disk_errors_as, drafts, publish, require_folder_place, require_place
-from ..results import Respellable
+from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
 from .distributed import write_distributed
 from .lazy_tensors import LazyTensors, read_index
 from .read import read_checkpoint
 from .reparametrizations import (
+    UNKNOWN_MAP,
     Reparametrization,
     Spelling,
     find_reparametrizations,
@@ -74,6 +75,7 @@ def convert_checkpoint(
     key: str | None = None,
     weights_only: bool = False,
     dims: Mapping[str, int] | None = None,
+    orthogonal_map: OrthogonalMap | None = None,
     max_shard_size: int | None = None,
     trust_pickle: bool = False,
     progress: Callable[[str, int], None] = lambda name, total: None,
@@ -99,6 +101,9 @@ def convert_checkpoint(
         key: where in the checkpoint the state dict is, if several are reparametrized.
         weights_only: write the state dict alone, and leave out what else is there.
         dims: dims by name of the tensor, where the file cannot tell.
+        orthogonal_map: what torch's orthogonal parametrizations in the file were made with, which
+            no file says. ``"default"`` is what torch takes if it is not told:
+            ``"matrix_exp"`` for square or complex weights, ``"householder"`` for others.
         max_shard_size: bytes for each safetensors file; with more of them there is an index. The
             shards of an index that it replaces go with it.
         trust_pickle: see `read_checkpoint`.
@@ -117,6 +122,7 @@ def convert_checkpoint(
         key, lambda one: bool(_chosen_sites(one, only)[0]), f"has {_label(only)} in it"
     )
     found, left = _chosen_sites(state, only)
+    found = _with_map(found, orthogonal_map)
     notes = handwritten_notes(state.tensors)
     if not found:
         raise CheckpointError(". ".join((_nothing_to_convert(checkpoint, only), *notes)))
@@ -188,7 +194,7 @@ def _respell_all(
             would not be what was asked for.
     """
     try:
-        result = respell(state, {site.name: to for site in found}, dims)
+        result = respell(state, to, dims, found)
     except CheckpointError as error:
         is_partial = only is None and len({site.group for site in found}) > 1
         raise CheckpointError(f"{error}{_advise_only(found) if is_partial else ''}") from error
@@ -229,6 +235,25 @@ def _chosen_sites(
     sites = find_reparametrizations(state.tensors, state.versions)
     chosen = [only in (None, site.group) for site in sites]
     return tuple(compress(sites, chosen)), tuple(compress(sites, map(not_, chosen)))
+
+
+def _with_map(
+    found: tuple[Reparametrization, ...], orthogonal_map: OrthogonalMap | None
+) -> tuple[Reparametrization, ...]:
+    """Return ``found``, the orthogonal ones with the map that makes them so.
+
+    Raises:
+        CheckpointError: if there are none.
+    """
+    if orthogonal_map is None:
+        return found
+    unknown = [site.name for site in found if site.blocked == UNKNOWN_MAP]
+    if not unknown:
+        raise CheckpointError(f"--orthogonal-map {orthogonal_map} is of no use: nothing needs it")
+    return tuple(
+        replace(site, blocked="", orthogonal_map=orthogonal_map) if site.name in unknown else site
+        for site in found
+    )
 
 
 def _label(only: Respellable | None) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..freezing import Group
-from ..results import Spelling as Spelling
+from ..results import OrthogonalMap, Spelling as Spelling
 from ..text import qualified, quote_name, quote_names
 from .lazy_tensors import LazyTensors, Spec, spec_of
 
@@ -24,6 +24,10 @@ _LABELS = {"orthogonal": "orthogonality", "parametrization": "another parametriz
 _ALIGNMENT = 64  # of torch's CPU allocator
 _CHAIN = re.compile(
     r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
+)
+UNKNOWN_MAP = (
+    "the file does not say by which map (matrix_exp, cayley or householder) its weight is made "
+    "orthogonal; tell 'sn-export convert' with --orthogonal-map"
 )
 _PARTS = {"weight": "original", "u": "0._u", "v": "0._v"}
 _HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_[gv])", re.DOTALL)
@@ -59,6 +63,7 @@ class Reparametrization:
             and ``mask``; others, and what is incomplete, the ends of their keys, such as
             ``original`` and ``0.base``.
         blocked: why its value cannot be known without the model's code; empty if it can.
+        orthogonal_map: by which of torch's maps it is kept orthogonal, where that is known.
     """
 
     module: str
@@ -68,6 +73,7 @@ class Reparametrization:
     shape: tuple[int, ...]
     keys: Keys
     blocked: str = ""
+    orthogonal_map: OrthogonalMap | None = None
 
     def read(self, part: str, tensors: Mapping[str, Any]) -> Tensor:
         """Return the value of one part; raise a CheckpointError if it is not finite."""
@@ -283,11 +289,22 @@ def _chain(
             parts = {part: parts[end] for part, end in _PARTS.items()}
     elif ends == {"original", "0.base"}:
         group = "orthogonal"
-        blocked = (
-            "the file does not say by which map (matrix_exp, cayley or householder) its weight "
-            "is made orthogonal"
-        )
+        blocked = _misfit_of_base(tensors, parts) or UNKNOWN_MAP
     return Reparametrization(module, tensor, group, "parametrization", shape, dict(parts), blocked)
+
+
+def _misfit_of_base(tensors: Mapping[str, Any], parts: Keys) -> str:
+    """Return why the parts of an orthogonal tensor do not fit each other, or nothing.
+
+    The base is square: ``original`` [5, 3] has ``0.base`` [5, 5].
+    """
+    raw, base = (float_spec(tensors, parts[end]) for end in ("original", "0.base"))
+    if raw is None or base is None or len(raw.shape) < 2:
+        return f"{quote_names(parts.values())} are no matrices"
+    wanted = (*raw.shape[:-2], *2 * (max(raw.shape[-2:]),))
+    if base.shape != wanted:
+        return f"{quote_name(parts['0.base'])} is {list(base.shape)} and should be {list(wanted)}"
+    return ""
 
 
 def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:

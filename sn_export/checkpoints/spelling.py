@@ -11,6 +11,7 @@ from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
 from .lazy_tensors import spec_of
+from .orthogonal import ORTHOGONAL
 from .pruning import PRUNING
 from .reparametrizations import (
     Entry,
@@ -26,6 +27,7 @@ from .weight_norm import WEIGHT_NORM
 _KINDS: dict[str, Kind] = {
     "spectral_norm": SPECTRAL_NORM,
     "weight_norm": WEIGHT_NORM,
+    "orthogonal": ORTHOGONAL,
     "pruning": PRUNING,
 }
 _WITH_DIM = ("spectral_norm", "weight_norm")
@@ -50,6 +52,7 @@ def respell(
     state: StateDict,
     to: Spelling | Mapping[str, Spelling],
     dims: Mapping[str, int] | None = None,
+    sites: Sequence[Reparametrization] | None = None,
 ) -> Respelled:
     """Return ``state`` with its reparametrizations spelled as ``to``, bit for bit the same network.
 
@@ -62,13 +65,14 @@ def respell(
         state: the state dict; its tensors may be read lazily.
         to: the spelling, or one for each qualified name; a tensor that is not named stays.
         dims: dims by qualified name, where the file cannot tell.
+        sites: what `find_reparametrizations` found, with what the caller knows beside that.
 
     Raises:
         CheckpointError: if a site is incomplete or cannot be spelled so; it names each. Errors
             in values are raised when these are read.
     """
     tensors = state.tensors
-    sites = find_reparametrizations(tensors, state.versions)
+    sites = find_reparametrizations(tensors, state.versions) if sites is None else sites
     wanted = {
         site.name: to if isinstance(to, str) else to.get(site.name, site.spelling) for site in sites
     }
@@ -124,10 +128,10 @@ def _require_possible(
     for site in changed:
         to, kind = wanted[site.name], _KINDS.get(site.group)
         reason = site.blocked
-        if not reason and kind is not None and to != "plain" and to != site.spelling:
-            reason = kind.refuse(site, tensors)
-            if to == "parametrization" and not kind.parametrization:
-                reason = f"torch has no parametrization for {site.label}"
+        if kind is not None and to != "plain" and to != site.spelling:
+            if not (kind.parametrization if to == "parametrization" else kind.hook):
+                reason = f"torch has no {to} for {site.label}"
+            reason = reason or kind.refuse(site, tensors)
         if reason or kind is None:
             refused.setdefault((to, reason), []).append(site.name)
     if refused:
@@ -145,7 +149,8 @@ def _entries(
     """Return what stands for one site in the new spelling, by key."""
     kind = _KINDS[site.group]
     if to == "plain":
-        spec = spec_of(tensors, site.keys["v" if site.group == "weight_norm" else "weight"])
+        raw = next(part for part in ("weight", "original", "v") if part in site.keys)
+        spec = spec_of(tensors, site.keys[raw])
         return {site.name: Entry(spec, lambda: kind.plain_value(site, tensors, dims))}
     if to == "hook":
         names = [site.name + end for end in kind.hook]

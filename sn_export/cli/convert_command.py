@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..results import Respellable, Spelling
+from ..results import OrthogonalMap, Respellable, Spelling
 from .console import print_json, print_line, print_note, progress
 from .options import Parsed, parse_size
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
@@ -20,7 +20,7 @@ from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 class ConvertCommand(CheckpointOptions):
     """Write a checkpoint with its reparametrizations spelled differently, bit for bit the same.
 
-    Spectral norm and weight norm have three spellings, pruning masks a plain one. What cannot be
+    Spectral norm and weight norm have three spellings, the others a plain one. What cannot be
     spelled so is named, and nothing is written then.
     """
 
@@ -36,6 +36,10 @@ class ConvertCommand(CheckpointOptions):
     ]
     only: Annotated[
         Respellable | None, typer.Option(help="Respell these alone, and leave others as they are.")
+    ] = None
+    orthogonal_map: Annotated[
+        OrthogonalMap | None,
+        typer.Option(help="How orthogonal weights were made, which no file says."),
     ] = None
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Keep the state dict alone.")
@@ -85,6 +89,6 @@ class ConvertCommand(CheckpointOptions):
 def _counts(changed: Iterable[Any]) -> str:
     """Return what was respelled, as in "3 spectral norms and 2 weight norms"."""
     counts = Counter(site.label for site in changed)
-    nouns = {label: label if label.endswith("norm") else f"{label} mask" for label in counts}
-    shown = [f"{n} {nouns[label]}{'' if n == 1 else 's'}" for label, n in counts.items()]
+    nouns = {"pruning": "pruning mask", "orthogonality": "orthogonal weight"}
+    shown = [f"{n} {nouns.get(label, label)}{'' if n == 1 else 's'}" for label, n in counts.items()]
     return " and ".join(shown) or "nothing"

@@ -18,7 +18,9 @@ from cli_networks import Critic, Tokens, before_v, prefixed, trained_critic
 from cli_running import runner
 from export_models import run_file
 from safetensors.torch import save_file
+from torch import nn
 from torch.distributed.checkpoint import HuggingFaceStorageWriter
+from torch.nn.utils.parametrizations import orthogonal
 from vocoder_networks import Generator
 
 from sn_export import check_case, export_onnx
@@ -90,6 +92,7 @@ def _make(name: str) -> None:
         "dcp": lambda path: dcp.save(dict(state), checkpoint_id=path),
         "hook.pt": _save(before_v(state, critic)),
         "vocoder.pt": _save(Generator("parametrization").state_dict()),
+        "orthogonal.pt": _save(orthogonal(nn.Linear(3, 4)).state_dict()),
         "part.pt": _save(state | {"extra": torch.ones(2)}),
         "critic.onnx": lambda path: export_onnx(critic, IMAGES, path, exporter="torchscript"),
         "cases": _save_case,

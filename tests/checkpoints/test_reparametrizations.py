@@ -159,7 +159,8 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -
     torch.save(_mixed().state_dict(), tmp_path / "a.pt")
     assert _message(tmp_path, "plain") == (
         "cannot spell 'orthogonal.weight' as plain: the file does not say by which map "
-        "(matrix_exp, cayley or householder) its weight is made orthogonal; cannot spell "
+        "(matrix_exp, cayley or householder) its weight is made orthogonal; tell 'sn-export "
+        "convert' with --orthogonal-map; cannot spell "
         "'gain.weight' as plain: only the model's code says what makes it of '0.gain', "
         "'original'; to leave that as it is: --only spectral_norm or --only weight_norm"
     )
@@ -167,6 +168,59 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -
         "cannot spell 'pruned.weight' as parametrization: torch has no parametrization for "
         "pruning; to leave that as it is: --only spectral_norm or --only weight_norm"
     )
+
+
+class Orthogonal(nn.Module):
+    """Square, tall, wide, batched and complex weights that torch keeps orthogonal."""
+
+    def __init__(self, name: str | None) -> None:
+        super().__init__()
+        shapes = {"square": (4, 4), "tall": (5, 3), "wide": (3, 5), "convolution": (2, 3, 4, 2)}
+        for key, shape in shapes.items():
+            self.register_parameter(key, nn.Parameter(torch.randn(shape)))
+        if name != "householder":
+            self.complex = nn.Parameter(torch.randn(3, 3, dtype=torch.complex64))
+        for key in dict(self.named_parameters()):
+            orthogonal(self, key, name)
+
+
+@pytest.mark.parametrize("name", [None, "matrix_exp", "cayley", "householder"])
+def test_orthogonal_weights_are_converted_by_the_map_that_is_told(
+    name: str | None, tmp_path: Path
+) -> None:
+    """Bit for bit what the trained network uses; without a map, that which torch takes itself."""
+    model = Orthogonal(name)
+    with torch.no_grad():  # as training would, which leaves the diagonal
+        for parameter in model.parameters():
+            parameter += torch.randn_like(parameter).tril(-1)
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    told: Any = name or "default"
+    convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", orthogonal_map=told)
+    converted = torch.load(tmp_path / "b.pt")
+    assert list(converted) == [key.split(".")[1] for key in model.state_dict() if "original" in key]
+    assert all(torch.equal(value, getattr(model, key)) for key, value in converted.items())
+
+
+def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
+    """Torch has no hook for them, and no real reflections; a base of another shape is damaged."""
+    state = Orthogonal(None).state_dict()
+    torch.save(state, tmp_path / "a.pt")
+    assert _message(tmp_path, "hook", orthogonal_map="cayley") == (
+        "cannot spell 'square', 'tall', 'wide', 'convolution', 'complex' as hook: torch has no "
+        "hook for orthogonality"
+    )
+    assert _message(tmp_path, "plain", orthogonal_map="householder") == (
+        "torch cannot make 'complex' orthogonal by householder: The householder parametrization "
+        "does not support complex tensors."
+    )
+    state["parametrizations.tall.0.base"] = torch.eye(4)
+    torch.save(state, tmp_path / "a.pt")
+    assert _message(tmp_path, "plain", orthogonal_map="default") == (
+        "cannot spell 'tall' as plain: 'parametrizations.tall.0.base' is [4, 4] and should be "
+        "[5, 5]"
+    )
+    torch.save(nn.Linear(2, 2).state_dict(), tmp_path / "a.pt")
+    assert "nothing" in _message(tmp_path, "plain", orthogonal_map="default")
 
 
 @pytest.mark.parametrize("only", ["spectral_norm", "weight_norm"])
