@@ -31,9 +31,11 @@ def rows(quick: bool) -> Iterator[Row]:
     for what, run in (("entering", fault_while_entering), ("leaving", fault_while_leaving)):
         yield _block(what, run, stride=20 if quick else 1)
     with tempfile.TemporaryDirectory() as folder:
-        export = _Export(Path(folder))
-        yield export.faults(stride=60 if quick else 1)
+        earlier, tempfile.tempdir = tempfile.tempdir, folder  # other processes have theirs
+        export = _Export(Path(folder) / "target")
+        yield export.faults(stride=80 if quick else 1)
         yield export.signals(10 if quick else 200)
+        tempfile.tempdir = earlier
 
 
 def _block(what: str, run: Callable[[nn.Module, Fault], object], stride: int) -> Row:
@@ -68,15 +70,15 @@ class _Export:
 
     def __init__(self, folder: Path) -> None:
         seed_torch(0)
+        folder.mkdir(exist_ok=True)
         self.folder = folder
         self.model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
         self.before = fingerprint(self.model)
         self.path = folder / "net.onnx"
-        self.temporary = self._temporary()
         self.output = _output()
         self.run()
         self.new = contents(folder)
-        self.old = {"net.onnx": b"an earlier file"}
+        self.old = {name: f"an earlier {name}".encode() for name in self.new}
 
     def run(self) -> None:
         """Export."""
@@ -85,8 +87,10 @@ class _Export:
             torch.zeros(1, 2),
             self.path,
             exporter="torchscript",
-            samples=0,
+            samples=1,
             overwrite=True,
+            per_module=True,
+            save_case=self.folder / "net.npz",
         )
 
     def faults(self, stride: int) -> Row:
@@ -132,33 +136,34 @@ class _Export:
 
     def _attack(self, start: Callable[[], object], stop: Callable[[], object]) -> str:
         """Export under attack; say what is damaged, then mend it."""
-        fill(self.folder, {})
-        self.path.write_bytes(self.old["net.onnx"])
+        fill(self.folder, self.old)
+        found = []
         try:
             start()
             self.run()
         except BaseException:
             stop()
+            found = [f"while caught, {line}" for line in self._damage()]
         finally:
             stop()
-        gc.collect()  # a draft may be held by the frames of an interrupt within contextlib
-        found = self.before.differences(fingerprint(self.model))
-        found = [line for line in found if not line.startswith("next hook id")]
-        if self.output != _output():
-            found.append("standard output or error is still replaced")
-        left = {path.name for path in self.folder.iterdir()}
-        if left != {"net.onnx"} or contents(self.folder) not in (self.old, self.new):
-            found.append(f"the folder holds {sorted(left)}")
-        if more := self._temporary() - self.temporary:
-            found.append(f"temporary files {sorted(more)}")
+        gc.collect()
+        found += self._damage()
         if found:
             fill(self.folder, {})
             self.__init__(self.folder)  # type: ignore[misc]
         return "; ".join(found[:2])[:300]
 
-    def _temporary(self) -> set[str]:
-        folder = Path(tempfile.gettempdir())
-        return {path.name for path in folder.iterdir() if "sn_export" in path.name}
+    def _damage(self) -> list[str]:
+        found = self.before.differences(fingerprint(self.model))
+        found = [line for line in found if not line.startswith("next hook id")]
+        if self.output != _output():
+            found.append("standard output or error is still replaced")
+        left = sorted(path.name for path in self.folder.iterdir())
+        if left != sorted(self.old) or contents(self.folder) not in (self.old, self.new):
+            found.append(f"the folder holds {left}")
+        if more := [path.name for path in self.folder.parent.iterdir() if path != self.folder]:
+            found.append(f"temporary files {sorted(more)}")
+        return found
 
 
 def _output() -> object:

@@ -1,0 +1,383 @@
+"""Change a line of the package, and see whether a test notices.
+
+The mutants are those of mutmut, and two kinds of our own: a statement dropped, a condition turned
+round. mutmut itself would run the tests in a package of trampolines, which the processes that the
+tests start do not import; so each mutant is written to its file, in a copy of the whole project.
+
+The tests that run a line are known from one run of all of them under coverage. A mutant is given
+to those of its line, the quickest of its own wing first, until one fails. A run starts as a fork of
+a process that has imported torch and all the rest, but not the package.
+"""
+
+from __future__ import annotations
+
+import compileall
+import json
+import os
+import py_compile
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from prove_common import Row
+
+_ROOT = Path(__file__).parents[1]
+_COPIED = ("sn_export", "tests", "scripts", "pyproject.toml", "README.md", "CHANGELOG.md")
+# What is mutated, how many mutants of it are drawn, and the tests of its own wing.
+_GROUPS: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
+    "freezing": (("freezing/**/*.py",), 60, ("tests/freezing",)),
+    "publishing": (("files.py",), 25, ("tests/test_files", "tests/exporting/test_publishing")),
+    "comparison": (
+        (
+            *(
+                f"proving/{name}.py"
+                for name in ("output_errors", "tolerances", "verdicts", "parity")
+            ),
+        ),
+        25,
+        ("tests/proving",),
+    ),
+    "spelling and readers": (("checkpoints/*.py",), 40, ("tests/checkpoints",)),
+}
+_SEED = 18
+_NOTICED = ("killed", "hung", "crashed")
+_MOST_SECONDS = 120.0  # of tests for one mutant, as they took when nothing was changed
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one file."""
+
+    file: str
+    line: int
+    change: str
+    code: Callable[[], str]
+
+
+@dataclass
+class Covering:
+    """Which tests run a line, and how long each takes."""
+
+    tests: dict[tuple[str, int], set[str]]
+    seconds: dict[str, float]
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    """Yield a row for each group of modules, from a process that has not imported the package."""
+    program = [sys.executable, __file__, *(["--quick"] if quick else [])]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            yield Row(**json.loads(line))
+    if process.returncode:
+        raise subprocess.CalledProcessError(process.returncode, program)
+
+
+def _groups(quick: bool) -> Iterator[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / "copy"
+        _copy_project(copy)
+        covering = _measure(copy, Path(folder))
+        for name, (patterns, count, wing) in _GROUPS.items():
+            yield _row(copy, covering, name, patterns, 4 if quick else count, wing)
+
+
+def _row(
+    copy: Path,
+    covering: Covering,
+    name: str,
+    patterns: Sequence[str],
+    count: int,
+    wing: Sequence[str],
+) -> Row:
+    chosen, total = _draw(copy, patterns, count)
+    ends: Counter[str] = Counter()
+    failures = []
+    for number, mutant in enumerate(chosen):
+        tests = _order(covering, mutant, wing)
+        if not number and (end := _run(copy, tests, 600)) != "survived":
+            raise RuntimeError(f"{end} where nothing was changed: {tests}")
+        end = _try(copy, mutant, tests, covering.seconds)
+        ends[end] += 1
+        if end not in _NOTICED:
+            failures.append(f"{mutant.file}:{mutant.line} {end}: {mutant.change}")
+    note = ", ".join(f"{key} {ends[key]}" for key in sorted(ends))
+    return Row(
+        f"{len(chosen)} of {total} mutants of {name}",
+        len(chosen),
+        len(chosen) - len(failures),
+        note,
+        failures,
+    )
+
+
+def _copy_project(copy: Path) -> None:
+    copy.mkdir()
+    without_caches = shutil.ignore_patterns("__pycache__")
+    for name in _COPIED:
+        if (_ROOT / name).is_dir():
+            shutil.copytree(_ROOT / name, copy / name, ignore=without_caches)
+        else:
+            shutil.copy(_ROOT / name, copy)
+    # Two mutants of a file may have one size and one second: the bytes are to decide.
+    mode = py_compile.PycInvalidationMode.CHECKED_HASH
+    compileall.compile_dir(copy, quiet=2, invalidation_mode=mode)
+
+
+def _environment(copy: Path) -> dict[str, str]:
+    path = [str(copy), str(copy / "scripts"), str(copy / "tests" / "support"), *_tools()]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
+
+
+def _tools() -> list[str]:
+    """Return the folders of the path that are not the project's: of coverage and mutmut."""
+    own = (str(_ROOT / "scripts"), str(_ROOT / "tests" / "support"), str(_ROOT), "")
+    return [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in own]
+
+
+def _measure(copy: Path, folder: Path) -> Covering:
+    """Run all tests under coverage, or take what an earlier run of the same files found.
+
+    A test that raises out of a trace function ends the measurement of its process: files with such
+    tests, which import ``faults``, have one of their own each.
+    """
+    kept = os.environ.get("PROVE_COVERING")  # a folder that outlives this run
+    data = Path(kept or folder) / "coverage"
+    times = [Path(f"{data}.times{number}.xml") for number in range(100)]
+    settings = folder / "coveragerc"
+    settings.write_text(
+        f"[run]\nsource_pkgs = sn_export\ndynamic_context = test_function\ndata_file = {data}\n"
+    )
+    files = sorted((copy / "tests").rglob("test_*.py"))
+    alone = [file for file in files if "faults import" in file.read_text()]
+    batches = [[file for file in files if file not in alone], *([file] for file in alone)]
+    for batch, report in zip(batches, times, strict=False):
+        if not report.exists():
+            _run_measured(copy, settings, report, batch)
+    seconds: dict[str, float] = defaultdict(float)
+    for report in filter(Path.exists, times):
+        for case in ElementTree.parse(report).iter("testcase"):
+            name = case.get("name", "").partition("[")[0]
+            seconds[_node(f"{case.get('classname')}.{name}")] += float(case.get("time", 0))
+    return Covering(_read_contexts(data), seconds)
+
+
+def _run_measured(copy: Path, settings: Path, report: Path, files: Sequence[Path]) -> None:
+    coverage = ["-m", "coverage", "run", "--append", f"--rcfile={settings}"]
+    pytest = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junit-xml={report}"]
+    names = [str(file.relative_to(copy)) for file in files]
+    ran = subprocess.run(
+        [sys.executable, *coverage, *pytest, *names],
+        cwd=copy,
+        env=_environment(copy),
+        stdout=subprocess.PIPE,
+    )
+    if ran.returncode:
+        report.unlink(missing_ok=True)
+        raise RuntimeError(ran.stdout.decode()[-2000:])
+
+
+def _read_contexts(data: Path) -> dict[tuple[str, int], set[str]]:
+    from coverage import CoverageData
+
+    found = CoverageData(str(data))
+    found.read()
+    tests: dict[tuple[str, int], set[str]] = defaultdict(set)
+    for file in found.measured_files():
+        name = file.rpartition("/sn_export/")[2]
+        for line, contexts in found.contexts_by_lineno(file).items():
+            tests[name, line] |= {_node(context) for context in contexts if context}
+    return tests
+
+
+def _node(context: str) -> str:
+    """Return the name that pytest knows a test by.
+
+    ``tests.test_files.test_x`` becomes ``tests/test_files.py::test_x``.
+    """
+    module, _, name = context.rpartition(".")
+    return f"{module.replace('.', '/')}.py::{name}"
+
+
+def _draw(copy: Path, patterns: Iterable[str], count: int) -> tuple[list[Mutant], int]:
+    """Return some mutants, at most one of each line, and how many there are in all."""
+    found = [
+        mutant
+        for pattern in patterns
+        for file in sorted((copy / "sn_export").glob(pattern))
+        for mutant in _mutants(file, file.relative_to(copy / "sn_export").as_posix())
+    ]
+    chance = random.Random(_SEED)
+    drawn: dict[tuple[str, int], Mutant] = {}
+    for mutant in chance.sample(found, len(found)):
+        drawn.setdefault((mutant.file, mutant.line), mutant)
+        if len(drawn) == count:
+            break
+    return list(drawn.values()), len(found)
+
+
+def _mutants(file: Path, name: str) -> Iterator[Mutant]:
+    """Yield the mutants of a file; the words of a message are left as they are."""
+    import libcst as cst
+    from libcst.metadata import MetadataWrapper, PositionProvider
+    from mutmut.mutation.file_mutation import MutationVisitor
+    from mutmut.mutation.mutators import mutation_operators
+    from mutmut.mutation.pragma_handling import IgnoredCode
+
+    code = file.read_text()
+    wrapper = MetadataWrapper(cst.parse_module(code))
+    ours = [(cst.SimpleStatementLine, _drop), (cst.If, _turn_round)]
+    nothing = IgnoredCode(set(), set(), set())
+    visitor = MutationVisitor([*mutation_operators, *ours], nothing)
+    module = wrapper.visit(visitor)
+    places = wrapper.resolve(PositionProvider)
+    for mutation in visitor.mutations:
+        old, new = mutation.original_node, mutation.mutated_node
+        place = places.get(old)
+        if place is None or (isinstance(old, cst.SimpleString) and " " in old.value):
+            continue
+        words = [" ".join(module.code_for_node(node).split()) for node in (old, new)]
+        if isinstance(old, cst.If):
+            words = [text.partition(":")[0] for text in words]
+        change = " -> ".join(word[:90] for word in words)
+        yield Mutant(name, place.start.line, change, partial(_replace, module, old, new))
+
+
+def _replace(module: Any, old: Any, new: Any) -> str:
+    return str(module.deep_replace(old, new).code)
+
+
+def _drop(node: Any) -> Iterator[Any]:
+    """Yield ``pass`` for a call whose result is not used, or a raise."""
+    import libcst as cst
+
+    (statement,) = node.body if len(node.body) == 1 else (None,)
+    is_call = isinstance(statement, cst.Expr) and isinstance(statement.value, cst.Call)
+    if is_call or isinstance(statement, (cst.Raise, cst.Del)):
+        yield node.with_changes(body=[cst.Pass()])
+
+
+def _turn_round(node: Any) -> Iterator[Any]:
+    """Yield ``if not (x):`` for ``if x:``."""
+    import libcst as cst
+
+    inner = node.test.with_changes(lpar=[cst.LeftParen()], rpar=[cst.RightParen()])
+    space = cst.SimpleWhitespace(" ")
+    test = cst.UnaryOperation(cst.Not(whitespace_after=space), inner)
+    yield node.with_changes(test=test, whitespace_before_test=space)
+
+
+def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
+    """Return the tests for a mutant: of its wing first, the quickest first, as many as fit.
+
+    A statement over several lines counts where it begins. What runs at import alone is given to the
+    tests that run any line of its file.
+    """
+    found: set[str] = set()
+    for line in range(mutant.line, max(mutant.line - 12, 0), -1):
+        if found := covering.tests.get((mutant.file, line), set()):
+            break
+    else:
+        files = [tests for (file, _), tests in covering.tests.items() if file == mutant.file]
+        found = set[str]().union(*files)
+    seconds = covering.seconds
+    known = [test for test in found if test in seconds]
+    known.sort(key=lambda test: (not test.startswith(tuple(wing)), seconds[test]))
+    chosen, total = [], 0.0
+    for test in known:
+        if total + seconds[test] <= _MOST_SECONDS:
+            chosen.append(test)
+            total += seconds[test]
+    return chosen
+
+
+def _try(copy: Path, mutant: Mutant, tests: Sequence[str], seconds: dict[str, float]) -> str:
+    """Run tests on a mutant; say what became of it."""
+    file = copy / "sn_export" / mutant.file
+    whole = file.read_text()
+    file.write_text(mutant.code())
+    try:
+        return _run(copy, tests, 60 + 6 * sum(seconds[test] for test in tests))
+    finally:
+        file.write_text(whole)
+
+
+def _run(copy: Path, tests: Sequence[str], seconds: float) -> str:
+    sys.stdout.flush()
+    child = os.fork()
+    if not child:
+        os.setsid()
+        _become_pytest(copy, tests)
+    end, deadline = 0, time.monotonic() + seconds
+    while not end and time.monotonic() < deadline:
+        end, status = os.waitpid(child, os.WNOHANG)
+        time.sleep(0.05)
+    if not end:
+        os.killpg(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        return "hung"
+    code = os.waitstatus_to_exitcode(status)
+    if code < 0:
+        return "crashed"
+    return {0: "survived", 1: "killed", 2: "killed", 4: "killed"}.get(
+        code, f"pytest ended by {code}"
+    )
+
+
+def _become_pytest(copy: Path, tests: Sequence[str]) -> None:
+    code = 99
+    try:
+        silent = os.open(os.devnull, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(silent, number)
+        os.chdir(copy)
+        environment = _environment(copy)
+        os.environ.update(environment)
+        sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
+        sys.dont_write_bytecode = True
+        import pytest
+
+        quietly = ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # it is imported already
+        options = ["-q", "-x", "-n0", "-p", "no:cacheprovider", *quietly]
+        code = int(pytest.main([*options, *tests]))
+    finally:
+        os._exit(code)
+
+
+def main() -> None:
+    """Print the rows as JSON, one a line; for a process that has not imported the package."""
+    import numpy
+    import onnx
+    import onnx_ir
+    import onnxruntime
+    import onnxscript
+    import pytest
+    import torch
+    import torch._dynamo
+    import torch.onnx
+    import torch.onnx._internal.exporter._core
+
+    _ = numpy, onnx, onnx_ir, onnxruntime, onnxscript, pytest, torch
+    torch.set_num_threads(1)
+    for row in _groups("--quick" in sys.argv):
+        print(json.dumps(row.__dict__), flush=True)
+
+
+if __name__ == "__main__":
+    main()
