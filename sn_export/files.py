@@ -1,6 +1,6 @@
 """Where files go, and how they get there: several together or not at all. No torch.
 
-A file is written as a draft, in a hidden folder beside its place (`drafts`), and moved from there
+A file is written as a draft, in a hidden folder beside its place (`Drafts`), and moved from there
 (`publish`), so whoever looks sees whole files alone. The folder looks like this::
 
     .sn_export.k2x0f8vt/
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import json
 import os
 import secrets
@@ -25,7 +26,7 @@ import shutil
 import stat
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -243,8 +244,8 @@ def require_writable(target: Path) -> None:
     """
     require_place(target)
     try:
-        with drafts(target):
-            pass
+        with Drafts() as drafts:
+            drafts.open(target)
     except OSError as error:
         raise type(error)(f"cannot write '{target}': {error.strerror}") from error
 
@@ -262,31 +263,56 @@ def disk_errors_as(kind: type[SnExportError], target: Path) -> Iterator[None]:
         raise kind(text) from error
 
 
-@contextlib.contextmanager
-def drafts(target: Path) -> Iterator[Path]:
-    """Yield a path of the same name in a new folder beside ``target``, to be written to.
+class Drafts(io.IOBase):
+    """A context manager with paths to write to, whose folders are gone when it is left.
 
-    What killed processes left beside ``target`` is removed first, the new folder afterwards. If
-    one was killed while it replaced files, what it had moved aside is back in its place.
+    ::
 
-    Raises:
-        OSError: if the folder of ``target`` takes no new folder.
+        with Drafts() as drafts:
+            made = drafts.open(Path("net.onnx"))  # .sn_export.k2x0f8vt/made/net.onnx
+            made.write_bytes(content)
+            publish([(made, Path("net.onnx"))])
 
-    Warns:
-        SnExportWarning: if there is something that looks left behind, and nobody can tell
-            whether a process still uses it, since files cannot be locked on this disk.
+    No interrupt can keep a folder: ``__exit__`` is that of `io.IOBase`, which calls the ``close``
+    of a generator, and both are written in C, so there is no line of Python to be stopped at before
+    the generator goes on, within its ``try``.
     """
-    _remove_leftovers(target.parent)
-    folder, locks = target.parent / f"{_PREFIX}{secrets.token_hex(8)}", list[int]()
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, list[int]] = {}
+        removal = _remove_at_close(self._folders)
+        next(removal)
+        self.__dict__["close"] = removal.close
+
+    def open(self, target: Path) -> Path:
+        """Return a path of the same name in a new folder beside ``target``.
+
+        What killed processes left beside ``target`` is removed first. If one was killed while it
+        replaced files, what it had moved aside is back in its place.
+
+        Raises:
+            OSError: if the folder of ``target`` takes no new folder.
+
+        Warns:
+            SnExportWarning: if there is something that looks left behind, and nobody can tell
+                whether a process still uses it, since files cannot be locked on this disk.
+        """
+        _remove_leftovers(target.parent)
+        folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        _own_folders.add(folder)
+        self._folders[folder] = []
+        _make(folder, self._folders[folder])
+        return folder / _MADE / target.name
+
+
+def _remove_at_close(folders: dict[Path, list[int]]) -> Generator[None]:
     try:
         try:
-            _own_folders.add(folder)
-            _make(folder, locks)
-            yield folder / _MADE / target.name
+            yield
         finally:
-            _close(folder, locks)
+            _close(folders)
     finally:  # an interrupt may have stopped the first one
-        _close(folder, locks)
+        _close(folders)
 
 
 def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> None:
@@ -301,12 +327,12 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         made/net.onnx.data -> net.onnx.data
         made/net.onnx -> net.onnx                  the new pair from here on
 
-    What was moved aside comes back when somebody writes there again (`drafts`). A file alone takes
+    What was moved aside comes back when somebody writes there again (`Drafts`). A file alone takes
     the place of an old one in one step. Each step is on the disk before the
     next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
 
     Args:
-        moves: drafts, from `drafts`, and their places; the one that names the others last. A
+        moves: drafts, from `Drafts`, and their places; the one that names the others last. A
             folder alone, with files in it, is moved in one step too.
         stale: files that nobody reads afterwards, each beside one of the places.
 
@@ -468,11 +494,14 @@ def _make(folder: Path, locks: list[int]) -> None:
     (folder / _MADE).mkdir()
 
 
-def _close(folder: Path, locks: list[int]) -> None:
-    _remove(folder)
-    _own_folders.discard(folder)
-    while locks:
-        os.close(locks.pop())
+def _close(folders: dict[Path, list[int]]) -> None:
+    """Remove folders and their locks; it can be repeated from wherever it was stopped."""
+    for folder, locks in [*folders.items()]:
+        _remove(folder)
+        _own_folders.discard(folder)
+        while locks:
+            os.close(locks.pop())
+        del folders[folder]
 
 
 def _lock(path: Path, flags: int = 0) -> int:

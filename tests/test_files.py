@@ -10,14 +10,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
 
 import kills
 import pytest
 
 from sn_export.errors import SnExportWarning
-from sn_export.files import drafts, find_disk_error, publish, require_writable
+from sn_export.files import Drafts, find_disk_error, publish, require_writable
 
 OLD = {"a": b"old a", "b": b"old b", "c": b"old c"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -32,17 +31,18 @@ def _contents_of_files(folder: Path) -> dict[str, bytes]:
 
 
 def _publish(folder: Path, names: str, stale: str = "") -> None:
-    with ExitStack() as stack:
+    with Drafts() as drafts:
         moves = []
         for name in names:
-            made = stack.enter_context(drafts(folder / name))
+            made = drafts.open(folder / name)
             made.write_bytes(NEW[name])
             moves.append((made, folder / name))
         publish(moves, [folder / name for name in stale])
 
 
 def _publish_one(target: Path, content: bytes) -> None:
-    with drafts(target) as made:
+    with Drafts() as drafts:
+        made = drafts.open(target)
         made.write_bytes(content)
         publish([(made, target)])
 
@@ -196,7 +196,8 @@ def test_those_that_publish_at_once_wait_for_each_other(tmp_path: Path) -> None:
     model, data = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
 
     def write(text: str) -> None:
-        with drafts(model) as draft:
+        with Drafts() as drafts:
+            draft = drafts.open(model)
             made = draft.with_name(data.name)
             draft.write_text(text)
             made.write_text(text)
@@ -251,8 +252,8 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
     """Neither another process's drafts go, nor one's own, nor what is no folder of drafts."""
     program = (
         "import sys, pathlib, sn_export.files as files\n"
-        "with files.drafts(pathlib.Path(sys.argv[1])) as draft:\n"
-        "    print(draft, flush=True); input()"
+        "with files.Drafts() as drafts:\n"
+        "    print(drafts.open(pathlib.Path(sys.argv[1])), flush=True); input()"
     )
     (tmp_path / ".sn_export.txt").write_text("somebody's own")
     (tmp_path / ".sn_export.link").symlink_to(tmp_path)
@@ -264,8 +265,9 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
             stdout=subprocess.PIPE,
             text=True,
         ) as process,
-        drafts(tmp_path / "a") as own,
+        Drafts() as drafts,
     ):
+        own = drafts.open(tmp_path / "a")
         assert process.stdin is not None and process.stdout is not None
         others = Path(process.stdout.readline().strip())
         _publish_one(tmp_path / "b", b"new")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import disk_errors_as, drafts, publish, require_folder_place, require_place
+from ..files import Drafts, disk_errors_as, publish, require_folder_place, require_place
 from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
@@ -134,7 +134,8 @@ def convert_checkpoint(
     def written(name: str) -> None:
         progress(name, count)
 
-    with disk_errors_as(CheckpointError, destination), drafts(destination) as draft:
+    with disk_errors_as(CheckpointError, destination), Drafts() as drafts:
+        draft = drafts.open(destination)
         if is_folder:
             made = [draft]
             _write_folder(checkpoint, state, result, weights_only, draft, written)

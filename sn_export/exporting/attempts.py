@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
@@ -21,7 +20,7 @@ from ..errors import (
     SpectralNormNotConvergedWarning,
     TracedDecisionWarning,
 )
-from ..files import disk_errors_as, drafts
+from ..files import Drafts, disk_errors_as
 from ..freezing import describe_sites
 from ..proving import Case, Proof, called_name, differs, is_imprecise
 from ..results import (
@@ -65,7 +64,7 @@ class Made:
 
 
 def make_proved_file(
-    request: Request, proof: Proof, options: ExportOptions, workspaces: contextlib.ExitStack
+    request: Request, proof: Proof, options: ExportOptions, drafts: Drafts
 ) -> Made:
     """Return the first file that an exporter makes and that is proved.
 
@@ -73,7 +72,7 @@ def make_proved_file(
         request: which exporters are tried, and what is written to the file.
         proof: what each file is held against.
         options: what the exporters are asked for, but for the metadata.
-        workspaces: keeps the files until they are published.
+        drafts: keeps the files until they are published.
 
     Raises:
         ExportError: if no exporter can make a file that onnxruntime runs.
@@ -81,7 +80,7 @@ def make_proved_file(
     """
     failures: list[Failure] = []
     for exporter in request.exporters:
-        draft = workspaces.enter_context(drafts(request.target))
+        draft = drafts.open(request.target)
         frozen, source = request.frozen, request.source
         metadata = file_metadata(exporter, versions(), frozen, source, request.metadata)
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import threading
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import disk_errors_as, drafts, publish, side_file
+from ..files import Drafts, disk_errors_as, publish, side_file
 from ..proving import (
     ProofSettings,
     describe_unconverged,
@@ -23,7 +22,7 @@ from ..proving import (
     write_case,
 )
 from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
-from ..running import find_entry, initialise_lazy, preserved, run_reference
+from ..running import end_abandoned, find_entry, initialise_lazy, preserved, run_reference
 from .arguments import (
     Request,
     Source,
@@ -234,31 +233,34 @@ def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport
         described = origin.describe(sigma_exact)
         note = describe_unconverged(described.unconverged)
         request = replace(request, frozen=described.frozen, note=note)
-        with preserved(network) as state, contextlib.ExitStack() as workspaces:
-            run = request.run or partial(run_reference, network, state)
-            references, left_out = run_references(request, state, run)
-            proof, options = plan_proof(request, state, run, references, left_out)
-            if request.run is not None:
-                require_same_network(proof, options.output_names)
-            made = make_proved_file(request, proof, options, workspaces)
-            warn_of_made(request, made, references[0], left_out)
-            _publish(request, made)
+        with preserved(network) as state, Drafts() as drafts:
+            try:
+                run = request.run or partial(run_reference, network, state)
+                references, left_out = run_references(request, state, run)
+                proof, options = plan_proof(request, state, run, references, left_out)
+                if request.run is not None:
+                    require_same_network(proof, options.output_names)
+                made = make_proved_file(request, proof, options, drafts)
+                warn_of_made(request, made, references[0], left_out)
+                _publish(request, made, drafts)
+            except BaseException as error:
+                end_abandoned(error)
+                raise
     return made.report
 
 
-def _publish(request: Request, made: Made) -> None:
+def _publish(request: Request, made: Made, drafts: Drafts) -> None:
     """Move a file to its place, with its external data and the case that was asked for."""
     draft, target, case = made.draft, request.target, request.case
-    with contextlib.ExitStack() as stack:
-        moves = [(draft, target)]
-        data = side_file(draft)
-        if data.exists():
-            moves.insert(0, (data, side_file(target)))
-        if case is not None and made.case is not None:
-            with disk_errors_as(ExportError, case):
-                draft_of_case = stack.enter_context(drafts(case))
-                write_case(draft_of_case, made.case)
-            moves.insert(0, (draft_of_case, case))
-        with disk_errors_as(ExportError, target):
-            publish(moves, find_stale_data(draft, target))
+    moves = [(draft, target)]
+    data = side_file(draft)
+    if data.exists():
+        moves.insert(0, (data, side_file(target)))
+    if case is not None and made.case is not None:
+        with disk_errors_as(ExportError, case):
+            draft_of_case = drafts.open(case)
+            write_case(draft_of_case, made.case)
+        moves.insert(0, (draft_of_case, case))
+    with disk_errors_as(ExportError, target):
+        publish(moves, find_stale_data(draft, target))
     _logger.info("wrote %s", target)

@@ -20,6 +20,7 @@ from ..running import (
     Preserved,
     Reference,
     as_input_sets,
+    end_abandoned,
     find_entry,
     initialise_lazy,
     preserved,
@@ -95,12 +96,16 @@ def check_parity(
     initialise_lazy(network, sets[0])
     note = unconverged_note(network)
     with preserved(network) as state:
-        references = [run_reference(network, state, one) for one in sets]
-        freezing = Freezing(partial(frozen_spectral_norm, network))
-        report = compare(network, freezing, session, path, references, settings)
-        report = replace(report, notes=(note,) if note else ())
-        if per_module or not report.passed:
-            report = locate_divergence(report, network, state, path, references, settings)
+        try:
+            references = [run_reference(network, state, one) for one in sets]
+            freezing = Freezing(partial(frozen_spectral_norm, network))
+            report = compare(network, freezing, session, path, references, settings)
+            report = replace(report, notes=(note,) if note else ())
+            if per_module or not report.passed:
+                report = locate_divergence(report, network, state, path, references, settings)
+        except BaseException as error:
+            end_abandoned(error)
+            raise
     return report
 
 

@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..files import as_path, drafts, publish, require_place, side_file
+from ..files import Drafts, as_path, publish, require_place, side_file
 from .content import Report, as_content
 from .html import to_html
 from .markdown import to_markdown
@@ -47,7 +47,8 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     else:
         text = (to_html if target.suffix == ".html" else to_markdown)(content)
-    with drafts(target) as draft:
+    with Drafts() as drafts:
+        draft = drafts.open(target)
         # Written as bytes: line ends are the same on every system.
         draft.write_bytes(text.encode("utf-8", "replace"))
         publish([(draft, target)])

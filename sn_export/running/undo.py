@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
+import traceback
 from collections.abc import Callable, Generator, Iterator
 from functools import wraps
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -121,3 +123,20 @@ def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
             undo()
     finally:
         undo()
+
+
+def end_abandoned(error: BaseException | None) -> None:
+    """End the with-blocks of `contextlib` that ``error`` has left suspended, before it goes on.
+
+    An interrupt that strikes within ``contextlib``'s own ``__exit__`` keeps the generator from
+    going on. Its traceback holds that frame, so the generator ends when the traceback is dropped,
+    after the state around was put back; one of torch's exporters then sets the model's mode once
+    more. Cleared frames hold nothing; those of others keep their variables for a debugger.
+    """
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        for frame, _ in traceback.walk_tb(error.__traceback__):
+            if frame.f_code.co_filename == contextlib.__file__:
+                frame.clear()
+        error = error.__cause__ or error.__context__

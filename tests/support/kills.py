@@ -12,7 +12,6 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -53,7 +52,7 @@ class _Killer:
             self.count()
 
 
-def killed_at(step: int, work: Callable[[], None], since: str = "drafts") -> bool:
+def killed_at(step: int, work: Callable[[], None], since: str = "open") -> bool:
     """Do ``work`` in a child that is killed at its n-th step; return whether it came so far."""
     return in_child(lambda: _die(work, step, since))
 
@@ -108,10 +107,10 @@ def verdict(found: Contents, old: Contents, new: Contents, last: str) -> str:
 
 def publish(folder: Path, new: Contents, stale: Sequence[str]) -> None:
     """Publish files in the way of the package; the last one names the others."""
-    with ExitStack() as stack:
+    with files.Drafts() as drafts:
         moves = []
         for name, content in new.items():
-            made = stack.enter_context(files.drafts(folder / name))
+            made = drafts.open(folder / name)
             made.write_bytes(content)
             moves.append((made, folder / name))
         files.publish(moves, [folder / name for name in stale])
@@ -151,8 +150,8 @@ def try_every_step(folder: Path, earlier: str, wanted: str, stride: int) -> dict
         if not killed_at(step, lambda: publish(folder, new, stale)):
             return dict(counts)
         counts[verdict(contents(folder), old, final, wanted[-1])] += 1
-        with files.drafts(folder / "x"):
-            pass
+        with files.Drafts() as drafts:
+            drafts.open(folder / "x")
         counts["not put back"] += contents(folder) not in (old, final)
         publish(folder, new, [name for name in stale if (folder / name).exists()])
         counts["left behind"] += {path.name for path in folder.iterdir()} != set(final)
