@@ -32,6 +32,7 @@ _GROUP = (
     "fsdp_params",
     "lazy_init",
     "mesh_info",
+    "post_forward_mesh_info",
 )
 _PARAM = (
     "_module_info",
@@ -62,13 +63,23 @@ class Unit:
     def __init__(self, module: Any, state: Any) -> None:
         self.module = module
         self.state = state
+        self._meshes: list[tuple[Any, Any]] = []
 
     def gather(self) -> None:
-        """Put the whole parameters into the modules; a collective call."""
+        """Put the whole parameters into the modules, where they stay; a collective call.
+
+        A forward of one of the modules would free their memory when it is through.
+        """
+        for group in self.groups:
+            self._meshes.append((group, group.post_forward_mesh_info))
+            group.post_forward_mesh_info = None
         self.module.unshard()
 
     def reshard(self) -> None:
         """Put this rank's shards back into the modules; a local call."""
+        while self._meshes:
+            group, mesh = self._meshes.pop()
+            group.post_forward_mesh_info = mesh
         for group in self.groups:
             group._to_sharded()
 

@@ -134,7 +134,7 @@ class _GatheredWalk:
     def __init__(self, units: dict[int, Unit], take: Take) -> None:
         self._units = units
         self._take = take
-        self._current: Unit | None = None
+        self._current: list[Unit] = []
         self.error: Exception | None = None
 
     def __call__(
@@ -153,7 +153,7 @@ class _GatheredWalk:
         def find(path: str, module: nn.Module) -> Iterable[Site]:
             if not _may_compute(module):
                 return ()
-            self._enter(self._units.get(id(module)))
+            self._enter(module)
             return list(self._guard(kind, path, module) or ())
 
         return find
@@ -165,17 +165,22 @@ class _GatheredWalk:
             self.error = self.error or error
             return None
 
-    def _enter(self, unit: Unit | None) -> None:
-        if unit is self._current or unit is None:
+    def _enter(self, module: nn.Module) -> None:
+        """Gather the unit of ``module``, and those that its parametrizations are on their own."""
+        inner = module._modules.get("parametrizations")
+        modules = [module, *(inner.modules() if inner is not None else ())]
+        units = list(dict.fromkeys(self._units[id(m)] for m in modules if id(m) in self._units))
+        if not units or units == self._current:
             return
         self.leave()
-        self._current = unit
-        unit.gather()
+        self._current = units
+        for unit in units:
+            unit.gather()
 
     def leave(self) -> None:
         """Reshard what is gathered."""
-        unit, self._current = self._current, None
-        if unit is not None:
+        units, self._current = self._current, []
+        for unit in units:
             unit.reshard()
 
 

@@ -256,6 +256,22 @@ def _() -> None:
         check_block("parametrization", "root", mesh=mesh)
 
 
+@case("parametrization-sharded-on-its-own")
+def _() -> None:
+    """So Accelerate's policies by size do it; each rank holds such a frozen weight as a whole."""
+    ours = Training(network(KINDS["parametrization"]))
+    for module in (ours.model[0].parametrizations.weight, ours.model[0], ours.model):
+        fully_shard(module)
+    ours = Training(ours.model)
+    ours.step(0)
+    assert find_spectral_norm(ours.model)[0].sigma > 0
+    with frozen_spectral_norm(ours.model):
+        output = ours.answer()
+        assert [*ours.model.state_dict()] == [*network().state_dict()]
+    require_equal(output, ours.answer(), "outputs inside and outside")
+    ours.step(1)
+
+
 @case("handwritten")
 def _() -> None:
     """Handwritten norms are frozen exactly, and exported from a factory that applies them too."""
