@@ -4,6 +4,7 @@ from .content import Checkpoint, StateDict
 from .convert import Conversion, convert_checkpoint
 from .inspection import Inspection, StoredLayer, inspect_checkpoint
 from .load import Loaded, load_checkpoint
+from .npz_file import read_npz
 from .read import read_checkpoint
 from .reparametrizations import Spelling
 
@@ -19,4 +20,5 @@ __all__ = [
     "inspect_checkpoint",
     "load_checkpoint",
     "read_checkpoint",
+    "read_npz",
 ]

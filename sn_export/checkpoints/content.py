@@ -58,7 +58,7 @@ class Checkpoint:
     """
 
     path: Path
-    format: Literal["torch", "safetensors", "distributed"]
+    format: Literal["torch", "safetensors", "distributed", "numpy"]
     content: Any
     file_metadata: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

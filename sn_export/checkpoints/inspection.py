@@ -106,7 +106,7 @@ class Inspection:
 
     Attributes:
         path: the checkpoint.
-        format: ``"torch"``, ``"safetensors"`` or ``"distributed"``.
+        format: ``"torch"``, ``"safetensors"``, ``"distributed"`` or ``"numpy"``.
         key: where in it the state dict is; ``""`` for the root, or for several.
         layers: one for each tensor that is reparametrized.
         tensors: number of entries in the state dict, or in all that were looked at.

@@ -19,6 +19,7 @@ from .lazy_tensors import (
     read_safetensors,
     read_safetensors_index,
 )
+from .npz_file import is_npz, read_npz
 from .sharded import read_sharded_safetensors
 from .torch_file import read_torch_file
 
@@ -41,10 +42,10 @@ _OTHERS = (
 def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpoint:
     """Return what is in a checkpoint: a file of torch or safetensors, or a folder.
 
-    Known are torch's zip and legacy formats, ``.safetensors``, shards of ``.safetensors`` or
-    ``.bin`` with an index (the index, or the folder it is in), folders with one such file, and
-    those of `torch.distributed.checkpoint`, safetensors of several ranks among them. What a file
-    is shows in its first bytes, not in its name.
+    Known are torch's zip and legacy formats, ``.safetensors``, numpy's ``.npz``, shards of
+    ``.safetensors`` or ``.bin`` with an index (the index, or the folder it is in), folders with
+    one such file, and those of `torch.distributed.checkpoint`, safetensors of several ranks among
+    them. What a file is shows in its first bytes, not in its name.
 
     Args:
         path: the file or folder.
@@ -64,8 +65,17 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
         return _read_index(source, source, trust_pickle)
     if source.suffix == _SAFETENSORS or head[8:9] == b"{":
         return Checkpoint(source, "safetensors", *read_safetensors(source))
+    if head.startswith(b"PK") and is_npz(source):
+        return _read_npz(source)
     _require_torch(source, head)
     return _read_torch(source, source, trust_pickle)
+
+
+def _read_npz(path: Path) -> Checkpoint:
+    try:
+        return Checkpoint(path, "numpy", read_npz(path))
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
 
 
 def _read_head(path: Path) -> bytes:

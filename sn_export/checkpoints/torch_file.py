@@ -209,11 +209,6 @@ def _refuse_tar(what: str) -> str:
 
 def _describe_archive(names: Sequence[str]) -> str:
     bare = {name.rpartition("/")[2] for name in names}
-    if names and all(name.endswith(".npy") for name in names):
-        return (
-            "an archive of numpy arrays (.npz), not a checkpoint of torch; torch.save a dict with "
-            "torch.from_numpy of each"
-        )
     if bare & {"archive_format", "serialized_exported_program.json"}:
         return (
             "a program of torch.export (.pt2), not a checkpoint; torch.save the state_dict of "

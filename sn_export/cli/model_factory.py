@@ -7,29 +7,22 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import os
 import warnings
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..checkpoints import Loaded, load_checkpoint, read_checkpoint
+from ..checkpoints import Loaded, load_checkpoint, read_checkpoint, read_npz
 from ..errors import SnExportWarning, UsageError
-from ..files import open_regular
 from ..running import InputSet, find_entry
 from ..text import shorten_list
 from .options import DynamicDims, InputShape, import_from_current_folder
 from .request import ModelOptions
-
-# What compressed inputs may unpack to, in bytes, or times the size of their file.
-_UNPACKED, _RATIO = 2**28, 100
 
 
 def draw_example(shapes: Iterable[InputShape]) -> InputSet:
@@ -93,32 +86,13 @@ def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
 
 def _from_file(path: Path) -> InputSet:
     try:
-        with open_regular(path) as file:
-            _require_small(path, file)
-            content = np.load(file, allow_pickle=False)
-            arrays = {name: torch.from_numpy(content[name]) for name in content.files}
-    except UsageError:
-        raise
-    except Exception as error:  # numpy raises many kinds for a broken file
-        raise UsageError(
-            f"'{path}' is no .npz of numeric arrays: {str(error).splitlines()[0]}"
-        ) from error
+        arrays = read_npz(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
     positional = [f"arr_{i}" for i in range(len(arrays))]
     if list(arrays) == positional:
         return InputSet(tuple(arrays.values()), {}, f"'{path.name}'")
     return InputSet((), arrays, f"'{path.name}'")
-
-
-def _require_small(path: Path, file: BinaryIO) -> None:
-    """Raise a UsageError if a few bytes would unpack to more than memory should be filled with."""
-    with zipfile.ZipFile(file) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    packed = file.seek(0, os.SEEK_END)
-    file.seek(0)
-    if unpacked > max(_UNPACKED, _RATIO * packed):
-        raise UsageError(
-            f"'{path}' unpacks from {packed} to {unpacked} bytes; save it with np.savez"
-        )
 
 
 def prepare_model(

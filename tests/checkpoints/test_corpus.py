@@ -142,19 +142,18 @@ def _write_zip(path: Path, *names: str) -> None:
             archive.writestr(name, b"x")
 
 
-def _write_arrays(path: Path, save: Callable[..., None]) -> None:
+def _write_array(path: Path, save: Callable[..., None], value: object) -> None:
     with path.open("wb") as file:
-        save(file, np.ones(2))
+        save(file, np.array(value))
 
 
 OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "npz": (
-        lambda path: _write_arrays(path, np.savez),
-        "an archive of numpy arrays (.npz), not a checkpoint of torch; torch.save a dict with "
-        "torch.from_numpy of each",
+        lambda path: _write_array(path, np.savez, [None]),
+        "no .npz of numeric arrays: Object arrays cannot be loaded when allow_pickle=False",
     ),
     "npy": (
-        lambda path: _write_arrays(path, np.save),
+        lambda path: _write_array(path, np.save, [1.0]),
         "a numpy array, not a checkpoint of torch",
     ),
     "pt2": (

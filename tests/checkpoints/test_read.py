@@ -9,14 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cli_networks import Critic, prefixed
+from cli_networks import Critic, prefixed, trained_critic
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sn_export.checkpoints import read_checkpoint
+from sn_export.checkpoints import convert_checkpoint, read_checkpoint
 from sn_export.errors import CheckpointError
 
 
@@ -265,3 +266,15 @@ def test_several_state_dicts_are_chosen_by_key(tmp_path: Path) -> None:
         f"'{tmp_path}/a.pt' holds no state dict under 'ema'; it holds one under 'params' "
         "(20 tensors), 'params_ema' (20 tensors)"
     )
+
+
+def test_arrays_of_numpy(tmp_path: Path) -> None:
+    """An .npz is a state dict, whatever the byte order of its arrays."""
+    state = {name: value.numpy() for name, value in trained_critic().state_dict().items()}
+    state["head.weight_orig"] = state["head.weight_orig"].astype(">f4")
+    np.savez(tmp_path / "a.npz", **state)
+    convert_checkpoint(tmp_path / "a.npz", tmp_path / "b.pt", "plain")
+    plain = Critic("plain").eval()
+    plain.load_state_dict(torch.load(tmp_path / "b.pt"))
+    images = torch.randn(2, 3, 8, 8)
+    assert torch.equal(plain(images), trained_critic()(images))

@@ -83,6 +83,7 @@ def _make(name: str) -> None:
         ),
         "code.pt": _save({"state_dict": state, "hyper_parameters": Tokens()}),
         "critic.safetensors": lambda path: save_file(state, path),
+        "arrays.npz": lambda path: np.savez(path, **{k: v.numpy() for k, v in state.items()}),
         "shards/model.safetensors.index.json": _save_shards,
         "hub": _save_bin_shards,
         "ranks": lambda path: dcp.save(
