@@ -33,6 +33,8 @@ Freeze = Literal["spectral_norm", "all"]
 
 ProofDtype = Literal["float32"]
 
+Draws = Literal["zeros"]  # what random numbers of a forward are; None leaves them random
+
 Spelling = Literal["plain", "hook", "parametrization"]  # of a tensor in a state dict
 
 Respellable = Literal["spectral_norm", "weight_norm"]

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import CheckpointError, UsageError
-from ..results import ProofDtype, Tolerance
+from ..results import Draws, ProofDtype, Tolerance
 from .console import print_line, print_note
 from .options import (
     Command,
@@ -80,6 +80,10 @@ class ProofOptions(Command):
         typer.Option(
             help="Prove a copy of the file in this dtype, where onnxruntime lacks operators."
         ),
+    ] = None
+    draws: Annotated[
+        Draws | None,
+        typer.Option(help="zeros: without the noise of the forward, in the model as in the file."),
     ] = None
     providers: Annotated[
         Sequence[str],

@@ -197,6 +197,7 @@ def require_call(
     inputs: Any,
     *,
     on_cpu: bool = False,
+    draws: str | None = None,
 ) -> Call:
     """Return the example, and the user's inputs for the proof, by the names of what is called.
 
@@ -207,6 +208,7 @@ def require_call(
         kwargs: likewise.
         inputs: likewise.
         on_cpu: whether the network is there, wherever the inputs are.
+        draws: what random numbers the model draws.
 
     Raises:
         TypeError: if they are no arguments of a call, or hold tensors that no exporter sees.
@@ -220,8 +222,8 @@ def require_call(
     for one in own:
         require_seen(one, example)
     if on_cpu:
-        return Call(example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in own])
-    return Call(example, own)
+        example, own = example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in own]
+    return Call(replace(example, draws=draws), [replace(one, draws=draws) for one in own])
 
 
 def require_dims(

@@ -82,7 +82,9 @@ def make_proved_file(
     for exporter in request.exporters:
         draft = drafts.open(request.target)
         frozen, source = request.frozen, request.source
-        metadata = file_metadata(exporter, versions(), frozen, source, request.metadata)
+        metadata = file_metadata(
+            exporter, versions(), frozen, source, request.metadata, request.call.example.draws
+        )
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
         try:
             return _make(
@@ -172,8 +174,14 @@ def _with_cause(error: ParityError, proof: Proof) -> ParityError:
     if not found.is_deterministic:
         advice = (
             "Where the noise has a scale among the inputs, a proof is made with 0 as its value in "
-            "the example and samples=0; else take the noise itself as an input of the model"
+            "the example and samples=0; draws='zeros' makes and proves a file without the noise; "
+            "else take the noise itself as an input of the model"
         )
+        if proof.references[0].inputs.draws is not None:
+            advice = (
+                "It draws what draws='zeros' does not replace: whole numbers, or by something else "
+                "than torch's functions"
+            )
         return ParityError(f"{error}. {advice}", error.report)
     if differs(proof, no_fused_attention):
         cause = (

@@ -21,8 +21,15 @@ from ..proving import (
     require_same_network,
     write_case,
 )
-from ..results import ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
-from ..running import end_abandoned, find_entry, initialise_lazy, preserved, run_reference
+from ..results import Draws, ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
+from ..running import (
+    end_abandoned,
+    find_entry,
+    initialise_lazy,
+    preserved,
+    require_draws,
+    run_reference,
+)
 from .arguments import (
     Request,
     Source,
@@ -70,6 +77,7 @@ def export_onnx(
     providers: Sequence[str] = ("CPUExecutionProvider",),
     per_module: bool = False,
     proof_dtype: ProofDtype | None = None,
+    draws: Draws | None = None,
     save_case: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -135,6 +143,9 @@ def export_onnx(
         per_module: compare the output of every module too, not only where the proof fails.
         proof_dtype: ``"float32"`` proves a copy of the file in that dtype, for a file in bfloat16
             or float64 whose operators onnxruntime does not all have.
+        draws: ``"zeros"`` exports and proves the network without the noise of its forward (VITS, a
+            VAE): every random number that it draws is 0, in the model as in the file; a normal one
+            is its mean, and dropout hands on its input. See `sn_export.running.draws`.
         save_case: a file to write too, with the inputs and the model's outputs of the proof,
             which `check_case` replays without the model; its folder must exist.
         metadata: keys and values of your own for the file's ``metadata_props``, beside what
@@ -208,7 +219,13 @@ def export_onnx(
             model=(whole := require_whole(origin.network)),
             call=(
                 call := require_call(
-                    whole, entry, args, kwargs, inputs, on_cpu=origin.run is not None
+                    whole,
+                    entry,
+                    args,
+                    kwargs,
+                    inputs,
+                    on_cpu=origin.run is not None,
+                    draws=require_draws(draws),
                 )
             ),
             dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),

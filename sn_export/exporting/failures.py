@@ -31,7 +31,7 @@ _DIMENSION = re.compile(
     r"\.(?:shape|size\(\))\[(?P<dim>\d+)\]"
 )
 _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
-_OURS = str(Path(__file__).parent)
+_OURS = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
 _CHECKING = str(Path(torch.distributions.__file__).parent)  # decides about its arguments alone
 

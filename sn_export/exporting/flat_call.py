@@ -86,7 +86,7 @@ class _Call(nn.Module):
 
 
 def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> bool:
-    if example.method is not None:
+    if example.method is not None or example.draws is not None:
         return False
     # A parameter left at its default would be filled in by the TorchScript exporter.
     parameters = inspect.signature(model.forward).parameters.values()

@@ -51,6 +51,7 @@ def file_metadata(
     frozen: Sequence[SpectralNormInfo | ParametrizationInfo],
     source: Path | None,
     metadata: Mapping[str, str],
+    draws: str | None = None,
 ) -> dict[str, str]:
     """Return the metadata of a file.
 
@@ -60,12 +61,14 @@ def file_metadata(
         frozen: the tensors under spectral norm.
         source: the checkpoint that the weights came from.
         metadata: the user's own keys.
+        draws: what random numbers the forward drew.
 
     Returns:
         Text by key: ``sn_export.exporter``; ``sn_export.versions``, a JSON object;
         ``sn_export.frozen``, a JSON object of sigma as stored by name of the tensor, to six
         digits (null where it is not finite, or there is none); ``sn_export.source_sha256`` where
-        there is a source; and the user's keys. The file has them all in alphabetical order.
+        there is a source; ``sn_export.draws`` where the forward drew zeros; and the user's keys.
+        The file has them all in alphabetical order.
 
     Raises:
         FileNotFoundError: if there is no such checkpoint.
@@ -81,6 +84,8 @@ def file_metadata(
     }
     if source is not None:
         made[f"{PREFIX}source_sha256"] = file_sha256(source)
+    if draws is not None:
+        made[f"{PREFIX}draws"] = draws
     return made | dict(metadata)
 
 

@@ -14,6 +14,7 @@ from ..running import (
     InputSet,
     Preserved,
     Reference,
+    draws_note,
     left_out_note,
     random_references,
     run_usable,
@@ -86,7 +87,7 @@ def plan_proof(
         settings=replace(request.settings.checked(outputs), input_names=request.input_names),
         per_module=request.per_module,
         keeps_case=request.case is not None,
-        notes=tuple(filter(None, (request.note, left_out))),
+        notes=tuple(filter(None, (draws_note(first.inputs.draws), request.note, left_out))),
     )
     options = ExportOptions(
         opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),

@@ -15,15 +15,17 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..files import as_path
 from ..freezing import frozen_spectral_norm
-from ..results import Divergence, OutputParity, ParityReport, ProofDtype, Tolerance
+from ..results import Divergence, Draws, OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import (
     Preserved,
     Reference,
     as_input_sets,
+    draws_note,
     end_abandoned,
     find_entry,
     initialise_lazy,
     preserved,
+    require_draws,
     run_reference,
 )
 from .divergence import locate
@@ -47,6 +49,7 @@ def check_parity(
     providers: Sequence[str] = DEFAULT_PROVIDERS,
     per_module: bool = False,
     proof_dtype: ProofDtype | None = None,
+    draws: Draws | None = None,
 ) -> ParityReport:
     """Compare an ONNX file with a model in eval mode, on the given inputs.
 
@@ -70,6 +73,7 @@ def check_parity(
         proof_dtype: ``"float32"`` runs a copy of the file in that dtype, for a file in half
             precision or float64 whose operators the providers do not all have. Outputs are
             compared in the narrower dtype, modules not at all.
+        draws: as for `sn_export.export_onnx`, of a file that it made with the same.
 
     Returns:
         The report, passed or not.
@@ -93,6 +97,7 @@ def check_parity(
     sets = as_input_sets(network, inputs, arity=len(session.get_inputs()), method=entry)
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
+    sets = [replace(one, draws=require_draws(draws)) for one in sets]
     initialise_lazy(network, sets[0])
     note = unconverged_note(network)
     with preserved(network) as state:
@@ -100,7 +105,7 @@ def check_parity(
             references = [run_reference(network, state, one) for one in sets]
             freezing = Freezing(partial(frozen_spectral_norm, network))
             report = compare(network, freezing, session, path, references, settings)
-            report = replace(report, notes=(note,) if note else ())
+            report = replace(report, notes=tuple(filter(None, (draws_note(draws), note))))
             if per_module or not report.passed:
                 report = locate_divergence(report, network, state, path, references, settings)
         except BaseException as error:

@@ -1,5 +1,6 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
 
+from .draws import draws_note, require_draws
 from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
 from .input_set import (
     InputSet,
@@ -47,6 +48,7 @@ __all__ = [
     "as_kwargs",
     "as_real_pairs",
     "dense_parts",
+    "draws_note",
     "dynamic_axes",
     "dynamic_dims",
     "end_abandoned",
@@ -67,6 +69,7 @@ __all__ = [
     "random_like",
     "random_references",
     "random_sets",
+    "require_draws",
     "require_seen",
     "restore_container",
     "run_reference",

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .draws import drawing
 from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
 from .tensor_memory import is_dense
 
@@ -54,6 +55,7 @@ class InputSet:
         label: what the set is, for messages: ``"the example input"``.
         binding: the names of the arguments, once `bind` has asked a forward for them.
         method: the method of the model that is called in place of the model itself.
+        draws: ``"zeros"`` for a call without random numbers: see `draws`.
     """
 
     args: tuple[Any, ...]
@@ -61,6 +63,7 @@ class InputSet:
     label: str = "the input"
     binding: Binding | None = None
     method: MethodType | None = None
+    draws: str | None = None
 
     def bind(self, model: nn.Module, method: MethodType | None = None) -> InputSet:
         """Return the set with the names of what is called, and its keywords in that order.
@@ -77,7 +80,8 @@ class InputSet:
 
     def call(self, model: nn.Module) -> Any:
         """Return what ``model``, or its method, says to the arguments; it may write to them."""
-        return (self.method or model)(*self.args, **self.kwargs)
+        with drawing(self.draws):
+            return (self.method or model)(*self.args, **self.kwargs)
 
     @property
     def arguments(self) -> dict[str, Any]:

@@ -6,12 +6,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import onnx
+import onnxruntime as ort
 import pytest
 import torch
+from export_models import assert_as_before
+from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from sn_export import ExportError, ParityError, SnExportError, export_onnx
+from sn_export import ExportError, ParityError, SnExportError, check_parity, export_onnx
 
 
 def test_no_line_of_the_caller_is_named(tmp_path: Path) -> None:
@@ -37,6 +41,91 @@ def test_noise_of_scale_zero_is_proved_as_the_error_says(tmp_path: Path) -> None
     with pytest.raises(ParityError, match="with 0 as its value in the example and samples=0"):
         export_onnx(Noisy(), (x, torch.tensor(1.0)), path)
     assert export_onnx(Noisy(), (x, torch.tensor(0.0)), path, samples=0).parity.passed
+
+
+class Encoder(nn.Module):
+    """A variational encoder, with noise by torch's functions, methods and distributions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mean, self.scale = spectral_norm(nn.Linear(8, 4)), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a draw, of which the mean is left without noise."""
+        mean, scale = self.mean(x), self.scale(x).exp()
+        drawn = torch.distributions.Normal(mean, scale, validate_args=False)
+        rows = x.shape[0]
+        steps = torch.empty(rows, 4).normal_() * x.new_empty(rows, 1).uniform_(0, 1)
+        noise = torch.randn_like(mean) + torch.randn(rows, 4) + torch.rand(4) + steps
+        total: Tensor = mean + noise * scale + drawn.rsample() - drawn.sample()
+        return nn.functional.dropout(total, 0.5, training=True)
+
+
+class Speech(nn.Module):
+    """The noise of VITS: random durations, and a prior with a scale of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names, self.prior = nn.Embedding(9, 8), spectral_norm(nn.Conv1d(8, 16, 3, padding=1))
+        self.out = nn.ConvTranspose1d(8, 1, 4, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a waveform."""
+        hidden = self.names(x).transpose(1, 2)
+        mean, logs = self.prior(hidden).chunk(2, 1)
+        lengths = torch.randn(hidden.size(0), 2, hidden.size(2)).to(hidden) * 0.8
+        z = mean + torch.randn_like(mean) * torch.exp(logs) * 0.667
+        wave: Tensor = self.out(z * torch.sigmoid(lengths.sum(1, keepdim=True))).tanh()
+        return wave
+
+
+@pytest.mark.parametrize("exporter", ["dynamo", "torchscript"])
+@pytest.mark.parametrize(
+    ("build", "x"),
+    [(Encoder, torch.randn(2, 8)), (Speech, torch.randint(0, 9, (2, 7)))],
+    ids=["vae", "vits"],
+)
+def test_a_file_without_the_noise(
+    tmp_path: Path, build: type[nn.Module], x: Tensor, exporter: Any
+) -> None:
+    """It is proved at other sizes against the model without it; file and report say so."""
+    model, path = build(), tmp_path / "net.onnx"
+    before = fingerprint(model)
+    report = export_onnx(
+        model,
+        (x,),
+        path,
+        exporter=exporter,
+        draws="zeros",
+        dynamic_shapes={"x": {0: torch.export.Dim("b", min=1, max=64)}},
+    )
+    assert_as_before(before, model)
+    assert report.parity.notes[0].startswith("draws='zeros': every random number")
+    file = onnx.load(path)
+    assert {entry.key: entry.value for entry in file.metadata_props}["sn_export.draws"] == "zeros"
+    assert not any("Random" in node.op_type for node in file.graph.node)
+    assert check_parity(model, path, x, draws="zeros").passed
+    assert not check_parity(model, path, x).passed
+    if isinstance(model, Encoder):
+        with torch.no_grad():
+            (found,) = ort.InferenceSession(str(path)).run(None, {"x": x.numpy()})
+            torch.testing.assert_close(torch.as_tensor(found), model.eval().mean(x))
+
+
+class Indexed(nn.Module):
+    """Draws whole numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the input and a number."""
+        return x + torch.randint(0, 1000, x.shape)
+
+
+def test_draws_that_stay_random_are_said(tmp_path: Path) -> None:
+    """No file is made of a model that still draws, nor with another word for the draws."""
+    with pytest.raises(ParityError, match="draws what draws='zeros' does not replace"):
+        export_onnx(Indexed(), torch.randn(2, 3), tmp_path / "net.onnx", draws="zeros")
+    with pytest.raises(ValueError, match="draws must be None or 'zeros', got 'ones'"):
+        export_onnx(Indexed(), torch.randn(2, 3), tmp_path / "net.onnx", draws="ones")  # type: ignore[arg-type]
 
 
 class Failing(nn.Module):
