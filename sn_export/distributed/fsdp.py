@@ -39,6 +39,7 @@ _PARAM = (
     "_orig_param_uid",
     "_orig_size",
     "_post_load_hook_handle",
+    "_setattr_on_modules",
     "_sharded_param_data",
     "all_gather_outputs",
     "fsdp_placement",
@@ -48,6 +49,7 @@ _PARAM = (
     "sharded_param",
     "sharded_size",
     "to_sharded_dtensor",
+    "to_unsharded",
 )
 _GATHERED = "_unsharded_param"  # there after the first time that it was gathered
 
@@ -225,6 +227,28 @@ def held_by(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
     other._module_info = info
     _forget_gathered(other)  # it has memory of its own for the whole parameter
     return other
+
+
+def gather_in_layout(param: Any, stride: tuple[int, ...]) -> None:
+    """Let the modules have the whole parameter in a layout of its own, and not row by row.
+
+    torch takes another kernel for a matrix that lies column by column, as `orthogonal` makes it,
+    and its sums are rounded otherwise.
+    """
+    gather = param.to_unsharded
+
+    def to_unsharded() -> None:
+        gather()
+        whole = getattr(param, _GATHERED)
+        with torch.no_grad():
+            laid_out = torch.empty_strided(
+                whole.shape, stride, dtype=whole.dtype, device=whole.device
+            )
+            laid_out.copy_(whole)
+        # Resharding takes it out of the modules, and with that its memory is free.
+        param._setattr_on_modules(nn.Parameter(laid_out, requires_grad=False))
+
+    param.to_unsharded = to_unsharded
 
 
 def _remember_gathered(param: Any) -> Callable[[Any], None]:

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import FreezeError
 from ..freezing import Found, Kind, Plan, Planner, Site, Walk, compute_value, walk
 from .agreement import raise_on_all_ranks
-from .fsdp import Unit, held_by, holders, is_gathered_as, shard_of, units_of
+from .fsdp import Unit, gather_in_layout, held_by, holders, is_gathered_as, shard_of, units_of
 from .wrappers import keep_replicas_apart, refuse_flat_shards
 
 Take = Callable[[Site, "Unit | None"], None]
@@ -82,7 +82,8 @@ class RankPlanner(Planner):
                 "Freeze an unsharded copy of the model",
             )
         memory, shard = shard_of(fitting[0], value)
-        self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw)
+        stride = None if value.is_contiguous() else torch.empty_like(value).stride()
+        self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw, stride)
 
 
 def sharded_units(model: nn.Module) -> dict[int, Unit]:
@@ -192,6 +193,7 @@ class _Shard:
         memory: its padded memory in one dimension; None where nothing is sharded.
         param: the ``FSDPParam`` whose place it takes.
         raw: each ``FSDPParam`` that the weight is computed from, with its group.
+        stride: of the whole weight, where that does not lie row by row; None where it does.
     """
 
     def __init__(
@@ -200,11 +202,13 @@ class _Shard:
         memory: Tensor | None = None,
         param: Any = None,
         raw: Sequence[tuple[Any, Any]] = (),
+        stride: tuple[int, ...] | None = None,
     ) -> None:
         self.tensor = tensor
         self.memory = memory
         self.param = param
         self.raw = raw
+        self.stride = stride
 
 
 class ShardedPlan(Plan):
@@ -248,6 +252,8 @@ class ShardedPlan(Plan):
                 ours = held_by(shard.param, [(site.module, site.tensor)])
                 ours.sharded_param, ours._sharded_param_data = tensor, shard.memory
                 ours._orig_param_uid = id(tensor)
+                if shard.stride is not None:
+                    gather_in_layout(ours, shard.stride)
                 instead[id(shard.param)].append(ours)
                 self._originals.append((shard.param, ours))
                 self._plan_hooks(site.module, shard, ours)
