@@ -34,6 +34,7 @@ BENCHMARKS = {
     "export": ("bench_export", "exporting"),
     "networks": ("bench_export", "networks"),
     "file": ("bench_export", "files"),
+    "distributed": ("bench_distributed", "sharding"),
     "large": ("bench_large", "exporting"),
     "checkpoints": ("bench_checkpoint", "checkpoints"),
     "help": ("bench_checkpoint", "helping"),

@@ -71,7 +71,7 @@ def growth(quick: bool) -> list[Row]:
         for _ in range(4 if quick else 15):
             for size, step in steps.items():
                 best[size] = min(best[size], seconds(step))
-        exponent = _slope([math.log(n) for n in sizes], [math.log(best[n]) for n in sizes])
+        exponent = slope([math.log(n) for n in sizes], [math.log(best[n]) for n in sizes])
         name = f"growth of freeze + restore, 500 to 4000 x Linear 16, {kind}"
         rows.append(Row(name, exponent, 1.05, "exponent", {"seconds": best}))
     return rows
@@ -155,7 +155,7 @@ def _class_repair(model: nn.Sequential) -> Step:
     return repair
 
 
-def _slope(xs: list[float], ys: list[float]) -> float:
+def slope(xs: list[float], ys: list[float]) -> float:
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
     return covariance / sum((x - x_mean) ** 2 for x in xs)
@@ -179,17 +179,17 @@ def _start_watching() -> tuple[int, str]:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
         return _peak("ru_maxrss"), "ru_maxrss"
-    return _status("VmRSS"), "VmHWM"
+    return status("VmRSS"), "VmHWM"
 
 
 def _peak(method: str) -> int:
     if method == "VmHWM":
-        return _status("VmHWM")
+        return status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _status(key: str) -> int:
+def status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

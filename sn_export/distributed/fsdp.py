@@ -22,13 +22,14 @@ from torch import Tensor, nn
 from ..errors import FreezeError
 
 _STATE = ("_fsdp_param_groups", "_comm_ctx", "_is_root", "_state_ctx")
-_CONTEXT = ("iter_forward_root",)
+_CONTEXT = ("all_states", "iter_forward_root")
 _ORDER = "post_forward_order"  # of a communication context, from the first forward on
 _GROUP = (
     "_module_to_pre_save_state_dict_hook_handle",
     "_partial_reduce_output",
     "_post_forward_indices",
     "_to_sharded",
+    "comm_ctx",
     "fsdp_params",
     "lazy_init",
     "mesh_info",
@@ -51,6 +52,7 @@ _PARAM = (
     "to_sharded_dtensor",
     "to_unsharded",
 )
+_DTYPE = "param_dtype"  # after the same; None where no policy asks for another one
 _GATHERED = "_unsharded_param"  # there after the first time that it was gathered
 
 
@@ -100,6 +102,7 @@ class Unit:
         """
         self.reshard()
         gathered = [(param, _remember_gathered(param)) for _, param in self.params()]
+        restart = self._remember_start()
         orders = {id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, _ORDER, ()))}
         groups = [(g, list(g._post_forward_indices), g._partial_reduce_output) for g in self.groups]
 
@@ -109,6 +112,7 @@ class Unit:
             self.reshard()
             for param, restore in gathered:
                 restore(param)
+            restart()
             context = self.state._comm_ctx  # of all units, from the first forward on
             getattr(context, _ORDER, [])[:] = orders.get(id(context), [])
             for group, indices, gradients in groups:
@@ -116,6 +120,26 @@ class Unit:
                 group._partial_reduce_output = gradients
 
         return take_back
+
+    def _remember_start(self) -> Callable[[], None]:
+        """Return what lets the first forward be the next one: the module that it runs is the root.
+
+        A part that was exported before must not be, or no forward of the whole would run.
+        """
+        state = self.state
+        if state._is_root is not None:
+            return lambda: None
+        shared = {name: getattr(state, name) for name in ("_is_root", "_state_ctx", "_comm_ctx")}
+        states = list(state._state_ctx.all_states)
+        groups = [(group, group.comm_ctx, group.post_forward_mesh_info) for group in self.groups]
+
+        def restart() -> None:
+            state.__dict__.update(shared)
+            state._state_ctx.all_states[:] = states
+            for group, context, mesh in groups:
+                group.comm_ctx, group.post_forward_mesh_info = context, mesh
+
+        return restart
 
     @property
     def groups(self) -> list[Any]:
@@ -200,6 +224,16 @@ def _state_of(path: str, module: Any) -> Any:
             "Use a version of torch that sn_export is tested with, or freeze an unsharded copy",
         )
     return state
+
+
+def find_mixed_precision(units: Iterable[Unit]) -> tuple[str, str] | None:
+    """Return the dtypes of a parameter, sharded and gathered, if a policy makes them differ."""
+    for unit in units:
+        for _, param in unit.params():
+            dtype = getattr(param, _DTYPE, None)
+            if dtype is not None:
+                return str(param.sharded_param.dtype), str(dtype)
+    return None
 
 
 def is_gathered_as(param: Any, tensor: Tensor) -> bool:
@@ -292,8 +326,9 @@ def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     dim, info = param.fsdp_placement.dim, param.mesh_info
     rank, count = getattr(info, "shard_mesh_rank", 0), getattr(info, "shard_mesh_size", 1)
     chunks = torch.chunk(value, count, dim=dim)
-    padded = torch.zeros(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)
+    padded = torch.empty(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)
     length = chunks[rank].shape[dim] if rank < len(chunks) else 0
+    padded.narrow(dim, length, padded.shape[dim] - length).zero_()
     if length:
         padded.narrow(dim, 0, length).copy_(chunks[rank])
     if raw.is_pinned():

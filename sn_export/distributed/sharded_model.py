@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from ..errors import ExportError
 from ..freezing import Only, Selection
 from ..running import InputSet, Preserved, Reference, preserved_globals, run_reference, undo_on_exit
 from .find import Description, describe_sharded
-from .fsdp import Unit, fsdp_modules, ranks_of
+from .fsdp import Unit, find_mixed_precision, fsdp_modules, ranks_of
 from .gather import gather_state
 from .leader import Call, Team
 from .plain_network import PlainNetwork
@@ -35,6 +36,8 @@ class ShardedModel:
         self._model = model
         self._units = units
         self._check = check
+        for unit in units:
+            unit.initialise()  # now, as it registers hooks that are to stay
 
     def describe(self, only: Only, sigma_exact: bool) -> Description:
         """Return what would be frozen.
@@ -58,8 +61,6 @@ class ShardedModel:
         Raises:
             SnExportError: if it rejects the inputs, or another rank has failed.
         """
-        for unit in self._units:
-            unit.initialise()  # now, as it registers hooks that are to stay
         hooks = [
             module.register_forward_pre_hook(lambda *_: self._check(), prepend=True)
             for module in fsdp_modules(self._model)
@@ -154,4 +155,21 @@ def lead_export(
     team = Team(ranks_of(units.values()))
     sharded = ShardedModel(model, list(dict.fromkeys(units.values())), team.check)
     team.actions = {"describe": sharded.describe, "gather": sharded.gather, "run": sharded.run}
-    return team.run(lambda call: export(GatheredNetwork(call, factory, only)), share)
+
+    def lead(call: Call) -> T:
+        _require_one_dtype(units.values())
+        return export(GatheredNetwork(call, factory, only))
+
+    return team.run(lead, share)
+
+
+def _require_one_dtype(units: Iterable[Unit]) -> None:
+    found = find_mixed_precision(units)
+    if found is not None:
+        raise ExportError(
+            "a mixed precision policy gathers parameters in {1}, and the file would compute in "
+            "{0}, so that the model's own outputs are no reference for it: load "
+            "gather_plain_state_dict(model) into a network in one process, and export that".format(
+                *found
+            )
+        )

@@ -15,6 +15,7 @@ from torch.distributed.fsdp._fully_shard._fsdp_state import FSDPState, FSDPState
 from sn_export import FreezeError
 from sn_export.distributed.fsdp import (
     _CONTEXT,
+    _DTYPE,
     _GATHERED,
     _GROUP,
     _ORDER,
@@ -27,7 +28,7 @@ from sn_export.distributed.fsdp import (
 @pytest.mark.parametrize(
     "cls, names",
     [
-        (FSDPParam, (*_PARAM, _GATHERED)),
+        (FSDPParam, (*_PARAM, _DTYPE, _GATHERED)),
         (FSDPParamGroup, _GROUP),
         (FSDPCommContext, (_ORDER,)),
         (FSDPState, _STATE),

@@ -632,6 +632,35 @@ def _() -> None:
     ours.step(2)
 
 
+@case("export-of-a-part")
+def _() -> None:
+    """A part can be exported before the whole ever ran, which can be trained after that."""
+    path = shared_folder() / "part.onnx"
+    model = shard(network(KINDS["parametrization"]), "layers")
+    report = export_onnx(
+        *(model[0], (rows(0),), path),
+        model_factory=lambda: nn.Linear(8, 6),
+        samples=0,
+        exporter="torchscript",
+    )
+    assert report.parity.passed
+    Training(model).step(0)
+
+
+@case("export-under-mixed-precision")
+def _() -> None:
+    """The forward computes in bfloat16 what the file would compute in float32: that is said."""
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
+    model = shard(network(), "layers", mp_policy=policy)
+    try:
+        export_onnx(model, (rows(0),), shared_folder() / "net.onnx", model_factory=network)
+    except ExportError as error:
+        assert "torch.bfloat16, and the file would compute in torch.float32" in str(error)
+    else:
+        raise AssertionError("it was exported")
+    model(rows(0))
+
+
 @case("export-without-a-factory")
 def _() -> None:
     """An export of shards is refused with what to pass, on one rank alone too: nobody waits."""
