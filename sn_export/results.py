@@ -63,6 +63,41 @@ class Histogram:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """One sample of an output that is a picture or a sound, in the model and in the file.
+
+    Of a picture at most 128 pixels a side are kept, each of them a pixel of the output; of the
+    difference the largest error around it. Of a sound at most 400 columns are kept, each with the
+    lowest and the highest number in it.
+
+    Attributes:
+        sample: label of the input set, and where the sample stands in its batch.
+        kind: ``"picture"`` or ``"sound"``.
+        width: pixels of a row, or columns of a sound.
+        height: rows; 2 of a sound, all of the lowest numbers before all of the highest.
+        channels: 1, 3 (RGB) or 4 (RGBA); 1 of a sound and of every difference.
+        low: what a byte of 0 stands for in model and file, in units of the output.
+        high: what 255 stands for.
+        largest: the largest absolute error of the sample, which 255 stands for in the difference.
+        model: what the model gives, a byte for each channel, row after row, in base64.
+        file: what the file gives.
+        difference: the absolute difference.
+    """
+
+    sample: str
+    kind: Literal["picture", "sound"]
+    width: int
+    height: int
+    channels: int
+    low: float
+    high: float
+    largest: float
+    model: str = field(repr=False)
+    file: str = field(repr=False)
+    difference: str = field(repr=False)
+
+
+@dataclass(frozen=True)
 class Distance:
     """How far an output is from the truth, over all elements of all input sets.
 
@@ -155,6 +190,7 @@ class OutputParity:
         rounding: how far file and model are from the network in float64; None where that was not
             asked, since the difference is far within the tolerance or a tolerance was given, or
             could not be, which the verdict says.
+        pictures: a few samples, of an output that is pictures or sound.
     """
 
     name: str
@@ -180,6 +216,7 @@ class OutputParity:
     histogram: Histogram | None = None
     verdict: str = ""
     rounding: Rounding | None = None
+    pictures: tuple[Picture, ...] = field(default=(), repr=False)
 
 
 @dataclass(frozen=True)

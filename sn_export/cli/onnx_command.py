@@ -136,6 +136,11 @@ class OnnxCommand(ModelOptions, ProofOptions):
         Parsed(list[str], partial(parse_names, "--output-names"), []),
         typer.Option("--output-names", help="Names of the file's outputs, with commas between."),
     ]
+    images: Annotated[
+        list[str] | None,
+        Parsed(list[str], partial(parse_names, "--images"), []),
+        typer.Option("--images", help="Outputs shown in the report; by default pictures, sound."),
+    ]
     external_data: Annotated[
         bool | Literal["auto"],
         Parsed(Literal["auto", "always", "never"], _EXTERNAL_DATA.__getitem__, "auto"),

@@ -78,6 +78,7 @@ def export_onnx(
     per_module: bool = False,
     proof_dtype: ProofDtype | None = None,
     draws: Draws | None = None,
+    images: Sequence[str] | None = None,
     save_case: str | os.PathLike[str] | None = None,
     metadata: Mapping[str, str] | None = None,
     source: str | os.PathLike[str] | None = None,
@@ -146,6 +147,9 @@ def export_onnx(
         draws: ``"zeros"`` exports and proves the network without the noise of its forward (VITS, a
             VAE): every random number that it draws is 0, in the model as in the file; a normal one
             is its mean, and dropout hands on its input. See `sn_export.running.draws`.
+        images: names of the outputs of which samples are shown in a HTML report, the model's beside
+            the file's; by default those that look like pictures (N x 1, 3 or 4 x H x W) or sound
+            (N x 1 x T).
         save_case: a file to write too, with the inputs and the model's outputs of the proof,
             which `check_case` replays without the model; its folder must exist.
         metadata: keys and values of your own for the file's ``metadata_props``, beside what
@@ -212,7 +216,7 @@ def export_onnx(
             external_data=placing,
             samples=require_samples(samples),
             opset_version=opset,
-            settings=ProofSettings(rtol, atol, providers, proof_dtype).checked(),
+            settings=ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked(),
             metadata=require_metadata(metadata),
             case=require_case(save_case, target),
             source=require_source(source),

@@ -9,7 +9,15 @@ from functools import partial
 from typing import Any
 
 from ..freezing import freeze_into
-from ..proving import Freezing, Proof, Resizer, coarsest_of, references_beyond, resized_references
+from ..proving import (
+    Freezing,
+    Proof,
+    Resizer,
+    coarsest_of,
+    find_shown,
+    references_beyond,
+    resized_references,
+)
 from ..running import (
     InputSet,
     Preserved,
@@ -46,12 +54,13 @@ def run_references(request: Request, state: Preserved, run: Run) -> tuple[list[R
     Raises:
         SnExportError: if it rejects an input.
         ExportError: if it takes no other size in a dimension that the user names.
-        ValueError: for names, or tolerances, that do not fit the outputs.
+        ValueError: for names, tolerances or images that do not fit the outputs.
     """
     call = request.call
     first = run(call.example)
     state.settle()
-    request.settings.checked(_name_outputs(request, first))
+    names = _name_outputs(request, first)
+    find_shown(names, first.outputs, request.settings.checked(names).images)
     _logger.info("running the reference")
     drawn = random_references(first, request.samples, run)
     references = [first, *drawn.references, *map(run, call.own)]

@@ -7,6 +7,7 @@ from .external_data import find_stale_data, save, weight_bytes
 from .module_errors import called_name, type_name
 from .module_scopes import using_modules
 from .parity import check_parity, coarsest_of
+from .pictures import find_shown
 from .proof import Proof, differs, require_same_network
 from .tolerances import ProofSettings
 from .traced_ranges import references_beyond
@@ -25,6 +26,7 @@ __all__ = [
     "coarsest_of",
     "describe_unconverged",
     "differs",
+    "find_shown",
     "find_stale_data",
     "is_imprecise",
     "opened_case",

@@ -16,7 +16,7 @@ from ..running import Reference
 from ..text import dtype_name
 from .case_file import Case, opened_case
 from .float32 import as_float32
-from .parity import add_results, coarsest_of, proof_session, results, running_errors
+from .parity import add_results, coarsest_of, mark_shown, proof_session, results, running_errors
 from .session import DEFAULT_PROVIDERS, named_inputs
 from .tolerances import ProofSettings, resolve_tolerance
 from .verdicts import FACTOR
@@ -84,6 +84,8 @@ def check_case(
             )
         known = case.inputs if set(wanted) == set(case.inputs) else wanted
         for label, inputs, outputs in sets:
+            if not running[0].samples:
+                mark_shown(running, outputs, None)
             given = map(as_float32, inputs) if settings.proof_dtype else inputs
             feed = dict(zip(known, given, strict=True))
             add_results(running, session, feed, label, outputs, settings.proof_dtype)

@@ -10,9 +10,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..results import Histogram, OutputParity
+from ..results import Histogram, OutputParity, Picture
 from ..running import is_random
 from ..text import dtype_name
+from .pictures import MOST, kind_of, show_samples
 from .tolerances import resolve_tolerance
 
 _LOWEST, _HIGHEST = -18, 6  # decades of the histogram
@@ -53,6 +54,8 @@ class RunningErrors:
         self.blamed, self.reason = -1.0, ""
         self.blamed_on: set[str] = set()
         self.spread = Spread()
+        self.is_shown = False
+        self.pictures: list[Picture] = []
 
     def add(self, label: str, expected: Tensor, got: Tensor) -> None:
         """Take in the model's and the file's output for the input set called ``label``."""
@@ -70,7 +73,10 @@ class RunningErrors:
             )
             return
         if expected.numel():
+            blamed = self.blamed
             self._measure(label, expected, got)
+            if self.is_shown and kind_of(expected.shape):
+                self._show(label, expected, got, self.blamed > blamed)
 
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
         rtol, atol = resolve_tolerance(expected, self.rtol, self.atol, self.coarsest)
@@ -106,6 +112,13 @@ class RunningErrors:
                 f"{list(_index(at, expected.shape))}: the model says "
                 f"{expected.flatten()[at].item():.7g}, the file {got.flatten()[at].item():.7g}",
             )
+
+    def _show(self, label: str, expected: Tensor, got: Tensor, is_worst: bool) -> None:
+        """Keep the first samples, and in the place of the last one the worst that fails."""
+        places = range(min(MOST - len(self.pictures), len(expected)))
+        self.pictures += show_samples(label, expected, got, places)
+        if is_worst and self.worst_sample == label and self.worst_index[0] not in places:
+            self.pictures[-1:] = show_samples(label, expected, got, self.worst_index[:1])
 
     def _note_worst(
         self,
@@ -170,6 +183,7 @@ class RunningErrors:
             worst_got=self.worst_values[1],
             histogram=self.spread.histogram() if self.elements else None,
             verdict=self._reason() or self._within(),
+            pictures=tuple(self.pictures),
         )
 
 

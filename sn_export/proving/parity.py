@@ -32,6 +32,7 @@ from .divergence import locate
 from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
 from .output_errors import RunningErrors
+from .pictures import find_shown
 from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
 from .tolerances import ProofSettings, coarsest_dtype, largest
 from .truth import Freezing
@@ -50,6 +51,7 @@ def check_parity(
     per_module: bool = False,
     proof_dtype: ProofDtype | None = None,
     draws: Draws | None = None,
+    images: Sequence[str] | None = None,
 ) -> ParityReport:
     """Compare an ONNX file with a model in eval mode, on the given inputs.
 
@@ -74,6 +76,8 @@ def check_parity(
             precision or float64 whose operators the providers do not all have. Outputs are
             compared in the narrower dtype, modules not at all.
         draws: as for `sn_export.export_onnx`, of a file that it made with the same.
+        images: names of the outputs of which samples are shown in a HTML report; by default
+            those that look like pictures (N x 1, 3 or 4 x H x W) or sound (N x 1 x T).
 
     Returns:
         The report, passed or not.
@@ -89,7 +93,7 @@ def check_parity(
             are not those of the model.
     """
     network, entry = find_entry(model, method)
-    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
+    settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked()
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
@@ -155,6 +159,7 @@ def compare(
     names = [output.name for output in session.get_outputs()]
     running = running_errors(names, settings, coarsest_of(model, references))
     proof_dtype = settings.proof_dtype
+    mark_shown(running, references[0].outputs, settings.images)
 
     def feed_of(reference: Reference) -> dict[str, Tensor]:
         inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
@@ -191,6 +196,15 @@ def running_errors(
         RunningErrors(name, *settings.tolerances_of(i, name), coarsest)
         for i, name in enumerate(names)
     ]
+
+
+def mark_shown(
+    running: Sequence[RunningErrors], outputs: Sequence[Tensor], images: Sequence[str] | None
+) -> None:
+    """Have samples kept of the outputs that are shown: see `find_shown`."""
+    shown = find_shown([state.name for state in running], outputs, images)
+    for state in running:
+        state.is_shown = state.name in shown
 
 
 def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:

@@ -131,6 +131,7 @@ class ProofSettings:
         proof_dtype: dtype of the copy that is run in the place of the file.
         input_names: what the file calls its inputs, by their names in the forward's signature;
             the same names where None.
+        images: the outputs of which samples are shown; None for those that look like it.
     """
 
     rtol: Tolerance = None
@@ -138,6 +139,7 @@ class ProofSettings:
     providers: Sequence[str] = DEFAULT_PROVIDERS
     proof_dtype: ProofDtype | None = None
     input_names: Mapping[str, str] | None = None
+    images: Sequence[str] | None = None
 
     def checked(self, outputs: Sequence[str] | None = None) -> ProofSettings:
         """Return the settings with tolerances in numbers of Python, if they can be used.
@@ -147,16 +149,27 @@ class ProofSettings:
 
         Raises:
             TypeError: for a tolerance by a key that is neither a name nor a position, or
-                providers that are no sequence.
+                providers or images that are no sequence.
             ValueError: for a tolerance that is negative or that names no output, an unknown
-                provider, or a dtype in which no proof can be made.
+                provider, a dtype in which no proof can be made, or an image that is no output.
         """
         rtol, atol = require_tolerances(self.rtol, self.atol, outputs)
         require_providers(self.providers)
         if self.proof_dtype not in PROOF_DTYPES:
             raise ValueError(f"proof_dtype must be None or 'float32', got {self.proof_dtype!r}")
+        _require_images(self.images, outputs)
         return replace(self, rtol=rtol, atol=atol)
 
     def tolerances_of(self, position: int, name: str) -> tuple[float | None, float | None]:
         """Return rtol and atol of one output, None where the default for its dtype applies."""
         return (tolerance_of(self.rtol, position, name), tolerance_of(self.atol, position, name))
+
+
+def _require_images(images: Sequence[str] | None, outputs: Sequence[str] | None) -> None:
+    if images is None:
+        return
+    if isinstance(images, str) or not isinstance(images, Sequence):
+        raise TypeError(f"images must be a sequence of names of outputs, got {images!r}")
+    unknown = next((name for name in images if outputs is not None and name not in outputs), None)
+    if unknown is not None:
+        raise ValueError(f"images names the output {unknown!r}, the file has {list(outputs or ())}")

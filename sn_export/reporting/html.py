@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import jinja2
 import markupsafe
 
 from ..text import escape_unprintable
-from . import charts, content, numbers
+from . import charts, content, numbers, pictures
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
 _MANY = 20  # rows beyond which a chart is closed too, and an overview stands above it
@@ -35,6 +36,11 @@ def to_html(report: content.Report) -> str:
             parity=view.parity,
             fold=_FOLD,
             many=_MANY,
+            pictures=[
+                (output, samples)
+                for output in view.parity["outputs"]
+                if (samples := pictures.read_samples(output.get("pictures", ())))
+            ],
             sigma_chart=charts.sigma_chart(view.content.get("frozen", ())),
             module_chart=charts.module_chart(view.parity["modules"], view.first),
             histograms=[
@@ -57,6 +63,7 @@ def _template() -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
+        with_breaks=_with_breaks,
         error=numbers.error,
         sigma=numbers.sigma,
         element=numbers.element,
@@ -73,6 +80,12 @@ def _template() -> jinja2.Template:
         tensor_name=content.tensor_name,
     )
     return environment.get_template("report.html")
+
+
+def _with_breaks(text: str) -> markupsafe.Markup:
+    """Return a key that may break behind ``.``, ``_``, ``-`` and ``/``, where words end in it."""
+    escaped = str(markupsafe.escape(escape_unprintable(text)))
+    return markupsafe.Markup(re.sub(r"(?<=[._/-])(?=.)", "<wbr>", escaped))
 
 
 def _escape(value: Any) -> Any:

@@ -24,7 +24,7 @@ needs_browser = pytest.mark.skipif(
     reason="no Chromium on PATH, and scripts/test could not install it (Debian: apt-get install "
     "chromium, which it does as root)",
 )
-VOID = {"meta", "br", "img", "link"}
+VOID = {"meta", "br", "wbr", "img", "link"}
 
 
 class _Page(HTMLParser):
@@ -147,6 +147,8 @@ def test_no_table_is_repeated_as_metadata() -> None:
     own = {"sn_export.exporter": "dynamo", "run": "42"}
     repeated = {"sn_export.frozen": '{"a": 1.25}', "sn_export.versions": '{"torch": "2"}'}
     page = to_html(content(metadata={**own, **repeated}))
+    assert "sn_<wbr>export.<wbr>exporter" in page  # a key breaks where a word of it ends
+    page = page.replace("<wbr>", "")
     assert all(key in page for key in own)
     assert not any(key in page for key in repeated)
 

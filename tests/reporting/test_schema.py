@@ -25,7 +25,14 @@ from sn_export import (
     SpectralNormInfo,
     export_onnx,
 )
-from sn_export.results import REPORT_SCHEMA, Divergence, FileInput, Histogram, ModuleParity
+from sn_export.results import (
+    REPORT_SCHEMA,
+    Divergence,
+    FileInput,
+    Histogram,
+    ModuleParity,
+    Picture,
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,6 +135,7 @@ def test_printed_reports_are_short(tmp_path: Path) -> None:
         (Histogram, "histogram"),
         (Distance, "distance"),
         (Rounding, "rounding"),
+        (Picture, "picture"),
         (ModuleParity, "module"),
         (FileInput, "input"),
         (SpectralNormInfo, "frozen"),

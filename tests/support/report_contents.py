@@ -40,6 +40,7 @@ def output(name: str = "features", passed: bool = True, **entries: Any) -> dict[
         if passed
         else reason,
         "rounding": None,
+        "pictures": [],
         **entries,
     }
 
