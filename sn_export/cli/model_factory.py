@@ -57,6 +57,13 @@ class Inputs:
     example: InputSet
     own: tuple[InputSet, ...]
 
+    def to(self, device: torch.device) -> Inputs:
+        """Return the inputs on a device."""
+        example, *own = (
+            one.map(lambda tensor: tensor.to(device)) for one in (self.example, *self.own)
+        )
+        return Inputs(example, tuple(own))
+
     def dynamic_shapes(
         self, model: nn.Module, dims: DynamicDims
     ) -> dict[str, dict[int, str] | None] | None:
@@ -106,7 +113,8 @@ def prepare_model(
         factory: ``MODULE:FACTORY``.
         show: is told each step.
     """
-    inputs = gather(options.shapes, options.input_files)
+    device = _require_device(options.device)
+    inputs = gather(options.shapes, options.input_files).to(device)
     show(f"reading {checkpoint}")
     content = read_checkpoint(checkpoint, **options.keywords_of(read_checkpoint))
     show(f"building {factory}")
@@ -121,7 +129,23 @@ def prepare_model(
     loaded = load_checkpoint(network, content, **options.keywords_of(load_checkpoint))
     for text in loaded.warnings:
         warnings.warn(text, SnExportWarning, stacklevel=2)
+    built.to(device)
     return model, replace(inputs, example=inputs.example.bind(model, method)), loaded
+
+
+def _require_device(text: str) -> torch.device:
+    """Return the device, if tensors with values can be on it.
+
+    Raises:
+        UsageError: if torch knows no such device, or has none.
+    """
+    try:
+        device = torch.empty(0, device=text).device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise UsageError(f"--device {text}: {str(error).splitlines()[0]}") from error
+    if device.type == "meta":
+        raise UsageError("--device meta: tensors there have no values")
+    return device
 
 
 def _find_module(option: str, model: nn.Module, path: str | None) -> nn.Module:

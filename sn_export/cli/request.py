@@ -120,6 +120,9 @@ class ModelOptions(CheckpointOptions):
         str | None, typer.Option(help="Take this module within it, e.g. decoder or blocks.0.")
     ] = None
     method: Annotated[str | None, typer.Option(help="Call this method in place of forward.")] = None
+    device: Annotated[
+        str, typer.Option(help="Where the network runs, e.g. cuda; the file runs by --providers.")
+    ] = "cpu"
     prefix: Annotated[
         str | None, typer.Option(help="Start of the names that are the network's.")
     ] = None

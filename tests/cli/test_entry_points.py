@@ -44,6 +44,8 @@ def test_part_that_is_not_there(run: Run) -> None:
     for options, message in (
         (("--method", "nope"), "--method='nope' is not there in Scored; it has features, forward"),
         (("--submodule", "nope"), "--submodule nope: there is no such module in Scored; it has "),
+        (("--device", "gpu"), "--device gpu: "),
+        (("--device", "meta"), "--device meta: tensors there have no values"),
         (("--network", "critic.x"), "--network critic.x: there is no such module in Scored; it"),
     ):
         ran = run("onnx", *_OF_CRITIC, *options, "--input", "2x3x8x8", "-o", "o.onnx")
