@@ -290,6 +290,8 @@ def _remember_gathered(param: Any) -> Callable[[Any], None]:
     whole = getattr(param, _GATHERED, None)
     if whole is None:
         return _forget_gathered
+    if hasattr(whole, "full_tensor"):  # tensor parallel: no module sets the data of a DTensor
+        return lambda _: None
     memory = whole.detach()
     # The memory of a gather is empty between two of them; only that of a forward holds anything.
     content = memory.clone() if memory.untyped_storage().size() else None

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from ..errors import ExportError
+from ..errors import ExportError, SnExportError
 from ..freezing import Only, Selection
 from ..running import InputSet, Preserved, Reference, preserved_globals, run_reference, undo_on_exit
 from .find import Description, describe_sharded
@@ -55,8 +55,12 @@ class ShardedModel:
         """
         return gather_state(self._model, only)
 
-    def run(self, inputs: InputSet) -> Reference:
+    def run(self, inputs: InputSet, drops_weights: bool) -> Reference:
         """Return what the model says in eval mode; it is as before afterwards.
+
+        Args:
+            inputs: the same on every rank.
+            drops_weights: as for `run_reference`.
 
         Raises:
             SnExportError: if it rejects the inputs, or another rank has failed.
@@ -70,7 +74,7 @@ class ShardedModel:
                 state = _ShardedState(self._model, self._units)
                 with undo_on_exit(state.restore):
                     state.begin()
-                    said = run_reference(self._model, state, inputs)
+                    said = run_reference(self._model, state, inputs, drops_weights)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -126,8 +130,16 @@ class GatheredNetwork:
         return found
 
     def run(self, inputs: InputSet) -> Reference:
-        """Return what the sharded model says, on every rank."""
-        said: Reference = self._call("run", inputs)
+        """Return what the sharded model says, on every rank.
+
+        It is run again where it may have needed a weight that was dropped. All ranks do that after
+        they have agreed: one that began again alone would be at another unit than the others.
+        """
+        said: Reference
+        try:
+            said = self._call("run", inputs, True)
+        except SnExportError:
+            said = self._call("run", inputs, False)
         return said
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -48,14 +48,24 @@ class Reference:
     unseen: tuple[str, ...] = ()
 
 
-def run_reference(model: nn.Module, state: Preserved, inputs: InputSet) -> Reference:
+def run_reference(
+    model: nn.Module, state: Preserved, inputs: InputSet, drops_weights: bool | None = None
+) -> Reference:
     """Run ``model`` without grad on a copy of ``inputs``, from the state it started in.
+
+    Args:
+        model: the model.
+        state: its state, which is reset afterwards.
+        inputs: the inputs.
+        drops_weights: whether to free each weight that a hook sets once its module has run, which a
+            forward that reads it later fails without. By default that is tried with large models,
+            which are run again if they fail.
 
     Raises:
         SnExportError: if the model rejects the inputs or returns no tensor.
     """
     with _failures_told(model, inputs):
-        result = _run(model, state, inputs)
+        result = _run(model, state, inputs, drops_weights)
     found = paths_of_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
     state.reset()
@@ -131,7 +141,10 @@ def _place_of(error: BaseException, model: nn.Module) -> str:
     return place
 
 
-def _run(model: nn.Module, state: Preserved, inputs: InputSet) -> Any:
+def _run(model: nn.Module, state: Preserved, inputs: InputSet, drops: bool | None) -> Any:
+    if drops is not None:
+        with _drop_weights(model) if drops else nullcontext():
+            return _call(model, inputs)
     if are_large(model.parameters()):
         try:
             with _drop_weights(model):

@@ -29,6 +29,7 @@ ON_FOUR = (
     "exception-in-the-block-on-one-rank",
     "gathered-state-dict",
     "export-refused",
+    "tensor-parallel-and-sharded",
 )
 SECONDS = 240  # for all cases together; torch waits for a lost rank for 60
 

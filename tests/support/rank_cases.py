@@ -647,6 +647,30 @@ def _() -> None:
     Training(model).step(0)
 
 
+class ReadsLater(nn.Module):
+    """Reads the weight that a hook has set, after the layer has run."""
+
+    def __init__(self, kind: Wrap = untouched) -> None:
+        super().__init__()
+        self.layer = kind(nn.Linear(8, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x) * self.layer.weight.sum()
+
+
+@case("export-of-a-forward-that-reads-later")
+def _() -> None:
+    """The weights that a reference drops to save memory are kept where the forward needs them."""
+    model = fully_shard(ReadsLater(spectral_norm))
+    report = export_onnx(
+        *(model, (rows(0),), shared_folder() / "net.onnx"),
+        model_factory=ReadsLater,
+        samples=0,
+        exporter="torchscript",
+    )
+    assert report.parity.passed
+
+
 @case("export-under-mixed-precision")
 def _() -> None:
     """The forward computes in bfloat16 what the file would compute in float32: that is said."""
@@ -690,6 +714,39 @@ def _() -> None:
             assert "0.weight_orig" not in model.state_dict()
             require_equal(model(rows(0)), expected, "outputs")
         require_equal(model(rows(0)), expected, "outputs")
+
+
+@case("tensor-parallel-and-sharded")
+def _() -> None:
+    """All ranks of a mesh in two dimensions make one file; a norm torch cannot run is named."""
+    if dist.get_world_size() != 4:
+        return
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "parallel"))
+    path = shared_folder() / "net.onnx"
+    for normed in (2, 0):
+        model = parallel_network()
+        plan = {"0": ColwiseParallel(), "1": RowwiseParallel()}
+        parallelize_module(model, mesh["parallel"], plan)
+        spectral_norm(model[normed])
+        for module in (*model, model):
+            fully_shard(module, mesh=mesh["shard"])
+        try:
+            report = export_onnx(
+                *(model, (rows(0),), path),
+                model_factory=parallel_network,
+                samples=0,
+                exporter="torchscript",
+            )
+        except FreezeError as error:
+            assert normed == 0 and error.tensor == "0.weight", error
+        else:
+            assert normed == 2 and report.parity.passed
+            require_same_everywhere(report.content())
+
+
+def parallel_network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 2))
 
 
 @case("part-of-a-sharded-model")
