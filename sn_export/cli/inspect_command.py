@@ -5,11 +5,15 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 from ..errors import UsageError
 from ..files import starts_as_onnx
 from .console import number, print_json, print_line, print_note, progress, table
+from .onnx_command import require_apart, require_report, write_report
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
 
 _STATES = {
@@ -29,10 +33,17 @@ class InspectCommand(CheckpointOptions):
     """
 
     checkpoint: CheckpointArgument
+    report: Annotated[
+        Path | None, typer.Option(help="A page to keep, .html, or its content, .json.")
+    ] = None
 
     def run(self) -> None:
         """List them."""
         require_checkpoint(self.checkpoint)
+        require_report(self.report)
+        if self.report is not None and self.report.suffix == ".md":
+            raise UsageError(f"the report of a checkpoint is .html or .json, got '{self.report}'")
+        require_apart({"--report": self.report}, {"the checkpoint": [self.checkpoint]})
         if self._is_onnx():
             self._inspect_onnx()
             return
@@ -44,6 +55,7 @@ class InspectCommand(CheckpointOptions):
                 progress=lambda name, total: show(f"looked at {name}, of {total}"),
                 **self.keywords_of(inspect_checkpoint),
             )
+        write_report(_content(found), self.report, None)
         if self.as_json:
             print_json(_content(found))
             return
@@ -56,7 +68,12 @@ class InspectCommand(CheckpointOptions):
         return path.is_file() and (path.suffix == ".onnx" or starts_as_onnx(path))
 
     def _inspect_onnx(self) -> None:
-        given = {"--key": self.key, "--dim": self.dims, "--trust-pickle": self.trust_pickle}
+        given: dict[str, Any] = {
+            "--key": self.key,
+            "--dim": self.dims,
+            "--trust-pickle": self.trust_pickle,
+            "--report": self.report is not None,
+        }
         names = [name for name, value in given.items() if value]
         if names:
             raise UsageError(f"an ONNX file has no state dict: leave out {', '.join(names)}")

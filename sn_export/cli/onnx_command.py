@@ -85,10 +85,11 @@ def write_report(content: Mapping[str, Any], path: Path | None, written: Path | 
     """
     if path is None:
         return
-    from ..reporting import save_report
+    from ..reporting import save_inspection, save_report
 
+    save = save_inspection if "layers" in content else save_report
     try:
-        save_report(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
+        save(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
     except OSError as error:
         there = f"; '{written}' was proved and written all the same" if written else ""
         raise UsageError(f"cannot write '{path}': {error.strerror or error}{there}") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jinja2
@@ -30,7 +31,7 @@ def to_html(report: content.Report) -> str:
     """
     view = content.read_report(report)
     with content.errors_of_content():
-        page = _template().render(
+        page = _template("report.html").render(
             view=view,
             report=view.content,
             parity=view.parity,
@@ -52,8 +53,31 @@ def to_html(report: content.Report) -> str:
     return page.strip() + "\n"
 
 
+def inspection_to_html(inspection: Mapping[str, Any]) -> str:
+    """Return what ``sn-export inspect`` says of a checkpoint as one self-contained HTML page.
+
+    Args:
+        inspection: the JSON of ``sn-export inspect --json``; ``command`` is shown too.
+
+    Raises:
+        ValueError: for content in which something is missing.
+    """
+    with content.errors_of_content():
+        layers = inspection["layers"]
+        normed = [layer for layer in layers if layer["sigma"] is not None]
+        page = _template("checkpoint.html").render(
+            found=inspection,
+            normed=normed,
+            measured=normed or any(layer["sigma_exact"] is not None for layer in layers),
+            many=_MANY,
+            fold=_FOLD,
+            sigma_chart=charts.sigma_chart(normed),
+        )
+    return page.strip() + "\n"
+
+
 @functools.cache
-def _template() -> jinja2.Template:
+def _template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sn_export.reporting"),
         autoescape=True,
@@ -79,7 +103,7 @@ def _template() -> jinja2.Template:
         module_name=content.module_name,
         tensor_name=content.tensor_name,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def _with_breaks(text: str) -> markupsafe.Markup:

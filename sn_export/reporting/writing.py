@@ -5,12 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ..files import Drafts, as_path, publish, require_place, side_file
+from ..text import to_json_values
 from .content import Report, as_content
-from .html import to_html
+from .html import inspection_to_html, to_html
 from .markdown import to_markdown
 
 REPORT_SUFFIXES = (".json", ".html", ".md")
@@ -47,6 +49,37 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
         text = json.dumps(content, indent=2, allow_nan=False) + "\n"
     else:
         text = (to_html if target.suffix == ".html" else to_markdown)(content)
+    return _write(text, target)
+
+
+def save_inspection(
+    inspection: Mapping[str, Any], path: str | os.PathLike[str], *, command: str = ""
+) -> Path:
+    """Write what ``sn-export inspect --json`` says of a checkpoint as a page, or as JSON.
+
+    Args:
+        inspection: that JSON, or what becomes it.
+        path: the file to write, ``.html`` or ``.json``; its folder must exist.
+        command: the command line.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: for another suffix, or content in which something is missing.
+        FileNotFoundError: if the folder does not exist.
+        IsADirectoryError: if ``path`` is a folder.
+    """
+    target = require_report_path(path)
+    content = to_json_values(dict(inspection)) | ({"command": command} if command else {})
+    if target.suffix == ".json":
+        return _write(json.dumps(content, indent=2, allow_nan=False) + "\n", target)
+    if target.suffix != ".html":
+        raise ValueError(f"the report of a checkpoint is .html or .json, got '{target}'")
+    return _write(inspection_to_html(content), target)
+
+
+def _write(text: str, target: Path) -> Path:
     with Drafts() as drafts:
         draft = drafts.open(target)
         # Written as bytes: line ends are the same on every system.
