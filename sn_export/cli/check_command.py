@@ -79,6 +79,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             "--network": self.network,
             "--submodule": self.submodule,
             "--method": self.method,
+            "--device": self.device != "cpu",
             "--key": self.key,
             "--prefix": self.prefix,
             "--no-strict": not self.strict,

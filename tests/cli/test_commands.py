@@ -566,11 +566,11 @@ def test_what_needs_no_torch_is_answered_without(
 
 _HANDLED = {
     OnnxCommand: {"checkpoint", "model", "output", "shapes", "input_files", "model_kwargs"}
-    | {"dynamic", "report", "network", "submodule"},
-    InspectCommand: {"checkpoint"},
+    | {"dynamic", "report", "network", "submodule", "device"},
+    InspectCommand: {"checkpoint", "report"},
     ConvertCommand: {"checkpoint", "to", "output"},
     CheckCommand: {"file", "checkpoint", "model", "case", "shapes", "input_files", "model_kwargs"}
-    | {"samples", "network", "submodule"},
+    | {"samples", "network", "submodule", "device"},
 }
 
 
