@@ -21,7 +21,8 @@ The operators of a file are not those of the model. Onnxruntime's sigmoid of -9 
 which is 5e-4 of it: its logarithm, as torch's exporters write `logsigmoid`, is off by that, and
 ``exp(x) - 1`` loses what `expm1` keeps. Such a file is the right function, and no better one can be
 had from torch. So where a file is too far from the truth, its own values are moved by a unit of
-rounding as well; what that accounts for passes, with a warning, up to `_BEARABLE`.
+rounding as well. Where that moves the outputs by far more than rounding moves the model's, what it
+accounts for passes, with a warning, up to `_BEARABLE`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
 from ..freezing import UnconvergedSigma, find_unconverged
-from ..results import OutputParity, ParityReport, Rounding
+from ..results import Distance, OutputParity, ParityReport, Rounding
 from ..running import Reference
 from ..text import shorten_list
 from .precision import narrow_operators, with_moved_values
@@ -94,7 +95,7 @@ def judge(
             coarsest = torch.float32 if narrow else coarsest
         try:
             found = measure_rounding(model, freezing, references, run_file, asked, coarsest)
-            found |= _ask_operators(report, found, path, references, settings, run_file)
+            found |= _ask_operators(report, found, path, references, settings)
         except NoTruthError as error:
             obstacle = str(error)
     outputs = tuple(
@@ -118,7 +119,6 @@ def _ask_operators(
     path: Path,
     references: Sequence[Reference],
     settings: ProofSettings,
-    run_file: Callable[[Reference], Sequence[Tensor]],
 ) -> dict[int, Rounding]:
     """Return what rounding does to the file's own operators, for outputs that are too far."""
     asked = [
@@ -136,7 +136,7 @@ def _ask_operators(
             feed = named_inputs(session, reference.inputs, settings.input_names)
             return run_session(session, feed, reference.inputs.label)
 
-        moved = measure_operators(references, run_file, run_moved, asked)
+        moved = measure_operators(references, run_moved, asked)
     except (ExportError, EncodeError, MemoryError) as error:  # then the model's rounding decides
         _logger.info("the file's own rounding is not known: %s", error)
         return {}
@@ -160,7 +160,7 @@ def _judged(
     if narrow:
         distances += f" (the file computes {narrow} in float32)"
     is_right = rounding.ratio <= FACTOR
-    if rounding.operators is not None and rounding.operators_ratio <= FACTOR:
+    if rounding.operators is not None and _is_excused(rounding, rounding.operators):
         verdict = (
             f"{output.verdict if output.passed else 'the function of the model'}; {distances}: "
             f"{rounding.ratio:.0f} times as far as that. Rounding in the file's own operators "
@@ -183,6 +183,13 @@ def _judged(
     else:
         reason = f"{output.reason}; {reason}"
     return replace(output, passed=False, reason=reason, verdict=reason, rounding=rounding)
+
+
+def _is_excused(rounding: Rounding, own: Distance) -> bool:
+    """Whether the file's own operators lose precision by far, and that accounts for its error."""
+    if own.rms <= IMPRECISE * rounding.expected.rms:
+        return False  # they round as the model's do, whose rounding decides
+    return rounding.operators_ratio <= FACTOR
 
 
 def unconverged_note(model: nn.Module) -> str:

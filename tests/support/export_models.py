@@ -224,3 +224,18 @@ def contents_of(folder: Path) -> dict[str, bytes]:
         str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"a folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+def product_in_float16(file: onnx.ModelProto) -> None:
+    """Let the middle one of the products of a network be computed in float16."""
+    products = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+    nodes = file.graph.node
+    node = (found := [n for n in nodes if n.op_type in products])[len(found) // 2]
+    at, output = list(nodes).index(node), node.output[0]
+    narrow = [f"{name}.half" for name in node.input]
+    for half, name in zip(narrow, list(node.input), strict=True):
+        nodes.insert(at, helper.make_node("Cast", [name], [half], to=TensorProto.FLOAT16))
+    node = nodes[at + len(narrow)]
+    node.input[:], node.output[0] = narrow, f"{output}.half"
+    cast = helper.make_node("Cast", [node.output[0]], [output], to=TensorProto.FLOAT)
+    nodes.insert(at + len(narrow) + 1, cast)
