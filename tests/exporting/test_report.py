@@ -153,12 +153,13 @@ _BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "model a function": (
         {"model": torch.relu},
         TypeError,
-        "model must be a torch.nn.Module, got builtin_function_or_method",
+        "model must be a torch.nn.Module, or a method of one such as net.decode, "
+        "got builtin_function_or_method",
     ),
     "model a class": (
         {"model": nn.ReLU},
         TypeError,
-        "model must be a torch.nn.Module, got type",
+        "model must be a torch.nn.Module, or a method of one such as net.decode, got type",
     ),
     "inputs": (
         {"inputs": 5},

@@ -437,7 +437,8 @@ def test_bad_model_provider_and_inputs(tmp_path: Path) -> None:
     with pytest.raises(TypeError) as no_module:
         check_parity(len, path, rows())  # type: ignore[arg-type]
     assert str(no_module.value) == (
-        "model must be a torch.nn.Module, got builtin_function_or_method"
+        "model must be a torch.nn.Module, or a method of one such as net.decode, "
+        "got builtin_function_or_method"
     )
     with pytest.raises(ValueError, match="unknown onnxruntime provider 'None such'"):
         check_parity(Head(), path, rows(), providers=["None such"])
