@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -29,6 +30,8 @@ from ..running import (
     preserved,
     require_draws,
     run_reference,
+    undo_on_exit,
+    undoing,
 )
 from .arguments import (
     Request,
@@ -52,7 +55,7 @@ from .torch_exporters import ExternalData, require_opset
 
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.
-_one_at_a_time = threading.RLock()
+_turns: dict[str, tuple[int, object]] = {}  # the thread whose export runs, and a token of it
 
 
 def export_onnx(
@@ -249,7 +252,7 @@ def export_onnx(
 def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport:
     """Export the network, prove the file and publish it."""
     network = request.model
-    with _one_at_a_time:
+    with _one_at_a_time():
         initialise_lazy(network, request.call.example)
         described = origin.describe(sigma_exact)
         note = describe_unconverged(described.unconverged)
@@ -268,6 +271,25 @@ def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport
                 end_abandoned(error)
                 raise
     return made.report
+
+
+@undoing
+def _one_at_a_time() -> Iterator[None]:
+    """Let the exports of other threads wait.
+
+    It is no lock: the interrupt that keeps one from its release would stop all later exports of
+    other threads. Taking a turn is one atomic operation, and ending it can be repeated.
+    """
+    turn = (threading.get_ident(), object())
+
+    def end() -> None:
+        if _turns.get("export") is turn:
+            del _turns["export"]
+
+    with undo_on_exit(end):
+        while (holder := _turns.setdefault("export", turn)) is not turn and holder[0] != turn[0]:
+            time.sleep(0.01)
+        yield
 
 
 def _publish(request: Request, made: Made, drafts: Drafts) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from pathlib import Path
 
 import torch
@@ -47,7 +48,8 @@ def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> 
     """At whichever line of the export and its block an interrupt strikes, the model is whole.
 
     It stays so when the traceback is dropped, and with it what the interrupt had left suspended:
-    torch's exporter puts the model's mode back in a generator of `contextlib`.
+    torch's exporter puts the model's mode back in a generator of `contextlib`. Nor does any of
+    them keep another thread from exporting.
     """
     seed_torch(0)
     model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
@@ -72,3 +74,7 @@ def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> 
         assert [entry.name for entry in tmp_path.iterdir()] == ["model.onnx"]
     assert len(steps) > 150
     assert failures == []
+    other = threading.Thread(target=interrupted_export, args=(model, path, Fault()), daemon=True)
+    other.start()
+    other.join(60)
+    assert not other.is_alive()
