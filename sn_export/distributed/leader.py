@@ -36,6 +36,7 @@ class Team:
 
     Attributes:
         actions: what the first rank can call, by name; the same on every rank.
+        checking: names of those that call `check` on the way, so that they can be interrupted.
 
     Raises:
         ExportError: if not all ranks make their team within five minutes.
@@ -43,11 +44,12 @@ class Team:
 
     def __init__(self, ranks: Sequence[int]) -> None:
         self.actions: dict[str, Callable[..., Any]] = {}
+        self.checking: tuple[str, ...] = ()
         self.leads = dist.get_rank() == ranks[0]
         self._ranks = ranks
         self._is_world = len(ranks) == dist.get_world_size()
         self._failure: BaseException | None = None
-        self._exit: BaseException | None = None  # of this rank: an interrupt, say
+        self._exit: BaseException | None = None  # of this rank, an interrupt say: not raised yet
         try:
             self._group = dist.new_group(
                 ranks, _TO_COME, "gloo", use_local_synchronization=not self._is_world
@@ -70,15 +72,17 @@ class Team:
             ExportError: if another rank was interrupted, or is gone.
         """
         try:
-            followed: T = self._lead(lead, share) if self.leads else self._follow()
-            return followed
+            result: T = self._lead(lead, share) if self.leads else self._follow()
         finally:
             self._part()
+        if self._exit is not None:
+            raise self._exit
+        return result
 
     def check(self) -> None:
         """Raise if another rank failed; a collective call, for the midst of an action."""
         if self._failure is None:
-            self._agree(None)
+            self._agree(self._exit)
         if self._failure is not None:
             raise self._failure
 
@@ -112,29 +116,31 @@ class Team:
             if name in ("returned", "raised"):
                 break
             self._act(name, content)
-        if self._exit is not None:
-            raise self._exit
         if name == "raised":
-            raise content
+            raise self._exit or content
         return pickle.loads(content)
 
     def _act(self, name: str, args: Sequence[Any]) -> Any:
-        """Run an action here, and agree with the other ranks on whether it went well."""
+        """Run an action here, if all ranks begin it, and agree on whether it went well."""
         result, error = None, None
         self._failure = None
+        self._agree(self._exit)
+        if self._failure is not None:
+            return None
         try:
-            result = self.actions[name](*args)
+            with contextlib.nullcontext() if name in self.checking else self._interrupts_held():
+                result = self.actions[name](*args)
         except BaseException as caught:  # told on every rank
             error = caught
-            if not isinstance(caught, Exception) and self._failure is None and not self.leads:
+            if not isinstance(caught, Exception) and self._failure is None:
                 self._exit = caught
         if self._failure is None:
-            self._agree(error)
+            self._agree(error or self._exit)
         return result
 
     def _agree(self, error: BaseException | None) -> None:
         """Let every rank know of an error of this one, and remember that of the lowest rank."""
-        with _interrupts_held():
+        with self._interrupts_held():
             failed = torch.tensor([error is not None], dtype=torch.uint8)
             dist.all_reduce(failed, dist.ReduceOp.MAX, self._group)
             if not failed.item():
@@ -156,13 +162,13 @@ class Team:
         self._failure = kind(text if has_left else f"rank {rank}: {text}")
 
     def _say(self, message: tuple[str, Any]) -> None:
-        with _interrupts_held():
+        with self._interrupts_held():
             dist.broadcast_object_list([message], self._ranks[0], self._group)
 
     def _hear(self) -> tuple[str, Any]:
         heard: list[Any] = [None]
         try:
-            with _interrupts_held():
+            with self._interrupts_held():
                 dist.broadcast_object_list(heard, self._ranks[0], self._group)
         except RuntimeError as error:
             self._raise_gone(error)
@@ -174,9 +180,27 @@ class Team:
             f"rank {self._ranks[0]}, which exports for all, cannot be reached any more: {error}"
         ) from error
 
+    @contextlib.contextmanager
+    def _interrupts_held(self) -> Iterator[None]:
+        """Let what a Ctrl-C raises wait for the next time that all ranks agree, or for the end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+        struck: list[tuple[Any, ...]] = []
+        handler = signal.signal(signal.SIGINT, lambda *given: struck.append(given))
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+            try:
+                if struck and callable(handler):
+                    handler(*struck[0])
+            except BaseException as raised:
+                self._exit = raised
+
     def _part(self) -> None:
         """Leave the group; nobody does while another one still talks to it."""
-        with contextlib.suppress(RuntimeError), _interrupts_held():
+        with contextlib.suppress(RuntimeError), self._interrupts_held():
             self._group.set_timeout(_TO_PART)
             dist.barrier(self._group)
             # torch 2.13 gives a new group of a part of the ranks the name of one that is gone, and
@@ -204,19 +228,3 @@ def _portable(error: BaseException, rank: int) -> Exception:
 
 def _in_words(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
-
-
-@contextlib.contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Let a Ctrl-C wait until ranks have exchanged what they are about to."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    struck: list[tuple[Any, ...]] = []
-    handler = signal.signal(signal.SIGINT, lambda *given: struck.append(given))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if struck and callable(handler):
-            handler(*struck[0])

@@ -167,6 +167,7 @@ def lead_export(
     team = Team(ranks_of(units.values()))
     sharded = ShardedModel(model, list(dict.fromkeys(units.values())), team.check)
     team.actions = {"describe": sharded.describe, "gather": sharded.gather, "run": sharded.run}
+    team.checking = ("run",)
 
     def lead(call: Call) -> T:
         _require_one_dtype(units.values())
