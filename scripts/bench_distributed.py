@@ -135,14 +135,6 @@ def _largest(value: float) -> float:
     return float(found)
 
 
-def _measure(kind: str, quick: bool) -> dict[str, Any]:
-    return {
-        **_measure_time(kind, 3 if quick else 9),
-        **_measure_memory(kind),
-        **(_measure_growth(kind, quick) if dist.get_world_size() == _GROWING_ON else {}),
-    }
-
-
 def _measure_time(kind: str, repeats: int) -> dict[str, Any]:
     model = _sharded(kind, _LAYERS, _WIDTH)
     steps = (_freeze(model), _forward(model, _WIDTH))
@@ -157,7 +149,7 @@ def _measure_time(kind: str, repeats: int) -> dict[str, Any]:
     return {"ratio": statistics.median(ratios), "times": times}
 
 
-def _measure_memory(kind: str) -> dict[str, float]:
+def _measure_memory(kind: str) -> dict[str, Any]:
     gc.collect()  # the models of other measurements
     model = _sharded(kind, _WIDE_LAYERS, _WIDE)
     with frozen_spectral_norm(model):  # what is imported and cached once is no part of it
@@ -184,7 +176,13 @@ def main(path: str, how: str) -> None:
     """Measure on this rank; the first one writes the results as JSON."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    found = {kind: _measure(kind, how == "quick") for kind in KINDS}
+    is_quick = how == "quick"
+    # Memory first: what other measurements have freed would be taken again unseen.
+    found = {kind: _measure_memory(kind) for kind in KINDS}
+    for kind in KINDS:
+        found[kind] |= _measure_time(kind, 3 if is_quick else 9)
+        if dist.get_world_size() == _GROWING_ON:
+            found[kind] |= _measure_growth(kind, is_quick)
     if dist.get_rank() == 0:
         Path(path).write_text(json.dumps(found))
     dist.barrier()

@@ -51,9 +51,10 @@ class Team:
         self._failure: BaseException | None = None
         self._exit: BaseException | None = None  # of this rank, an interrupt say: not raised yet
         try:
-            self._group = dist.new_group(
-                ranks, _TO_COME, "gloo", use_local_synchronization=not self._is_world
-            )
+            with self._interrupts_held():  # who has come is waited for
+                self._group = dist.new_group(
+                    ranks, _TO_COME, "gloo", use_local_synchronization=not self._is_world
+                )
         except dist.DistStoreError as error:
             raise ExportError(
                 "a sharded model is exported by a call on every rank, and after "

@@ -9,8 +9,11 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 import tempfile
+import threading
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
@@ -606,6 +609,30 @@ def failing_layer(
         yield
     finally:
         handle.remove()
+
+
+@case("interrupt-of-a-rank-that-waits")
+def _() -> None:
+    """A Ctrl-C on a rank that waits for the first one ends the export on all, and hangs nobody."""
+    path = shared_folder() / "net.onnx"
+    model = shard(network(spectral_norm), "layers")
+    last = dist.get_world_size() - 1
+
+    def build_slowly() -> nn.Module:
+        time.sleep(0.4)
+        return network()
+
+    if dist.get_rank() == last:
+        threading.Timer(0.2, signal.raise_signal, [signal.SIGINT]).start()
+    try:
+        export_onnx(model, (rows(0),), path, model_factory=build_slowly)
+    except KeyboardInterrupt:
+        assert dist.get_rank() == last
+    except ExportError as error:
+        assert f"rank {last} has left with KeyboardInterrupt" in str(error)
+    else:
+        raise AssertionError("it was exported")
+    model(rows(0))
 
 
 @case("export-of-replicas")
