@@ -84,7 +84,7 @@ def check_case(
             )
         known = case.inputs if set(wanted) == set(case.inputs) else wanted
         for label, inputs, outputs in sets:
-            if not running[0].samples:
+            if running and not running[0].samples:
                 mark_shown(running, outputs, None)
             given = map(as_float32, inputs) if settings.proof_dtype else inputs
             feed = dict(zip(known, given, strict=True))
