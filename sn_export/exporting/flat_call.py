@@ -9,7 +9,8 @@ names, and calls it; nothing of the model changes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+import keyword
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,17 +26,12 @@ class FlatCall(NamedTuple):
     """A call with tensors alone.
 
     Attributes:
-        module: what is called: the model, or a module around it whose forward takes ``*args``.
+        module: what is called: the model, or a module around it.
         tensors: in the order of the signature.
     """
 
     module: nn.Module
     tensors: tuple[Tensor, ...]
-
-    @property
-    def is_wrapped(self) -> bool:
-        """Whether the module is one around the model."""
-        return isinstance(self.module, _Call)
 
 
 def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
@@ -47,11 +43,11 @@ def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
             returns what is a tensor in its result.
     """
     example = reference.inputs.clone()
-    tensors = tuple(tensor for _, tensor in example.named_tensors())
+    tensors = dict(example.named_tensors())
     is_compiled = isinstance(model, torch.jit.ScriptModule)
-    if is_compiled or (reference.is_plain and _is_flat(model, tensors, example)):
-        return FlatCall(model, tensors)
-    return FlatCall(_Call(model, example, tensors, reference.paths), tensors)
+    if is_compiled or (reference.is_plain and _is_flat(model, example)):
+        return FlatCall(model, tuple(tensors.values()))
+    return FlatCall(_Call(model, example, tensors, reference.paths), tuple(tensors.values()))
 
 
 class _Call(nn.Module):
@@ -61,7 +57,7 @@ class _Call(nn.Module):
         self,
         model: nn.Module,
         example: InputSet,
-        tensors: Sequence[Tensor],
+        tensors: Mapping[str, Tensor],
         paths: Sequence[tuple[str, ...]],
     ) -> None:
         super().__init__()
@@ -70,22 +66,32 @@ class _Call(nn.Module):
         # torch names constants of the file by the attributes that hold them.
         own.update({key: value for key, value in model.__dict__.items() if key not in own})
         own.update({key: model.__dict__[key] for key in _SHARED})
-        own.pop("forward", None)  # one that was set on the instance
-        position = {id(tensor): index for index, tensor in enumerate(tensors)}
+        position = {id(tensor): index for index, tensor in enumerate(tensors.values())}
 
-        def call(args: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        def forward(*args: Tensor) -> tuple[Tensor, ...]:
             full = example.map(lambda tensor: args[position[id(tensor)]])
             # By their places: while a model is traced, sizes are tensors too.
             found = dict(paths_of_tensors(full.call(model)))
             return tuple(found[path] for path in paths)
 
-        own["_call"] = call
+        # torch 2.9 has no guards for dimensions of ``*args``; others call them by their position.
+        forward.__signature__ = _signature(tensors)  # type: ignore[attr-defined]
+        own["forward"] = forward
 
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return self.__dict__["_call"](tensors)  # type: ignore[no-any-return]
+
+def _signature(names: Iterable[str]) -> inspect.Signature:
+    """Return that of ``def forward(x, pair_0)`` for these names; of no keyword: ``input_1``."""
+    fitting = (
+        name if name.isidentifier() and not keyword.iskeyword(name) else f"input_{index}"
+        for index, name in enumerate(names)
+    )
+    return inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in fitting]
+    )
 
 
-def _is_flat(model: nn.Module, tensors: Sequence[Tensor], example: InputSet) -> bool:
+def _is_flat(model: nn.Module, example: InputSet) -> bool:
+    tensors = [tensor for _, tensor in example.named_tensors()]
     if example.method is not None or example.draws is not None:
         return False
     # A parameter left at its default would be filled in by the TorchScript exporter.

@@ -169,7 +169,7 @@ def _dynamo(call: FlatCall, options: ExportOptions) -> Any:
             dynamo=True,
             verbose=options.verbose,
             opset_version=options.opset_version,
-            dynamic_shapes=(shapes,) if shapes and call.is_wrapped else shapes,
+            dynamic_shapes=shapes,
         )
     assert program is not None  # torch returns None only for dynamo=False
     return program

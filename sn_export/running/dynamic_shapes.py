@@ -14,7 +14,10 @@ from .input_set import Binding, InputSet
 from .nested import entries_of
 
 _FAR = 1 << 30
-_Dim = torch.export.Dim
+_Dim: Any = torch.export.Dim
+# Before torch 2.7 Dim is a function, and torch.export takes no names.
+_TAKES_NAMES = isinstance(_Dim, type)
+_DimType: Any = _Dim if _TAKES_NAMES else type(_Dim("name"))
 _FORMS = "a Dim, Dim.AUTO, Dim.DYNAMIC, a name, the size itself, or None"
 
 
@@ -107,7 +110,8 @@ def flat_shapes(
         return None
     shapes: dict[str, dict[int, Any]] = {}
     for dim in dims:
-        shapes.setdefault(dim.tensor, {})[dim.position] = dim.spec
+        spec = _Dim(dim.spec) if isinstance(dim.spec, str) and not _TAKES_NAMES else dim.spec
+        shapes.setdefault(dim.tensor, {})[dim.position] = spec
     return tuple(shapes.get(name) for name in names)
 
 
@@ -242,7 +246,7 @@ def _is_fixed(where: str, entry: Any, size: int) -> bool:
     if entry is None or _hint(entry) == "STATIC":
         return True
     if isinstance(entry, bool) or not (
-        isinstance(entry, (int, str, _Dim)) or _hint(entry) in ("AUTO", "DYNAMIC")
+        isinstance(entry, (int, str, _DimType)) or _hint(entry) in ("AUTO", "DYNAMIC")
     ):
         raise TypeError(f"dynamic_shapes of {where} must be {_FORMS}, got {entry!r}")
     if isinstance(entry, int):
@@ -275,7 +279,7 @@ def _require_one_size(dim: DynamicDim, others: Sequence[DynamicDim]) -> None:
 
 def _hint(entry: Any) -> str:
     """Return AUTO, DYNAMIC or STATIC for what is no `torch.export.Dim` of its own."""
-    kind = getattr(entry, "type", None)
+    kind = getattr(entry, "type", entry)  # an enumeration of its own before torch 2.7
     return str(getattr(kind, "name", ""))
 
 

@@ -246,7 +246,11 @@ class Guarded:
             self.was_written = True
             self.memory.data.copy_(self.content)
         if self._version is not None and self._version != self.tensor._version:
-            torch._C._autograd._unsafe_set_version_counter((self.tensor,), (self._version,))
+            set_version: Any = torch._C._autograd._unsafe_set_version_counter
+            if torch.__version__ >= (2, 7):
+                set_version((self.tensor,), (self._version,))
+            else:  # it takes one tensor there
+                set_version(self.tensor, self._version)
 
 
 @undoing
