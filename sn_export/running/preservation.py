@@ -247,7 +247,7 @@ class Guarded:
             self.memory.data.copy_(self.content)
         if self._version is not None and self._version != self.tensor._version:
             set_version: Any = torch._C._autograd._unsafe_set_version_counter
-            if torch.__version__ >= (2, 7):
+            if torch.__version__ >= "2.7":  # compared as versions
                 set_version((self.tensor,), (self._version,))
             else:  # it takes one tensor there
                 set_version(self.tensor, self._version)
