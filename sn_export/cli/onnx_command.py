@@ -201,12 +201,6 @@ class OnnxCommand(ModelOptions, ProofOptions):
     def _require_possible(self) -> None:
         """Raise for a file that cannot be read or written; it needs no torch."""
         self.require_files(self.checkpoint)
-        require_onnx_place(
-            self.output,
-            has_data=self.external_data is True,
-            overwrite=self.overwrite,
-            advice="--force writes it all the same",
-        )
         require_apart(
             {
                 "-o": self.output,
@@ -215,6 +209,12 @@ class OnnxCommand(ModelOptions, ProofOptions):
                 "--save-case": self.save_case,
             },
             {"the checkpoint": [self.checkpoint], "--input-file": self.input_files},
+        )
+        require_onnx_place(
+            self.output,
+            has_data=self.external_data is True,
+            overwrite=self.overwrite,
+            advice="--force writes it all the same",
         )
         require_report(self.report)
 

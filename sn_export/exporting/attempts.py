@@ -112,7 +112,12 @@ def _make(
     if not request.keep_programs:
         written = written.without_program()
     try:
-        proved = proof.of(draft, f"the {exporter} exporter", written.declared)
+        proved = proof.of(
+            draft,
+            f"the {exporter} exporter",
+            written.declared,
+            is_last=exporter == request.exporters[-1],
+        )
     except ParityError as error:
         found = _with_cause(error, proof)
         found.export = _describe_export(request, exporter, options.metadata, written, found.report)

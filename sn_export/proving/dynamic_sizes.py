@@ -277,7 +277,10 @@ def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def correct_declared_sizes(
-    path: Path, references: Sequence[Reference], declared: Sequence[Sequence[object]] | None = None
+    path: Path,
+    references: Sequence[Reference],
+    declared: Sequence[Sequence[object]] | None = None,
+    leaves_open: bool = True,
 ) -> tuple[str, ...]:
     """Rewrite what a proved file says of its outputs where another size was seen throughout.
 
@@ -293,9 +296,15 @@ def correct_declared_sizes(
         references: the input sets of the proof, with the outputs of model and file.
         declared: the shapes that the file declares, where that is known. The file is read only
             where one of them has another size than was seen.
+        leaves_open: whether a size that varies is left open. It is an error where another
+            exporter may declare it: dynamo fixes the length of a GRU at its first call in a
+            process and not later, and a model has the same file at every call.
 
     Returns:
         A sentence for each dimension that was corrected.
+
+    Raises:
+        ExportError: if it has fixed a dimension that varies, and that is not left open.
     """
     if declared is not None and all(
         size == one.outputs[number].shape[position]
@@ -316,6 +325,10 @@ def correct_declared_sizes(
                 continue
             fixed = f"dimension {position} of the output '{output.name}' at {dim.dim_value}"
             if len(set(seen.values())) > 1:
+                if not leaves_open:
+                    raise ExportError(
+                        f"the exporter has fixed {fixed}, and it is {seen[other]} for {other}"
+                    )
                 dim.Clear()
                 now = f"{seen[other]} for {other}: it is left open now"
             else:

@@ -74,7 +74,11 @@ class Proof:
     notes: tuple[str, ...] = ()
 
     def of(
-        self, draft: Path, maker: str, declared: Sequence[Sequence[object]] | None = None
+        self,
+        draft: Path,
+        maker: str,
+        declared: Sequence[Sequence[object]] | None = None,
+        is_last: bool = True,
     ) -> Proved:
         """Return the proof of a file.
 
@@ -82,10 +86,11 @@ class Proof:
             draft: the file.
             maker: who made it, for the message.
             declared: the shapes that it declares of its outputs, where that is known.
+            is_last: whether no other exporter is tried after this one.
 
         Raises:
             ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named,
-                or made one of two.
+                or that varies in an output where another exporter is left, or made one of two.
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
@@ -100,7 +105,7 @@ class Proof:
         case = case_of(self.model, session, runnable, self.settings, parity) if keeps else None
         del session
         if parity.passed:
-            corrected = correct_declared_sizes(draft, runnable, declared)
+            corrected = correct_declared_sizes(draft, runnable, declared, is_last)
             parity = replace(parity, notes=(*parity.notes, *corrected))
         if self.per_module or not parity.passed:
             _logger.info("comparing module by module")

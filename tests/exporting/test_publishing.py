@@ -172,6 +172,7 @@ def test_torchscript_exporter_gets_a_text_for_a_path(
         real(model, args, path, **options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(torch.onnx, "export", export)
+    monkeypatch.setattr("sn_export.running.tensor_memory.LARGE", 0)
     export_onnx(small_net("hook"), images(), tmp_path / "net.onnx", exporter="torchscript")
     assert [type(path) for path in paths] == [str]
 

@@ -13,6 +13,7 @@ from onnx import helper
 from torch import Tensor, nn
 
 from sn_export import export_onnx
+from sn_export.errors import ExportError
 from sn_export.proving.dynamic_sizes import correct_declared_sizes
 from sn_export.running import InputSet, Reference
 
@@ -60,8 +61,10 @@ def test_a_size_that_was_always_another_is_corrected(tmp_path: Path, size: int, 
 
 
 def test_a_size_that_varies_and_is_declared_fixed(tmp_path: Path) -> None:
-    """Both sizes are told, and the file leaves that dimension open."""
+    """Both sizes are told, and the file leaves that dimension open if no exporter is left."""
     path = declaring(tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match="dimension 1 of the output 'y' at 6, and it is 9"):
+        correct_declared_sizes(path, seen(6, 9), leaves_open=False)
     (note,) = correct_declared_sizes(path, seen(6, 9))
     assert "dimension 1 of the output 'y' at 6, and it is 9 for t=9: it is left open" in note
     first, second = onnx.load(path).graph.output[0].type.tensor_type.shape.dim

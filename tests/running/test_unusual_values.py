@@ -239,13 +239,6 @@ def test_another_default_device(dtype: torch.dtype) -> None:
     assert drawn.device == tensor.device
 
 
-def test_a_lazy_module_that_never_ran(tmp_path: Path) -> None:
-    """The parameter without a shape is named."""
-    model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(SnExportError, match=r"'0\.weight' has no shape yet"):
-        export_onnx(model, rows(), tmp_path / "net.onnx")
-
-
 def test_own_inputs_with_a_tensor_more(tmp_path: Path) -> None:
     """A tensor that the file has no input for is named."""
 
