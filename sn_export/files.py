@@ -52,7 +52,7 @@ _own_folders: set[Path] = set()
 
 def side_file(path: Path) -> Path:
     """Return where the external data of an ONNX file lies: ``net.onnx.data`` of ``net.onnx``."""
-    return path.with_name(path.name + ".data")
+    return path.parent / f"{path.name}.data"
 
 
 def as_path(path: Any, option: str) -> Path:

@@ -44,5 +44,6 @@ for step in range(4):
             plain.load_state_dict(state)
             assert torch.equal(plain(torch.ones(1, 8)), scores)
             torch.save(state, sys.argv[2])
-dist.barrier()  # no rank leaves while another still talks to it
+end = dist.barrier(async_op=True)  # kept: gloo's thread must not free it while Python ends
+end.wait()  # no rank leaves while another still talks to it
 dist.destroy_process_group()
