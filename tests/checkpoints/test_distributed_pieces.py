@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 import pickle
 from collections.abc import Callable
@@ -44,6 +45,18 @@ def _add_piece(metadata: Any, info: Any) -> None:
     _resize(metadata, 7)
 
 
+def _entry(metadata: Any) -> Any:
+    return metadata.state_dict_metadata["w"]
+
+
+def _add_twin(metadata: Any) -> None:
+    """Let a second name lead to the piece of 'w', and to its place in what was saved."""
+    metadata.state_dict_metadata["twin"] = _entry(metadata)
+    index, place = next(iter(metadata.storage_data.items()))
+    metadata.storage_data[dataclasses.replace(index, fqn="twin")] = place
+    metadata.planner_data["twin"] = metadata.planner_data["w"]
+
+
 FAULTS: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "not covered": (
         lambda metadata, info: _resize(metadata, 5),
@@ -65,6 +78,38 @@ FAULTS: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     "absolute": (
         lambda metadata, info: setattr(info, "relative_path", "/etc/passwd"),
         "'/etc/passwd' is not inside of it",
+    ),
+    "no path": (
+        lambda metadata, info: setattr(info, "relative_path", "a\0b"),
+        "'a\\x00b' is no path",
+    ),
+    "no text": (
+        lambda metadata, info: metadata.state_dict_metadata.update({3: _entry(metadata)}),
+        "it names something by no text",
+    ),
+    "no tensor": (
+        lambda metadata, info: metadata.state_dict_metadata.update(w=3),
+        "'w' is neither a tensor nor bytes",
+    ),
+    "no shape": (
+        lambda metadata, info: setattr(_entry(metadata), "size", None),
+        "'w' has no dtype, shape or pieces",
+    ),
+    "a piece without a place": (
+        lambda metadata, info: setattr(_entry(metadata).chunks[0], "offsets", torch.Size([0])),
+        "a piece of 'w' has no place",
+    ),
+    "another dtype": (
+        lambda metadata, info: setattr(_entry(metadata).properties, "dtype", torch.int32),
+        "a piece of 'w' is not what it should be",
+    ),
+    "two in one place": (
+        lambda metadata, info: _add_twin(metadata),
+        "'twin' is where another value is",
+    ),
+    "no list of keys": (
+        lambda metadata, info: metadata.planner_data.update(w=3),
+        "the place of 'w' is no list of keys",
     ),
     "absent": (
         lambda metadata, info: setattr(info, "relative_path", "__1_0.distcp"),
@@ -88,8 +133,29 @@ def test_records_that_lie(fault: str, tmp_path: Path) -> None:
     (tmp_path / "outside.bin").write_bytes(bytes(10_000))
     path = _folder(tmp_path / "d", edit)
     with pytest.raises(CheckpointError) as caught:
-        read_checkpoint(path)
+        dict(read_checkpoint(path).content)
     assert str(caught.value) == f"folder '{path}' is damaged or incomplete: {reason}"
+
+
+def test_pieces_that_are_no_values(tmp_path: Path) -> None:
+    """A sparse tensor in the place of a piece, and one that an extension compressed."""
+    sparse = io.BytesIO()
+    torch.save(torch.eye(4, 2).to_sparse(), sparse)
+
+    def replace(metadata: Any, info: Any) -> None:
+        (tmp_path / "a" / info.relative_path).write_bytes(sparse.getvalue())
+        info.length = len(sparse.getvalue())
+
+    def compress(metadata: Any, info: Any) -> None:
+        info.transform_descriptors = ["zstd"]
+
+    with pytest.raises(CheckpointError, match=r"incomplete: a piece of 'w' holds no values$"):
+        dict(read_checkpoint(_folder(tmp_path / "a", replace)).content)
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(_folder(tmp_path / "b", compress))
+    assert str(caught.value).endswith(
+        " holds 'w' compressed by an extension, which is not supported; save it without"
+    )
 
 
 def test_files_that_are_cut_off(tmp_path: Path) -> None:
