@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tempfile
 import time
@@ -16,18 +17,20 @@ from prove_common import Row
 
 from sn_export import check_case, export_onnx
 
+_REPORT = "net.json"
 _SETS = ("m", "dm", "cm", "cdm")  # files: m(odel), d(ata), c(ase); the last one names the others
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """Yield a row for each kind of kill."""
     with tempfile.TemporaryDirectory() as folder:
-        yield _plain_files(Path(folder), 149 if quick else 1)
-    with tempfile.TemporaryDirectory() as folder:
-        export = _Export(Path(folder))
-        count = 8 if quick else 100
-        yield export.row("export_onnx, killed at a step of publishing", count, export.at_a_step)
-        yield export.row("export_onnx, killed at a random moment", count, export.at_a_moment)
+        yield _plain_files(Path(folder), 149 if quick else 7)
+    for exporter, count in (("torchscript", 8 if quick else 100), ("dynamo", 1 if quick else 25)):
+        with tempfile.TemporaryDirectory() as folder:
+            export = _Export(Path(folder), exporter)
+            what = f"export_onnx by {exporter}, killed at a"
+            yield export.row(f"{what} step of publishing", count, export.at_a_step)
+            yield export.row(f"{what} random moment", count, export.at_a_moment)
 
 
 def _plain_files(folder: Path, stride: int) -> Row:
@@ -44,10 +47,15 @@ def _plain_files(folder: Path, stride: int) -> Row:
 
 
 class _Export:
-    """Exports of one of two models in turn: weights in the file, in external data, with a case."""
+    """Exports of one of two models in turn: weights in the file, in external data, with a case.
 
-    def __init__(self, folder: Path) -> None:
+    The report is saved afterwards, and is a file of its own: old, new or absent, and whole.
+    """
+
+    def __init__(self, folder: Path, exporter: str) -> None:
         self.folder = folder
+        self.exporter = exporter
+        self.known: dict[tuple[int, bool, bool], dict[str, bytes]] = {}
         self.models = [small_net("hook").eval(), small_net("hook").eval()]
         self.random = random.Random(0)
         self.steps = 400
@@ -73,29 +81,33 @@ class _Export:
             if not kill(work):
                 counts["ended before"] += 1
             found = contents(self.folder)
+            report = found.pop(_REPORT, None)
             said = verdict(found, old, new, "net.onnx")
             counts[said] += 1
             if said in ("old", "new") and with_case:
                 assert check_case(self.folder / "net.onnx", self.folder / "net.npz").passed
             work()
             names = {path.name for path in self.folder.iterdir()}
-            tidy = contents(self.folder) == new and names == set(new)
-            if said == "TORN" or not tidy:
+            found = contents(self.folder)
+            tidy = _is_whole(found.pop(_REPORT)) and found == new and names == {*new, _REPORT}
+            if said == "TORN" or not tidy or not (report is None or _is_whole(report)):
                 failures.append(f"kill {number}: {said}, afterwards {sorted(names)}")
         order = ("old", "absent", "new", "ended before")
         note = ", ".join(f"{key} {counts[key]}" for key in order if counts[key])
         return Row(attack, count, count - len(failures), note, failures)
 
     def export(self, which: int, external: bool, with_case: bool) -> None:
-        """Export one of the models to the folder."""
-        export_onnx(
+        """Export one of the models to the folder, and save the report."""
+        report = export_onnx(
             self.models[which],
             images(),
             self.folder / "net.onnx",
-            exporter="torchscript",
+            exporter=self.exporter,  # type: ignore[arg-type]
             external_data=external,
             save_case=self.folder / "net.npz" if with_case else None,
+            keep_programs=False,
         )
+        report.save(self.folder / _REPORT)
 
     def at_a_step(self, work: Callable[[], None]) -> bool:
         """Kill at a random line of publishing, or call to the system, the removal of drafts too."""
@@ -113,6 +125,17 @@ class _Export:
         return in_child(work, self.random.uniform(0, self.time))
 
     def _whole(self, which: int, external: bool, with_case: bool) -> dict[str, bytes]:
-        fill(self.folder, {})
-        self.export(which, external, with_case)
-        return contents(self.folder)
+        key = which, external, with_case
+        if key not in self.known:
+            fill(self.folder, {})
+            self.export(*key)
+            self.known[key] = contents(self.folder)
+            del self.known[key][_REPORT]
+        return self.known[key]
+
+
+def _is_whole(report: bytes) -> bool:
+    try:
+        return bool(json.loads(report)["parity"]["passed"])
+    except ValueError:
+        return False
