@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, TypeGuard
@@ -277,6 +277,17 @@ def _memory_format(value: Any) -> Any:
     return dcp._MEM_FORMAT_ENCODING(value)
 
 
+def _enum_member(kind: Any, name: Any) -> Any:
+    """Return a member of an enumeration as Python 3.11.0 to 3.11.3 writes it, by its name.
+
+    They write ``getattr(Class, "NAME")``, where others write ``Class(value)``. Nothing else is got.
+    """
+    members: Mapping[str, Any] = _ENUMS.get(kind.name, {}) if type(kind) is Global else {}
+    if type(name) is not str or name not in members:
+        raise ForbiddenPickleError("call 'builtins.getattr'")
+    return members[name]
+
+
 def _restore_versions(target: OrderedDict[Any, Any], state: Any) -> None:
     """Give a state dict the versions of its modules, the one attribute that torch sets."""
     versions = state.get("_metadata") if type(state) is dict else None
@@ -325,6 +336,8 @@ _FACTORIES: dict[str, type[Any]] = {
     **{f"builtins.{kind.__name__}": kind for kind in (dict, list, set, tuple, str, bytes)},
     **{f"builtins.{kind.__name__}": kind for kind in (int, float, complex, bool)},
 }
+_MEMORY_FORMAT = "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"
+_ENUMS = {_MEMORY_FORMAT: dcp._MEM_FORMAT_ENCODING.__members__}
 _CALLED: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,
@@ -339,7 +352,8 @@ _CALLED: dict[str, Callable[..., Any]] = {
     "torch.Size": _size,
     "torch.device": _device,
     "torch.serialization._get_layout": _layout,
-    "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING": _memory_format,
+    _MEMORY_FORMAT: _memory_format,
+    "builtins.getattr": _enum_member,
     "collections.OrderedDict": _ordered,
     "collections.Counter": _counter,
     "collections.defaultdict": _default,

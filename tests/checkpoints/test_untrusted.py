@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import collections
 import copyreg
+import io
 import os
 import pickle
 import sys
@@ -87,3 +88,24 @@ def _state() -> list[Any]:
         for name in passing:
             one.pop(name, None)
     return [*names, dict(os.environ), list(sys.path)]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "TORCH_PRESERVE_FORMAT"),
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "__class__"),
+        ("torch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING", "_member_map_"),
+        ("torch.distributed.checkpoint.metadata\nMetadata", "__init__"),
+        ("builtins\ndict", "fromkeys"),
+    ],
+)
+def test_members_by_name_and_nothing_else(kind: str, name: str) -> None:
+    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration as ``getattr(Class, "NAME")``."""
+    pickled = f"cbuiltins\ngetattr\n(c{kind}\nV{name}\ntR.".encode()
+    unpickler = unpickling.RestrictedUnpickler(io.BytesIO(pickled))
+    if name.startswith("TORCH"):
+        assert unpickler.load() is dcp.metadata._MEM_FORMAT_ENCODING[name]
+    else:
+        with pytest.raises(pickle_globals.ForbiddenPickleError, match=r"call 'builtins\.getattr'"):
+            unpickler.load()
