@@ -13,6 +13,7 @@ from ..running import InputSet, make_distinct, output_names
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
+_TENSORS = "tensors among the arguments of the example"
 
 
 def strip_traces(model: ir.Model) -> None:
@@ -115,9 +116,6 @@ def _since(name: str, opset: int) -> int:
         return int(onnx.defs.get_schema(name, opset).since_version)
     except onnx.defs.SchemaError:
         return 0
-
-
-_TENSORS = "tensors among the arguments of the example"
 
 
 def name_inputs(

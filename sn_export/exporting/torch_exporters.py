@@ -45,6 +45,9 @@ ExternalData = Literal["auto"] | bool
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
+OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
+_BFLOAT16 = 22
+_IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
 
 @dataclass(frozen=True)
@@ -257,11 +260,6 @@ def _check(path: Path) -> tuple[str, ...]:
             f"onnx's checker infers other shapes than were seen: {' '.join(str(inferred).split())}",
         )
     return ()
-
-
-OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
-_BFLOAT16 = 22
-_IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
 
 def require_opset(

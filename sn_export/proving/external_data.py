@@ -22,6 +22,7 @@ from ..files import side_file
 # onnx-ir does that by itself before 1.1.
 _PAGE = 2**16
 _PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
+_PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -67,9 +68,6 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
     entries = [entry for tensor in tensors for entry in tensor.external_data]
     is_read = any(entry.key == "location" and entry.value == data.name for entry in entries)
     return [data] if is_read else []
-
-
-_PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
 
 
 class Pieces:

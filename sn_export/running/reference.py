@@ -28,6 +28,10 @@ from .preservation import Preserved, set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
 from .undo import undo_on_exit, undoing
 
+_logger = logging.getLogger("sn_export")
+_SEED = 2
+_NOISE = 0.01  # of each number: its sign and its size stay
+
 
 @dataclass(frozen=True)
 class Reference:
@@ -64,7 +68,7 @@ def run_reference(
     Raises:
         SnExportError: if the model rejects the inputs or returns no tensor.
     """
-    with _failures_told(model, inputs):
+    with _describe_failures(model, inputs):
         result = _run(model, state, inputs, drops_weights)
     found = paths_of_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
@@ -81,7 +85,7 @@ def run_reference(
 
 
 @contextmanager
-def _failures_told(model: nn.Module, inputs: InputSet) -> Iterator[None]:
+def _describe_failures(model: nn.Module, inputs: InputSet) -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:  # a network that exits has not run
@@ -111,7 +115,7 @@ def initialise_lazy(model: nn.Module, inputs: InputSet) -> None:
             for attributes, training in modes:
                 attributes["training"] = training
 
-        with undo_on_exit(restore), _failures_told(model, inputs):
+        with undo_on_exit(restore), _describe_failures(model, inputs):
             state.guard_parameters()
             state.begin()
             for attributes, _ in modes:
@@ -173,11 +177,6 @@ def _drop_weights(model: nn.Module) -> Iterator[None]:
 
 def _drop(name: str, module: nn.Module, *_: object) -> None:
     module.__dict__.pop(name, None)
-
-
-_logger = logging.getLogger("sn_export")
-_SEED = 2
-_NOISE = 0.01  # of each number: its sign and its size stay
 
 
 class RandomReferences(NamedTuple):

@@ -23,6 +23,7 @@ LARGE = 2**29  # bytes of weights, past which a model is a large one
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
+_ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -66,9 +67,6 @@ def is_large(size: int) -> bool:
 def are_large(tensors: Iterable[Tensor]) -> bool:
     """Whether ``tensors`` take, together, as many bytes as those of a large model."""
     return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))
-
-
-_ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
 
 
 class Copies:

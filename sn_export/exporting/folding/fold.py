@@ -21,6 +21,8 @@ from ...results import FoldedInitializer
 from .cones import Cone, find_cones, is_weight
 from .sources import Sources, folded_name
 
+_logger = logging.getLogger("sn_export")
+
 
 def evaluate(cone: Cone, model: ir.Model) -> NDArray[Any]:
     """Return the value of a cone.
@@ -62,9 +64,6 @@ def _session(content: bytes) -> Any:
 def _array(value: ir.Value) -> NDArray[Any]:
     assert value.const_value is not None  # `find_cones` takes no other
     return value.const_value.numpy()
-
-
-_logger = logging.getLogger("sn_export")
 
 
 def fold_initializers(

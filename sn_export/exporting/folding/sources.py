@@ -25,6 +25,7 @@ _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
 _CHUNK = 2**20  # elements compared at a time
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
+_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
 
 
 class Sources:
@@ -155,9 +156,6 @@ def _is_fused(value: ir.Value) -> bool:
         len(node.inputs) > 2 and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
         for node in value.consumers()
     )
-
-
-_PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
 
 
 def plain_path(raw: str) -> str:
