@@ -78,12 +78,12 @@ class PlainNetwork:
         state: Mapping[str, Any],
         buffers: Mapping[str, Tensor],
     ) -> None:
-        sites = [site for _, found in selection.find(network) for site in found]
-        absent = [site.name for site in sites if site.name not in state]
+        found = selection.find(network)
+        names = [site.name for _, sites in found for site in sites]
+        absent = [name for name in names if name not in state]
         if absent:
             raise _unfitting(f"there is no '{absent[0]}' in it")
-        found = selection.find(network)
-        plan = Plan(found, lambda _: [state[site.name] for _, here in found for site in here])
+        plan = Plan(found, lambda _: [state[name] for name in names])
         plan.edits.apply()
         parameters = dict(network.named_parameters(remove_duplicate=False))
         kept: dict[int, nn.Parameter] = {}  # of tied ones there is one

@@ -77,7 +77,7 @@ class OwnNetwork:
         """Return what is frozen; the block itself warns."""
         frozen = tuple(describe_sites(self.network, self._only))
         try:
-            unconverged = find_unconverged(self.network)
+            unconverged = find_unconverged(self.network, frozen)
         except SnExportError:  # it sits where it cannot be read
             unconverged = ()
         frozen = with_exact_sigma(self.network, frozen) if sigma_exact else frozen

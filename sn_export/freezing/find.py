@@ -126,7 +126,9 @@ def add_exact_sigma(
     )
 
 
-def find_unconverged(model: nn.Module) -> tuple[UnconvergedSigma, ...]:
+def find_unconverged(
+    model: nn.Module, infos: Iterable[SpectralNormInfo | ParametrizationInfo] | None = None
+) -> tuple[UnconvergedSigma, ...]:
     """Return the tensors whose stored sigma is far below the true one.
 
     So it is where power iteration never ran: the vectors are as drawn, and what is divided by a
@@ -134,11 +136,13 @@ def find_unconverged(model: nn.Module) -> tuple[UnconvergedSigma, ...]:
 
     Args:
         model: any module. It is not changed; no power iteration of its own is run.
+        infos: what `describe_sites` returned, where that is known.
 
     Raises:
         FreezeError: as `find_spectral_norm`.
     """
-    return unconverged_among(describe_sites(model), _matrices(model, SPECTRAL_NORM))
+    infos = describe_sites(model) if infos is None else infos
+    return unconverged_among(infos, _matrices(model, SPECTRAL_NORM))
 
 
 def unconverged_among(
