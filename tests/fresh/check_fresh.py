@@ -33,28 +33,13 @@ import numpy as np
 import onnx
 import torch
 from export_models import EXPORTERS, product_in_float16
+from fresh_networks import Norm, Recurrent, generator
 from onnx import TensorProto, numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
 from sn_export import ExportError, ParityError, SnExportError, check_parity, export_onnx
 from sn_export.proving.verdicts import IMPRECISE, WRONG
-
-Norm = Callable[..., nn.Module]
-
-
-def generator(norm: Norm) -> nn.Module:
-    """Return the generator of an SNGAN, small."""
-    return nn.Sequential(
-        norm(nn.ConvTranspose2d(16, 32, 4)),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        norm(nn.ConvTranspose2d(32, 16, 4, 2, 1)),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        norm(nn.ConvTranspose2d(16, 3, 4, 2, 1)),
-        nn.Tanh(),
-    )
 
 
 def critic(norm: Norm) -> nn.Module:
@@ -103,21 +88,6 @@ class Attention(nn.Module):
         weights = torch.softmax(query.transpose(1, 2) @ key, -1)
         x = x + self.gamma * (value @ weights.transpose(1, 2)).view_as(x)
         return self.last(x)  # type: ignore[no-any-return]
-
-
-class Recurrent(nn.Module):
-    """Two recurrent layers, all of them under the norm, and a head."""
-
-    def __init__(self, kind: type[nn.RNNBase], norm: Norm) -> None:
-        super().__init__()
-        self.layers = kind(16, 32, 2, batch_first=True)
-        for name in [n for n, _ in self.layers.named_parameters() if n.startswith("weight")]:
-            norm(self.layers, name)
-        self.head = norm(nn.Linear(32, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores of the last step."""
-        return self.head(self.layers(x)[0][:, -1])  # type: ignore[no-any-return]
 
 
 class Transformer(nn.Module):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 import torch
 from export_models import EXPORTERS, assert_as_before, product_in_float16
 from fingerprint import fingerprint
+from fresh_networks import Norm, Recurrent, generator
 from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm
@@ -32,38 +34,7 @@ from sn_export import (
 from sn_export.proving.precision import InFloat64
 from sn_export.running import InputSet, random_sets
 
-Norm = Callable[..., nn.Module]
-
-
-def generator(norm: Norm = hooked_spectral_norm) -> nn.Module:
-    """Return a small generator with batch norm and tanh, never trained."""
-    return nn.Sequential(
-        norm(nn.ConvTranspose2d(16, 32, 4)),
-        nn.BatchNorm2d(32),
-        nn.ReLU(),
-        norm(nn.ConvTranspose2d(32, 16, 4, 2, 1)),
-        nn.BatchNorm2d(16),
-        nn.ReLU(),
-        norm(nn.ConvTranspose2d(16, 3, 4, 2, 1)),
-        nn.Tanh(),
-    )
-
-
-class Recurrent(nn.Module):
-    """An LSTM of two layers, all of it under spectral norm, never trained."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(16, 32, 2, batch_first=True)
-        for layer in range(2):
-            for name in (f"weight_ih_l{layer}", f"weight_hh_l{layer}"):
-                hooked_spectral_norm(self.lstm, name)
-        self.head = hooked_spectral_norm(nn.Linear(32, 4))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the scores of the last step."""
-        steps, _ = self.lstm(x)
-        return self.head(steps[:, -1])  # type: ignore[no-any-return]
+lstm = partial(Recurrent, nn.LSTM, hooked_spectral_norm)
 
 
 def latent() -> Tensor:
@@ -72,8 +43,8 @@ def latent() -> Tensor:
 
 
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
-    "generator": (generator, latent),
-    "lstm": (Recurrent, lambda: torch.randn(2, 7, 16)),
+    "generator": (partial(generator, hooked_spectral_norm), latent),
+    "lstm": (lstm, lambda: torch.randn(2, 7, 16)),
 }
 
 
@@ -126,7 +97,7 @@ def test_fresh_networks_are_proved(tmp_path: Path, kind: str, exporter: Any) -> 
 def test_wrong_files_of_fresh_networks_are_refused(tmp_path: Path, seed: int, fault: str) -> None:
     """A weight that is off, a swapped channel, a lost bias or a rounded weight is refused."""
     torch.manual_seed(seed)
-    model, x = Recurrent(), torch.randn(2, 7, 16)
+    model, x = lstm(), torch.randn(2, 7, 16)
     path = tmp_path / "net.onnx"
     export_onnx(model, (x,), path, exporter="torchscript")
 
@@ -151,7 +122,7 @@ def test_wrong_files_of_fresh_networks_are_refused(tmp_path: Path, seed: int, fa
 def test_wrong_weights_before_a_saturated_output_are_refused(tmp_path: Path) -> None:
     """Nearly all elements are -1 or 1 whatever the weights are, and the few others tell."""
     torch.manual_seed(4)
-    model, x = generator(), latent()
+    model, x = generator(hooked_spectral_norm), latent()
     path = tmp_path / "net.onnx"
     export_onnx(model, (x,), path, exporter="torchscript")
     report = check_parity(model, changed(path, "6.weight", lambda w: w * 1.01), sets_of(x))
@@ -177,7 +148,7 @@ def test_one_product_in_float16_is_refused(tmp_path: Path, norm: Norm, seed: int
 def test_a_tolerance_that_was_given_is_binding(tmp_path: Path, option: dict[str, float]) -> None:
     """The truth is not asked then, and the file is refused as before."""
     torch.manual_seed(2)
-    model, x = Recurrent(), torch.randn(2, 7, 16)
+    model, x = lstm(), torch.randn(2, 7, 16)
     with pytest.raises(ParityError) as caught:
         export_onnx(model, (x,), tmp_path / "net.onnx", exporter="torchscript", **option)  # type: ignore[arg-type]
     assert caught.value.report.outputs[0].rounding is None
@@ -352,7 +323,7 @@ def test_a_float64_run_that_is_no_truth(tmp_path: Path, model: nn.Module, reason
 def test_converged_layers_are_not_warned_of(tmp_path: Path) -> None:
     """After some forwards in train mode no layer is named, and no error is left."""
     torch.manual_seed(1)
-    model, x = generator(), latent()
+    model, x = generator(hooked_spectral_norm), latent()
     for _ in range(20):
         model.train()(x)
     with warnings.catch_warnings():
