@@ -37,7 +37,7 @@ _COPIED = ("sn_export", "tests", "scripts", "pyproject.toml", "README.md", "CHAN
 # What is mutated, how many mutants of it are drawn, and the tests of its own wing.
 _GROUPS: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
     "freezing": (("freezing/**/*.py",), 60, ("tests/freezing",)),
-    "publishing": (("files.py",), 25, ("tests/test_files", "tests/exporting/test_publishing")),
+    "publishing": (("files/*.py",), 25, ("tests/test_files", "tests/exporting/test_publishing")),
     "comparison": (
         (
             *(

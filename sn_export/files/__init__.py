@@ -1,0 +1,36 @@
+"""Where files go, and how they get there: several together or not at all. No torch."""
+
+from .drafts import Drafts, require_writable
+from .paths import (
+    TEXT_FORMATS,
+    are_one_place,
+    as_path,
+    disk_errors_as,
+    find_disk_error,
+    open_regular,
+    require_folder_place,
+    require_onnx_place,
+    require_place,
+    require_regular,
+    side_file,
+    starts_as_onnx,
+)
+from .publishing import publish
+
+__all__ = [
+    "TEXT_FORMATS",
+    "Drafts",
+    "are_one_place",
+    "as_path",
+    "disk_errors_as",
+    "find_disk_error",
+    "open_regular",
+    "publish",
+    "require_folder_place",
+    "require_onnx_place",
+    "require_place",
+    "require_regular",
+    "require_writable",
+    "side_file",
+    "starts_as_onnx",
+]

@@ -1,0 +1,217 @@
+"""Folders in which files are written, beside their places.
+
+A file is written as a draft, in a hidden folder beside its place (`Drafts`), and moved from there
+(`publish`), so whoever looks sees whole files alone. The folder looks like this::
+
+    .sn_export.k2x0f8vt/
+      lock         locked while the process lives that made the folder
+      made/        the drafts, under their own names
+      replaced/    what was there before, until all is in place
+      plan         the moves that are being made, as JSON
+
+A killed process leaves its folder behind. The next one that writes beside it can lock the file
+``lock``, so it knows that nobody needs the folder: it takes back moves that were not all made,
+and removes the folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import os
+import secrets
+import shutil
+import time
+import warnings
+from collections.abc import Generator
+from pathlib import Path
+
+from ..errors import SnExportWarning
+from .paths import require_place
+from .publishing import KEPT, PLAN, REPLACED, take_back
+
+_PREFIX = ".sn_export."
+_LOCK, _MADE = "lock", "made"
+# Where flock works by process and not by open file (NFS), one's own lock could be taken again.
+_own_folders: set[Path] = set()
+
+
+def require_writable(target: Path) -> None:
+    """Raise as `require_place` does, or if the folder of ``target`` takes no new file.
+
+    Raises:
+        PermissionError: if the folder may not be written to.
+        OSError: if it cannot be: a read-only disk, say.
+    """
+    require_place(target)
+    try:
+        with Drafts() as drafts:
+            drafts.open(target)
+    except OSError as error:
+        raise type(error)(f"cannot write '{target}': {error.strerror}") from error
+
+
+class Drafts(io.IOBase):
+    """A context manager with paths to write to, whose folders are gone when it is left.
+
+    ::
+
+        with Drafts() as drafts:
+            made = drafts.open(Path("net.onnx"))  # .sn_export.k2x0f8vt/made/net.onnx
+            made.write_bytes(content)
+            publish([(made, Path("net.onnx"))])
+
+    No interrupt can keep a folder: ``__exit__`` is that of `io.IOBase`, which calls the ``close``
+    of a generator, and both are written in C, so there is no line of Python to be stopped at before
+    the generator goes on, within its ``try``.
+    """
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, list[int]] = {}
+        removal = _remove_at_close(self._folders)
+        next(removal)
+        self.__dict__["close"] = removal.close
+
+    def open(self, target: Path) -> Path:
+        """Return a path of the same name in a new folder beside ``target``.
+
+        What killed processes left beside ``target`` is removed first. If one was killed while it
+        replaced files, what it had moved aside is back in its place.
+
+        Raises:
+            OSError: if the folder of ``target`` takes no new folder.
+
+        Warns:
+            SnExportWarning: if there is something that looks left behind, and nobody can tell
+                whether a process still uses it, since files cannot be locked on this disk.
+        """
+        _remove_leftovers(target.parent)
+        folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        _own_folders.add(folder)
+        self._folders[folder] = []
+        _make(folder, self._folders[folder])
+        return folder / _MADE / target.name
+
+
+def _remove_at_close(folders: dict[Path, list[int]]) -> Generator[None]:
+    try:
+        try:
+            yield
+        finally:
+            _close(folders)
+    finally:  # an interrupt may have stopped the first one
+        _close(folders)
+
+
+def _make(folder: Path, locks: list[int]) -> None:
+    """Make a folder for drafts, and lock it where files can be locked.
+
+    Without a lock there is no file ``lock``, so that no other process takes it for unlocked.
+    """
+    while not locks:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            locks.append(_lock(folder / _LOCK, os.O_CREAT))
+        except (FileNotFoundError, BlockingIOError):  # taken for left behind before it was locked
+            time.sleep(0.01)
+        except OSError:
+            (folder / _LOCK).unlink(missing_ok=True)
+            break
+    (folder / _MADE).mkdir()
+
+
+def _close(folders: dict[Path, list[int]]) -> None:
+    """Remove folders and their locks; it can be repeated from wherever it was stopped."""
+    for folder, locks in [*folders.items()]:
+        _remove(folder)
+        _own_folders.discard(folder)
+        while locks:
+            os.close(locks.pop())
+        del folders[folder]
+
+
+def _lock(path: Path, flags: int = 0) -> int:
+    """Return the descriptor of a file that nobody else has locked from now on.
+
+    Raises:
+        BlockingIOError: if another one has.
+        FileNotFoundError: if it is not there, or gone by the time it was locked.
+        OSError: if files cannot be locked here.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(errno.ENOSYS, "this system has no flock") from None
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.fstat(descriptor).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(parent: Path) -> None:
+    with os.scandir(parent) as entries:
+        found = [
+            Path(entry.path)
+            for entry in entries
+            if entry.name.startswith(_PREFIX) and entry.is_dir(follow_symlinks=False)
+        ]
+    locks: dict[Path, int] = {}
+    try:
+        for folder in found:
+            if folder in _own_folders or (folder / KEPT).exists():
+                continue
+            try:
+                locks[folder] = _lock(folder / _LOCK)
+            except BlockingIOError:  # by a living process
+                continue
+            except OSError as error:
+                if not _remove_empty(folder):
+                    _warn_of_leftover(folder, error)
+        for folder in locks:
+            take_back(folder)
+        for folder in locks:  # after that, since moves go to and from several
+            _remove(folder)
+    finally:
+        for lock in locks.values():
+            os.close(lock)
+
+
+def _remove_empty(folder: Path) -> bool:
+    """Remove a folder that was made and not yet locked; whoever made it makes another one."""
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _warn_of_leftover(folder: Path, error: OSError) -> None:
+    is_unlocked = isinstance(error, FileNotFoundError)
+    reason = "it has no lock" if is_unlocked else f"locking it fails: {error.strerror}"
+    warnings.warn(
+        f"'{folder}' may be left from a process that was killed, or in use by one; nobody can tell "
+        f"({reason}), so it stays. Remove it if nothing is being exported there",
+        SnExportWarning,
+        stacklevel=2,
+    )
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of drafts, its lock last; what a kill leaves of it can be locked again."""
+    if (folder / KEPT).exists():
+        return
+    with contextlib.suppress(OSError):
+        (folder / PLAN).unlink(missing_ok=True)  # first: it holds while all drafts are there
+    for name in (_MADE, REPLACED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with contextlib.suppress(OSError):
+        (folder / _LOCK).unlink(missing_ok=True)
+        folder.rmdir()

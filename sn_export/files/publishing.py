@@ -1,0 +1,176 @@
+"""How files that belong together get to their places: all of them, or none.
+
+They come from a folder of drafts (`Drafts`), which has room for what they replace.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+
+REPLACED, KEPT, PLAN = "replaced", "kept", "plan"
+
+
+def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> None:
+    """Move drafts to their places: all of them, or none, whenever the process is killed.
+
+    The last file is the one that names the others: a model its data, an index its shards. It is
+    moved aside first and into place last, so a kill in between leaves no such file, and never an
+    old one with new others::
+
+        net.onnx -> replaced/net.onnx              absent from here on
+        net.onnx.data -> replaced/net.onnx.data
+        made/net.onnx.data -> net.onnx.data
+        made/net.onnx -> net.onnx                  the new pair from here on
+
+    What was moved aside comes back when somebody writes there again (`Drafts`). A file alone takes
+    the place of an old one in one step. Each step is on the disk before the
+    next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
+
+    Args:
+        moves: drafts, from `Drafts`, and their places; the one that names the others last. A
+            folder alone, with files in it, is moved in one step too.
+        stale: files that nobody reads afterwards, each beside one of the places.
+
+    Raises:
+        OSError: if a file cannot be moved; what was at the places is there again.
+    """
+    for made, _ in moves:
+        for path in made.iterdir() if made.is_dir() else ():
+            _flush(path)
+        _flush(made)
+    with _alone_in(moves[-1][1].parent):
+        _move_all(moves, stale)
+
+
+@contextlib.contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Wait until nobody else publishes in ``folder``, as ranks do that export the same model.
+
+    Without it, one would move aside what another one has just put there. Where folders cannot be
+    locked (Windows, some NFS), they take that chance.
+    """
+    descriptors = list[int]()
+    with contextlib.suppress(ImportError, OSError):
+        import fcntl
+
+        descriptors.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(descriptors[0], fcntl.LOCK_EX)
+    try:
+        yield
+    finally:
+        while descriptors:
+            os.close(descriptors.pop())
+
+
+def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None:
+    last, done = moves[-1][0], list[tuple[Path, Path]]()
+    phases = _plan(moves, stale)
+    if len(phases) > 1:
+        _write_plan(last.parents[1], [pair for phase in phases for pair in phase])
+    try:
+        for phase in phases:
+            for source, place in phase:
+                done.append((source, place))
+                os.replace(source, place)
+            _flush_folders(path.parent for pair in phase for path in pair)
+    except BaseException:
+        if os.path.lexists(last):  # else the last step was done, and all is in place
+            _undo(done)
+        raise
+
+
+def _plan(
+    moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]
+) -> list[list[tuple[Path, Path]]]:
+    """Return the steps of `publish`, in three groups that are flushed one after the other."""
+    *others, (made, target) = moves
+    aside = made.parent.with_name(REPLACED)
+    removed = [(path, aside / path.name) for path in stale if os.path.lexists(path)]
+    if not others and not removed:
+        return [[(made, target)]]
+    changed = removed
+    for source, place in others:
+        folder = source.parent.with_name(REPLACED)
+        changed += [(place, folder / place.name)] if os.path.lexists(place) else []
+        changed.append((source, place))
+    first = [(target, aside / target.name)] if os.path.lexists(target) else []
+    for _, place in (*first, *changed):
+        if place.parent.name == REPLACED:
+            place.parent.mkdir(exist_ok=True)
+    return [first, changed, [(made, target)]]
+
+
+def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
+    """Write down what is going to be moved, for whoever finds the folder after a kill."""
+    paths = [[os.path.abspath(path) for path in pair] for pair in steps]
+    plan = folder / PLAN
+    plan.write_text(json.dumps({"folder": _identity(folder), "steps": paths}), "utf-8")
+    _flush(plan)
+    _flush_folders([folder])
+
+
+def take_back(folder: Path) -> None:
+    """Take back the moves of a killed process, unless it had made the last one.
+
+    A folder that came from elsewhere, in an archive, may hold any plan. It is not followed: nobody
+    else can know the number that the disk gives a folder.
+    """
+    try:
+        plan = json.loads((folder / PLAN).read_text("utf-8"))
+        steps = [(Path(source), Path(place)) for source, place in plan["steps"]]
+        made, target = steps[-1]
+        is_ours = plan["folder"] == _identity(folder)
+        if is_ours and os.path.lexists(made) and not os.path.lexists(target):
+            _move_back(steps[:-1])
+    except (OSError, ValueError, KeyError, TypeError, IndexError):
+        return  # half written, before the first move; or another folder is gone
+
+
+def _identity(folder: Path) -> list[int]:
+    found = folder.stat()
+    return [found.st_dev, found.st_ino]
+
+
+def _undo(done: Sequence[tuple[Path, Path]]) -> None:
+    """Move back what was moved; no step takes the place of a file, so each can be repeated.
+
+    Raises:
+        OSError: if the disk refuses; says where the replaced files are, which are then kept.
+    """
+    try:
+        try:
+            _move_back(done)
+        except BaseException:  # an interrupt, which comes once
+            _move_back(done)
+            raise
+    except OSError as error:
+        kept = {path.parent for _, path in done if path.parent.name == REPLACED and path.exists()}
+        for folder in kept:
+            folder.rename(folder.with_name(KEPT))
+        where = ", ".join(f"'{folder.with_name(KEPT)}'" for folder in sorted(kept))
+        there = f"; what was there is now in {where}" if kept else ""
+        raise OSError(error.errno, f"{error.strerror}{there}") from error
+
+
+def _move_back(done: Sequence[tuple[Path, Path]]) -> None:
+    for source, place in reversed(done):
+        if os.path.lexists(place) and not os.path.lexists(source):
+            os.replace(place, source)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _flush_folders(folders: Iterable[Path]) -> None:
+    for folder in dict.fromkeys(folders):
+        with contextlib.suppress(OSError):  # not every system can
+            _flush(folder)
