@@ -85,6 +85,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             "--no-strict": not self.strict,
             "--dim": self.dims,
             "--trust-pickle": self.trust_pickle,
+            "--draws": self.draws,
         }
         names = [name for name, value in given.items() if value]
         if names:
@@ -138,7 +139,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             print_json(content)
         else:
             print_notes_of_checkpoint(loaded.notes)
-            show_parity(parity)
+            show_parity(parity, told=warned)
         if not parity.passed:
             print_note(f"'{self.file}' does not reproduce the model")
             raise typer.Exit(FAILED)

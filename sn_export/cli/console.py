@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -223,8 +223,13 @@ def _of_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
     return str(info.dim), number(info.sigma)
 
 
-def show_parity(parity: ParityReport, with_modules: bool = False) -> None:
-    """Print the comparison of each output, and of the modules where it fails or they are wanted."""
+def show_parity(
+    parity: ParityReport, with_modules: bool = False, told: Collection[str] = ()
+) -> None:
+    """Print the comparison of each output, and of the modules where it fails or they are wanted.
+
+    Its notes follow, but for those that were ``told`` already.
+    """
     table(
         f"parity with onnxruntime over {parity.samples} input sets",
         ["output", "shape", "dtype", "max abs", "max rel", "mean abs", "result"],
@@ -246,6 +251,9 @@ def show_parity(parity: ParityReport, with_modules: bool = False) -> None:
             print_line(join_lines(f"{output.name}: {output.reason}"))
     if parity.divergence is not None and (with_modules or not parity.passed):
         _show_modules(parity.divergence, with_modules)
+    for note in parity.notes:
+        if note not in told:
+            print_note(f"note: {note}")
 
 
 def _show_modules(divergence: Divergence, is_all: bool) -> None:

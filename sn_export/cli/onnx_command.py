@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shlex
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,7 +190,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
             print_json(content)
         else:
             print_notes_of_checkpoint(loaded.notes)
-            self._show(made)
+            self._show(made, warned)
         if failed:
             print_note(
                 f"the file does not reproduce the model, and '{self.output}' was not written "
@@ -240,10 +240,10 @@ class OnnxCommand(ModelOptions, ProofOptions):
             **options,
         )
 
-    def _show(self, made: ExportReport) -> None:
+    def _show(self, made: ExportReport, told: Sequence[str]) -> None:
         from .console import show_frozen, show_parity
 
         show_frozen(made.frozen)
-        show_parity(made.parity, self.per_module)
+        show_parity(made.parity, self.per_module, told)
         if made.parity.passed:
             print_line(f"proved and written: {made.path} (opset {made.opset}, {made.exporter})")

@@ -174,20 +174,8 @@ def _describe_export(
 def _with_cause(error: ParityError, proof: Proof) -> ParityError:
     """Say so where no exporter is to blame: the model itself differs under the same conditions."""
     found = error.divergence
-    if found is None:
+    if found is None or not found.is_deterministic:
         return error
-    if not found.is_deterministic:
-        advice = (
-            "Where the noise has a scale among the inputs, a proof is made with 0 as its value in "
-            "the example and samples=0; draws='zeros' makes and proves a file without the noise; "
-            "else take the noise itself as an input of the model"
-        )
-        if proof.references[0].inputs.draws is not None:
-            advice = (
-                "It draws what draws='zeros' does not replace: whole numbers, or by something else "
-                "than torch's functions"
-            )
-        return ParityError(f"{error}. {advice}", error.report)
     if differs(proof, no_fused_attention):
         cause = (
             "the model's own outputs differ as well without torch's fused attention, which no "

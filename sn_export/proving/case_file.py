@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import ExportError, SnExportError
 from ..files import open_regular
 from ..results import ProofDtype
+from ..running import DRAWS
 from ..text import dtype_name
 from .float32 import PROOF_DTYPES
 
@@ -51,6 +52,7 @@ class Case:
         atol: absolute tolerance of each output, in units of the output, likewise.
         sets: label, inputs and outputs of each input set.
         proof_dtype: dtype of the copy that was run in the place of the file.
+        draws: the random numbers that the model drew: see `sn_export.running.draws`.
     """
 
     inputs: tuple[str, ...]
@@ -59,6 +61,7 @@ class Case:
     atol: tuple[float | None, ...]
     sets: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
     proof_dtype: ProofDtype | None = None
+    draws: str | None = None
 
 
 def write_case(path: Path, case: Case) -> None:
@@ -89,6 +92,7 @@ def write_case(path: Path, case: Case) -> None:
         "atol": case.atol,
         "sets": sets,
         "proof_dtype": case.proof_dtype,
+        "draws": case.draws,
     }
     text = json.dumps(content).encode()
     with path.open("wb") as file:
@@ -130,6 +134,7 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
         tuple(content["atol"]),
         [(entry["label"], (), ()) for entry in content["sets"]],
         content.get("proof_dtype"),
+        content.get("draws"),
     )
     return case, _read_sets(path, arrays, content)
 
@@ -157,6 +162,7 @@ def _content(path: Path, archive: Mapping[str, Any]) -> Any:
         and len(sets) > 0
         and len(results) > 0
         and content.get("proof_dtype") in PROOF_DTYPES
+        and content.get("draws") in DRAWS
     )
     if not is_sound:
         raise _unreadable(path, "'case' lacks names, tolerances or sets, or they do not fit")

@@ -12,7 +12,7 @@ from torch import nn
 from ..errors import ExportError
 from ..files import as_path
 from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
-from ..running import Reference
+from ..running import Reference, draws_note
 from ..text import dtype_name
 from .case_file import Case, opened_case
 from .float32 import as_float32
@@ -94,6 +94,7 @@ def check_case(
         len(case.sets),
         tuple(session.get_providers()),
         proof_dtype=settings.proof_dtype,
+        notes=tuple(filter(None, [draws_note(case.draws)])),
     )
 
 
@@ -126,6 +127,7 @@ def case_of(
         saved(1),
         sets,
         settings.proof_dtype,
+        references[0].inputs.draws,
     )
 
 

@@ -35,6 +35,15 @@ from .session import named_inputs, open_session, run_session
 from .tolerances import ProofSettings
 
 _SHOWN = 4  # how many modules a finding names
+_NOISE = (
+    "No export can reproduce that. Where the noise has a scale among the inputs, a proof is made "
+    "with 0 as its value in the example and samples=0; draws='zeros' makes and proves a file "
+    "without the noise; else take the noise itself as an input of the model"
+)
+_OTHER_NOISE = (
+    "It draws what draws='zeros' does not replace: whole numbers, or by something else than "
+    "torch's functions"
+)
 _IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
 
 
@@ -64,19 +73,17 @@ def locate(
         return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
     file = onnx.load(path, load_external_data=False)
     named = module_values(model, file, {call.module for call in calls})
-    outputs = [output.name for output in file.graph.output]
     try:
         session = open_session(path, settings.providers, _with_all_values(file))
         feed = named_inputs(session, inputs, settings.input_names)
-        names = _made_values(file)
-        tensors = run_session(session, feed, inputs.label, [*names, *outputs])
+        names = [*_made_values(file), *(output.name for output in file.graph.output)]
+        tensors = run_session(session, feed, inputs.label, names)
     except (ExportError, ValueError, EncodeError, MemoryError) as error:
         return Divergence((), None, f"cannot tell where: {error}", sample=inputs.label)
-    values = {
-        name: tensor for name, tensor in zip(names, tensors, strict=False) if tensor is not None
-    }
+    end = len(names) - len(file.graph.output)
+    values = {n: t for n, t in zip(names[:end], tensors, strict=False) if t is not None}
     modules, unmatched = compare_calls(calls[:-1], named, values, strictness)
-    modules.append(compare_whole(calls[-1], outputs, tensors[len(names) :], strictness))
+    modules.append(compare_whole(calls[-1], names[end:], tensors[end:], strictness))
     found = Divergence(
         tuple(modules), None, "", tuple(dict.fromkeys(unmatched)), sample=inputs.label
     )
@@ -87,28 +94,43 @@ def locate(
     bad = next((entry for entry in found.modules if not entry.passed), None)
     if bad is None or not bad.module or bad.module != found.first:
         return found
-    idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
-    hidden = [
-        path
-        for path in _hidden_before(bad, calls, found.modules, feed.values())
-        if path not in idle
-    ]
-    if hidden:
-        return replace(
-            found,
-            reason=f"{found.reason}; nothing can be told of {quote_names(hidden, _SHOWN)} before "
-            "it, for want of a value in the file",
-        )
     given = trace_inputs(model, state, inputs, bad.module, bad.call)
     call = ModuleCall(bad.module, bad.type, bad.call, given)
     entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
+    addition = _describe_before(bad, entering, model, calls, found.modules, feed.values())
+    return replace(found, reason=found.reason + addition)
+
+
+def _describe_before(
+    bad: ModuleParity,
+    entering: ModuleParity | None,
+    model: nn.Module,
+    calls: Sequence[ModuleCall],
+    compared: Sequence[ModuleParity],
+    given: Collection[Tensor],
+) -> str:
+    """Return what is to be added where the cause may lie before the first module to differ.
+
+    Args:
+        bad: that module.
+        entering: how what it is given compares; None where the file has no such value.
+        model: the model.
+        calls: every call of a module.
+        compared: those that have a value in the file.
+        given: the inputs.
+    """
+    idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
+    before = _hidden_before(bad, calls, compared, given)
+    hidden = [path for path in before if path not in idle]
+    if hidden:
+        untold = quote_names(hidden, _SHOWN)
+        return f"; nothing can be told of {untold} before it, for want of a value in the file"
     if entering is None or entering.passed:
-        return found
+        return ""
     _, title = _around(bad.module, model, calls)
-    return replace(
-        found,
-        reason=f"{found.reason}; what it is given differs already, so the cause lies before it, in "
-        f"the forward of {title}",
+    return (
+        "; what it is given differs already, so the cause lies before it, in the forward of "
+        f"{title}"
     )
 
 
@@ -133,7 +155,7 @@ def _random(
             title = f"the forward of {title}"
     reason = (
         "the model is not deterministic: it gives different outputs for the same input, first in "
-        f"{title}. No export can reproduce that"
+        f"{title}. {_NOISE if inputs.draws is None else _OTHER_NOISE}"
     )
     return replace(found, first=path, reason=reason, is_deterministic=False)
 

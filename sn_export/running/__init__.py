@@ -1,6 +1,6 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
 
-from .draws import draws_note, require_draws
+from .draws import DRAWS, draws_note, require_draws
 from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
 from .input_set import (
     InputSet,
@@ -36,6 +36,7 @@ from .undo import ClosedOnExit, end_abandoned, undo_on_exit, undoing
 from .wrapped_models import find_entry, unwrap_model
 
 __all__ = [
+    "DRAWS",
     "ClosedOnExit",
     "DynamicDim",
     "Guarded",

@@ -16,10 +16,12 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+DRAWS = (None, "zeros")
+
 
 def require_draws(draws: Any) -> str | None:
     """Return how random numbers are drawn, or raise a ValueError."""
-    if draws not in (None, "zeros"):
+    if draws not in DRAWS:
         raise ValueError(f"draws must be None or 'zeros', got {draws!r}")
     return draws  # type: ignore[no-any-return]
 

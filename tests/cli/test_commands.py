@@ -182,6 +182,23 @@ def test_proof_dtype_of_a_case(run: Run) -> None:
     assert run("check", ".").out.splitlines()[-1] == "1 case: 1 equal, 0 not, 0 not compared"
 
 
+def test_draws_of_a_network_with_noise(run: Run) -> None:
+    """Without its noise it is proved, checked and replayed; with it, what to do is said."""
+    noisy = ["--model", "cli_networks:NoisyCritic", "--input", "2x3x8x8"]
+    export = ["onnx", "a.pt", *noisy, "-o", "o.onnx", "--save-case", "o.npz"]
+    zeros = "note: draws='zeros': every random number of the forward is 0"
+    assert run(*export, "--draws", "zeros").code == 0
+    ran = run("check", "o.onnx", "a.pt", *noisy, "--draws", "zeros")
+    assert ran.code == 0 and zeros in ran.err
+    ran = run("check", "o.onnx", "--case", "o.npz")
+    assert ran.code == 0 and zeros in ran.err
+    ran = run("check", "o.onnx", "--case", "o.npz", "--draws", "zeros")
+    assert ran.code == 2 and "--case needs no model: leave out --draws" in ran.err
+    for command in (["check", "o.onnx", "a.pt", *noisy], [*export, "--force"]):
+        ran = run(*command)
+        assert ran.code == 1 and "draws='zeros' makes and proves a file without" in ran.out
+
+
 BAD: dict[str, tuple[list[str], str]] = {
     "absent": (["onnx", "no.pt", *CRITIC], "there is no checkpoint at 'no.pt'"),
     "shape": (

@@ -32,6 +32,14 @@ class Critic(nn.Module):
         return out
 
 
+class NoisyCritic(Critic):
+    """The critic, with noise on its scores."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + torch.randn_like(out)
+
+
 class Lstm(nn.Module):
     """Two tensors under spectral norm in one module, both square or nearly."""
 
