@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from .errors import SnExportError
 from .freezing import ParametrizationInfo, SpectralNormInfo
-from .text import to_json_values
+from .text import format_count, to_json_values
 
 # One number for every output, or numbers by the name (str) or position (int) of an output.
 Tolerance = float | Mapping[Any, float] | None
@@ -464,8 +464,8 @@ class ExportReport:
 
     def __str__(self) -> str:
         """Return the verdict, what made the file, and a line for each output."""
-        tensors = f"{len(self.frozen)} tensor{'' if len(self.frozen) == 1 else 's'} frozen"
-        made = f"opset {self.opset}, {self.exporter}, {tensors}"
+        tensors = format_count(len(self.frozen), "tensor")
+        made = f"opset {self.opset}, {self.exporter}, {tensors} frozen"
         if self.parity.passed:
             return f"proved: {self.path} ({made})\n{self.parity}"
         return f"not proved, so '{self.path}' was not written ({made})\n{self.parity}"

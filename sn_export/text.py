@@ -67,6 +67,18 @@ def shorten_list(texts: Iterable[str], most: int = 5) -> str:
     return ", ".join(texts[:most]) + more
 
 
+def format_count(number: int, noun: str) -> str:
+    """Return ``"1 entry"``, ``"2 entries"``, ``"0 tensors"``: a number, and what there is of it."""
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
+
+
+def describe_type(value: object) -> str:
+    """Return ``"a value of type 'int'"``, which says nothing that a file could have chosen."""
+    return f"a value of type {quote_name(type(value).__name__)}"
+
+
 def join_lines(text: str) -> str:
     """Return ``text`` as one line: each break and the blanks around it become one blank."""
     return " ".join(line.strip() for line in text.splitlines() if line.strip())

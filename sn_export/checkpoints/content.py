@@ -14,7 +14,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from ..errors import CheckpointError
-from ..text import quote_name, quote_names, shorten_list
+from ..text import describe_type, format_count, quote_name, quote_names, shorten_list
 from .lazy_tensors import LazyTensors, is_tensor
 from .pickle_globals import Global, Unread
 
@@ -212,7 +212,7 @@ def describe_candidates(states: Iterable[StateDict], describe: Callable[[StateDi
     texts = []
     for one in states:
         count = sum(is_tensor(one.tensors, name) for name in one.tensors)
-        said = [f"{count} tensor{'' if count == 1 else 's'}", describe(one)]
+        said = [format_count(count, "tensor"), describe(one)]
         texts.append(f"{quote_name(one.key)} ({', '.join(filter(None, said))})")
     return shorten_list(texts, 20)
 
@@ -224,7 +224,7 @@ def _describe(content: Any) -> str:
         return f"its keys are {quote_names(content)}" if content else "it holds nothing"
     if isinstance(content, (list, tuple)) and any(isinstance(v, Tensor) for v in content):
         return "it holds tensors without names"
-    return f"it holds a {type(content).__name__}"
+    return f"it holds {describe_type(content)}"
 
 
 def require_read(content: Any, what: str) -> None:

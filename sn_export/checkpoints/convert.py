@@ -5,8 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress
 from operator import not_
@@ -16,7 +15,14 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError
-from ..files import Drafts, disk_errors_as, publish, require_folder_place, require_place
+from ..files import (
+    Drafts,
+    disk_errors_as,
+    find_disk_error,
+    publish,
+    require_folder_place,
+    require_place,
+)
 from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
@@ -225,8 +231,7 @@ def _write_folder(
         return
     require_read(checkpoint.content, quote_name(checkpoint.path))
     content, path = (None, ()) if weights_only else (checkpoint.content, state.path)
-    with _torch_disk_errors():
-        write_distributed(folder, content, path, result.entries, written)
+    write_distributed(folder, content, path, result.entries, written)
 
 
 def _chosen_sites(
@@ -317,21 +322,11 @@ def _content(
 
 
 def _save(content: Any, path: Path) -> None:
-    with _torch_disk_errors(), path.open("wb") as file:
-        torch.save(content, file)
-
-
-@contextmanager
-def _torch_disk_errors() -> Iterator[None]:
-    """Raise an OSError for what torch's C++ writer makes of a full disk."""
     try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error.__context__, OSError):
-            raise error.__context__ from error
-        if "inline_container" not in str(error):  # the name of that writer's file
-            raise
-        raise OSError(0, "the disk is full, or the file was cut off") from error
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's C++ writer fails once more on its way out
+        raise find_disk_error(error) or error from None
 
 
 def _require_tensors_only(

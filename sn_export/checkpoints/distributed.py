@@ -26,8 +26,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.state_dict_saver import save
 
 from ..errors import CheckpointError
-from ..files import open_regular
-from ..text import quote_name
+from ..files import find_disk_error, open_regular
+from ..text import describe_type, format_count, quote_name
 from .content import replace_at
 from .lazy_tensors import LazyTensors, Spec
 from .pickle_globals import is_count
@@ -80,7 +80,7 @@ def _read_metadata(folder: Path, what: str, trust_pickle: bool) -> Metadata:
     with open_regular(folder / _METADATA) as file:
         metadata = read_pickle(file, what, _METADATA, trust_pickle)
     if not isinstance(metadata, Metadata):
-        raise damaged(what, f"'{_METADATA}' holds a {type(metadata).__name__}, not its records")
+        raise damaged(what, f"'{_METADATA}' holds {describe_type(metadata)}, not its records")
     parts = (getattr(metadata, "state_dict_metadata", None), metadata.storage_data)
     if not all(isinstance(part, dict) for part in parts):
         raise damaged(what, f"'{_METADATA}' does not say what is in it")
@@ -116,8 +116,8 @@ class _Files:
         if offset + length > size or length < least:
             raise damaged(
                 self.what,
-                f"{name} has {size} bytes, and {quote_name(index.fqn)} should end at "
-                f"{offset + max(length, least)}",
+                f"{name} has {format_count(size, 'byte')}, and {quote_name(index.fqn)} should end "
+                f"at {offset + max(length, least)}",
             )
 
     @contextmanager
@@ -283,7 +283,8 @@ def write_distributed(
             writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
             save(state, storage_writer=writer, planner=planner, no_dist=True)
     except CheckpointException as error:  # it wraps what was raised
-        raise next(iter(error.failures.values()))[0] from error
+        raised = next(iter(error.failures.values()))[0]
+        raise find_disk_error(raised) or raised from error
 
 
 class _LazyPlanner(DefaultSavePlanner):

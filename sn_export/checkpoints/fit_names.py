@@ -12,7 +12,7 @@ from typing import Any
 from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
-from ..text import quote_names
+from ..text import format_count, quote_names
 from .content import StateDict
 from .lazy_tensors import LazyTensors, is_tensor, spec_of
 from .reparametrizations import find_reparametrizations
@@ -115,8 +115,8 @@ def fit_names(
     if prefix:
         left = len(state.tensors) - len(renamed)
         notes.append(
-            f"took the {len(renamed)} entries under '{prefix}'"
-            + (f", and left {left} others out" if left else "")
+            f"took {format_count(len(renamed), 'entry')} under '{prefix}'"
+            + (f", and left out {format_count(left, 'other')}" if left else "")
         )
     tensors = {new: state.tensors[old] for old, new in renamed.items()}
     return Fitted(StateDict(state.path, tensors, _versions(state, prefix)), tuple(notes))

@@ -16,7 +16,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import CheckpointError
 from ..freezing import describe_sites
 from ..running import Preserved, restore_container, same_bits
-from ..text import quote_names
+from ..text import format_count, quote_names
 from .content import Checkpoint, StateDict, describe_candidates
 from .fit_names import Refusal, describe_refusal, fit_names, measure_overlap, plain_names
 from .reparametrizations import (
@@ -266,8 +266,8 @@ def _in_spelling_of(
     result = respell(reading.state, to, {**known, **dims})
     plain = [site for site in sites if to.get(site.name) == "plain"]
     notes = tuple(
-        f"respelled {len(names)} {label}{'' if len(names) == 1 else 's'} from {before} to "
-        f"{after}: {quote_names(names)}"
+        f"respelled {format_count(len(names), label)} from {before} to {after}: "
+        f"{quote_names(names)}"
         for (label, before, after), names in changed.items()
     )
     return _Reading(

@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
-from ..text import quote_name
+from ..text import describe_type, format_count, quote_name
 
 MOST_DIMS = 64  # the most that torch computes with
 # A tensor may be larger than its storage, as after expand(); a few bytes must not become 4 TB.
@@ -78,7 +78,7 @@ def call_global(target: Any, how: str, args: Any, kwargs: Any) -> Any:
 
 def describe_value(value: Any) -> str:
     """Return a value of a file for a message: by its name or type, never by its own text."""
-    return quote_name(value.name if type(value) is Global else f"a {type(value).__name__}")
+    return quote_name(value.name) if type(value) is Global else describe_type(value)
 
 
 def as_key(value: Any) -> Any:
@@ -123,7 +123,7 @@ def _require_held(storage: Any, size: Any, stride: Any) -> None:
     count, held = math.prod(size), len(storage)
     _require(
         count <= max(held, _EXPANDED),
-        f"a tensor of shape {list(size)} whose storage holds {held} elements",
+        f"a tensor of shape {list(size)} whose storage holds {format_count(held, 'element')}",
     )
 
 

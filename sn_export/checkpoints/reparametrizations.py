@@ -15,7 +15,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
-from ..text import qualified, quote_name, quote_names
+from ..text import format_count, qualified, quote_name, quote_names
 from .lazy_tensors import LazyTensors, Spec, spec_of
 
 Keys = Mapping[str, str]
@@ -331,8 +331,8 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
     if not is_finite(tensor):
         values = _values(tensor)
         raise CheckpointError(
-            f"'{key}' holds {int((~torch.isfinite(values)).sum())} of {values.numel()} values "
-            "that are NaN or infinite"
+            f"'{key}' is NaN or infinite in {int((~torch.isfinite(values)).sum())} of "
+            f"{format_count(values.numel(), 'value')}"
         )
     return tensor
 

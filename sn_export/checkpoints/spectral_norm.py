@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from ..errors import CheckpointError
-from ..text import quote_names
+from ..text import format_count, quote_names
 from .lazy_tensors import Spec, spec_of
 from .reparametrizations import Entry, Kind, Reparametrization, aligned, is_finite, require_finite
 
@@ -213,7 +213,8 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
         dim = dims[site.name]
         if not -ndim <= dim < ndim or dim % ndim not in fitting:
             raise CheckpointError(
-                f"'{site.name}' {list(site.shape)} with u of {norm.u.numel()} elements has dim "
+                f"'{site.name}' {list(site.shape)} with u of "
+                f"{format_count(norm.u.numel(), 'element')} has dim "
                 f"{_either(fitting)}, got --dim {site.name}={dim}"
             )
         return dim % ndim

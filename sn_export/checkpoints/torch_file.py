@@ -17,7 +17,7 @@ import torch
 
 from ..errors import CheckpointError
 from ..files import open_regular
-from ..text import join_lines, quote_name, quote_names
+from ..text import format_count, join_lines, quote_name, quote_names
 from .pickle_globals import DamagedPickleError, ForbiddenPickleError
 from .unpickling import RestrictedUnpickler
 
@@ -43,9 +43,13 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
     what, source = quote_name(path), os.fspath(path)
     if kind == "script":
         jit: Any = torch.jit
-        return _load(lambda: jit.load(source, "cpu"), what, f"its {size} bytes", True)
+        return _load(
+            lambda: jit.load(source, "cpu"), what, f"its {format_count(size, 'byte')}", True
+        )
     if kind == "pickle":
-        return _load(lambda: pickle.loads(path.read_bytes()), what, f"its {size} bytes", True)
+        return _load(
+            lambda: pickle.loads(path.read_bytes()), what, f"its {format_count(size, 'byte')}", True
+        )
     return _torch_load(source, what, size, trust_pickle, unread, kind == "zip")
 
 
@@ -73,7 +77,7 @@ def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any
     Raises:
         CheckpointError: if it is damaged, or wants to run code.
     """
-    content = f"the {os.fstat(file.fileno()).st_size} bytes of {quote_name(name)}"
+    content = f"the {format_count(os.fstat(file.fileno()).st_size, 'byte')} of {quote_name(name)}"
     reader = pickle.Unpickler if trust_pickle else RestrictedUnpickler
     return _load(lambda: reader(file).load(), what, content, trust_pickle)
 
@@ -99,7 +103,7 @@ def _torch_load(
                 source, map_location="cpu", weights_only=False, pickle_module=module, mmap=mmap
             )
 
-    return _load(read, what, f"its {size} bytes", trust_pickle)
+    return _load(read, what, f"its {format_count(size, 'byte')}", trust_pickle)
 
 
 def _restricted_module(unread: set[str], room: int) -> Any:
@@ -169,7 +173,7 @@ def _require_torch(file: BinaryIO, what: str, trust_pickle: bool) -> str:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         raise CheckpointError(
-            f"{what} is damaged or truncated: torch cannot read its {size} bytes"
+            f"{what} is damaged or truncated: torch cannot read its {format_count(size, 'byte')}"
         ) from error
     names = [entry.filename for entry in entries]
     if any(name.endswith("constants.pkl") for name in names):

@@ -139,7 +139,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
         """Raise unless ``identity`` is that of a storage which the file can hold."""
         sound = type(identity) is tuple and len(identity) in (5, 6) and identity[:1] == ("storage",)
         if not sound:
-            raise ForbiddenPickleError(f"ask for the persistent object {describe_value(identity)}")
+            raise ForbiddenPickleError(f"load {describe_value(identity)} as a persistent object")
         _, kind, key, location, numel = identity[:5]
         if not (
             (isinstance(kind, StorageType) or kind is torch.UntypedStorage)
@@ -153,7 +153,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
             self._storages.add(key)
             self.room -= numel * (kind.dtype.itemsize if isinstance(kind, StorageType) else 1)
         if self.room < 0:
-            raise pickle.UnpicklingError("the storages are larger than the file")
+            raise EOFError  # told as of every file that was cut off
 
     def _forbid(self, instruction: str) -> NoReturn:
         raise ForbiddenPickleError(f"use the pickle instruction {instruction}")

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import ExportError, SnExportError, UsageError
 from ..results import ParityReport
+from ..text import format_count
 from .console import (
     BAD_INPUT,
     FAILED,
@@ -218,7 +219,7 @@ def _show_replayed(done: Sequence[Replayed], unequal: int, unknown: int) -> None
     for one in done:
         print_line(one.line())
     equal = len(done) - unequal - unknown
-    count = f"{len(done)} case{'' if len(done) == 1 else 's'}"
+    count = format_count(len(done), "case")
     print(f"{count}: {equal} equal, {unequal} not, {unknown} not compared")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from ..results import OrthogonalMap, Respellable, Spelling
+from ..text import format_count
 from .console import print_json, print_line, print_note, progress
 from .options import Parsed, parse_size
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
@@ -90,5 +91,5 @@ def _counts(changed: Iterable[Any]) -> str:
     """Return what was respelled, as in "3 spectral norms and 2 weight norms"."""
     counts = Counter(site.label for site in changed)
     nouns = {"pruning": "pruning mask", "orthogonality": "orthogonal weight"}
-    shown = [f"{n} {nouns.get(label, label)}{'' if n == 1 else 's'}" for label, n in counts.items()]
+    shown = [format_count(n, nouns.get(label, label)) for label, n in counts.items()]
     return " and ".join(shown) or "nothing"

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import UsageError
 from ..files import starts_as_onnx
+from ..text import format_count
 from .console import number, print_json, print_line, print_note, progress, table
 from .onnx_command import require_apart, require_report, write_report
 from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
@@ -84,12 +85,9 @@ class InspectCommand(CheckpointOptions):
 
 def _show(found: Any) -> None:
     under = f" under '{found.key}'" if found.key else ""
-    title = f"{found.path} ({found.format}){under}: {found.tensors} entries, {_counts(found)}"
+    title, entries = f"{found.path} ({found.format}){under}", format_count(found.tensors, "entry")
     if not found.layers:
-        print_line(
-            f"{found.path} ({found.format}){under}: no spectral norm or other reparametrization "
-            f"in {found.tensors} entries"
-        )
+        print_line(f"{title}: no spectral norm or other reparametrization in {entries}")
         return
     keyed = len({layer.key for layer in found.layers}) > 1
     columns = ["module", "tensor", "kind", "shape", "dim", "sigma", "exact", "short by", "meaning"]
@@ -110,14 +108,17 @@ def _show(found: Any) -> None:
     if keyed:
         columns.insert(0, "under")
         rows = [[layer.key, *row] for layer, row in zip(found.layers, rows, strict=True)]
-    table(title, columns, rows)
+    table(f"{title}: {entries}, {_counts(found)}", columns, rows)
 
 
 def _counts(found: Any) -> str:
     """Return how many there are, as in "2 tensors under spectral norm, 1 pruned"."""
     counts = Counter(layer.group for layer in found.layers)
-    shown = [f"{counts[group]} {text}" for group, text in _STATES.items() if counts[group]]
-    return ", ".join(shown).replace(" ", " tensors ", 1)
+    (first, state), *others = [
+        (counts[group], _STATES[group]) for group in _STATES if counts[group]
+    ]
+    shown = [f"{format_count(first, 'tensor')} {state}", *(f"{n} {text}" for n, text in others)]
+    return ", ".join(shown)
 
 
 def _dim(layer: Any) -> str:

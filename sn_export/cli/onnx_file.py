@@ -12,6 +12,7 @@ import onnx
 
 from ..errors import UsageError
 from ..results import FileInput
+from ..text import format_count
 from .console import number, print_json, print_line, table
 
 _FROZEN = "sn_export.frozen"
@@ -102,7 +103,8 @@ def _show(found: dict[str, Any]) -> None:
         print_line(f"external data: {file}, {'missing' if size is None else f'{size} bytes'}")
     print_line(f"made by: {found['producer'] or 'unknown'}, IR version {found['ir_version']}")
     print_line(
-        f"{found['nodes']} nodes, {found['weights']} weights with {found['elements']} elements"
+        f"{format_count(found['nodes'], 'node')}, {format_count(found['weights'], 'weight')} with "
+        f"{format_count(found['elements'], 'element')}"
     )
     _show_values("inputs", found["inputs"])
     _show_values("outputs", found["outputs"])

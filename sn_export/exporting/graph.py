@@ -10,10 +10,10 @@ from torch import nn
 
 from ..errors import ExportError
 from ..running import InputSet, make_distinct, output_names
+from ..text import format_count
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
-_TENSORS = "tensors among the arguments of the example"
 
 
 def strip_traces(model: ir.Model) -> None:
@@ -136,7 +136,7 @@ def name_inputs(
         ValueError: if it has more names than there are tensors, or one twice.
     """
     signature = [name for name, _ in example.named_tensors()]
-    wanted = _require_names("input_names", chosen, signature, _TENSORS)
+    wanted = _require_names("input_names", chosen, signature, "among the arguments of the example")
     rest = make_distinct(signature[len(wanted) :], {*wanted, *_state_names(model)})
     return dict(zip(signature, [*wanted, *rest], strict=True))
 
@@ -160,7 +160,7 @@ def name_outputs(
         ValueError: if it has more names than there are tensors, or one twice or of an input.
     """
     found = output_names(tuple(path) for path in paths)
-    wanted = _require_names("output_names", chosen, found, "tensors in the model's output")
+    wanted = _require_names("output_names", chosen, found, "in the model's output")
     both = next((name for name in wanted if name in inputs), None)
     if both is not None:
         raise ValueError(f"output_names has '{both}', which is the name of an input")
@@ -171,7 +171,7 @@ def name_outputs(
 
 
 def _require_names(
-    option: str, chosen: Sequence[str] | None, found: Sequence[str], what: str
+    option: str, chosen: Sequence[str] | None, found: Sequence[str], where: str
 ) -> list[str]:
     if chosen is None:
         return []
@@ -182,8 +182,8 @@ def _require_names(
         raise TypeError(f"{option} must be a sequence of names, got {names!r}")
     if len(names) > len(found):
         raise ValueError(
-            f"{option} has {len(names)} names, and there are {len(found)} {what}: "
-            f"{', '.join(found)}"
+            f"{option} has {format_count(len(names), 'name')} for "
+            f"{format_count(len(found), 'tensor')} {where}: {', '.join(found)}"
         )
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)

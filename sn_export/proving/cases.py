@@ -13,7 +13,7 @@ from ..errors import ExportError
 from ..files import as_path
 from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Reference, draws_note
-from ..text import dtype_name
+from ..text import dtype_name, format_count
 from .case_file import Case, opened_case
 from .float32 import as_float32
 from .parity import add_results, coarsest_of, mark_shown, proof_session, results, running_errors
@@ -74,7 +74,8 @@ def check_case(
         names = [output.name for output in session.get_outputs()]
         if len(names) != len(case.outputs):
             raise ExportError(
-                f"the file has {len(names)} outputs, the case '{saved.name}' {len(case.outputs)}"
+                f"the file has {format_count(len(names), 'output')}, the case '{saved.name}' "
+                f"{len(case.outputs)}"
             )
         running = running_errors(names, settings)
         wanted = [entry.name for entry in session.get_inputs()]

@@ -28,6 +28,7 @@ from ..running import (
     require_draws,
     run_reference,
 )
+from ..text import format_count
 from .divergence import locate
 from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
@@ -234,7 +235,9 @@ def add_results(
     """
     found = run_session(session, feed, label)
     if len(found) != len(expected):
-        raise ExportError(f"the file has {len(found)} outputs, the model {len(expected)}")
+        raise ExportError(
+            f"the file has {format_count(len(found), 'output')}, the model {len(expected)}"
+        )
     for state, wanted, got in zip(running, expected, found, strict=True):
         if got is None:
             raise ExportError(f"the file's output '{state.name}' is no tensor of numbers")

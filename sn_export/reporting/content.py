@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 
-from ..text import qualified, to_json_values
+from ..text import format_count, qualified, to_json_values
 
 
 @runtime_checkable
@@ -142,7 +142,7 @@ def as_text(value: Any) -> str:
 def _verdict(parity: Mapping[str, Any]) -> str:
     outputs: Sequence[Any] = parity["outputs"]
     sets = parity["samples"]
-    over = f"{sets} input set{'' if sets == 1 else 's'}"
+    over = format_count(sets, "input set")
     if parity["passed"]:
         all_of_them = f"all {len(outputs)} outputs are"
         what = {1: "the output is", 2: "both outputs are"}.get(len(outputs), all_of_them)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
-from ..text import escape_unprintable
+from ..text import escape_unprintable, format_count
 from . import numbers
 from .content import (
     Report,
@@ -105,8 +105,7 @@ def _frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
         for entry in frozen[:_ROWS]
     ]
     head = ("tensor", "kind", "shape", "sigma stored", "sigma true")
-    count = f"{len(frozen)} frozen tensor{'' if len(frozen) == 1 else 's'}"
-    return _details(count, _table(head, rows, len(frozen)))
+    return _details(format_count(len(frozen), "frozen tensor"), _table(head, rows, len(frozen)))
 
 
 def _sigma(value: numbers.Number) -> str:

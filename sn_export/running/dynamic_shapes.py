@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..text import format_count
 from .input_set import Binding, InputSet
 from .nested import entries_of
 
@@ -147,8 +148,8 @@ def _by_argument(example: InputSet, dynamic_shapes: Any) -> Iterator[tuple[str, 
     elif isinstance(dynamic_shapes, (tuple, list)):
         if len(dynamic_shapes) > len(arguments):
             raise ValueError(
-                f"dynamic_shapes has {len(dynamic_shapes)} entries, the example input "
-                f"{len(arguments)}: {', '.join(arguments)}"
+                f"dynamic_shapes has {format_count(len(dynamic_shapes), 'entry')}, the example "
+                f"input {len(arguments)}: {', '.join(arguments)}"
             )
         for (name, value), spec in zip(arguments.items(), dynamic_shapes, strict=False):
             yield name, value, spec
@@ -200,7 +201,8 @@ def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]
     elif isinstance(spec, (tuple, list)) and not isinstance(value, dict):
         if len(content) != len(spec):
             raise ValueError(
-                f"dynamic_shapes of '{name}' has {len(spec)} entries, the input {len(content)}"
+                f"dynamic_shapes of '{name}' has {format_count(len(spec), 'entry')}, the input "
+                f"{len(content)}"
             )
         pairs = [(key, item, inner) for (key, item), inner in zip(content, spec, strict=True)]
     else:
@@ -231,7 +233,7 @@ def _entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
     elif isinstance(spec, (tuple, list)):
         if len(spec) != tensor.ndim:
             raise ValueError(
-                f"dynamic_shapes of '{name}' has {len(spec)} entries, its shape is "
+                f"dynamic_shapes of '{name}' has {format_count(len(spec), 'entry')}, its shape is "
                 f"{tuple(tensor.shape)}"
             )
         yield from enumerate(spec)

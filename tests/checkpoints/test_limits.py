@@ -103,14 +103,14 @@ def test_tuples_that_take_years_to_hash(tmp_path: Path) -> None:
     """Sixty tuples, each twice in the next, are no key."""
     nested = b")" + b"".join(b"2\x86" for _ in range(60))
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}" + nested + b"K\x01s.")
-    assert _message(path) == "'a.pt' is damaged: it holds 'a tuple' as a key"
+    assert _message(path) == "'a.pt' is damaged: it holds a value of type 'tuple' as a key"
 
 
 @pytest.mark.parametrize("depth", [500, 100_000])
 def test_nested_too_deeply(depth: int, tmp_path: Path) -> None:
     """A pickle and JSON of lists in lists; neither ends in an error of Python's own."""
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
-    assert _message(path) == "'a.pt' holds no state dict: it holds a list"
+    assert _message(path) == "'a.pt' holds no state dict: it holds a value of type 'list'"
     index = tmp_path / "a.safetensors.index.json"
     index.write_text("[" * depth)
     assert _message(index) == (
@@ -125,7 +125,7 @@ def test_a_storage_that_is_expanded(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == (
         "'a.pt' is damaged: it holds a tensor of shape [1000000, 1000000] whose storage holds 1 "
-        "elements"
+        "element"
     )
     torch.save({"w": torch.ones(1).expand(1000, 1000)}, tmp_path / "b.pt")
     assert inspect_checkpoint(tmp_path / "b.pt").tensors == 1

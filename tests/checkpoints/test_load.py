@@ -86,7 +86,7 @@ def test_a_wrapped_model_that_itself_says_module(tmp_path: Path) -> None:
     trained, model = nn.DataParallel(trained_critic()), nn.DataParallel(Critic())
     loaded = _load(model, prefixed(trained.state_dict(), "module."), tmp_path)
     assert _equal(model, trained)
-    assert loaded.notes == ("took the 20 entries under 'module.'",)
+    assert loaded.notes == ("took 20 entries under 'module.'",)
 
 
 def _lightning() -> tuple[Critic, Critic, dict[str, Any]]:
@@ -106,7 +106,7 @@ def test_an_attribute_of_lightning_goes(tmp_path: Path) -> None:
     model = Critic("parametrization")
     loaded = _load(model, content, tmp_path)
     assert _equal(model, critic)
-    assert loaded.notes[1] == "took the 20 entries under 'critic.', and left 1 others out"
+    assert loaded.notes[1] == "took 20 entries under 'critic.', and left out 1 other"
 
 
 def test_several_attributes_that_fit_are_chosen_by_prefix(tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_not_a_number(tmp_path: Path) -> None:
     state = dict(Critic().state_dict())
     state["body.1.running_var"] = torch.full((4,), torch.nan)
     assert _message(Critic(), state, tmp_path) == (
-        "'body.1.running_var' holds 4 of 4 values that are NaN or infinite"
+        "'body.1.running_var' is NaN or infinite in 4 of 4 values"
     )
 
 
@@ -399,7 +399,7 @@ def test_a_prefix_that_all_names_but_one_have(tmp_path: Path) -> None:
     for options in ({}, {"prefix": "module."}):
         model = Critic("parametrization")
         loaded = _load(model, state, tmp_path, **options)
-        assert loaded.notes[0] == "took the 20 entries under 'module.', and left 1 others out"
+        assert loaded.notes[0] == "took 20 entries under 'module.', and left out 1 other"
         assert _equal(model, trained)
 
 

@@ -9,6 +9,7 @@ import codecs
 import collections
 import copyreg
 import pickle
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,6 +68,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     "size": (Call(torch.Size, 3), "no sizes"),
     "device name": (Call(torch.device, 3), "a device of no name"),
     "layout": (Call(torch.serialization._get_layout, 3), "a layout of no name"),
+    "no layout": (Call(torch.serialization._get_layout, "torch.nn"), "the layout 'torch.nn'"),
     "format": (Call(records._MEM_FORMAT_ENCODING, "x"), "a memory format of no number"),
     "properties": (
         _build(records.TensorProperties, (1,)),
@@ -94,12 +96,22 @@ def test_arguments_that_no_writer_writes(name: str, tmp_path: Path) -> None:
 
 
 RAW: dict[str, tuple[bytes, str]] = {
-    "no arguments": (b"ccollections\nOrderedDict\nK\x03R.", "is damaged: it holds a call without"),
+    "no arguments": (
+        b"ccollections\nOrderedDict\nK\x03R.",
+        "is damaged: it holds a call without arguments",
+    ),
+    "attribute": (
+        b"cbuiltins\ngetattr\n(cbuiltins\nstr\nX\x04\x00\x00\x00jointR.",
+        "wants to call 'builtins.getattr' while it is read",
+    ),
     "extension": (b"\x82\x01.", "wants to use the pickle instruction EXT1 while it is read"),
-    "elements": (b"](\x90.", "wants to add elements to 'a list' while it is read"),
-    "entries": (b"]NNs.", "wants to set entries of 'a list' while it is read"),
-    "append": (b"}Na.", "wants to append to 'a dict' while it is read"),
-    "identity": (b"K\x03Q.", "wants to ask for the persistent object 'a int' while it is read"),
+    "elements": (b"](\x90.", "wants to add elements to a value of type 'list' while it is read"),
+    "entries": (b"]NNs.", "wants to set entries of a value of type 'list' while it is read"),
+    "append": (b"}Na.", "wants to append to a value of type 'dict' while it is read"),
+    "identity": (
+        b"K\x03Q.",
+        "wants to load a value of type 'int' as a persistent object while it is read",
+    ),
     "storage": (
         pickle.dumps(("storage", None, 3, 4, 5), 2)[:-1] + b"Q.",
         "is damaged: it holds a storage without a type, key, place or size",
@@ -170,7 +182,7 @@ def _orthogonal(scale: float) -> dict[str, Any]:
 CONTENTS: dict[str, tuple[Any, str]] = {
     "nameless": ([torch.ones(2)], "holds no state dict: it holds tensors without names"),
     "nothing": ({}, "holds no state dict: it holds nothing"),
-    "a number": (3, "holds no state dict: it holds a int"),
+    "a number": (3, "holds no state dict: it holds a value of type 'int'"),
     "whole numbers": (
         _spectral_norm(orig=torch.ones(2, 3, dtype=torch.int64)),
         "cannot spell 'weight' as plain: 'weight_orig' is no dense floating tensor",
@@ -187,6 +199,22 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         {"parametrizations.w.original": torch.ones(3), "parametrizations.w.0.base": torch.eye(3)},
         "'parametrizations.w.original', 'parametrizations.w.0.base' are no matrices",
     ),
+    "no finite map": (_orthogonal(1e38), "the orthogonal weight 'weight' would not be finite"),
+    "no dim": (
+        {"weight_g": torch.ones(1, 1, 1), "weight_v": torch.ones(5, 1, 1)},
+        "cannot tell the dim of 'weight' [5, 1, 1]: the shape of g fits 1 or 2; say which with "
+        "--dim weight=1",
+    ),
+    "plain beside it": (
+        {"parametrizations.weight.original": torch.ones(2), "weight": torch.ones(2)}
+        | {f"parametrizations.weight.0._{n}": torch.ones({"u": 2, "v": 1}[n]) for n in "uv"},
+        "cannot spell 'parametrizations.weight.original' as 'weight': it exists",
+    ),
+    "none of several": (
+        {"a": {"w": torch.ones(1)}, "b": {"w": torch.ones(1), "x": torch.ones(1)}},
+        "holds 2 state dicts, and none has spectral norm, weight norm or the like in it; choose "
+        "with --key one of 'a' (1 tensor), 'b' (2 tensors)",
+    ),
     "no orthogonal": (
         _spectral_norm(),
         "--orthogonal-map default is of no use: nothing needs it",
@@ -199,7 +227,7 @@ def test_contents_that_cannot_be_converted(name: str, tmp_path: Path) -> None:
     """The tensor at fault is named, and no file made."""
     content, reason = CONTENTS[name]
     torch.save(content, tmp_path / "a.pt")
-    told: Any = "default" if name == "no orthogonal" else None
+    told: Any = "default" if name in ("no orthogonal", "no finite map") else None
     with pytest.raises(CheckpointError) as caught:
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", orthogonal_map=told)
     assert reason in str(caught.value)
@@ -221,14 +249,20 @@ class Broken:
         raise ValueError("of\nanother version")
 
 
-def test_trusted_code_that_fails(tmp_path: Path) -> None:
-    """Its own error is told, in one line."""
+def test_trusted_code_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its own error is told, in one line, and what is absent is named."""
     broken = Broken()
     broken.__dict__["x"] = 1
     torch.save({"w": broken}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(tmp_path / "a.pt", trust_pickle=True)
     assert str(caught.value).endswith("a.pt' cannot be read: ValueError: of another version")
+    monkeypatch.delattr(sys.modules[__name__], "Broken")
+    with pytest.raises(CheckpointError) as caught:
+        read_checkpoint(tmp_path / "a.pt", trust_pickle=True)
+    assert str(caught.value).endswith(
+        f"a.pt' needs 'Broken' of the module '{__name__}', which has no such name here"
+    )
 
 
 def test_torch_is_told_to_use_its_own_unpickler(
@@ -257,8 +291,10 @@ def test_answers_of_inspect_and_convert(
     }
     torch.save(net.state_dict() | chain, "b.pt")
     assert run("inspect", "b.pt").out.startswith(
-        "b.pt (torch): 7 entries, 1 tensors pruned, 1 under other parametrizations\n"
+        "b.pt (torch): 7 entries, 1 tensor pruned, 1 under other parametrizations\n"
     )
+    torch.save({"weight_g": torch.ones(()), "weight_v": torch.ones(2, 3)}, "b.pt")
+    assert "g is one number for the whole tensor (dim=None)" in run("inspect", "b.pt").out
     torch.save(net[1].state_dict(), "b.pt")
     assert run("inspect", "b.pt").out == (
         "b.pt (torch): no spectral norm or other reparametrization in 2 entries\n"

@@ -214,7 +214,9 @@ def test_no_state_dict_in_it(tmp_path: Path) -> None:
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == "'a.pt' holds no state dict: its keys are 'epoch', 'lr'"
     torch.save([1], tmp_path / "b.pt")
-    assert _message(tmp_path / "b.pt") == "'b.pt' holds no state dict: it holds a list"
+    assert _message(tmp_path / "b.pt") == (
+        "'b.pt' holds no state dict: it holds a value of type 'list'"
+    )
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:

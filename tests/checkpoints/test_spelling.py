@@ -215,10 +215,10 @@ def test_vectors_that_fit_no_dim() -> None:
 def test_not_a_number() -> None:
     """NaN in a weight or a vector is named, with how many there are."""
     assert _broken(lambda s: s["weight_orig"][0].fill_(torch.nan)) == (
-        "'weight_orig' holds 3 of 12 values that are NaN or infinite"
+        "'weight_orig' is NaN or infinite in 3 of 12 values"
     )
     assert _broken(lambda s: s["weight_v"].fill_(torch.inf)) == (
-        "'weight_v' holds 3 of 3 values that are NaN or infinite"
+        "'weight_v' is NaN or infinite in 3 of 3 values"
     )
 
 

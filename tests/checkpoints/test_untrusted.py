@@ -60,7 +60,8 @@ def test_the_metadata_of_a_rank_is_not_read(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(path)
     assert str(caught.value) == (
-        f"folder '{path}' is damaged or incomplete: '.metadata' holds a NoneType, not its records"
+        f"folder '{path}' is damaged or incomplete: '.metadata' holds a value of type "
+        "'NoneType', not its records"
     )
     assert not (tmp_path / "trace").exists()
 

@@ -172,8 +172,8 @@ def test_names_that_are_taken(tmp_path: Path, exporter: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"input_names": ["a", "b"]}, "2 names, and there are 1 tensors"),
-        ({"output_names": ["a", "b"]}, "2 names, and there are 1 tensors"),
+        ({"input_names": ["a", "b"]}, "2 names for 1 tensor"),
+        ({"output_names": ["a", "b"]}, "2 names for 1 tensor"),
         ({"output_names": ["x"]}, "the name of an input"),
         ({"input_names": "x"}, "sequence of names"),
         ({"input_names": [""]}, "sequence of names"),

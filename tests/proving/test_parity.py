@@ -375,7 +375,7 @@ def test_wrong_number_of_outputs(tmp_path: Path) -> None:
     """Another number of outputs is an ExportError that says both."""
     with pytest.raises(ExportError) as caught:
         check_parity(SumAndDifference(), _two(tmp_path, ("s",)), (rows(), rows()))
-    assert str(caught.value) == "the file has 1 outputs, the model 2"
+    assert str(caught.value) == "the file has 1 output, the model 2"
 
 
 def test_input_of_another_dtype(tmp_path: Path) -> None:
