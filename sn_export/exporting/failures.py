@@ -36,12 +36,15 @@ _TORCH = str(Path(torch.__file__).parent)
 _CHECKING = str(Path(torch.distributions.__file__).parent)  # decides about its arguments alone
 
 _NO_OPERATOR = "write that operator with others that ONNX has"
+_NO_COMPLEX = (
+    "ONNX has no complex numbers, and dynamo alone of torch's exporters takes some: compute "
+    "with real and imaginary parts (torch.view_as_real), an STFT as a convolution"
+)
 _DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
 _ADVICE = (
     (
-        r"[Cc]omplex(?:$|[^\w ]| types| numbers| tensor|\d+)|istft",
-        "ONNX has no complex numbers, and torch's exporters take little of them: compute with real "
-        "and imaginary parts (torch.view_as_real), an inverse STFT as a transposed convolution",
+        r"[Cc]omplex(?:$|[^\w ]| types| numbers| tensor| dtype|\d+)|istft|aten::fft_",
+        _NO_COMPLEX,
     ),
     (
         _DECIDES,
@@ -167,7 +170,7 @@ def explain_failure(
         isinstance(m, ParametrizationList) for m in model.modules()
     ):
         advice.insert(0, "export with freeze='all', so that no parametrization is in the graph")
-    if other is not None:
+    if other is not None and not (advice == [_NO_COMPLEX] and other == "torchscript"):
         advice.append(f"try exporter='{other}'")
     return Explanation(text, _describe_place(place, method), tuple(advice), place.file is not None)
 

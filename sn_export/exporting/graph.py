@@ -14,6 +14,7 @@ from ..text import format_count
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
+_INT64_INDICES = ("ScatterND", "GatherND")  # their second input
 
 
 def strip_traces(model: ir.Model) -> None:
@@ -86,6 +87,24 @@ def _separate_outputs(graph: ir.Graph) -> None:
             graph.append(node)
             graph.outputs[index] = value = copy
         seen.add(id(value))
+
+
+def widen_indices(graph: ir.Graph) -> None:
+    """Cast indices in int32 to int64, the only type that some operators take.
+
+    The dynamo exporter writes ``index_put`` with int32 indices so, as in an inverse STFT::
+
+        ScatterND(x, indices, y)  ->  ScatterND(x, Cast(indices, to=INT64), y)
+    """
+    for node in graph.all_nodes():
+        index = node.inputs[1] if node.op_type in _INT64_INDICES else None
+        if index is not None and index.dtype == ir.DataType.INT32:
+            cast = ir.node("Cast", [index], {"to": ir.DataType.INT64})
+            cast.outputs[0].shape = index.shape
+            cast.outputs[0].dtype = ir.DataType.INT64
+            assert node.graph is not None
+            node.graph.insert_before(node, cast)
+            node.replace_input_with(1, cast.outputs[0])
 
 
 def set_opset(model: ir.Model, wanted: int | None) -> None:

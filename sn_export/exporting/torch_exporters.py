@@ -38,7 +38,7 @@ from ..text import plain_integer, qualified
 from .failures import TorchExporterError, explain_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
-from .graph import rename, set_opset, strip_traces
+from .graph import rename, set_opset, strip_traces, widen_indices
 from .quiet import operators_parsed_once, quiet
 
 ExternalData = Literal["auto"] | bool
@@ -150,6 +150,7 @@ def write_onnx(
         options.output_names,
     )
     strip_traces(graph)
+    widen_indices(graph.graph)
     set_opset(graph, options.opset_version)
     graph.metadata_props.update(options.metadata)
     folded = fold_initializers(graph, _state(model))

@@ -44,3 +44,25 @@ def test_complex_inputs_and_outputs(tmp_path: Path, dynamic: bool) -> None:
     report = check_parity(model, path, x)
     assert not report.passed and report.outputs[0].is_comparable
     assert report.first_divergent == "layer"
+
+
+class Vocoder(nn.Module):
+    """An inverse STFT behind a layer, as in Vocos."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(8, 10))
+        self.register_buffer("window", torch.hann_window(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return a signal."""
+        size, phase = self.layer(x).transpose(1, 2).chunk(2, 1)
+        spectrum = torch.complex(size.exp() * phase.cos(), size.exp() * phase.sin())
+        return torch.istft(spectrum, 8, 4, window=self.window)
+
+
+def test_inverse_stft(tmp_path: Path) -> None:
+    """The indices in int32 that the dynamo exporter writes for it are cast to what ONNX takes."""
+    model, path = Vocoder().eval(), tmp_path / "net.onnx"
+    assert export_onnx(model, (torch.randn(2, 5, 8),), path).exporter == "dynamo"
+    assert "ScatterND" in {node.op_type for node in onnx.load(path).graph.node}
