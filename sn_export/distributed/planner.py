@@ -259,15 +259,13 @@ class ShardedPlan(Plan):
                 self._plan_hooks(site.module, shard, ours)
         for group in self._groups.values():
             if any(id(param) in instead for param in group.fsdp_params):
-                self.edits.of(group.__dict__).added["fsdp_params"] = [
+                self.edits.of(group.__dict__)["fsdp_params"] = [
                     other for p in group.fsdp_params for other in instead.get(id(p), [p])
                 ]
 
     def _stays(self, place: tuple[nn.Module, str], hidden: set[int]) -> bool:
         module, name = place
-        return (
-            id(module) not in hidden and name in self.edits.of(module._parameters).remaining_keys()
-        )
+        return id(module) not in hidden and name in self.edits.planned(module._parameters)
 
     def _plan_hooks(self, module: nn.Module, shard: _Shard, ours: Any) -> None:
         """Let the state dict of ``module`` be that of shards, and a loaded one reach ``ours``."""
@@ -280,7 +278,7 @@ class ShardedPlan(Plan):
                 self._plan_hook(hooks, lambda *_: group._to_sharded())
 
     def _plan_hook(self, hooks: dict[Any, Any], hook: Callable[..., None]) -> None:
-        self.edits.of(hooks).added[RemovableHandle(hooks).id] = hook
+        self.edits.of(hooks)[RemovableHandle(hooks).id] = hook
 
 
 def _require_dtype(site: Site, raw: Sequence[tuple[Any, Any]]) -> None:

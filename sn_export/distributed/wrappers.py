@@ -46,9 +46,9 @@ def keep_replicas_apart(model: nn.Module, plan: Plan) -> None:
     for module in model.modules():
         if isinstance(module, DistributedDataParallel):
             attributes = plan.edits.of(module.__dict__)
-            attributes.added["require_backward_grad_sync"] = False
+            attributes["require_backward_grad_sync"] = False
             if not _has_buffers(module, plan):
-                attributes.added |= {name: False for name in _SENDS if name in attributes.before}
+                attributes.update({name: False for name in _SENDS if name in attributes})
 
 
 def _has_buffers(model: nn.Module, plan: Plan) -> bool:
@@ -57,8 +57,7 @@ def _has_buffers(model: nn.Module, plan: Plan) -> bool:
     stack = [model]
     while stack:
         module = stack.pop()
-        buffers = module._buffers
-        if plan.edits.of(buffers).remaining_keys() if plan.edits.has(buffers) else buffers:
+        if plan.edits.planned(module._buffers):
             return True
         stack += [child for child in module.children() if id(child) not in hidden]
     return False

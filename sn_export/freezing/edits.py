@@ -8,6 +8,7 @@ hook handles and optimizers hold on to it.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from operator import is_
 from typing import Any
 
 from torch import nn
@@ -15,112 +16,22 @@ from torch import nn
 Container = dict[Any, Any]
 
 
-class Edit:
-    """The planned change of one dictionary: keys to take out, items to put in."""
-
-    __slots__ = ("added", "before", "before_others", "order", "removed", "restored", "target")
-
-    def __init__(self, target: Container) -> None:
-        self.target = target
-        self.before = target.copy()
-        self.removed: list[Any] = []
-        self.added: Container = {}
-        self.before_others: list[tuple[Any, Any]] | None = None  # a key, and one it stands before
-        self.order: list[Any] | None = None  # of the keys while applied, where that matters
-        self.restored: Container | None = None
-
-    def remaining_keys(self) -> list[Any]:
-        """Return the keys that will be there once the edit is applied."""
-        removed, added = self.removed, self.added
-        kept = [key for key in self.before if key not in removed]
-        return kept + [key for key in added if key not in self.before or key in removed]
-
-    def apply(self) -> None:
-        """Change the dictionary."""
-        target = self.target
-        if not self.added and len(self.removed) == len(self.before):
-            target.clear()
-            return
-        for key in self.removed:
-            target.pop(key, None)
-        if self.added:
-            target.update(self.added)
-            order = self.order
-            if order is None and self.before_others:
-                order = self._order_keys(self.before_others)
-            if order is not None:
-                content = {key: target[key] for key in order if key in target}
-                _assign(target, {**content, **target})
-
-    def _order_keys(self, pairs: Iterable[tuple[Any, Any]]) -> list[Any]:
-        order = list(self.target)
-        for key, other in pairs:
-            if other in self.target and order.index(key) > order.index(other):
-                order.remove(key)
-                order.insert(order.index(other), key)
-        return order
-
-    def restore(self) -> None:
-        """Undo `apply`, and keep what others have put in, taken out or replaced since.
-
-        Can be repeated from any point where an interrupt stopped it.
-        """
-        before, removed, added = self.before, self.removed, self.added
-        count = len(removed)
-        if not self.target and not added and count == len(before):
-            self.target.update(before)  # most dictionaries of hooks and vectors
-            return
-        if (
-            self.restored is None
-            and self._keys_are_ours()
-            and (not count or list(before)[-count:] == removed)
-            and not (added and any(key in before for key in added))
-        ):
-            # Nothing came or went, and the keys stood at the end: putting them back there is
-            # the old order.
-            for key in added:
-                self.target.pop(key, None)
-            for key in removed:
-                self.target[key] = before[key]
-        else:
-            if self.restored is None:
-                self.restored = self._merge()
-            _assign(self.target, self.restored)
-
-    def _keys_are_ours(self) -> bool:
-        # Loops, since this is asked for thousands of small dictionaries.
-        now, removed, added = self.target, self.removed, self.added
-        if len(now) != len(self.before) - len(removed) + len(added):
-            return False
-        for key in self.before:
-            if key not in now and key not in removed:
-                return False
-        return added.keys() <= now.keys()
-
-    def roll_back(self) -> None:
-        """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
-        _assign(self.target, self.before)
-
-    def _merge(self) -> Container:
-        merged = {}
-        for key, value in self.before.items():
-            if key in self.removed or key in self.added:
-                merged[key] = value  # ours to put back, whatever happened to it
-            elif key in self.target:
-                merged[key] = self.target[key]
-        for key, value in self.target.items():
-            if key not in self.before and key not in self.added:
-                merged[key] = value
-        return merged
-
-
 class Edits:
-    """All changes of one block: planned first, applied together, undone together."""
+    """All changes of one block: planned first, applied together, undone together.
+
+    Two copies of each dictionary that changes are kept: as it was, and as it will be. ::
+
+        edits = Edits()
+        edits.of(module._buffers).pop("u")  # planned; the module is as before
+        edits.apply()  # now the buffer is out
+        edits.restore()  # and in again, at its old place
+    """
 
     def __init__(self) -> None:
-        self._edits: dict[int, Edit] = {}
+        self._planned: dict[int, tuple[Container, Container, Container]] = {}
         self._classes: dict[int, tuple[nn.Module, type, type]] = {}
         self._first: list[Callable[[], None]] = []
+        self._restored: list[tuple[Container, Container]] | None = None
 
     def before_undoing(self, call: Callable[[], None]) -> None:
         """Plan a call that is made once, before anything is undone; the last planned is first."""
@@ -137,30 +48,39 @@ class Edits:
         if errors:
             raise errors[0]
 
-    def of(self, target: Container) -> Edit:
-        """Return the one edit of ``target``; several tensors may share a dictionary."""
-        edit = self._edits.get(id(target))
-        if edit is None:
-            edit = self._edits[id(target)] = Edit(target)
-        return edit
-
-    def forget(self, target: Container, key: Any) -> None:
-        """Take ``key`` out of ``target`` now, unless it was there before the edits."""
-        edit = self._edits.get(id(target))
-        if edit is None or key not in edit.before:
-            target.pop(key, None)
+    def of(self, target: Container) -> Container:
+        """Return what ``target`` will hold once the edits are applied, to be changed."""
+        planned = self._planned.get(id(target))
+        if planned is None:
+            planned = self._planned[id(target)] = target, target.copy(), target.copy()
+        return planned[2]
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        edit = self.of(target)
-        before, removed = edit.before, edit.removed
+        content = self.of(target)
         for key in keys:
-            if key in before and key not in removed:
-                removed.append(key)
+            content.pop(key, None)
 
-    def has(self, target: Container) -> bool:
-        """Whether an edit of ``target`` is planned."""
-        return id(target) in self._edits
+    def planned(self, target: Container) -> Container:
+        """Return what ``target`` will hold once the edits are applied, to be looked at."""
+        planned = self._planned.get(id(target))
+        return target if planned is None else planned[2]
+
+    def before(self, target: Container) -> Container:
+        """Return what ``target`` held when its first edit was planned; what it holds if none is."""
+        planned = self._planned.get(id(target))
+        return target if planned is None else planned[1]
+
+    def forget(self, target: Container, key: Any) -> None:
+        """Take ``key`` out of ``target`` now, unless it was there before the edits."""
+        planned = self._planned.get(id(target))
+        if planned is None or key not in planned[1]:
+            target.pop(key, None)
+
+    def replan(self, target: Container, before: Container) -> None:
+        """Plan that ``target``, which held ``before``, will hold what it holds now."""
+        if id(target) in self._planned or not _is_same(target, before):
+            self._planned[id(target)] = target, before.copy(), target.copy()
 
     def set_class(self, module: nn.Module, new: type, old: type | None = None) -> None:
         """Plan another class for this instance; the class itself may be shared by copies."""
@@ -177,23 +97,34 @@ class Edits:
 
     def apply(self) -> None:
         """Make the changes."""
-        for edit in self._edits.values():
-            edit.apply()
+        for target, _, after in self._planned.values():
+            target.clear()
+            target.update(after)
         for module, _, new in self._classes.values():
             object.__setattr__(module, "__class__", new)
 
     def roll_back(self) -> None:
-        """Undo an `apply` that may have stopped halfway."""
+        """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
         self.cancel()
-        for edit in self._edits.values():
-            edit.roll_back()
+        for target, before, _ in self._planned.values():
+            target.clear()
+            target.update(before)
         self._restore_classes()
 
     def restore(self) -> None:
-        """Undo `apply`; safe to call again when interrupted."""
+        """Undo `apply`, and keep what others have put in, taken out or replaced since.
+
+        Can be repeated from any point where an interrupt stopped it.
+        """
         self.cancel()
-        for edit in self._edits.values():
-            edit.restore()
+        if self._restored is None:
+            self._restored = [
+                (target, before if _is_same(target, after) else _merge(before, after, target))
+                for target, before, after in self._planned.values()
+            ]
+        for target, content in self._restored:
+            target.clear()
+            target.update(content)
         self._restore_classes()
 
     def _restore_classes(self) -> None:
@@ -201,6 +132,27 @@ class Edits:
             object.__setattr__(module, "__class__", old)
 
 
-def _assign(target: Container, content: Container) -> None:
-    target.clear()
-    target.update(content)
+def _is_same(one: Container, other: Container) -> bool:
+    """Whether both hold the same objects under the same keys, in the same order."""
+    if len(one) != len(other):
+        return False
+    # By identity: tensors compare element by element.
+    return not one or (list(one) == list(other) and all(map(is_, one.values(), other.values())))
+
+
+def _merge(before: Container, after: Container, now: Container) -> Container:
+    """Return ``before`` with what others have changed since it was made ``after``.
+
+    Example: of ``{"u": 1, "bias": 2}``, ``{"weight": 3, "bias": 2}`` and
+    ``{"weight": 4, "bias": 5, "scale": 6}`` it is ``{"u": 1, "bias": 5, "scale": 6}``.
+    """
+    merged = {}
+    for key, value in before.items():
+        if key not in after or after[key] is not value:
+            merged[key] = value  # ours to put back, whatever happened to it
+        elif key in now:
+            merged[key] = now[key]
+    for key, value in now.items():
+        if key not in before and key not in after:
+            merged[key] = value
+    return merged

@@ -121,15 +121,14 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
             if now.__bases__ == (planned,):
                 edits.set_class(module, planned, old=changed_class(now, (), {}, (old,)))
             continue
-        content = edits.of(own._modules)
         frozen = tensors[id(module)]
         others = {tensor: chain for tensor, chain in chains(module) if tensor not in frozen}
-        before = set(content.before)
+        before = set(edits.before(own._modules))
         moved = {t: c for t, c in others.items() if own._modules.get(t) is not c}
         if moved:
-            debris.of(own._modules).added.update(moved)
+            debris.of(own._modules).update(moved)
         if module._modules.get("parametrizations") is not own:
-            debris.of(module._modules).added["parametrizations"] = own
+            debris.of(module._modules)["parametrizations"] = own
         gone = before - frozen - set(others)
         new = {tensor: vars(now)[tensor] for tensor in others if tensor not in before}
         if gone or new:

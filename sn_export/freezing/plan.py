@@ -203,10 +203,10 @@ def _plan_module(edits: Edits, module: nn.RNNBase, frozen: dict[str, Tensor]) ->
     names = module._flat_weights_names
     flat = [frozen.get(name, w) for name, w in zip(names, module._flat_weights, strict=True)]
     attributes = edits.of(module.__dict__)
-    attributes.added["_flat_weights"] = flat
-    attributes.added["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
+    attributes["_flat_weights"] = flat
+    attributes["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
     parameters = edits.of(module._parameters)
     position = {name: index for index, name in enumerate(names)}
-    parameters.order = sorted(
-        parameters.remaining_keys(), key=lambda n: position.get(n, len(names))
-    )
+    ordered = sorted(parameters.items(), key=lambda item: position.get(item[0], len(names)))
+    parameters.clear()
+    parameters.update(ordered)

@@ -145,11 +145,13 @@ class Kind(Protocol):
 
 def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
     """Register ``value`` where the plain network has it: a weight stands before its bias."""
-    edit = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
-    edit.added[name] = value
+    content = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
+    content[name] = value
     successor = name.replace("weight", "bias")
-    if successor != name and (successor in edit.before or successor in edit.added):
-        edit.before_others = [*(edit.before_others or ()), (name, successor)]
+    if successor != name and successor in content:
+        names = list(content)
+        for later in names[names.index(successor) : names.index(name)]:
+            content[later] = content.pop(later)
 
 
 def require_module(model: M) -> M:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
-from ...running import Guarded, Preserved, undo_on_exit
+from ...running import Guarded, Preserved, restore_container, undo_on_exit
 from ...text import qualified
 from ..adapters import SpectralNormAdapter, adapters
 from ..edits import Edits
@@ -158,8 +158,8 @@ class _Snapshot:
     def advance(self, edits: Edits) -> None:
         """Go to the state that the edits planned so far would make."""
         for container, _ in self._state.containers:
-            if isinstance(container, dict) and edits.has(container):
-                edits.of(container).apply()
+            if isinstance(container, dict):
+                restore_container(container, edits.planned(container))
         for module in self._modules:
             object.__setattr__(module, "__class__", edits.planned_class(module))
 
@@ -171,29 +171,13 @@ class _Snapshot:
                 raise self._error("freeze wrote into a tensor; it may only register and delete")
         for container, before in self._state.containers:
             if isinstance(container, dict):
-                _plan_dict(edits, container, before)
+                edits.replan(container, before)
             elif _differs(container, before):
                 kind = type(container).__name__
                 raise self._error(f"freeze changed a {kind} in place; set a new one instead")
         for module, cls in zip(self._modules, self._classes, strict=True):
             if type(module) is not cls:
                 edits.set_class(module, type(module), cls)
-
-
-def _plan_dict(edits: Edits, container: dict[Any, Any], before: dict[Any, Any]) -> None:
-    missing = object()
-    same = len(container) == len(before) and all(
-        a is b and container[a] is before[b] for a, b in zip(container, before, strict=True)
-    )
-    if same and not edits.has(container):
-        return
-    edit = edits.of(container)
-    edit.before = before.copy()
-    edit.removed = [key for key in before if key not in container]
-    edit.added = {
-        key: value for key, value in container.items() if before.get(key, missing) is not value
-    }
-    edit.order = list(container)
 
 
 def _differs(container: Any, before: Any) -> bool:

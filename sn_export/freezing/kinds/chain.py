@@ -108,7 +108,7 @@ class ChainSite(Site):
         current = edits.planned_class(module)
         owner = class_with_property(current, name)
         assert owner is not None  # `value` has seen it
-        if edits.of(lists._modules).remaining_keys():
+        if edits.planned(lists._modules):
             plain = without_property(owner, name)
         else:
             edits.remove(module._modules, ("parametrizations",))

@@ -55,8 +55,8 @@ class ChildNormSite(HandwrittenSite):
         """Exchange the weight, and the child for one that gives it back."""
         module = self.module
         # The child itself stays as it is: other modules may share it.
-        edits.of(module._modules).added[self.child] = nn.Identity().train(module.training)
-        edits.of(module._parameters).added[self.tensor] = frozen
+        edits.of(module._modules)[self.child] = nn.Identity().train(module.training)
+        edits.of(module._parameters)[self.tensor] = frozen
         edits.set_class(module, frozen_class(edits.planned_class(module), ()))
 
     def follow_mode(self, training: bool) -> None:

@@ -66,10 +66,11 @@ class MixinSite(HandwrittenSite):
         kept = {n: t.detach().clone() for n, t in small_state(module) if n in self.kept}
         for container in (module._parameters, module._buffers):
             edits.remove(container, [n for n in names if n != self.tensor])
-        edits.of(module.__dict__).added.update(kept)
+        edits.of(module.__dict__).update(kept)
         edits.set_class(module, frozen_class(edits.planned_class(module), self.overrides))
-        if self.tensor in edits.of(module._parameters).before:
-            edits.of(module._parameters).added[self.tensor] = frozen
+        parameters = edits.of(module._parameters)
+        if self.tensor in parameters:
+            parameters[self.tensor] = frozen
         else:
             plan_registration(edits, module, self.tensor, frozen)
 
