@@ -53,7 +53,7 @@ class RankPlanner(Planner):
                 if told is failed:
                     raise
                 raise told from failed
-            keep_replicas_apart(model, plan)
+            keep_replicas_apart(found, plan)
             return plan
         error: Exception | None = None
         made: ShardedPlan | None = None

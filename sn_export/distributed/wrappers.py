@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ..errors import FreezeError
-from ..freezing import Plan
+from ..freezing import Found, Plan
 
 # What DistributedDataParallel asks before it sends buffers; versions of torch differ in the name.
 _SENDS = ("broadcast_buffers", "forward_sync_buffers")
@@ -37,13 +39,13 @@ def refuse_flat_shards(model: nn.Module) -> None:
             )
 
 
-def keep_replicas_apart(model: nn.Module, plan: Plan) -> None:
+def keep_replicas_apart(found: Iterable[Found], plan: Plan) -> None:
     """Plan that DistributedDataParallel awaits no gradients, and sends no buffers if none is left.
 
     A backward would wait for the gradients of raw weights, which are not there, and break the next
     training step; torch fails where singular vectors were all the buffers that it had to send.
     """
-    for module in model.modules():
+    for module, _ in found:
         if isinstance(module, DistributedDataParallel):
             attributes = plan.edits.of(module.__dict__)
             attributes["require_backward_grad_sync"] = False

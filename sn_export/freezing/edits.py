@@ -31,7 +31,7 @@ class Edits:
         self._planned: dict[int, tuple[Container, Container, Container]] = {}
         self._classes: dict[int, tuple[nn.Module, type, type]] = {}
         self._first: list[Callable[[], None]] = []
-        self._restored: list[tuple[Container, Container]] | None = None
+        self._restored: dict[int, Container] = {}
 
     def before_undoing(self, call: Callable[[], None]) -> None:
         """Plan a call that is made once, before anything is undone; the last planned is first."""
@@ -57,9 +57,10 @@ class Edits:
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        content = self.of(target)
-        for key in keys:
-            content.pop(key, None)
+        if target:
+            content = self.of(target)
+            for key in keys:
+                content.pop(key, None)
 
     def planned(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be looked at."""
@@ -99,7 +100,8 @@ class Edits:
         """Make the changes."""
         for target, _, after in self._planned.values():
             target.clear()
-            target.update(after)
+            if after:
+                target.update(after)
         for module, _, new in self._classes.values():
             object.__setattr__(module, "__class__", new)
 
@@ -117,12 +119,15 @@ class Edits:
         Can be repeated from any point where an interrupt stopped it.
         """
         self.cancel()
-        if self._restored is None:
-            self._restored = [
-                (target, before if _is_same(target, after) else _merge(before, after, target))
-                for target, before, after in self._planned.values()
-            ]
-        for target, content in self._restored:
+        restored = self._restored
+        for target, before, after in self._planned.values():
+            if not after and not target:
+                target.update(before)  # most of them: nobody else has put anything in
+                continue
+            content = restored.get(id(target))
+            if content is None:  # remembered, since it cannot be told from a cleared dictionary
+                content = before if _is_same(target, after) else _merge(before, after, target)
+                restored[id(target)] = content
             target.clear()
             target.update(content)
         self._restore_classes()

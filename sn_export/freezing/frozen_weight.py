@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Iterable
 from itertools import product
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -82,17 +82,14 @@ def _content(tensor: Tensor) -> tuple[int, bytes]:
 
 
 class Residence:
-    """Where the parameters and buffers of the whole model lived at the start of a block."""
+    """Where parameters and buffers of a model lived at the start of a block.
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
-        places = [
-            (container, name, tensor)
-            for module in modules
-            for container in (module._parameters, module._buffers)
-            for name, tensor in container.items()
-            if tensor is not None
-        ]
-        self._places = places
+    Args:
+        places: each tensor with the container that holds it and its name there.
+    """
+
+    def __init__(self, places: Iterable[tuple[dict[str, Any], str, Tensor]]) -> None:
+        self._places = places = list(places)
         self._memory = [t if is_lazy(t) else t.detach() for _, _, t in places]
         self._grads = [
             (tensor, tensor.grad, tensor.grad.detach())
@@ -108,7 +105,7 @@ class Residence:
                 continue
             if _differs(tensor, memory) or not _is_on(tensor, memory):
                 tensor.data = memory
-            cast("dict[str, Tensor]", container)[name] = tensor
+            container[name] = tensor
         for tensor, grad, memory in self._grads:
             now = tensor.grad
             if now is None:

@@ -6,8 +6,10 @@ Among them is what a reparametrization that is put on a frozen weight inside the
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
 from ..text import quote_names
@@ -15,9 +17,9 @@ from .edits import Edits
 from .frozen_weight import FrozenWeight
 from .info import GROUPS, Group
 from .kinds import TORCH
-from .kinds.chain import ChainSite, chains, changed_class
+from .kinds.chain import ChainSite, chains, changed_class, is_weight_norm_state_hook
 from .plan import Plan
-from .site import Site, new_state_hooks
+from .site import Site, owner_of_state_hook
 
 
 def describe_unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
@@ -90,9 +92,17 @@ def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> Non
             for site in find(weight.site.path, module):
                 if site.tensor == tensor:
                     site.plan(edits, weight.tensor)
-        for hooks, keys in new_state_hooks(module, tensor, since):
-            if keys:
-                edits.remove(hooks, keys)
+        # Removing spectral norm leaves its own behind: torch looks for it by a class it wraps.
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+            keys = [k for k, e in hooks.items() if k >= since and _is_state_hook(e, tensor)]
+            edits.remove(hooks, keys)
+
+
+def _is_state_hook(entry: Any, tensor: str) -> bool:
+    """Whether ``entry`` is what torch's norms register on the state dict for ``tensor``."""
+    owner = owner_of_state_hook(entry)
+    is_spectral = isinstance(owner, SpectralNorm) and owner.name == tensor
+    return is_spectral or is_weight_norm_state_hook(entry, tensor)
 
 
 def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeight]) -> None:

@@ -48,7 +48,6 @@ class Plan:
                 if place not in weights:
                     weights[place] = FrozenWeight(site, value)
             self.weights = list(weights.values())
-            self.residence = Residence(module for module, _ in found)
         try:
             for place, site in zip(places, sites, strict=True):
                 site.plan(self.edits, weights[place].tensor)
@@ -56,12 +55,25 @@ class Plan:
             self.edits.cancel()
             raise
         plan_flat_weights(self.edits, self.weights)
+        self.residence = self._remember_residence(module for module, _ in found)
         self.modes = [weight.site.module.training for weight in self.weights]
         self.finished = False  # the body is over; only undoing is left
         self.moved = False
         self.edited: list[FrozenWeight] = []
         self.next_hook = RemovableHandle.next_id
         self.debris = Edits()  # takes away what was put around edited weights
+
+    def _remember_residence(self, modules: Iterable[nn.Module]) -> Residence:
+        """Remember where everything lives that stands in the model while it is frozen."""
+        ours = {id(weight.tensor) for weight in self.weights}
+        planned = self.edits.planned
+        return Residence(
+            (container, name, tensor)
+            for module in modules
+            for container in (module._parameters, module._buffers)
+            for name, tensor in planned(container).items()
+            if tensor is not None and id(tensor) not in ours
+        )
 
     def settle(self) -> None:
         """Bring the model into the state in which the edits were applied, before it is looked at.
@@ -100,16 +112,18 @@ def walk(
             continue
         sites: list[Site] = []
         for kind in kinds:
-            more = kind(path, module)
-            if sites and more:
-                more = [site for site in more if site.tensor not in {s.tensor for s in sites}]
-            sites.extend(more)
-        if takes is not None:
-            sites = [site for site in sites if takes(site)]
-        sites = [site for site in sites if not callers.is_read_raw(site)]
-        for site in sites:
-            seen.update(map(id, site.hidden))
-            callers.mark(site)
+            if more := kind(path, module):
+                known = {site.tensor for site in sites}
+                sites += [site for site in more if site.tensor not in known]
+        if sites:
+            sites = [
+                site
+                for site in sites
+                if (takes is None or takes(site)) and not callers.is_read_raw(site)
+            ]
+            for site in sites:
+                seen.update(map(id, site.hidden))
+                callers.mark(site)
         yield module, sites
         if module._modules:
             prefix = path + "." if path else ""

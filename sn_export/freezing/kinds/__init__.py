@@ -14,11 +14,10 @@ from ..site import Kind, Site
 from .adapted import find_adapted
 from .chain import find_chains
 from .child_norm import find_child_norms
-from .hook import find_hooks
+from .hook import find_hooks, find_weight_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations
 from .prehook import find_prehooks
-from .weight_hook import find_weight_hooks
 from .wrapper import find_wrappers
 
 # Of code that is not torch's; the first that finds a weight in a module has it.

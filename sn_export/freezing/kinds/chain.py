@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
@@ -14,7 +14,7 @@ from ...errors import FreezeError
 from ...running import restore_container, undo_on_exit, undoing, without_trace
 from ..edits import Edits
 from ..info import Group
-from ..site import Site, is_weight_norm_state_hook, plan_registration
+from ..site import Site, plan_registration
 
 # Their forward in eval mode writes nothing and returns memory of its own.
 _PURE = (_SpectralNorm, _WeightNorm)
@@ -169,6 +169,20 @@ def _is_pure(chain: ParametrizationList) -> bool:
         type(link) in _PURE and not _has_hooks(link) and not link._modules
         for link in chain._modules.values()
     )
+
+
+_COMPATIBILITY = "weight_norm.<locals>._weight_norm_compat_hook"
+
+
+def is_weight_norm_state_hook(entry: Any, tensor: str) -> bool:
+    """Whether ``entry`` translates old checkpoints of ``tensor`` for the weight_norm of chains."""
+    function = getattr(entry, "hook", entry)
+    if getattr(function, "__qualname__", "") != _COMPATIBILITY:
+        return False
+    if function.__module__ != parametrizations.__name__:
+        return False
+    cells = dict(zip(function.__code__.co_freevars, function.__closure__ or (), strict=True))
+    return "name" in cells and cells["name"].cell_contents == tensor
 
 
 def class_with_property(cls: type, name: str) -> type | None:

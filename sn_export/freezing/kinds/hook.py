@@ -1,50 +1,57 @@
-"""`torch.nn.utils.spectral_norm`: a forward pre-hook, its subclasses and copies included."""
+"""The pre-hooks of torch that set a weight: spectral norm, weight norm, pruning; copies too."""
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable, Iterator
-from typing import Any, cast
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
 from ...running import without_trace
 from ..edits import Edits
-from ..info import SpectralNormInfo
+from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
 from ..sigma import stored_sigma
-from ..site import Site, plan_registration
+from ..site import Site, owner_of_state_hook, plan_registration
 
 
 class HookSite(Site):
-    """A weight that a pre-hook computes from ``<name>_orig``, ``<name>_u``, ``<name>_v``."""
+    """A tensor that a pre-hook sets as a plain attribute before each forward."""
 
-    __slots__ = ("hook",)
-    kind = "hook"
+    __slots__ = ("hook", "key")
+    raw: ClassVar[tuple[str, ...]]  # suffixes of what it is computed from
 
-    def __init__(self, path: str, module: nn.Module, hook: SpectralNorm) -> None:
-        super().__init__(path, module, hook.name)
-        self.hook = hook
+    def __init__(self, path: str, module: nn.Module, tensor: str, key: int) -> None:
+        super().__init__(path, module, tensor)
+        self.key = key
+        self.hook: Any = module._forward_pre_hooks[key]
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
-        """The raw weight and the singular vectors."""
-        module, name = self.module, self.tensor
-        try:
-            return (
-                module._parameters[name + "_orig"],
-                module._buffers[name + "_u"],
-                module._buffers[name + "_v"],
-            )  # type: ignore[return-value]
-        except KeyError as error:
-            raise FreezeError(
-                self.name,
-                f"its spectral norm hook finds no parameter or buffer {error}",
-                "Remove whatever renamed it (pruning, another reparametrization) first",
-            ) from error
+        """What the tensor is computed from."""
+        module = self.module
+        found = []
+        for suffix in self.raw:
+            name = self.tensor + suffix
+            tensor: Tensor | None = module._parameters.get(name)
+            if tensor is None:
+                tensor = module._buffers.get(name)
+            if tensor is None:
+                raise FreezeError(
+                    self.name,
+                    f"its {self.group.replace('_', ' ')} hook finds no parameter or buffer "
+                    f"'{name}'",
+                    "Remove whatever renamed it (pruning, another reparametrization) first",
+                )
+            found.append(tensor)
+        return tuple(found)
 
     @property
     def caller(self) -> nn.Module:
@@ -52,48 +59,79 @@ class HookSite(Site):
         return self.module
 
     def value(self) -> Tensor:
-        """Ask the hook, never the module: ``module.weight`` is old after load_state_dict."""
-        if not self.is_applied:
+        """Ask the hook, never the module: its attribute is old after load_state_dict."""
+        if self.unapplied:
             return self.value_in_use()
         if len(self.module._forward_pre_hooks) > 1:
-            refuse_stacked(self)
-        if type(self.hook) is SpectralNorm:
+            self._refuse_stacked()
+        if self._is_torch():
             return self._compute()
         with copied_attributes(self.hook):
             return without_trace(self._compute, [self.module]).clone()
 
+    def _refuse_stacked(self) -> None:
+        """Refuse a site whose tensor another hook computes from: that one runs on an old value.
+
+        Hooks run in the order of registration, so the outer one, which was first, takes what the
+        inner one has left behind at the forward before. No one value is the weight then.
+        """
+        for hook in self.module._forward_pre_hooks.values():
+            name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
+            if isinstance(name, str) and self.tensor in {name + s for s in ("_orig", "_g", "_v")}:
+                raise FreezeError(
+                    self.name,
+                    f"the hook of '{name}' computes from it, one forward behind its own hook",
+                    "Remove one of the two hooks first",
+                )
+
+    @abstractmethod
     def _compute(self) -> Tensor:
-        return self.hook.compute_weight(self.module, do_power_iteration=False)
+        """Call the hook's own method for the tensor."""
+
+    @abstractmethod
+    def _is_torch(self) -> bool:
+        """Whether that method is torch's own, which leaves no trace."""
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take away the hook with all it registered, and store ``frozen`` under its name."""
         module, name = self.module, self.tensor
-        for hooks in (
-            module._forward_pre_hooks,
-            module._state_dict_hooks,
-            module._load_state_dict_pre_hooks,
-        ):
+        edits.remove(module._forward_pre_hooks, (self.key,))
+        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
             if hooks:
                 edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
-        edits.remove(module._buffers, self._buffer_names())
-        edits.remove(module._parameters, (name + "_orig",))
+        raw = [name + suffix for suffix in self.raw]
+        edits.remove(module._parameters, raw)
+        edits.remove(module._buffers, raw)
         edits.remove(module.__dict__, (name,))
         plan_registration(edits, module, name, frozen)
 
-    def _buffer_names(self) -> list[str]:
-        name = self.tensor
-        names = [name + "_u", name + "_v"]
-        if type(self.hook) is not SpectralNorm:
-            names.append(name + "_sigma")  # what subclasses with soft normalisation add
-        return names
-
     def _owns(self, entry: Any) -> bool:
-        if entry is self.hook:
-            return True
-        owner = getattr(getattr(entry, "hook", entry), "fn", None)
+        """Whether ``entry``, a hook on the state dict, serves this one; copies may have parted."""
+        owner = owner_of_state_hook(entry)
         return owner is self.hook or (
             isinstance(owner, (SpectralNorm, type(self.hook))) and owner.name == self.tensor
         )
+
+
+class SpectralNormSite(HookSite):
+    """A weight of `torch.nn.utils.spectral_norm`, its subclasses and copies."""
+
+    __slots__ = ()
+    kind = "hook"
+    raw = ("_orig", "_u", "_v")
+
+    def _compute(self) -> Tensor:
+        weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
+        return weight
+
+    def _is_torch(self) -> bool:
+        return type(self.hook) is SpectralNorm
+
+    def plan(self, edits: Edits, frozen: Tensor) -> None:
+        """As of every hook, and the sigma that subclasses with soft normalisation keep."""
+        super().plan(edits, frozen)
+        if type(self.hook) is not SpectralNorm:
+            edits.remove(self.module._buffers, (self.tensor + "_sigma",))
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
@@ -109,7 +147,7 @@ class HookSite(Site):
     def matrix(self) -> Tensor | None:
         """Return the matrix unless the vectors are of another size, so of another operator."""
         weight, u, v = self.sources
-        matrix = self.hook.reshape_weight_to_matrix(weight.detach())
+        matrix: Tensor = self.hook.reshape_weight_to_matrix(weight.detach())
         return matrix if (u.numel(), v.numel()) == tuple(matrix.shape) else None
 
     def _sigma(self) -> float:
@@ -122,46 +160,81 @@ class HookSite(Site):
         return float(recorded) if recorded is not None and recorded.numel() == 1 else math.nan
 
 
-def refuse_stacked(site: Site) -> None:
-    """Refuse a site whose tensor another hook computes from: that one runs on an old value.
+class WeightNormSite(HookSite):
+    """A weight of `torch.nn.utils.weight_norm`, computed from its direction and magnitude."""
 
-    Hooks run in the order of registration, so the outer one, which was first, takes what the
-    inner one has left behind at the forward before. No one value is the weight then.
+    __slots__ = ()
+    kind = "weight_norm hook"
+    group: Group = "weight_norm"
+    raw = ("_g", "_v")
 
-    Raises:
-        FreezeError: if another pre-hook derives a tensor from that of ``site``.
-    """
-    for hook in site.module._forward_pre_hooks.values():
-        name = getattr(hook, "name", None) or getattr(hook, "_tensor_name", None)
-        if isinstance(name, str) and site.tensor in {name + s for s in ("_orig", "_g", "_v")}:
-            raise FreezeError(
-                site.name,
-                f"the hook of '{name}' computes from it, one forward behind its own hook",
-                "Remove one of the two hooks first",
-            )
+    def _compute(self) -> Tensor:
+        _ = self.sources  # complete, or it says what is missing
+        value: Tensor = self.hook.compute_weight(self.module)
+        return value
+
+    def _is_torch(self) -> bool:
+        return type(self.hook) is WeightNorm
 
 
-def find_hooks(path: str, module: nn.Module) -> Iterable[HookSite]:
+class PruningSite(HookSite):
+    """A tensor under a mask of `torch.nn.utils.prune`, which may be made of several masks."""
+
+    __slots__ = ()
+    kind = "pruning"
+    group: Group = "pruning"
+    raw = ("_mask", "_orig")
+
+    def _compute(self) -> Tensor:
+        _ = self.sources  # complete, or it says what is missing
+        value: Tensor = self.hook.apply_mask(self.module)
+        return value
+
+    def _is_torch(self) -> bool:
+        return type(self.hook).apply_mask is BasePruningMethod.apply_mask
+
+
+def find_hooks(path: str, module: nn.Module) -> list[HookSite]:
     """Return the sites of `torch.nn.utils.spectral_norm` in ``module``."""
-    hooks = module._forward_pre_hooks
-    return _sites(path, module) if hooks else ()
+    return [
+        SpectralNormSite(path, module, hook.name, key)  # type: ignore[attr-defined]
+        for key, hook in module._forward_pre_hooks.items()
+        if isinstance(hook, SpectralNorm) or _is_copy_of_spectral_norm(hook, module)
+    ]
 
 
-def _sites(path: str, module: nn.Module) -> Iterator[HookSite]:
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, SpectralNorm) or _is_copy(hook, module):
-            yield HookSite(path, module, cast(SpectralNorm, hook))
+def find_weight_hooks(path: str, module: nn.Module) -> list[HookSite]:
+    """Return the sites of `torch.nn.utils.weight_norm` and `torch.nn.utils.prune`."""
+    sites: list[HookSite] = []
+    for key, hook in module._forward_pre_hooks.items():
+        if isinstance(hook, BasePruningMethod):
+            sites.append(PruningSite(path, module, hook._tensor_name, key))
+        elif isinstance(hook, WeightNorm) or _is_copy_of_weight_norm(hook, module):
+            sites.append(WeightNormSite(path, module, hook.name, key))  # type: ignore[attr-defined]
+    return sites
 
 
-def _is_copy(hook: Any, module: nn.Module) -> bool:
+def _is_copy_of_spectral_norm(hook: Any, module: nn.Module) -> bool:
     """Whether ``hook`` is a copy of torch's class: the same method on the same buffers."""
-    compute = getattr(hook, "compute_weight", None)
-    name = getattr(hook, "name", None)
-    if compute is None or not isinstance(name, str):
-        return False
+    compute, name = getattr(hook, "compute_weight", None), getattr(hook, "name", None)
     return (
-        name + "_orig" in module._parameters
+        isinstance(name, str)
+        and name + "_orig" in module._parameters
         and {name + "_u", name + "_v"} <= module._buffers.keys()
         and hasattr(hook, "reshape_weight_to_matrix")
-        and "do_power_iteration" in inspect.signature(compute).parameters
+        and "do_power_iteration" in _parameters_of(compute)
     )
+
+
+def _is_copy_of_weight_norm(hook: Any, module: nn.Module) -> bool:
+    """Whether ``hook`` is a copy of torch's weight norm: the same method on such parameters."""
+    name = getattr(hook, "name", None)
+    return (
+        isinstance(name, str)
+        and hasattr(hook, "compute_weight")
+        and {name + "_g", name + "_v"} <= module._parameters.keys()
+    )
+
+
+def _parameters_of(function: Callable[..., Any] | None) -> frozenset[str]:
+    return frozenset() if function is None else frozenset(inspect.signature(function).parameters)

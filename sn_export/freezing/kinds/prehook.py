@@ -23,7 +23,7 @@ from ..edits import Edits
 from ..introspection.sandbox import AlwaysEqualArgument, Candidate, missing_weights
 from ..introspection.source_code import is_mentioned, names_in
 from ..names import is_named_as_vector
-from ..site import is_state_hook_of, plan_registration
+from ..site import owner_of_state_hook, plan_registration
 from .handwritten_site import Answer, HandwrittenSite
 from .hook import find_hooks
 
@@ -49,7 +49,8 @@ class PrehookSite(HandwrittenSite):
         hook = module._forward_pre_hooks[self.key]
         edits.remove(module._forward_pre_hooks, (self.key,))
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            edits.remove(hooks, [k for k, entry in hooks.items() if is_state_hook_of(entry, hook)])
+            keys = [k for k, entry in hooks.items() if owner_of_state_hook(entry) is hook]
+            edits.remove(hooks, keys)
         if self.key in module._forward_pre_hooks_with_kwargs:
             edits.remove(module._forward_pre_hooks_with_kwargs, (self.key,))
         self.take_away(edits)
