@@ -29,18 +29,12 @@ from sn_export.cli import main
 
 _SECONDS, _BYTES = 30, 2**31  # that a command may take, beyond what is there when it starts
 _NETWORK = ("--model", "cli_networks:critic", "--input", "2x3x8x8")
-_COMMANDS: dict[str, Callable[[str], list[str]]] = {
-    "onnx": lambda path: ["onnx", path, *_NETWORK, "-o", "out.onnx"],
-    "inspect": lambda path: ["inspect", path],
-    "convert": lambda path: ["convert", path, "--to", "plain", "-o", "out.pt"],
-}
 Builder = Callable[[Path], Path]
 
 
 def rows(quick: bool) -> Iterator[Row]:
     """Yield a row for each command."""
     copyreg.add_extension("posix", "mkdir", CODE)  # what a pickle may name by its number
-    checkpoints = {**_pickles(), **_broken_checkpoints()}
     with tempfile.TemporaryDirectory() as folder:
         sound = Path(folder)
         model = trained_critic().eval()
@@ -51,32 +45,24 @@ def rows(quick: bool) -> Iterator[Row]:
             exporter="torchscript",
             save_case=sound / "sound.npz",
         )
-        for command, arguments in _COMMANDS.items():
-            yield _row(command, checkpoints, arguments, sound, 60 if quick else 1)
-        yield _row(
-            "check, of a case",
-            _broken_cases(),
-            lambda path: ["check", "sound.onnx", path],
-            sound,
-            4 if quick else 1,
-        )
-        yield _row(
-            "check, of a model",
-            _broken_models(),
-            lambda path: ["check", path, "sound.npz"],
-            sound,
-            4 if quick else 1,
-        )
+        torch.save(model.state_dict(), sound / "sound.pt")
+        for command, (files, whole, arguments) in _COMMANDS.items():
+            hostile = files()
+            stride = max(len(hostile) // 8, 1) if quick else 1
+            yield _row(command, hostile, whole, arguments, sound, stride)
 
 
 def _row(
     command: str,
     files: dict[str, Builder],
+    whole: str,
     arguments: Callable[[str], list[str]],
     sound: Path,
     stride: int,
 ) -> Row:
     chosen, failures = list(files.items())[::stride], list[str]()
+    if said := _refusal(sound, arguments(whole)):  # or nothing is said of hostile files
+        raise RuntimeError(f"{command} refuses a sound file: {said}")
     for name, build in chosen:
         with tempfile.TemporaryDirectory() as name_of_folder:
             folder = Path(name_of_folder)
@@ -107,6 +93,13 @@ def _row(
     )
 
 
+def _refusal(sound: Path, arguments: list[str]) -> str:
+    with tempfile.TemporaryDirectory() as name:
+        folder = shutil.copytree(sound, Path(name) / "sound")
+        code, _, err = _run(folder, arguments)
+    return err.decode() if code else ""
+
+
 def _run(folder: Path, arguments: list[str]) -> tuple[int, bytes, bytes]:
     """Run a command in a process of its own; a negative code is the signal that ended it."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
@@ -131,6 +124,10 @@ def _run(folder: Path, arguments: list[str]) -> tuple[int, bytes, bytes]:
         out.seek(0)
         err.seek(0)
         return os.waitstatus_to_exitcode(status), out.read(), err.read()
+
+
+def _hostile_checkpoints() -> dict[str, Builder]:
+    return {**_pickles(), **_broken_checkpoints()}
 
 
 def _pickles() -> dict[str, Builder]:
@@ -328,3 +325,29 @@ def _broken_models() -> dict[str, Builder]:
         "data beyond the end": _file(_model("sound.npz", offset=2**40, length=8), "hostile.onnx"),
         "data of minus one": _file(_model("sound.npz", offset=-1, length=8), "hostile.onnx"),
     }
+
+
+# What is hostile, a file that is not, and the command that reads either.
+_COMMANDS: dict[str, tuple[Callable[[], dict[str, Builder]], str, Callable[[str], list[str]]]] = {
+    "onnx": (
+        _hostile_checkpoints,
+        "sound.pt",
+        lambda path: ["onnx", path, *_NETWORK, "-o", "out.onnx"],
+    ),
+    "inspect": (_hostile_checkpoints, "sound.pt", lambda path: ["inspect", path]),
+    "convert": (
+        _hostile_checkpoints,
+        "sound.pt",
+        lambda path: ["convert", path, "--to", "plain", "-o", "out.pt"],
+    ),
+    "check, as a case": (
+        _broken_cases,
+        "sound.npz",
+        lambda path: ["check", "sound.onnx", "--case", path],
+    ),
+    "check, as a model": (
+        _broken_models,
+        "sound.onnx",
+        lambda path: ["check", path, "--case", "sound.npz"],
+    ),
+}
