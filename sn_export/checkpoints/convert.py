@@ -367,7 +367,7 @@ def _require_unambiguous(target: Path, made: list[Path]) -> None:
     # A reader takes the single file or the index; one of them would be an old one.
     index = target.with_name(f"{target.name}.index.json")
     stale = index if len(made) == 1 else target
-    if target.suffix == ".safetensors" and stale.exists():
+    if target.suffix == ".safetensors" and os.path.lexists(stale):
         raise CheckpointError(
             f"'{stale}' is there and would contradict the new "
             f"{'file' if len(made) == 1 else 'shards'}; remove it or choose another name"

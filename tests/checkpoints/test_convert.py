@@ -44,9 +44,12 @@ def _message(folder: Path, *args: Any, **options: Any) -> str:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("source", [".pt", ".safetensors"])
 def test_file_to_file(source: str, suffix: str, to: Kind, tmp_path: Path) -> None:
-    """From either format to either, the other network loads the file strictly and is equal."""
+    """From either format to either, the other network loads the file strictly and is equal.
+
+    The names are the longest that the disk takes, so an index of shards could not be beside them.
+    """
     model = trained_critic("hook")
-    path, target = tmp_path / f"a{source}", tmp_path / f"b{suffix}"
+    path, target = tmp_path / f"{source:a>255}", tmp_path / f"{suffix:b>255}"
     (torch.save if source == ".pt" else save_file)(model.state_dict(), path)
     made = convert_checkpoint(path, target, to)
     assert made.files == (target,)
