@@ -24,7 +24,6 @@ from ..proving import (
 )
 from ..results import Draws, ExporterChoice, ExportReport, Freeze, ProofDtype, Tolerance
 from ..running import (
-    end_abandoned,
     find_entry,
     initialise_lazy,
     preserved,
@@ -258,18 +257,14 @@ def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport
         note = describe_unconverged(described.unconverged)
         request = replace(request, frozen=described.frozen, note=note)
         with preserved(network) as state, Drafts() as drafts:
-            try:
-                run = request.run or partial(run_reference, network, state)
-                references, left_out = run_references(request, state, run)
-                proof, options = plan_proof(request, state, run, references, left_out)
-                if request.run is not None:
-                    require_same_network(proof, options.output_names)
-                made = make_proved_file(request, proof, options, drafts)
-                warn_of_made(request, made, references[0], left_out)
-                _publish(request, made, drafts)
-            except BaseException as error:
-                end_abandoned(error)
-                raise
+            run = request.run or partial(run_reference, network, state)
+            references, left_out = run_references(request, state, run)
+            proof, options = plan_proof(request, state, run, references, left_out)
+            if request.run is not None:
+                require_same_network(proof, options.output_names)
+            made = make_proved_file(request, proof, options, drafts)
+            warn_of_made(request, made, references[0], left_out)
+            _publish(request, made, drafts)
     return made.report
 
 

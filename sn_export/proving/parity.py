@@ -21,7 +21,6 @@ from ..running import (
     Reference,
     as_input_sets,
     draws_note,
-    end_abandoned,
     find_entry,
     initialise_lazy,
     preserved,
@@ -106,16 +105,12 @@ def check_parity(
     initialise_lazy(network, sets[0])
     note = unconverged_note(network)
     with preserved(network) as state:
-        try:
-            references = [run_reference(network, state, one) for one in sets]
-            freezing = Freezing(partial(frozen_spectral_norm, network))
-            report = compare(network, freezing, session, path, references, settings)
-            report = replace(report, notes=tuple(filter(None, (draws_note(draws), note))))
-            if per_module or not report.passed:
-                report = locate_divergence(report, network, state, path, references, settings)
-        except BaseException as error:
-            end_abandoned(error)
-            raise
+        references = [run_reference(network, state, one) for one in sets]
+        freezing = Freezing(partial(frozen_spectral_norm, network))
+        report = compare(network, freezing, session, path, references, settings)
+        report = replace(report, notes=tuple(filter(None, (draws_note(draws), note))))
+        if per_module or not report.passed:
+            report = locate_divergence(report, network, state, path, references, settings)
     return report
 
 

@@ -32,7 +32,7 @@ from .reference import (
     run_usable,
 )
 from .tensor_memory import are_large, as_real_pairs, dense_parts, is_dense, is_large, same_bits
-from .undo import ClosedOnExit, end_abandoned, undo_on_exit, undoing
+from .undo import ClosedOnExit, undo_on_exit, undoing
 from .wrapped_models import find_entry, unwrap_model
 
 __all__ = [
@@ -52,7 +52,6 @@ __all__ = [
     "draws_note",
     "dynamic_axes",
     "dynamic_dims",
-    "end_abandoned",
     "find_entry",
     "flat_shapes",
     "initialise_lazy",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
 from functools import wraps
@@ -106,6 +107,8 @@ def undoing(function: Callable[P, Iterator[T]]) -> Callable[P, _Undoing[T]]:
 def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
     """Call ``undo`` when the with-block is left, whatever leaves it, even an interrupt.
 
+    What an interrupt has left suspended within ends before that (`_end_abandoned`).
+
     An interrupt may also come halfway through ``undo``. Then ``undo`` is called a second time
     before the interrupt goes on its way: the block is undone as a whole, and the interrupt is
     not lost. Without an interrupt the second call finds nothing to do. A ``finally`` within the
@@ -120,23 +123,30 @@ def undo_on_exit(undo: Callable[[], None]) -> Iterator[None]:
         try:
             yield
         finally:
+            _end_abandoned()
             undo()
     finally:
+        _end_abandoned()
         undo()
 
 
-def end_abandoned(error: BaseException | None) -> None:
-    """End the with-blocks of `contextlib` that ``error`` has left suspended, before it goes on.
+def _end_abandoned() -> None:
+    """End the with-blocks of `contextlib` that the exception on its way has left suspended.
 
     An interrupt that strikes within ``contextlib``'s own ``__exit__`` keeps the generator from
-    going on. Its traceback holds that frame, so the generator ends when the traceback is dropped,
-    after the state around was put back; one of torch's exporters then sets the model's mode once
-    more. Cleared frames hold nothing; those of others keep their variables for a debugger.
+    going on. Its traceback holds that frame, so the generator would end when the traceback is
+    dropped, after the state around was put back: one of torch's exporters would then set the
+    model's mode once more. Cleared frames hold nothing; those of others keep their variables for a
+    debugger.
+
+    The exception is found as the context of the GeneratorExit that `ClosedOnExit` brings about.
     """
+    error = sys.exc_info()[1]
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == contextlib.__file__:
-                frame.clear()
+                with contextlib.suppress(RuntimeError):  # it runs: a decorated function's
+                    frame.clear()
         error = error.__cause__ or error.__context__

@@ -58,7 +58,7 @@ def test_block_is_entered_within_itself() -> None:
 
 
 def test_decorator_freezes_each_call() -> None:
-    """As a decorator it freezes each call anew, also one that calls itself."""
+    """As a decorator it freezes each call anew, also one that calls itself; errors come out."""
     model = mixed()
     before = fingerprint(model)
 
@@ -66,11 +66,14 @@ def test_decorator_freezes_each_call() -> None:
     def count(depth: int) -> int:
         """Count."""
         assert find_parametrizations(model) == []
-        return depth and 1 + count(depth - 1)
+        return depth and 4 // depth + count(depth - 1)
 
     assert count.__doc__ == "Count."
     for _ in range(2):
-        assert count(3) == 3
+        assert count(2) == 6
+        assert_unchanged(before, model)
+        with pytest.raises(TypeError, match="unsupported operand"):
+            count("2")  # type: ignore[arg-type]
         assert_unchanged(before, model)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -52,8 +53,18 @@ def _enter(model: Writing, fault: Fault) -> None:
 
 
 def _ask(model: Writing, fault: Fault) -> None:
+    @contextmanager
+    def other_mode() -> Iterator[None]:
+        before = model.training
+        model.training = not before
+        try:
+            yield
+        finally:
+            model.training = before
+
     def run() -> None:
-        model.base.add_(1)
+        with other_mode():  # an interrupt within contextlib leaves it suspended
+            model.base.add_(1)
         model.kept.append(model.view)
 
     with fault:
