@@ -9,6 +9,7 @@ from .errors import (
     ExportError as ExportError,
     FreezeError as FreezeError,
     FrozenWeightChangedWarning as FrozenWeightChangedWarning,
+    MissingRuntimeError as MissingRuntimeError,
     OutputNotExportedWarning as OutputNotExportedWarning,
     PrecisionLostWarning as PrecisionLostWarning,
     RandomInputsLeftOutWarning as RandomInputsLeftOutWarning,

@@ -81,6 +81,10 @@ class ExportError(SnExportError):
     """The model could not be exported, or the file not be run; nothing was published."""
 
 
+class MissingRuntimeError(ExportError, ImportError):
+    """onnxruntime is not installed, without which no file is proved; says what to install."""
+
+
 class CheckpointError(SnExportError):
     """A checkpoint cannot be read, understood, fitted to a model or written."""
 

@@ -11,11 +11,14 @@ from types import ModuleType
 
 import mypy.api
 import pytest
+from torch import nn
+from typer.testing import CliRunner
 
 import sn_export
 import sn_export.checkpoints
 import sn_export.freezing
 import sn_export.reporting
+from sn_export.cli.app import app
 
 _ROOT = Path(__file__).resolve().parent.parent
 _CACHE = _ROOT / ".mypy_cache"  # scripts/test has filled it
@@ -83,3 +86,30 @@ def test_no_torch_until_it_is_needed(code: str) -> None:
     """Importing the package, asking for help and for the version do not import torch."""
     check = "import sys; heavy = {'torch', 'onnx', 'numpy'} & set(sys.modules); assert not heavy"
     subprocess.run([sys.executable, "-c", f"{code}; {check}"], check=True)
+
+
+@pytest.mark.parametrize("left", [None, ModuleType("onnxruntime")], ids=["none", "remains"])
+def test_without_onnxruntime(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, left: ModuleType | None
+) -> None:
+    """Without a whole onnxruntime one error says what to install; the block needs none.
+
+    Modules that imported it are taken out of `sys.modules`, which is how it was at the start.
+    """
+    for name in list(sys.modules):
+        if re.match(
+            r"sn_export\.(proving|exporting|distributed)\b|sn_export\.cli\.\w+_command", name
+        ):
+            monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delitem(vars(sn_export), "export_onnx", raising=False)
+    monkeypatch.setitem(sys.modules, "onnxruntime", left)
+    with pytest.raises(sn_export.MissingRuntimeError, match="pip install onnxruntime") as caught:
+        _ = sn_export.export_onnx
+    assert isinstance(caught.value, ImportError)
+    assert sn_export.find_spectral_norm(nn.Linear(2, 2)) == []
+    case = [str(tmp_path / "a.onnx"), "--case", str(tmp_path / "a.npz")]
+    for path in tmp_path / "a.onnx", tmp_path / "a.npz":
+        path.write_bytes(b"")
+    result = CliRunner().invoke(app, ["check", *case])
+    assert result.exit_code == 2
+    assert "pip install onnxruntime" in result.stderr

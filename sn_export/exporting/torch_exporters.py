@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import onnx
 import onnx_ir as ir
-import onnxruntime as ort
 import torch
 import torch.onnx
 from onnx import TensorProto, helper
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..files import find_disk_error
-from ..proving import called_name, save, weight_bytes
+from ..proving import called_name, ort, save, weight_bytes
 from ..results import EXPORTERS, Exporter, ExporterChoice, FileInput, FoldedInitializer
 from ..running import (
     DynamicDim,

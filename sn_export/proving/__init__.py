@@ -9,6 +9,7 @@ from .module_scopes import using_modules
 from .parity import check_parity, coarsest_of
 from .pictures import find_shown
 from .proof import Proof, differs, require_same_network
+from .runtime import ort
 from .tolerances import ProofSettings
 from .traced_ranges import references_beyond
 from .truth import Freezing
@@ -30,6 +31,7 @@ __all__ = [
     "find_stale_data",
     "is_imprecise",
     "opened_case",
+    "ort",
     "references_beyond",
     "require_same_network",
     "resized_references",

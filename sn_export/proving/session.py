@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
@@ -19,6 +18,7 @@ from ..files import side_file
 from ..running import InputSet, as_real_pairs, is_large
 from .external_data import Pieces
 from .float32 import missing_kernel
+from .runtime import ort
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _BFLOAT16 = 16  # TensorProto.BFLOAT16

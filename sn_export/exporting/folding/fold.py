@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnx_ir as ir
-import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from ...proving import using_modules
+from ...proving import ort, using_modules
 from ...results import FoldedInitializer
 from .cones import Cone, find_cones, is_weight
 from .sources import Sources, folded_name
