@@ -38,13 +38,15 @@ def quiet(verbose: bool) -> Iterator[None]:
         _restore_output(output)
         sys.stdout, sys.stderr = streams
         for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+            if logger.level != level:  # each change empties the caches of all loggers
+                logger.setLevel(level)
         caught.__exit__(None, None, None)
 
     with undo_on_exit(undo):
         warnings.simplefilter("ignore")
         for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
+            if logger.isEnabledFor(logging.ERROR):  # by itself, not by the one above it
+                logger.setLevel(logging.CRITICAL)
         if output:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, 1)

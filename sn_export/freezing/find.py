@@ -157,7 +157,7 @@ def unconverged_among(
         and info.name in matrices
         and math.isfinite(info.sigma)
     }
-    least = {name: least_sigma(matrices[name]) for name in stored}
+    least = {name: least_sigma(matrices[name], stored[name]) for name in stored}
     far = {name: matrices[name] for name in stored if stored[name] < FAR * least[name]}
     exact = _exact_sigmas(far, QUICK_BUDGET)
     return tuple(

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -212,7 +213,7 @@ def random_references(
     references: list[Reference] = []
     reason = ""
     for drawn in random_sets(first.inputs, count):
-        for attempt in (drawn, *near_sets(first.inputs, drawn.label, generator)):
+        for attempt in chain((drawn,), near_sets(first.inputs, drawn.label, generator)):
             try:
                 references.append(run_usable(first, attempt, run))
                 break

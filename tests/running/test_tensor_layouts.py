@@ -100,6 +100,20 @@ def test_copies(layout: str) -> None:
     assert same_bits(copied, original)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float64])
+def test_bits_at_any_place(dtype: torch.dtype) -> None:
+    """Bits are compared wherever a tensor begins and ends in its memory, and each one counts."""
+    memory = torch.arange(40, dtype=dtype)
+    for start, stop in [(0, 32), (1, 33), (1, 8), (3, 3)]:
+        part = memory[start:stop]
+        other = part.clone()
+        assert same_bits(part, other)
+        for place in range(len(part)):
+            other[place] += 1
+            assert not same_bits(part, other) and not same_bits(other, part)
+            other[place] -= 1
+
+
 @pytest.mark.parametrize("move", MOVES)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("layout", [*LAYOUTS][:10])
