@@ -155,10 +155,9 @@ def write_onnx(
     folded = fold_initializers(graph, _state(model))
     described = tuple(map(_describe_input, graph.graph.inputs))
     declared = tuple(map(_sizes_of, graph.graph.outputs))
-    _save(graph, path, options)
+    notes = _check(_save(graph, path, options))
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
-    notes = _check(path)
     opset = int(graph.opset_imports.get("", 0))
     return Written(opset, folded, program, described, declared, notes)
 
@@ -226,7 +225,8 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _save(model: ir.Model, path: Path, options: ExportOptions) -> None:
+def _save(model: ir.Model, path: Path, options: ExportOptions) -> onnx.ModelProto:
+    """Write the file, and return its model without the weights."""
     size, external_data = weight_bytes(model), options.external_data
     outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
     if not outside and size > _INLINE_LIMIT:
@@ -234,7 +234,7 @@ def _save(model: ir.Model, path: Path, options: ExportOptions) -> None:
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    save(model, path, outside=outside, release=options.release)
+    return save(model, path, outside=outside, release=options.release)
 
 
 def _free(model: ir.Model) -> None:
@@ -243,17 +243,17 @@ def _free(model: ir.Model) -> None:
         value.const_value = None
 
 
-def _check(path: Path) -> tuple[str, ...]:
-    """Return what onnx's inference of shapes says against a valid file: it is no proof.
+def _check(model: onnx.ModelProto) -> tuple[str, ...]:
+    """Return what onnx's inference of shapes says against a valid model: it is no proof.
 
     Of an average pool with ``ceil_mode``, onnx infers one element more than torch and onnxruntime
     compute.
     """
     try:
-        onnx.checker.check_model(str(path), full_check=True)
+        onnx.checker.check_model(model, full_check=True)
     except Exception as inferred:  # onnx has several types for it, and protobuf more
         try:
-            onnx.checker.check_model(str(path))
+            onnx.checker.check_model(model)
         except Exception as error:
             raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error
         return (

@@ -22,6 +22,7 @@ from ..files import side_file
 # onnx-ir does that by itself before 1.1.
 _PAGE = 2**16
 _PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
+_ARGUMENT = 256  # elements; no more are in what an operator wants to know before it runs
 _PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
 
 
@@ -33,7 +34,7 @@ def weight_bytes(model: ir.Model) -> int:
 
 def save(
     model: ir.Model, path: Path, *, outside: bool, release: Callable[[], None] = lambda: None
-) -> None:
+) -> ModelProto:
     """Write ``model`` to ``path``, with the weights in its side file if they go ``outside``.
 
     Small weights stay in the file, and there is no side file if none is left for it.
@@ -43,14 +44,114 @@ def save(
         path: the file.
         outside: whether there is a side file.
         release: called whenever a weight has been read, to free what that took.
+
+    Returns:
+        The model without its weights, which are among its inputs.
     """
-    data = side_file(path)
-    options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
-    name = data.name if outside else None
-    ir.save(model, path, external_data=name, callback=lambda *_: release(), **options)
-    release()
-    if outside and data.is_file() and not data.stat().st_size:
-        data.unlink()
+    weights = _weights(model)
+    bare = _without(weights, model)
+    if outside:
+        data = side_file(path)
+        options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
+        ir.save(model, path, external_data=data.name, callback=lambda *_: release(), **options)
+        release()
+        if data.is_file() and not data.stat().st_size:
+            data.unlink()
+    else:
+        _write_whole(bare, weights, path, release)
+    named = {value.name: value for value in bare.graph.initializer}
+    del bare.graph.initializer[:]
+    bare.graph.initializer.extend(value for name, value in named.items() if name not in weights)
+    bare.graph.input.extend(
+        onnx.helper.make_tensor_value_info(name, named[name].data_type, named[name].dims)
+        for name in weights
+    )
+    return bare
+
+
+def _weights(model: ir.Model) -> dict[str, Any]:
+    """Return the initializers that are larger than shapes, axes and other arguments, by name."""
+    return {
+        name: tensor
+        for name, value in model.graph.initializers.items()
+        if (tensor := value.const_value) is not None
+        and tensor.size > _ARGUMENT
+        and tensor.dtype != ir.DataType.STRING
+        and tensor.nbytes >= tensor.size  # what is smaller than a byte is packed
+        and not value.is_graph_input()
+    }
+
+
+def _without(weights: Mapping[str, Any], model: ir.Model) -> ModelProto:
+    """Return a model in which each of the weights has a dtype and a shape, and no data."""
+    initializers = model.graph.initializers
+    try:
+        for name, tensor in weights.items():
+            shape = ir.Shape(list(tensor.shape))
+            initializers[name].const_value = ir.ExternalTensor(
+                "", None, None, tensor.dtype, shape=shape, name=name
+            )
+        bare: ModelProto = ir.to_proto(model)
+    finally:
+        for name, tensor in weights.items():
+            initializers[name].const_value = tensor
+    for value in bare.graph.initializer:
+        if value.name in weights:
+            value.ClearField("data_location")
+            value.ClearField("external_data")
+    return bare
+
+
+def _write_whole(
+    bare: ModelProto,
+    weights: Mapping[str, Any],
+    path: Path,
+    release: Callable[[], None],
+) -> None:
+    """Write a model with its weights, each from where it lies: protobuf would copy them twice.
+
+    A message is a row of fields, and each begins with its number and its length::
+
+        ... | graph 3180: nodes ... | initializer 1052: name, shape ... | data 1024: ... | ...
+
+    Args:
+        bare: as `_without` returns it.
+        weights: by name.
+        path: the file.
+        release: called whenever a weight has been read.
+    """
+    rest, graph = ModelProto(), GraphProto()
+    rest.CopyFrom(bare)
+    rest.ClearField("graph")
+    graph.CopyFrom(bare.graph)
+    graph.ClearField("initializer")
+    parts = [graph.SerializeToString()]
+    sizes = [len(parts[0])]
+    for value in bare.graph.initializer:
+        content, size = value.SerializeToString(), 0
+        if value.name in weights:
+            size = weights[value.name].nbytes
+            content += _field(TensorProto, "raw_data", size)
+        parts.append(_field(GraphProto, "initializer", len(content) + size) + content)
+        sizes.append(len(parts[-1]) + size)
+    with path.open("wb") as file:
+        file.write(rest.SerializeToString() + _field(ModelProto, "graph", sum(sizes)) + parts[0])
+        for value, part in zip(bare.graph.initializer, parts[1:], strict=True):
+            file.write(part)
+            if value.name in weights:
+                weights[value.name].tofile(file)
+                release()
+
+
+def _field(message: Any, name: str, length: int) -> bytes:
+    """Return how a field of so many bytes begins: its number and its length, each a varint."""
+    found = bytearray()
+    for number in (message.DESCRIPTOR.fields_by_name[name].number << 3 | 2, length):
+        while number > 0x7F:
+            found.append(number & 0x7F | 0x80)
+            number >>= 7
+        found.append(number)
+    return bytes(found)
 
 
 def find_stale_data(made: Path, target: Path) -> list[Path]:

@@ -119,10 +119,10 @@ def test_an_old_opset_proves_no_wrong_file(tmp_path: Path, monkeypatch: pytest.M
     model = small_net("hook")
     save = torch_exporters.save
 
-    def altered(graph: Any, *args: Any, **kwargs: Any) -> None:
+    def altered(graph: Any, *args: Any, **kwargs: Any) -> Any:
         value = next(v for v in graph.graph.initializers.values() if len(v.shape) > 1)
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01))
-        save(graph, *args, **kwargs)
+        return save(graph, *args, **kwargs)
 
     monkeypatch.setattr(torch_exporters, "save", altered)
     with pytest.raises(ParityError):

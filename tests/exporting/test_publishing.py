@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import errno
+import math
 import os
 import resource
 import sys
 from pathlib import Path
 
+import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from export_models import (
@@ -31,6 +34,7 @@ from torch import nn
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.exporting import torch_exporters as onnx_file
 from sn_export.files import TEXT_FORMATS
+from sn_export.proving import save
 
 EARLIER = onnx.ModelProto(ir_version=8, producer_name="an earlier file").SerializeToString()
 
@@ -175,6 +179,35 @@ def test_torchscript_exporter_gets_a_text_for_a_path(
     monkeypatch.setattr("sn_export.running.tensor_memory.LARGE", 0)
     export_onnx(small_net("hook"), images(), tmp_path / "net.onnx", exporter="torchscript")
     assert [type(path) for path in paths] == [str]
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (3,), (300,), (30, 11)])
+@pytest.mark.parametrize(
+    "dtype", ["FLOAT", "DOUBLE", "FLOAT16", "BFLOAT16", "INT64", "BOOL", "INT4", "STRING"]
+)
+def test_written_as_protobuf_writes_it(tmp_path: Path, dtype: str, shape: tuple[int, ...]) -> None:
+    """A file has, field for field, what protobuf would write, with weights of any dtype.
+
+    The function that writes files is called inside, since torch makes few of these dtypes.
+    """
+    kind = ir.DataType[dtype]
+    content = np.arange(math.prod(shape)).reshape(shape) % 2
+    values = []
+    for name in "wv":
+        weight: ir.TensorProtocol = (
+            ir.StringTensor([b"x"] * content.size, shape=ir.Shape(shape), name=name)
+            if dtype == "STRING"
+            else ir.Tensor(content.astype(kind.numpy()), dtype=kind, name=name)
+        )
+        made = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(kind))
+        made.const_value = weight
+        values.append(made)
+    node = ir.node("Identity", [values[0]], name="n")
+    graph = ir.Graph([], node.outputs, nodes=[node], initializers=values, opset_imports={"": 21})
+    model = ir.Model(graph, ir_version=10)
+    model.metadata_props["key"] = "value"
+    save(model, tmp_path / "net.onnx", outside=False)
+    assert onnx.load(tmp_path / "net.onnx") == ir.to_proto(model)
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
