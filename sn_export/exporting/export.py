@@ -121,7 +121,7 @@ def export_onnx(
         freeze: ``"spectral_norm"``, or ``"all"`` for every reparametrization, as
             `frozen_parametrizations` finds them.
         opset_version: version of the ONNX opset: from 11 by the TorchScript exporter, from 17 by
-            the dynamo one, to the newest that torch and onnxruntime take; ``"auto"`` takes the
+            the dynamo one, to the newest that torch, onnx and onnxruntime take; ``"auto"`` takes the
             exporters that make it. torch's default where None, but 22 for bfloat16.
         input_names: names of the first inputs in the file, or all; by default those of the
             forward's parameters, nested ones joined (``pair_0``).

@@ -44,7 +44,7 @@ ExternalData = Literal["auto"] | bool
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
-OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
+_OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
 _BFLOAT16 = 22
 _IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
@@ -269,7 +269,7 @@ def require_opset(
 
     Raises:
         TypeError: if it is no integer.
-        ValueError: if none of the exporters makes it, or it is newer than `newest_opset`.
+        ValueError: if it is none of `opsets_of` the exporters.
     """
     if opset is None:
         return None, tuple(exporters)
@@ -278,21 +278,18 @@ def require_opset(
         raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
     able = tuple(name for name in exporters_of(number) if name in exporters)
     if not able:
-        newest = newest_opset()
-        ranges = (f"{OLDEST_OPSETS[name]} to {newest} for the {name} one" for name in exporters)
+        ranges = ((opsets_of(name), name) for name in exporters)
+        wanted = " or ".join(f"{opsets[0]} to {opsets[-1]} ({name})" for opsets, name in ranges)
         raise ValueError(
-            f"opset_version must be from {' and '.join(ranges)} of the exporters of torch "
-            f"{torch.__version__}, the newest that onnxruntime {ort.__version__} takes, "
-            f"got {number}"
+            f"opset_version must be {wanted} with torch {torch.__version__}, onnx "
+            f"{onnx.__version__} and onnxruntime {ort.__version__}, got {number}"
         )
     return number, able
 
 
 def exporters_of(opset: int | None) -> tuple[Exporter, ...]:
     """Return the exporters that make files of this opset; all for None."""
-    if opset is None:
-        return EXPORTERS
-    return tuple(name for name in EXPORTERS if OLDEST_OPSETS[name] <= opset <= newest_opset())
+    return tuple(name for name in EXPORTERS if opset is None or opset in opsets_of(name))
 
 
 def default_opset(dtype: str | None) -> int | None:
@@ -300,15 +297,23 @@ def default_opset(dtype: str | None) -> int | None:
 
     Convolutions and much else have no bfloat16 before opset 22.
     """
-    return min(_BFLOAT16, newest_opset()) if dtype == "bfloat16" else None
+    newest = max(opsets_of(name)[-1] for name in EXPORTERS)
+    return min(_BFLOAT16, newest) if dtype == "bfloat16" else None
 
 
 @functools.cache
-def newest_opset() -> int:
-    """Return the newest opset that both exporters, onnx and onnxruntime take; tried once."""
-    constants = torch.onnx._constants
-    newest = min(constants.ONNX_MAX_OPSET, onnx.defs.onnx_opset_version())
-    return next(n for n in range(newest, min(OLDEST_OPSETS.values()) - 1, -1) if _runs(n))
+def opsets_of(exporter: Exporter) -> range:
+    """Return the opsets that an exporter writes, onnx knows and onnxruntime runs; tried once.
+
+    The TorchScript exporter refuses what is newer than torch's constant; the dynamo exporter lets
+    onnx convert its file to any that onnx knows.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if exporter == "torchscript":
+        newest = min(newest, torch.onnx._constants.ONNX_MAX_OPSET)
+    oldest = _OLDEST_OPSETS[exporter]
+    newest = next(opset for opset in range(newest, oldest - 1, -1) if _runs(opset))
+    return range(oldest, newest + 1)
 
 
 def _runs(opset: int) -> bool:

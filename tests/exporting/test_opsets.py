@@ -20,7 +20,7 @@ from torch.nn.utils import spectral_norm
 
 from sn_export import ExportError, ParityError, export_onnx
 from sn_export.exporting import torch_exporters
-from sn_export.exporting.torch_exporters import OLDEST_OPSETS, newest_opset
+from sn_export.exporting.torch_exporters import opsets_of
 
 
 def _opset(path: Path) -> int:
@@ -30,7 +30,7 @@ def _opset(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "exporter, opset",
-    [(name, n) for name in EXPORTERS for n in range(OLDEST_OPSETS[name], newest_opset() + 1)],
+    [(name, n) for name in EXPORTERS for n in opsets_of(name)],
 )
 def test_every_opset(tmp_path: Path, exporter: str, opset: int) -> None:
     """Each exporter makes a proved file of each of its opsets, and it is the one in the file."""
@@ -41,10 +41,19 @@ def test_every_opset(tmp_path: Path, exporter: str, opset: int) -> None:
     assert _opset(path) == report.opset == opset
 
 
-def test_newest_is_what_is_installed() -> None:
-    """The newest opset is taken by torch and runs; it is no number that somebody wrote down."""
+def test_newest_is_what_is_installed(tmp_path: Path) -> None:
+    """The newest opset is torch's, onnx's or onnxruntime's; it is no number that somebody wrote."""
     constants: Any = torch.onnx._constants
-    assert 20 <= newest_opset() <= min(constants.ONNX_MAX_OPSET, onnx.defs.onnx_opset_version())
+    known = onnx.defs.onnx_opset_version()
+    assert 20 <= opsets_of("torchscript")[-1] <= min(constants.ONNX_MAX_OPSET, known)
+    newest = opsets_of("dynamo")[-1]
+    assert newest <= known
+    if newest < known:  # because onnxruntime lacks it
+        torch.onnx.export(
+            Head().eval(), rows(), tmp_path / "x.onnx", opset_version=newest + 1, dynamo=True
+        )
+        with pytest.raises(Exception, match="opset"):
+            ort.InferenceSession(tmp_path / "x.onnx", providers=["CPUExecutionProvider"])
 
 
 class Mean(Head):
@@ -132,19 +141,19 @@ def test_an_old_opset_proves_no_wrong_file(tmp_path: Path, monkeypatch: pytest.M
 
 def test_an_exporter_that_lacks_the_opset(tmp_path: Path) -> None:
     """An old opset of the dynamo exporter is refused, with its range."""
-    with pytest.raises(ValueError, match=r"from 17 to \d+ for the dynamo one .*, got 16"):
+    with pytest.raises(ValueError, match=r"must be 17 to \d+ \(dynamo\) with .*, got 16"):
         export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="dynamo", opset_version=16)
 
 
-@pytest.mark.parametrize("opset", [5, 10, newest_opset() + 1, 99, 0, -1])
+@pytest.mark.parametrize("opset", [5, 10, opsets_of("dynamo")[-1] + 1, 99, 0, -1])
 def test_outside(tmp_path: Path, opset: int) -> None:
     """An opset outside is refused, with the range and the versions that give it."""
     with pytest.raises(ValueError) as caught:
         export_onnx(Head(), rows(), tmp_path / "net.onnx", opset_version=opset)
     assert str(caught.value) == (
-        f"opset_version must be from 17 to {newest_opset()} for the dynamo one and 11 to "
-        f"{newest_opset()} for the torchscript one of the exporters of torch {torch.__version__}, "
-        f"the newest that onnxruntime {ort.__version__} takes, got {opset}"
+        f"opset_version must be 17 to {opsets_of('dynamo')[-1]} (dynamo) or 11 to "
+        f"{opsets_of('torchscript')[-1]} (torchscript) with torch {torch.__version__}, onnx "
+        f"{onnx.__version__} and onnxruntime {ort.__version__}, got {opset}"
     )
     assert list(tmp_path.iterdir()) == []
 
