@@ -199,7 +199,7 @@ _BEFORE, _AFTER = 5, 3  # modules shown around the first one to differ
 def show_frozen(frozen: Sequence[SpectralNormInfo | ParametrizationInfo]) -> None:
     """Print the tensors that were frozen."""
     if not frozen:
-        print("no spectral norm in the model")
+        print("nothing to freeze in the model")
         return
     table(
         "frozen",

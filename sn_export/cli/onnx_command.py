@@ -122,8 +122,8 @@ class OnnxCommand(ModelOptions, ProofOptions):
         typer.Option(help="Torch's exporter; auto: dynamo, then torchscript where that fails."),
     ] = "auto"
     freeze: Annotated[
-        Freeze, typer.Option(help="Spectral norm alone, or every reparametrization.")
-    ] = "spectral_norm"
+        Freeze, typer.Option(help="Every reparametrization, or spectral norm alone.")
+    ] = "all"
     opset_version: Annotated[
         int | None, typer.Option("--opset", help="ONNX opset, from 11; torch's by default.")
     ] = None

@@ -65,7 +65,7 @@ def export_onnx(
     kwargs: Mapping[str, Any] | None = None,
     method: str | None = None,
     exporter: ExporterChoice = "auto",
-    freeze: Freeze = "spectral_norm",
+    freeze: Freeze = "all",
     opset_version: int | None = None,
     input_names: Sequence[str] | None = None,
     output_names: Sequence[str] | None = None,
@@ -118,11 +118,11 @@ def export_onnx(
         method: the name of a method of ``model`` to export in place of its forward.
         exporter: ``"dynamo"`` (torch.export), ``"torchscript"`` (tracing), or ``"auto"``: the
             first, and the second where the first cannot export or its file does not prove.
-        freeze: ``"spectral_norm"``, or ``"all"`` for every reparametrization, as
-            `frozen_parametrizations` finds them.
+        freeze: ``"all"`` for every reparametrization, as `frozen_parametrizations` finds them, or
+            ``"spectral_norm"`` alone; what is left is computed, or folded, in the file.
         opset_version: version of the ONNX opset: from 11 by the TorchScript exporter, from 17 by
-            the dynamo one, to the newest that torch, onnx and onnxruntime take; ``"auto"`` takes the
-            exporters that make it. torch's default where None, but 22 for bfloat16.
+            the dynamo one, to the newest that torch, onnx and onnxruntime take; ``"auto"`` takes
+            the exporters that make it. torch's default where None, but 22 for bfloat16.
         input_names: names of the first inputs in the file, or all; by default those of the
             forward's parameters, nested ones joined (``pair_0``).
         output_names: names of the first outputs, or all; by default from the structure of the

@@ -59,6 +59,11 @@ _ADVICE = (
         r"No ONNX function|UnsupportedOperator|not supported|No decompos|Couldn't export operator",
         _NO_OPERATOR,
     ),
+    (
+        r"has no attribute '(parametrizations|\w+_(orig|mask|[guv]))'",
+        "the forward reads what a weight is computed from, and the frozen network has the weight "
+        "alone: read the weight, or leave all but spectral norm with freeze='spectral_norm'",
+    ),
 )
 
 

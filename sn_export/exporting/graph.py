@@ -123,7 +123,8 @@ def set_opset(model: ir.Model, wanted: int | None) -> None:
     if changed:
         raise ExportError(
             f"opset {wanted} was asked for and the exporter wrote {found}, in which "
-            f"{', '.join(changed)} differ. Try opset {found}, or the other exporter if it makes opset {wanted}"
+            f"{', '.join(changed)} differ. Try opset {found}, or the other exporter if it makes "
+            f"opset {wanted}"
         )
     model.opset_imports[""] = wanted
     for function in model.functions.values():
