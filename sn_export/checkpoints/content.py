@@ -218,24 +218,34 @@ def describe_candidates(states: Iterable[StateDict], describe: Callable[[StateDi
 
 
 def _describe(content: Any) -> str:
-    if isinstance(content, Unread):
-        return f"it holds a value of {quote_name(content.name)}, which was left unread"
+    if isinstance(content, (Unread, Global)):
+        return f"it holds {quote_name(content.name)}, which was left unread"
     if isinstance(content, Mapping):
+        arrays = [name for name, value in content.items() if _is_array(value)]
+        if arrays:
+            return f"{quote_names(arrays, 3)} are numpy arrays; write them with numpy.savez"
         return f"its keys are {quote_names(content)}" if content else "it holds nothing"
     if isinstance(content, (list, tuple)) and any(isinstance(v, Tensor) for v in content):
         return "it holds tensors without names"
     return f"it holds {describe_type(content)}"
 
 
+def _is_array(value: Any) -> bool:
+    """Whether a value is an array of numpy, or stands for one that was left unread."""
+    if isinstance(value, Unread):
+        return value.name.startswith("numpy.") and value.name.endswith(("_reconstruct", "buffer"))
+    return type(value).__name__ == "ndarray"
+
+
 def require_read(content: Any, what: str) -> None:
-    """Raise if a value in ``content`` was left unread, so that it cannot be written again.
+    """Raise if something in ``content`` was left unread, so that it cannot be written again.
 
     Args:
         content: everything in a checkpoint.
         what: it, for the message.
 
     Raises:
-        CheckpointError: naming the class of the value.
+        CheckpointError: naming the class or function.
     """
     seen: set[int] = set()
     waiting = [content]
@@ -243,7 +253,7 @@ def require_read(content: Any, what: str) -> None:
         node = waiting.pop()
         if isinstance(node, (Unread, Global)):
             raise CheckpointError(
-                f"{what} also holds a value of {quote_name(node.name)}, which was left unread and "
+                f"{what} also holds {quote_name(node.name)}, which was left unread and "
                 "cannot be written again; leave out all but the state dict with --weights-only, "
                 "or read everything with --trust-pickle if you trust its origin"
             )

@@ -52,7 +52,7 @@ def read_distributed(folder: Path, trust_pickle: bool, unread: set[str]) -> Any:
     Args:
         folder: it holds '.metadata' and the files that this names.
         trust_pickle: let pickled values run code.
-        unread: receives the names of the classes of which a value was left unread.
+        unread: receives the names of the classes and functions that were left unread.
 
     Raises:
         CheckpointError: if it is damaged, a tensor is not covered by its pieces, or a value

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import pickle
 import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
@@ -221,7 +222,9 @@ def _counter(counts: Any = None) -> Counter[Any]:
 
 def _default(factory: Any = None) -> defaultdict[Any, Any]:
     _require(factory is None or type(factory) is Global, "a default that is no class")
-    return defaultdict(_FACTORIES.get(factory.name) if factory is not None else None)
+    if factory is not None and factory.name not in _FACTORIES:
+        raise ForbiddenPickleError(f"call {describe_value(factory)}")
+    return defaultdict(_FACTORIES[factory.name] if factory is not None else None)
 
 
 def _deque(items: Any = (), maxlen: Any = None) -> deque[Any]:
@@ -387,7 +390,6 @@ _CONSTANTS = {
     for name, value in vars(torch).items()
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
 }
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg", "torch.tensor": "torch._tensor"}
 
 # Values that surround weights, of classes that hold none.
 _HARMLESS = {
@@ -408,6 +410,8 @@ _HARMLESS = {
     ),
     "torch.torch_version.TorchVersion",
     *("easydict.EasyDict", "addict.addict.Dict", "munch.Munch", "yacs.config.CfgNode"),
+    *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict"),
+    *("mmcv.utils.config.ConfigDict", "mmengine.config.config.Config", "mmcv.utils.config.Config"),
     *(
         f"ml_collections.config_dict.config_dict.{name}"
         for name in ("ConfigDict", "FrozenConfigDict")
@@ -433,15 +437,18 @@ def _is_harmless(name: str) -> bool:
 def find_global(module: str, name: str, unread: set[str]) -> Any:
     """Return what stands for ``module.name`` on the stack; nothing is imported.
 
-    Args:
-        module: the module as the file has it.
-        name: the qualified name in it.
-        unread: receives the names of the classes of which a value was left unread.
+    What is not on the list can be mentioned, as the class of an activation is among
+    hyper-parameters, but not called.
 
-    Raises:
-        ForbiddenPickleError: if it is not on the list.
+    Args:
+        module: the module as the file has it, which may be that of Python 2.
+        name: the qualified name in it.
+        unread: receives the names of what was left unread.
     """
-    module = _RENAMED.get(module, module)
+    module, name = NAME_MAPPING.get((module, name), (module, name))
+    module = IMPORT_MAPPING.get(module, module)
+    if module == "torch.tensor":  # before torch 1.7
+        module = "torch._tensor"
     known = _GLOBALS.get((module, name))
     if known is not None:
         return known
@@ -451,7 +458,8 @@ def find_global(module: str, name: str, unread: set[str]) -> Any:
         return torch.UntypedStorage  # only ever compared, in the identity of a storage
     full = f"{module}.{name}"
     if not _is_harmless(full):
-        raise ForbiddenPickleError(f"call {quote_name(full)}")
+        unread.add(full)
+        return Global(full)
 
     def leave(*args: Any, **kwargs: Any) -> Unread:
         unread.add(full)

@@ -25,8 +25,11 @@ from .torch_file import read_torch_file
 
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
-# Of the files that Hugging Face's libraries write beside the weights.
-_USUAL = ("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin")
+# How Hugging Face's libraries call the weights, beside which they write other files.
+_USUAL = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("diffusion_pytorch_model.bin", "adapter_model.bin"),
+)
 # How other files begin, what they are, and what to do.
 _OTHERS = (
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
@@ -145,13 +148,10 @@ def _read_folder(folder: Path, trust_pickle: bool) -> Checkpoint:
             return _read_index(folder, indexes[0], trust_pickle)
         if kind == _SAFETENSORS and tensors:
             return _read_safetensors_of(folder, tensors)
-    others = [path for path in files if path.suffix in _TORCH]
-    others = [path for path in others if path.name in _USUAL] or others
-    if len(others) > 1:
-        raise _several(folder, others)
-    if others:
-        _require_torch(others[0], _read_head(others[0]))
-        return _read_torch(folder, others[0], trust_pickle)
+    if others := [path for path in files if path.suffix in _TORCH]:
+        file = _choose_file(folder, others)
+        _require_torch(file, _read_head(file))
+        return _read_torch(folder, file, trust_pickle)
     raise CheckpointError(
         f"folder {quote_name(folder)} is no checkpoint: it holds "
         + _describe_absence(files, folder)
@@ -162,10 +162,21 @@ def _read_safetensors_of(folder: Path, files: list[Path]) -> Checkpoint:
     tensors: LazyTensors | None = read_sharded_safetensors(folder, files)
     if tensors is not None:
         return Checkpoint(folder, "safetensors", tensors)
-    usual = [path for path in files if path.name == "model.safetensors"] or files
-    if len(usual) > 1:
-        raise _several(folder, usual)
-    return Checkpoint(folder, "safetensors", *read_safetensors(usual[0]))
+    return Checkpoint(folder, "safetensors", *read_safetensors(_choose_file(folder, files)))
+
+
+def _choose_file(folder: Path, files: list[Path]) -> Path:
+    """Return the file of weights; raise a CheckpointError if it could be another.
+
+    Accelerate writes the networks of one training as ``model.safetensors``,
+    ``model_1.safetensors`` and so on.
+    """
+    usual = [path for path in files if path.name in _USUAL]
+    stems = {f"{path.stem}_{number}" for path in usual for number in range(1, len(files))}
+    chosen = [path for path in files if path in usual or path.stem in stems] or files
+    if len(chosen) > 1:
+        raise _several(folder, chosen)
+    return chosen[0]
 
 
 def _describe_absence(files: Iterable[Path], folder: Path) -> str:
@@ -195,7 +206,7 @@ def _notes(unread: Iterable[str]) -> tuple[str, ...]:
     if not names:
         return ()
     return (
-        f"left unread: values of {quote_names(names)}, which weights do not need; --trust-pickle "
+        f"left unread: {quote_names(names)}, which weights do not need; --trust-pickle "
         "reads them, and lets the file run any code as you",
     )
 

@@ -32,7 +32,7 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
     Args:
         path: a regular file that begins as a zip archive or a pickle does.
         trust_pickle: let the file run code.
-        unread: receives the names of the classes of which a value was left unread.
+        unread: receives the names of the classes and functions that were left unread.
 
     Raises:
         CheckpointError: if it is of another kind, damaged, or wants to run code.
@@ -60,7 +60,7 @@ def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[s
         file: the part; it can be read from and sought in.
         what: the part and the file, for messages.
         trust_pickle: let it run code.
-        unread: receives the names of the classes of which a value was left unread.
+        unread: receives the names of the classes and functions that were left unread.
 
     Raises:
         CheckpointError: if it is damaged, or wants to run code.

@@ -23,6 +23,7 @@ from .pickle_globals import (
     BUILDERS,
     DamagedPickleError,
     ForbiddenPickleError,
+    Global,
     Unread,
     as_key,
     call_global,
@@ -40,7 +41,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
     """Builds tensors, plain values and the records of torch.distributed.checkpoint.
 
     Attributes:
-        unread: receives the names of the classes of which a value was left unread.
+        unread: receives the names of the classes and functions that were left unread.
         room: bytes that storages may still take: those of the file, since none is compressed.
     """
 
@@ -132,6 +133,9 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
 
     def _persistent(self) -> None:
         identity = self.stack.pop()
+        if type(identity) is tuple and len(identity) == 4 and type(identity[1]) is Global:
+            # A module's class, with its source beside it, as torch wrote before its zip format.
+            raise ForbiddenPickleError(f"call {describe_value(identity[1])}")
         self._require_storage(identity)
         self.append(self.persistent_load(identity))
 

@@ -100,6 +100,7 @@ def _surroundings() -> dict[str, Any]:
         "size": torch.Size([1, 2]),
         "set": {1, 2},
         "config": types.SimpleNamespace(a=1),
+        "named": [torch.optim.SGD, nn.functional.relu, int],  # and not called
     }
 
 
@@ -110,12 +111,12 @@ def test_harmless_values_are_left_unread(form: str, tmp_path: Path) -> None:
     path = _write(form, {"model": dict(state), **_surroundings()}, tmp_path)
     checkpoint = read_checkpoint(path)
     (note,) = checkpoint.notes
-    assert note.startswith("left unread: values of 'argparse.Namespace', 'datetime.datetime', ")
+    assert note.startswith("left unread: 'argparse.Namespace', 'datetime.datetime', ")
     assert load_checkpoint(Critic(), checkpoint).key == "model"
     assert note in inspect_checkpoint(path).notes
     assert checkpoint.content["counter"] == {"a": 2, "b": 1}
     assert checkpoint.content["deque"] == collections.deque([1.0])
-    with pytest.raises(CheckpointError, match=r"also holds a value of '.*', which was left unread"):
+    with pytest.raises(CheckpointError, match=r"also holds '.*', which was left unread"):
         convert_checkpoint(path, tmp_path / "b.pt", "plain")
     convert_checkpoint(path, tmp_path / "b.pt", "plain", weights_only=True)
 
@@ -125,7 +126,7 @@ def test_the_classes_of_omegaconf_are_not_imported(tmp_path: Path) -> None:
     config = b"comegaconf.dictconfig\nDictConfig\n)\x81}X\x01\x00\x00\x00aK\x01sb"
     path = FILES["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00c" + config + b"s.")
     assert read_checkpoint(path).notes == (
-        "left unread: values of 'omegaconf.dictconfig.DictConfig', which weights do not need; "
+        "left unread: 'omegaconf.dictconfig.DictConfig', which weights do not need; "
         "--trust-pickle reads them, and lets the file run any code as you",
     )
 
@@ -246,12 +247,15 @@ def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> N
 
 
 def test_folders_with_several(tmp_path: Path) -> None:
-    """The message names them."""
-    folder = tmp_path / "f"
-    folder.mkdir()
-    for name in ("a.pt", "b.pt"):
-        torch.save({}, folder / name)
-    assert _message(folder) == "folder 'f' holds several checkpoints; give one of 'a.pt', 'b.pt'"
+    """The message names them; accelerate numbers the networks of one training."""
+    for first, second in (("a.pt", "b.pt"), ("pytorch_model.bin", "pytorch_model_1.bin")):
+        folder = tmp_path / first
+        folder.mkdir()
+        for name in (first, second, "optimizer.bin")[: 2 + (first != "a.pt")]:
+            torch.save({}, folder / name)
+        assert _message(folder) == (
+            f"folder '{first}' holds several checkpoints; give one of '{first}', '{second}'"
+        )
 
 
 def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_networks import trained_critic
@@ -182,6 +183,11 @@ def _orthogonal(scale: float) -> dict[str, Any]:
 CONTENTS: dict[str, tuple[Any, str]] = {
     "nameless": ([torch.ones(2)], "holds no state dict: it holds tensors without names"),
     "nothing": ({}, "holds no state dict: it holds nothing"),
+    "arrays": (
+        {"a": np.ones(2), "b": np.float32(3)},
+        "holds no state dict: 'a' are numpy arrays; write them with numpy.savez",
+    ),
+    "a class": (nn.Linear, "no state dict: it holds 'torch.nn.modules.linear.Linear', which was"),
     "a number": (3, "holds no state dict: it holds a value of type 'int'"),
     "whole numbers": (
         _spectral_norm(orig=torch.ones(2, 3, dtype=torch.int64)),

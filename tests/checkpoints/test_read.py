@@ -151,9 +151,10 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path: Path)
 
 def test_a_module_pickled_whole_is_read_where_it_is_trusted(tmp_path: Path) -> None:
     """Refused by name at first; trusted, its state dict is taken."""
-    torch.save({"net": Critic()}, tmp_path / "whole.pt")
-    with pytest.raises(CheckpointError, match=r"wants to call 'cli_networks.Critic' while"):
-        read_checkpoint(tmp_path / "whole.pt")
+    for is_zip in (False, True):
+        torch.save({"net": Critic()}, tmp_path / "whole.pt", _use_new_zipfile_serialization=is_zip)
+        with pytest.raises(CheckpointError, match=r"wants to call 'cli_networks.Critic' while"):
+            read_checkpoint(tmp_path / "whole.pt")
     (found,) = read_checkpoint(tmp_path / "whole.pt", trust_pickle=True).state_dicts()
     assert found.key == "net"
     assert "head.weight_orig" in found.tensors
