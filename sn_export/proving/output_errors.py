@@ -96,6 +96,8 @@ class RunningErrors:
         self.total += float(difference.sum())
         self.elements += expected.numel()
         self.spread.add(difference.flatten().numpy())
+        if is_finite and largest <= atol:
+            return  # every element is within tolerance
         outside = (difference != 0) & ~(difference <= atol + rtol * magnitude)
         if not is_finite:  # an infinite reference allows itself alone: inf <= atol + rtol * inf
             outside |= (difference != 0) & ~(difference.isfinite() & magnitude.isfinite())
@@ -238,6 +240,21 @@ def _larger(left: float, right: float) -> float:
     return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
 
 
+def _count_by_decade(errors: NDArray[np.float64]) -> NDArray[np.int64]:
+    """Return how many errors are in each decade of the histogram, what is beyond in its ends.
+
+    A comparison with every edge takes a tenth of the time of a search among the edges.
+    """
+    if not len(errors):
+        return np.zeros(len(_EDGES) - 1, np.int64)
+    low, high = errors.min(), errors.max()
+    reached = [
+        len(errors) if edge <= low else np.count_nonzero(errors >= edge) if edge <= high else 0
+        for edge in _EDGES[1:-1]
+    ]
+    return -np.diff([len(errors), *reached, 0])
+
+
 class Spread:
     """A histogram by decade, and quantiles: exact while few errors are known."""
 
@@ -255,13 +272,16 @@ class Spread:
     def add(self, errors: NDArray[np.float64]) -> None:
         """Take in absolute errors, shape (n,)."""
         usual = errors[errors > 0]
+        zeros = len(errors) - len(usual)
         if not np.isfinite(errors).all():
+            nan = int(np.isnan(errors).sum())
+            infinite = int(np.isinf(usual).sum())
             usual = usual[np.isfinite(usual)]
-            self.infinite += int(np.isinf(errors).sum())
-            self.nan += int(np.isnan(errors).sum())
-        self.zeros += int((errors == 0).sum())
-        bucket = np.searchsorted(_EDGES, usual, side="right") - 1
-        self.counts += np.bincount(bucket.clip(0, len(self.counts) - 1), minlength=len(self.counts))
+            self.infinite += infinite
+            self.nan += nan
+            zeros -= nan
+        self.zeros += zeros
+        self.counts += _count_by_decade(usual)
         self.kept.append(usual)
         if self.fine is not None or sum(map(len, self.kept)) > _KEPT:
             self._count_finely()
