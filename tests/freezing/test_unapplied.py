@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from fingerprint import assert_unchanged, fingerprint, same_bits
 from handwritten_networks import SNLinear, old_spectral_norm
 from networks import seed_torch
-from reading_networks import CALLERS, READERS, Direct
+from reading_networks import CALLERS, READERS, Direct, Tabled
 from torch import Tensor, nn
 from torch.nn.utils import prune, spectral_norm, weight_norm
 
@@ -127,6 +127,17 @@ def test_what_is_called_and_read_stays_exact(
     if expected is not None:
         assert same_bits(inside, expected)
     assert all(info.is_applied for info in find_parametrizations(model))
+
+
+def test_what_has_run_tells_where_source_does_not() -> None:
+    """A layer whose hook never ran in a network that did is left as it is, and named."""
+    model = as_run(Tabled(spectral_norm, "reads")).eval()
+    expected = output(model)
+    with (
+        pytest.warns(SpectralNormNotAppliedWarning, match="Tabled has run without calling l"),
+        frozen_spectral_norm(model),
+    ):
+        assert same_bits(output(model), expected)
 
 
 class RawReader(nn.Module):

@@ -61,6 +61,43 @@ class Methodical(Direct):
         return self.project(self.l, x)
 
 
+class Static(Direct):
+    """By a static method, on an owner that has another name than self."""
+
+    @staticmethod
+    def project(layer: nn.Linear, x: Tensor) -> Tensor:
+        return F.linear(x, layer.weight)
+
+    def forward(me, x: Tensor) -> Tensor:
+        return me.project(me.l, x)
+
+
+class Local(Direct):
+    """By functions within the forward."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        def project(layer: nn.Linear) -> Tensor:
+            return apply(layer)
+
+        apply = lambda layer: F.linear(x, layer.weight)  # noqa: E731
+        return project(self.l)
+
+
+class Searched(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(Tensor, self.get_submodule("l").weight))
+
+
+class Chained(nn.Sequential):
+    """Reads its own entry, in place of the forward that it overrides."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__(_linear(hooked))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, cast(Any, self[0]).weight)
+
+
 class Owned(Direct):
     @property
     def kernel(self) -> Tensor:
@@ -219,6 +256,31 @@ class Tied(nn.Module):
         return cast(Tensor, self.reader(self.caller(x)))
 
 
+class LocalCall(Direct):
+    def forward(self, x: Tensor) -> Tensor:
+        def apply(layer: nn.Linear, depth: int = 1) -> Tensor:
+            return apply(layer, depth - 1) if depth else cast(Tensor, layer(x))
+
+        return F.linear(apply(self.l), self.l.weight)
+
+
+_TABLE: dict[str, Callable[[nn.Linear, Tensor], Tensor]] = {
+    "reads": lambda layer, x: F.linear(x, layer.weight),
+    "calls": lambda layer, x: cast(Tensor, layer(x)),
+}
+
+
+class Tabled(Direct):
+    """Hands the layer to what no source tells of, beside another one that is called."""
+
+    def __init__(self, hooked: Hooked, does: str = "calls") -> None:
+        super().__init__(hooked)
+        self.other, self.does = _linear(hooked), does
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _TABLE[self.does](self.l, cast(Tensor, self.other(x)))
+
+
 class Inherited(Both):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) + x
@@ -230,6 +292,10 @@ READERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "named": Named,
     "helped": Helped,
     "methodical": Methodical,
+    "static": Static,
+    "local": Local,
+    "searched": Searched,
+    "chained": Chained,
     "owned": Owned,
     "listed": Listed,
     "indexed": Indexed,
@@ -251,4 +317,6 @@ CALLERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "dynamic": Dynamic,
     "tied": Tied,
     "inherited": Inherited,
+    "local-call": LocalCall,
+    "tabled": Tabled,
 }

@@ -9,8 +9,8 @@ stands for the modules that it may be::
     y = F.linear(x, layer.weight)         # reads (blocks.0.out, weight), (blocks.1.out, weight)
     for block in self.blocks: y = block(y)  # calls blocks.0, blocks.1
 
-Branches and the order of statements play no part. A module that is handed to code that cannot be
-read counts as called.
+Branches and the order of statements play no part. Of a module that is handed to code that cannot
+be read it is not known whether it is called.
 """
 
 from __future__ import annotations
@@ -28,18 +28,19 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .source_code import function_of, is_library
+from .source_code import function_of, functions, is_library
 
 Modules = frozenset[nn.Module]
+_Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 _NONE: Modules = frozenset()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Of a tensor: what can be read without a use of its values.
 _METADATA = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad"}
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "id", "print", "str", "bool", "super"}
-_PASSING = {"enumerate", "zip", "list", "tuple", "reversed", "iter", "next", "sorted"}
+_PASSING = {"enumerate", "zip", "list", "tuple", "dict", "reversed", "iter", "next", "sorted"}
 _ENTRIES = {"values", "items", "get", "children", "named_children", "keys"}
-_OF_ALL = {"modules", "named_modules"}
+_OF_ALL = {"modules", "named_modules", "get_submodule"}
 _DEPTH = 8  # of calls within calls, and of lists within lists
 
 
@@ -47,7 +48,8 @@ class ChildUses:
     """What the code of some modules does with the modules below them.
 
     Attributes:
-        calls: the modules that are called, or may be.
+        calls: the modules that are called.
+        handed: the modules that code which cannot be read may call.
         reads: pairs of a module and the name of an attribute, each with the module whose code
             reads it.
 
@@ -58,11 +60,18 @@ class ChildUses:
 
     def __init__(self, owners: Iterable[nn.Module], from_forward: bool = False) -> None:
         self.calls: set[nn.Module] = set()
+        self.handed: set[nn.Module] = set()
         self.reads: dict[tuple[nn.Module, str], nn.Module] = {}
         self.seen: dict[object, Modules] = {}
         for owner in owners:
             for function in _methods(type(owner), from_forward):
-                self.run(function, owner, {"self": frozenset({owner})}, 0)
+                self.run_method(function, owner, 0)
+
+    def run_method(self, function: FunctionType, owner: nn.Module, depth: int) -> Modules:
+        """Evaluate a method that is given nothing but its owner, whatever it calls that."""
+        code = function.__code__
+        own = code.co_varnames[: min(code.co_argcount, 1)]
+        return self.run(function, owner, dict.fromkeys(own, frozenset({owner})), depth)
 
     def run(
         self, function: FunctionType, owner: nn.Module, arguments: Mapping[str, Modules], depth: int
@@ -88,12 +97,13 @@ class ChildUses:
             if key not in self.reads or any(module is child for child in reader._modules.values()):
                 self.reads[key] = reader  # rather the parent than one above it
 
+    def call(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
+        """Note that the code of ``owner`` calls ``modules``."""
+        self.calls.update(_with_entries(modules, owner))
+
     def hand_over(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         """Note that ``modules`` may be called by code that cannot be read."""
-        for module in modules:
-            self.calls.add(module)
-            if module is owner or isinstance(module, _CONTAINERS):
-                self.calls.update(_children(module))
+        self.handed.update(_with_entries(modules, owner))
 
     def _skim(self, function: FunctionType, owner: nn.Module) -> None:
         """Note what the compiled code does with children: ``self.child.name``, or anything."""
@@ -124,6 +134,8 @@ class _Evaluation:
         self._owner = owner
         self._depth = depth
         self._names = dict(arguments)
+        self._local: dict[str, _Function] = {}
+        self._active: list[_Function] = []
         self._returned = _NONE
 
     def of(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
@@ -165,8 +177,45 @@ class _Evaluation:
     def _assign(self, node: ast.Assign) -> Modules:
         modules = self.visit(node.value)
         for target in node.targets:
-            self._bind(target, modules)
+            if isinstance(node.value, ast.Lambda) and isinstance(target, ast.Name):
+                self._local[target.id] = node.value
+            else:
+                self._bind(target, modules)
         return _NONE
+
+    def _functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
+        self._local[node.name] = node
+        self._call_local(node, [], {})
+        return _NONE
+
+    _asyncfunctiondef = _functiondef
+
+    def _call_local(
+        self,
+        node: _Function,
+        positional: list[Modules],
+        named: Mapping[str | None, Modules],
+    ) -> Modules:
+        """Evaluate a function within this one, whose names are those of this one."""
+        if node in self._active:  # it calls itself
+            self._hand_over(positional, named)
+            return _NONE
+        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
+        known = dict(zip((a.arg for a in arguments), positional, strict=False))
+        for argument in arguments:
+            given = named.get(argument.arg, _NONE) | known.get(argument.arg, _NONE)
+            self._names[argument.arg] = self._names.get(argument.arg, _NONE) | given
+        self._hand_over(positional[len(arguments) :], {None: named.get(None, _NONE)})
+        outer, self._returned = self._returned, _NONE
+        self._active.append(node)
+        if isinstance(node, ast.Lambda):
+            self._returned = self.visit(node.body)
+        else:
+            for statement in node.body:
+                self.visit(statement)
+        self._active.pop()
+        found, self._returned = self._returned, outer
+        return found
 
     def _annassign(self, node: ast.AnnAssign) -> Modules:
         self._bind(node.target, self.visit(node.value))
@@ -226,9 +275,7 @@ class _Evaluation:
         if isinstance(entry, property) and not held and not is_library(type(module)):
             function = function_of(entry)
             if function is not None:
-                return self._uses.run(
-                    function, module, {"self": frozenset({module})}, self._depth + 1
-                )
+                return self._uses.run_method(function, module, self._depth + 1)
         if not held:
             self._uses.read(module, name, self._owner)
         return held
@@ -260,7 +307,7 @@ class _Evaluation:
         if isinstance(function, ast.Name) and function.id not in self._names:
             return self._named_function(function.id, node, positional, named)
         called = self.visit(function)
-        self._uses.hand_over(called, self._owner)
+        self._uses.call(called, self._owner)
         self._hand_over(positional, named)
         return _NONE
 
@@ -279,7 +326,7 @@ class _Evaluation:
         for module in modules:
             child = self._child_or_held(module, node.attr)
             if child:
-                self._uses.hand_over(child, self._owner)
+                self._uses.call(child, self._owner)
                 self._hand_over(positional, named)
             elif node.attr in _ENTRIES:
                 found |= _entries(frozenset({module}))
@@ -288,7 +335,7 @@ class _Evaluation:
             elif node.attr in _OF_ALL:
                 found |= frozenset(module.modules())
             elif node.attr in ("forward", "__call__"):
-                self._uses.hand_over([module], self._owner)
+                self._uses.call([module], self._owner)
                 self._hand_over(positional, named)
             elif not hasattr(nn.Module, node.attr):
                 found |= self._own_method(module, node.attr, positional, named)
@@ -307,7 +354,6 @@ class _Evaluation:
     ) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)
         is_static = isinstance(entry, staticmethod)
-        entry = entry.__func__ if isinstance(entry, (staticmethod, classmethod)) else entry
         function = function_of(entry)
         if function is None:
             self._uses.read(module, name, self._owner)
@@ -331,6 +377,8 @@ class _Evaluation:
             for module in positional[0]:
                 self._uses.read(module, "*", self._owner)
             return _NONE.union(*(_children(module) for module in positional[0]))
+        if name in self._local:
+            return self._call_local(self._local[name], positional, named)
         if name in _HARMLESS:
             return _NONE
         if name == "cast":
@@ -388,15 +436,14 @@ class _Evaluation:
 
 def _methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
     """Yield what may run in a forward: all methods but those that build; of torch's forward."""
-    for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+    yield from functions(cls.__mro__, "forward")
+    for base in () if from_forward else cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, entry in vars(base).items():
             is_building = name.startswith("__") or "init" in name or "reset" in name
-            is_entry = from_forward or is_library(base)
-            is_run = name == "forward" if is_entry else not is_building
-            if is_run and name not in ("extra_repr", "_load_from_state_dict"):
-                function = function_of(entry)
-                if function is not None:
-                    yield function
+            is_known = name in ("forward", "extra_repr", "_load_from_state_dict")
+            function = None if is_building or is_known else function_of(entry)
+            if function is not None and not is_library(base):
+                yield function
 
 
 _trees: WeakKeyDictionary[FunctionType, ast.FunctionDef | ast.AsyncFunctionDef | None] = (
@@ -414,6 +461,14 @@ def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | No
         is_function = isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
         _trees[function] = tree if is_function else None  # type: ignore[assignment]
     return _trees[function]
+
+
+def _with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
+    """Yield ``modules``, and what is called with them: entries of containers, children of self."""
+    for module in modules:
+        yield module
+        if module is owner or isinstance(module, _CONTAINERS):
+            yield from _children(module)
 
 
 def _children(module: nn.Module) -> list[nn.Module]:

@@ -215,6 +215,8 @@ def is_library(thing: type | FunctionType) -> bool:
 
 def function_of(entry: Any) -> FunctionType | None:
     """Return the function of a method or property, as its class holds it."""
+    if isinstance(entry, (staticmethod, classmethod)):
+        entry = entry.__func__
     if isinstance(entry, property):
         entry = entry.fget
     elif isinstance(entry, cached_property):
