@@ -290,6 +290,7 @@ def correct_declared_sizes(
 
         [2, 8, 12, 12], seen as [2, 8, 11, 11]  ->  [2, 8, 11, 11]
         [2, 6], seen as [2, 6] and as [2, 9]    ->  [2, ?]
+        [1, 1, 2, 2], seen as [1, 2, 2]         ->  [1, 2, 2], of an LSTM by torch 2.9
 
     Args:
         path: the file; its external data is neither read nor written.
@@ -307,10 +308,13 @@ def correct_declared_sizes(
         ExportError: if it has fixed a dimension that varies, and that is not left open.
     """
     if declared is not None and all(
-        size == one.outputs[number].shape[position]
+        len(shape) == one.outputs[number].ndim
+        and all(
+            size == actual
+            for size, actual in zip(shape, one.outputs[number].shape, strict=True)
+            if isinstance(size, int)
+        )
         for number, shape in enumerate(declared)
-        for position, size in enumerate(shape)
-        if isinstance(size, int)
         for one in references
     ):
         return ()
@@ -318,6 +322,7 @@ def correct_declared_sizes(
     notes = []
     for number, output in enumerate(file.graph.output):
         shapes = {one.inputs.label: one.outputs[number].shape for one in references}
+        notes += _correct_rank(output, list(shapes.values()))
         for position, dim in enumerate(output.type.tensor_type.shape.dim):
             seen = {label: shape[position] for label, shape in shapes.items()}
             other = next((label for label, size in seen.items() if size != dim.dim_value), None)
@@ -338,3 +343,18 @@ def correct_declared_sizes(
     if notes:
         onnx.save(file, path)
     return tuple(notes)
+
+
+def _correct_rank(output: onnx.ValueInfoProto, shapes: Sequence[Sequence[int]]) -> list[str]:
+    """Declare the shape that was seen where another number of dimensions is declared."""
+    shape, rank = output.type.tensor_type.shape, len(shapes[0])
+    declared = len(shape.dim)
+    if declared == rank or not output.type.tensor_type.HasField("shape"):
+        return []
+    shape.ClearField("dim")
+    for sizes in zip(*shapes, strict=True):
+        shape.dim.add(dim_value=sizes[0] if len(set(sizes)) == 1 else None)
+    return [
+        f"the exporter has given the output '{output.name}' {declared} dimensions, and it has "
+        f"{rank}: it says so now"
+    ]

@@ -29,14 +29,20 @@ def preserved_globals() -> Iterator[None]:
     """Put back the random states of torch (all devices), numpy and python, and torch's grad mode.
 
     Grad mode, since an interrupt may strike where a ``with torch.no_grad()`` has ended and its
-    ``__exit__`` was not called yet.
+    ``__exit__`` was not called yet. Hooks for all modules that torch itself registers are removed:
+    where an export fails, torch 2.9 leaves one behind.
     """
     grad = torch.is_grad_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
+    hooks = [(of_all, set(of_all)) for of_all in _hooks_of_all_modules()]
 
     def restore() -> None:
+        for of_all, before in hooks:
+            for key in of_all.keys() - before:
+                if str(getattr(of_all[key], "__module__", "")).startswith("torch."):
+                    del of_all[key]
         torch.set_grad_enabled(grad)
         random.setstate(python_state)
         np.random.set_state(numpy_state)
@@ -279,6 +285,13 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
                 state.guard_parameters()
             state.begin()
             return run()
+
+
+def _hooks_of_all_modules() -> list[dict[int, Any]]:
+    names = vars(torch.nn.modules.module).items()
+    return [
+        value for name, value in names if name.startswith("_global_") and isinstance(value, dict)
+    ]
 
 
 def _cuda_is_used() -> bool:

@@ -86,3 +86,16 @@ def test_sizes_of_outputs_that_follow_the_input(tmp_path: Path, exporter: Any) -
     path, dims = tmp_path / "net.onnx", {"x": {0: torch.export.Dim("rows")}}
     export_onnx(Counted(), (torch.randn(5, 3),), path, exporter=exporter, dynamic_shapes=dims)
     assert declared_sizes(path) != [5]
+
+
+@pytest.mark.parametrize("declared", [None, [[2, 6]]])
+def test_a_rank_that_is_another(tmp_path: Path, declared: Any) -> None:
+    """The file has the number of dimensions that was seen, and leaves open which varies."""
+    path = declaring(tmp_path / "net.onnx")
+    outputs = [torch.zeros(1, 2, n) for n in (3, 4)]
+    references = [Reference(InputSet((), {}, str(i)), (y,)) for i, y in enumerate(outputs)]
+    notes = correct_declared_sizes(path, references, declared, leaves_open=False)
+    assert notes == (
+        "the exporter has given the output 'y' 2 dimensions, and it has 3: it says so now",
+    )
+    assert declared_sizes(path) == [1, 2, 0]

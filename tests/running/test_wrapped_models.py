@@ -52,7 +52,8 @@ def _wrapped(name: str, model: nn.Module) -> Any:
         return DataParallel(torch.compile(model, backend="eager"))  # type: ignore[arg-type]
     if name == "distributed":
         # torch broadcasts buffers on each forward, and fails where the block has left none.
-        return DistributedDataParallel(model, forward_sync_buffers=False)
+        sends = "broadcast_buffers" if torch.__version__ < "2.13" else "forward_sync_buffers"
+        return DistributedDataParallel(model, **{sends: False})  # type: ignore[arg-type]
     return DataParallel(model)
 
 
