@@ -219,7 +219,11 @@ def _suggestion(refusal: Refusal) -> str:
     for name in lacking:
         prefix = name.removesuffix(next((n for n in unknown if name.endswith("." + n)), name))
         if prefix and 2 * sum(prefix + n in lacking for n in unknown) > len(unknown):
-            return f". The model's names start with '{prefix}', the checkpoint's do not"
+            part = prefix.removesuffix(".")
+            return (
+                f". The model's names start with '{prefix}', the checkpoint's do not: "
+                f"--network {part} loads it into '{part}'"
+            )
     for name in unknown:
         shape = _largest(have, plain_have[name])
         # A part of a reparametrization, such as 'weight_v', is no misspelt 'weight'.

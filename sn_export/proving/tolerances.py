@@ -108,7 +108,7 @@ def _number(name: str, value: object) -> float | None:
         return None
     number = plain_number(value)
     if number is None or not number >= 0:
-        raise ValueError(f"{name} must be 0 or more, got {value}")
+        raise ValueError(f"{name} must be 0 or more, got {value!r}")
     return number
 
 

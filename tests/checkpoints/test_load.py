@@ -199,7 +199,8 @@ def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
     model = nn.Sequential(OrderedDict(net=nn.Linear(2, 2)))
     assert _message(model, nn.Linear(2, 2).state_dict(), tmp_path) == (
         "'a.pt' does not fit Sequential: it lacks 'net.weight', 'net.bias'; it has the unknown "
-        "'weight', 'bias'. The model's names start with 'net.', the checkpoint's do not"
+        "'weight', 'bias'. The model's names start with 'net.', the checkpoint's do not: "
+        "--network net loads it into 'net'"
     )
 
 

@@ -178,7 +178,7 @@ _BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"atol": {"s": 1.0, 0: 2.0}}, ValueError, "atol names the output 's' twice, also as 0"),
     ({"atol": {"s": -1.0}}, ValueError, "atol['s'] must be 0 or more, got -1.0"),
     ({"rtol": {0: math.nan}}, ValueError, "rtol[0] must be 0 or more, got nan"),
-    ({"rtol": {0: "1"}}, ValueError, "rtol[0] must be 0 or more, got 1"),
+    ({"rtol": {0: "1"}}, ValueError, "rtol[0] must be 0 or more, got '1'"),
     (
         {"rtol": {None: 1.0}},
         TypeError,
