@@ -172,6 +172,12 @@ def test_place_where_no_file_can_be(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_path_with_a_zero_byte() -> None:
+    """It is refused as one, in a message without that byte."""
+    with pytest.raises(ValueError, match=r"^cannot write 'a\\x00b': embedded null byte$"):
+        require_writable(Path("a\0b"))
+
+
 @pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127])
 def test_longest_name(tmp_path: Path, name: str) -> None:
     """A name that the disk takes is taken: drafts have names of the same length."""
@@ -230,9 +236,9 @@ def test_disk_error_within_another(is_cause: bool) -> None:
     assert find_disk_error(FileNotFoundError(errno.ENOENT, "No such file")) is None
 
 
-def _leave_behind(folder: Path) -> Path:
+def _leave_behind(folder: Path, number: int = 0) -> Path:
     """Leave a folder of drafts as a killed process does: its lock is there and not held."""
-    left = folder / ".sn_export.killed"
+    left = folder / f".sn_export.killed{number}"
     (left / "made").mkdir(parents=True)
     (left / "made" / "a").write_bytes(b"half")
     (left / "lock").touch()
@@ -249,7 +255,10 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
-    """Neither another process's drafts go, nor one's own, nor what is no folder of drafts."""
+    """Neither another process's drafts go, nor one's own, nor what is no folder of drafts.
+
+    What killed ones have left among these goes, in whatever order they are met.
+    """
     program = (
         "import sys, pathlib, sn_export.files as files\n"
         "with files.Drafts() as drafts:\n"
@@ -270,9 +279,12 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
         own = drafts.open(tmp_path / "a")
         assert process.stdin is not None and process.stdout is not None
         others = Path(process.stdout.readline().strip())
+        for number in range(20):
+            _leave_behind(tmp_path, number)
         _publish_one(tmp_path / "b", b"new")
         assert others.parent.is_dir()
         assert own.parent.is_dir()
+        assert not [*tmp_path.glob(".sn_export.killed*")]
         process.stdin.write("\n")
     assert {path.name for path in tmp_path.iterdir()} == {".sn_export.txt", ".sn_export.link", "b"}
 

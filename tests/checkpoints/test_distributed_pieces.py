@@ -211,6 +211,7 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
         "model": model.state_dict(),
         "ema": {"decay": 0.5, "shadow": torch.ones(3)},
         "sizes": [torch.zeros(0), torch.tensor(4)],
+        "nets": [{"a": torch.ones(2), "rate": 0.1}],
         "step": 7,
     }
     dcp.save(content, checkpoint_id=tmp_path / "a", no_dist=True)
@@ -222,6 +223,7 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
         "model": plain.state_dict(),
         "ema": {"decay": 0.0, "shadow": torch.zeros(3)},
         "sizes": [torch.ones(0), torch.tensor(0)],
+        "nets": [{"a": torch.zeros(2), "rate": 0.0}],
         "step": 0,
     }
     dcp.load(loaded, checkpoint_id=tmp_path / "b", no_dist=True)
