@@ -2,7 +2,8 @@
 
     scripts/prove [--quick] [--only PART] [--json FILE]
 
-Each row says what was tried how often and what survived. The exit code is 1 if anything did not.
+Each part runs in a process of its own, as many at once as there are cores. Each row says what was
+tried how often and what survived. The exit code is 1 if anything did not.
 """
 
 from __future__ import annotations
@@ -14,10 +15,14 @@ import importlib
 import json
 import os
 import platform
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,44 +30,31 @@ from prove_common import Row
 from rich.console import Console
 from rich.table import Table
 
-PARTS = {
-    "faults": "prove_faults",
-    "kills": "prove_kills",
-    "models": "prove_models",
-    "hostile": "prove_hostile",
-    "fuzz": "prove_fuzz",
-    "mutation": "prove_mutation",
-    "soak": "prove_soak",
-}
+_PARTS = ("mutation", "faults", "hostile", "kills", "fuzz", "soak", "models")  # the longest first
 _SLOW = ("fuzz", "mutation")  # not in the quick run, unless asked for
-HEADER = ("part", "attack", "tried", "survived", "seconds", "note")
-PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
+_HEADER = ("part", "attack", "tried", "survived", "seconds", "note")
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the parts asked for and print one table of them."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="about two minutes for all parts")
-    parser.add_argument("--only", choices=PARTS, action="append", help="may be repeated")
+    parser.add_argument("--quick", action="store_true", help="a minute or two for most parts")
+    parser.add_argument("--only", choices=_PARTS, action="append", help="may be repeated")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     options = parser.parse_args(argv)
 
-    warnings.simplefilter("ignore")
-    rows: list[tuple[str, Row]] = []
-    for part in options.only or [p for p in PARTS if not (options.quick and p in _SLOW)]:
-        module = importlib.import_module(PARTS[part])
-        start = time.perf_counter()
-        for row in module.rows(options.quick):
-            took = time.perf_counter() - start
-            rows.append((part, dataclasses.replace(row, seconds=round(took))))
-            print(f"{part}: {row.attack}: {row.survived} of {row.tried}", file=sys.stderr)
-            for failure in row.failures[:10]:
-                print(f"  {failure}", file=sys.stderr)
-            start = time.perf_counter()
+    parts = options.only or [p for p in _PARTS if not (options.quick and p in _SLOW)]
+    if len(parts) == 1:
+        found = [_run(parts[0], options.quick)]
+    else:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            found = [*pool.map(partial(_run_in_child, quick=options.quick), parts)]
+    rows = [(part, row) for part, rows in zip(parts, found, strict=True) for row in rows]
     environment = {
         "date": datetime.date.today().isoformat(),
         "python": platform.python_version(),
-        **{name: version(name) for name in PACKAGES},
+        **{name: version(name) for name in _PACKAGES},
         "cores": os.cpu_count(),
         "quick": options.quick,
     }
@@ -74,8 +66,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(any(row.survived < row.tried for _, row in rows))
 
 
+def _run(part: str, quick: bool) -> list[Row]:
+    warnings.simplefilter("ignore")
+    rows: list[Row] = []
+    start = time.perf_counter()
+    for row in importlib.import_module(f"prove_{part}").rows(quick):
+        rows.append(dataclasses.replace(row, seconds=round(time.perf_counter() - start)))
+        print(f"{part}: {row.attack}: {row.survived} of {row.tried}", file=sys.stderr)
+        for failure in row.failures[:10]:
+            print(f"  {failure}", file=sys.stderr)
+        start = time.perf_counter()
+    return rows
+
+
+def _run_in_child(part: str, quick: bool) -> list[Row]:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "rows.json"
+        program = [sys.executable, __file__, "--only", part, "--json", str(file)]
+        program += ["--quick"] if quick else []
+        if subprocess.run(program, stdout=subprocess.DEVNULL).returncode not in (0, 1):
+            raise RuntimeError(f"the part {part} failed itself")
+        content = json.loads(file.read_text())["rows"]
+    return [Row(**{key: row[key] for key in row if key != "part"}) for row in content]
+
+
 def _show(rows: Sequence[tuple[str, Row]], environment: dict[str, object]) -> None:
-    table = Table(*HEADER, caption=", ".join(f"{k} {v}" for k, v in environment.items()))
+    table = Table(*_HEADER, caption=", ".join(f"{k} {v}" for k, v in environment.items()))
     for part, row in rows:
         style = "bold red" if row.survived < row.tried else None
         cells = (part, row.attack, str(row.tried), str(row.survived), str(row.seconds), row.note)
