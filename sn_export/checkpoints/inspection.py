@@ -28,7 +28,7 @@ from .spectral_norm import (
     fitting_dims,
     length_of_vectors,
 )
-from .spelling import require_known
+from .spelling import last_link, require_known
 from .weight_norm import decide_dim as weight_norm_dim
 
 _CONVERGED = 1e-3
@@ -176,8 +176,9 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
     sigma = exact = math.nan
     specs = {key: float_spec(state.tensors, key) for key in site.keys.values()}
     dtypes = [dtype_name(spec) for spec in specs.values() if spec is not None]
-    if is_norm and "weight" in site.keys:
+    if is_norm and (not site.blocked if site.links else "weight" in site.keys):
         dim, sigma, exact, note = _measure(site, state.tensors, dims)
+        note = note or f"the last of {site.label}" * bool(site.links)
     else:
         note = _broken([key for key in specs if specs[key] is not None], state.tensors)
     if site.group == "weight_norm" and not site.blocked:
@@ -207,6 +208,10 @@ def _measure(
     """Return dim, sigma and exact sigma of a spectral norm, and what is to be said of them."""
     if broken := _broken(site.keys.values(), tensors):
         return None, math.nan, math.nan, broken
+    try:
+        site, tensors = last_link(site, tensors, dims)
+    except CheckpointError as error:
+        return None, math.nan, math.nan, str(error)
     norm = TorchNorm(site, tensors)
     try:
         dim = decide_dim(norm, dims)

@@ -29,7 +29,7 @@ UNKNOWN_MAP = (
     "the file does not say by which map (matrix_exp, cayley or householder) its weight is made "
     "orthogonal; tell 'sn-export convert' with --orthogonal-map"
 )
-_PARTS = {"weight": "original", "u": "0._u", "v": "0._v"}
+_PARTS = {"original", "0._u", "0._v"}  # of spectral norm alone
 _HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_[gv])", re.DOTALL)
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
@@ -64,6 +64,8 @@ class Reparametrization:
             ``original`` and ``0.base``.
         blocked: why its value cannot be known without the model's code; empty if it can.
         orthogonal_map: by which of torch's maps it is kept orthogonal, where that is known.
+        links: of a chain of several parametrizations each, as if it were alone; the ``weight`` of
+            all but the first is the value of those before, under ``name``. Empty otherwise.
     """
 
     module: str
@@ -74,6 +76,7 @@ class Reparametrization:
     keys: Keys
     blocked: str = ""
     orthogonal_map: OrthogonalMap | None = None
+    links: tuple[Reparametrization, ...] = ()
 
     def read(self, part: str, tensors: Mapping[str, Any]) -> Tensor:
         """Return the value of one part; raise a CheckpointError if it is not finite."""
@@ -86,7 +89,9 @@ class Reparametrization:
 
     @property
     def label(self) -> str:
-        """The group in words, such as ``"weight norm"``."""
+        """The group in words: ``"weight norm"``; of a chain ``"weight norm + spectral norm"``."""
+        if self.links:
+            return " + ".join(link.label for link in self.links)
         return _LABELS.get(self.group, self.group.replace("_", " "))
 
 
@@ -265,32 +270,64 @@ def _chain(
     """Return what a list of torch's parametrizations is, by the ends of its keys."""
     module, _, tensor = name.rpartition(".")
     path = qualified(module, f"parametrizations.{tensor}")
-    ends = set(parts)
-    is_alone = f"{path}.1" not in versions  # a link without tensors shows in the versions only
-    if ends == {"original0", "original1"} and is_alone:
-        keys = [parts["original0"], parts["original1"]]
-        norm = _weight_norm(tensors, module, tensor, "parametrization", *keys)
-        if norm is not None:
-            return norm
+    links = _find_links(tensors, module, tensor, parts)
+    # A link without tensors shows in the versions only.
+    if len(links) == 1 and f"{path}.1" not in versions:
+        return links[0]
     spec = float_spec(tensors, parts.get("original", ""))
     shape = spec.shape if spec is not None else ()
-    norms = sorted(end for end in ends if re.fullmatch(r"\d+\._[uv]", end))
+    norms = sorted(end for end in parts if re.fullmatch(r"\d+\._[uv]", end))
     group: Group = "spectral_norm" if norms else "parametrization"
-    blocked = f"only the model's code says what makes it of {quote_names(sorted(ends))}"
-    if norms and is_alone and ends <= {"original", "0._u", "0._v"}:
-        lost = {"original", "0._u", "0._v"} - ends
-        blocked = _unreadable(tensors, parts)
-        if lost:
-            blocked = (
-                f"its spectral norm is incomplete: there is '{parts[norms[0]]}' without "
-                f"'{path}.{min(lost)}'"
-            )
-        if not blocked:
-            parts = {part: parts[end] for part, end in _PARTS.items()}
-    elif ends == {"original", "0.base"}:
-        group = "orthogonal"
-        blocked = _misfit_of_base(tensors, parts) or UNKNOWN_MAP
+    if links and f"{path}.{len(links)}" not in versions:
+        blocked = next(filter(None, (link.blocked for link in links)), "")
+        keys = {**links[0].keys, **{end: parts[end] for end in norms if end[0] != "0"}}
+        shape = links[0].shape
+        return Reparametrization(
+            module, tensor, group, "parametrization", shape, keys, blocked, links=tuple(links)
+        )
+    blocked = f"only the model's code says what makes it of {quote_names(sorted(parts))}"
+    if norms and (lost := _PARTS - parts.keys()) and parts.keys() <= _PARTS:
+        blocked = (
+            f"its spectral norm is incomplete: there is '{parts[norms[0]]}' without "
+            f"'{path}.{min(lost)}'"
+        )
     return Reparametrization(module, tensor, group, "parametrization", shape, dict(parts), blocked)
+
+
+def _find_links(
+    tensors: Mapping[str, Any], module: str, tensor: str, parts: Keys
+) -> list[Reparametrization]:
+    """Return the links of a chain, if all are torch's own; nothing if one may be another.
+
+    Torch puts weight norm and orthogonality in the first place only, and spectral norm in any::
+
+        original0, original1, 1._u, 1._v  # spectral norm of what weight norm makes
+    """
+    name, left, links = qualified(module, tensor), dict(parts), list[Reparametrization]()
+    spec = float_spec(tensors, parts.get("original", ""))
+    shape = spec.shape if spec is not None else ()
+    make = partial(Reparametrization, module, tensor, spelling="parametrization")
+    if left.keys() >= {"original0", "original1"}:
+        g, v = left.pop("original0"), left.pop("original1")
+        norm = _weight_norm(tensors, module, tensor, "parametrization", g, v)
+        if norm is None:
+            return []
+        links, shape = [norm], norm.shape
+    elif "original" not in left:
+        return []
+    elif "0.base" in left:
+        pair = {end: left.pop(end) for end in ("original", "0.base")}
+        blocked = _misfit_of_base(tensors, pair) or UNKNOWN_MAP
+        links.append(make(group="orthogonal", shape=shape, keys=pair, blocked=blocked))
+    raw = left.pop("original", name)
+    while {f"{len(links)}._u", f"{len(links)}._v"} <= left.keys():
+        vectors = {part: left.pop(f"{len(links)}._{part}") for part in ("u", "v")}
+        keys = {"weight": raw, **vectors}
+        blocked = _unreadable(tensors, vectors if links else keys)
+        keys = dict(parts) if blocked and not links else keys
+        links.append(make(group="spectral_norm", shape=shape, keys=keys, blocked=blocked))
+        raw = name  # what follows is made of the value so far, which has no key
+    return [] if left else links
 
 
 def _misfit_of_base(tensors: Mapping[str, Any], parts: Keys) -> str:

@@ -182,10 +182,11 @@ def notes_on_lengths(
 ) -> tuple[str, ...]:
     """Return a sentence about vectors that are no unit vectors, or nothing if all are."""
     lengths = {
-        site.name: length
+        link.name: length
         for site in sites
-        if site.group == "spectral_norm" and not site.blocked
-        if (length := length_of_vectors(site, tensors)) != 1
+        for link in site.links or (site,)
+        if link.group == "spectral_norm" and not site.blocked
+        if (length := length_of_vectors(link, tensors)) != 1
     }
     if not lengths:
         return ()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 from ..errors import CheckpointError
@@ -31,6 +32,41 @@ _KINDS: dict[str, Kind] = {
     "pruning": PRUNING,
 }
 _WITH_DIM = ("spectral_norm", "weight_norm")
+
+
+def last_link(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> tuple[Reparametrization, Mapping[str, Any]]:
+    """Return the last link of a chain, and its tensors, the value of the links before among them.
+
+    Any other site is returned as it is.
+
+    Raises:
+        CheckpointError: if that value cannot be computed.
+    """
+    held = tensors
+    for link, following in pairwise(site.links):
+        link = replace(link, orthogonal_map=site.orthogonal_map)
+        value = _KINDS[link.group].plain_value(link, held, dims)
+        held = {key: tensors[key] for key in following.keys.values() if key != site.name}
+        held[site.name] = value
+    return (site.links or (site,))[-1], held
+
+
+def _kind_of(site: Reparametrization) -> Kind:
+    return _CHAIN if site.links else _KINDS[site.group]
+
+
+_CHAIN = Kind(
+    hook=(),
+    parametrization=(),
+    plain_value=lambda site, tensors, dims: SPECTRAL_NORM.plain_value(
+        *last_link(site, tensors, dims), dims
+    ),
+    decide_dim=lambda site, tensors, dims: SPECTRAL_NORM.decide_dim(
+        *last_link(site, tensors, dims), dims
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -104,7 +140,7 @@ def require_fitting(
     require_known(dims, sites)
     for site in sites:
         if site.name in dims:
-            _KINDS[site.group].decide_dim(site, tensors, dims)
+            _kind_of(site).decide_dim(site, tensors, dims)
 
 
 def require_known(dims: Mapping[str, int], sites: Sequence[Reparametrization]) -> None:
@@ -126,13 +162,14 @@ def _require_possible(
     """Raise a CheckpointError that names every site which cannot be spelled as it is wanted."""
     refused: dict[tuple[str, str], list[str]] = {}
     for site in changed:
-        to, kind = wanted[site.name], _KINDS.get(site.group)
+        to = wanted[site.name]
         reason = site.blocked
-        if kind is not None and to != "plain" and to != site.spelling:
+        if not reason and to != "plain" and to != site.spelling:
+            kind = _kind_of(site)
             if not (kind.parametrization if to == "parametrization" else kind.hook):
                 reason = f"torch has no {to} for {site.label}"
             reason = reason or kind.refuse(site, tensors)
-        if reason or kind is None:
+        if reason:
             refused.setdefault((to, reason), []).append(site.name)
     if refused:
         raise CheckpointError(
@@ -147,7 +184,7 @@ def _entries(
     site: Reparametrization, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> dict[str, Entry]:
     """Return what stands for one site in the new spelling, by key."""
-    kind = _KINDS[site.group]
+    kind = _kind_of(site)
     if to == "plain":
         raw = next(part for part in ("weight", "original", "v") if part in site.keys)
         spec = spec_of(tensors, site.keys[raw])

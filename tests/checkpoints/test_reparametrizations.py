@@ -6,6 +6,7 @@ Finding and respelling are called inside, on states that no file of torch would 
 from __future__ import annotations
 
 import random
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
-from torch.nn.utils.parametrizations import orthogonal
+from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 from vocoder_networks import NETWORKS, WEIGHT_NORM, Discriminators, Generator
 
 from sn_export.checkpoints import (
@@ -199,6 +200,40 @@ def test_orthogonal_weights_are_converted_by_the_map_that_is_told(
     converted = torch.load(tmp_path / "b.pt")
     assert list(converted) == [key.split(".")[1] for key in model.state_dict() if "original" in key]
     assert all(torch.equal(value, getattr(model, key)) for key, value in converted.items())
+
+
+CHAINS: dict[str, tuple[Any, ...]] = {
+    "weight norm": (weight_norm,),
+    "of one norm": (partial(weight_norm, dim=None),),
+    "orthogonal": (orthogonal,),
+    "spectral norm": (spectral_norm,),
+    "two more": (weight_norm, spectral_norm),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_a_chain_that_ends_in_spectral_norm(name: str, tmp_path: Path) -> None:
+    """It becomes plain bit for bit, also on its way into a plain network; a hook it has none."""
+    layer = nn.Conv1d(4, 6, 3)
+    for make in (*CHAINS[name], spectral_norm):
+        make(layer)
+    model = trained(nn.Sequential(layer), torch.randn(2, 4, 8)).eval()
+    torch.save(model.state_dict(), tmp_path / "a.pt")
+    told: Any = "default" if name == "orthogonal" else None
+    (row,) = inspect_checkpoint(tmp_path / "a.pt").layers
+    assert (row.group, row.dim, row.sigma > 0) == (
+        "spectral_norm",
+        *((0, True) if told is None else (None, False)),
+    )
+    made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", orthogonal_map=told)
+    assert made.found[0].label.endswith(" + spectral norm")
+    assert torch.equal(torch.load(tmp_path / "b.pt")["0.weight"], layer.weight)
+    if told is None:
+        plain = nn.Sequential(nn.Conv1d(4, 6, 3))
+        load_checkpoint(plain, read_checkpoint(tmp_path / "a.pt"))
+        assert torch.equal(plain[0].weight, layer.weight)
+    with pytest.raises(CheckpointError, match=r"cannot spell '0\.weight' as hook: "):
+        convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", "hook", orthogonal_map=told)
 
 
 def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
