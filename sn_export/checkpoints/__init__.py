@@ -4,8 +4,7 @@ from .content import Checkpoint, StateDict
 from .convert import Conversion, convert_checkpoint
 from .inspection import Inspection, StoredLayer, inspect_checkpoint
 from .load import Loaded, load_checkpoint
-from .npz_file import read_npz
-from .read import read_checkpoint
+from .read import read_checkpoint, read_npz
 from .reparametrizations import Spelling
 
 __all__ = [

@@ -27,6 +27,7 @@ from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
 from .distributed import write_distributed
+from .kinds import notes_on_dims
 from .lazy_tensors import LazyTensors, read_index
 from .read import read_checkpoint
 from .reparametrizations import (
@@ -40,7 +41,6 @@ from .reparametrizations import (
 from .safetensors_file import shard_name, write_safetensors
 from .spectral_norm import notes_on_lengths
 from .spelling import Respelled, require_fitting, respell
-from .weight_norm import notes_on_dims
 
 _LOOKED_FOR: dict[Respellable, str] = {
     "spectral_norm": "no 'weight_orig' with 'weight_u', no 'parametrizations.weight.original' with "

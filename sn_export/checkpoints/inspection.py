@@ -13,6 +13,7 @@ from ..errors import CheckpointError
 from ..freezing import exact_sigma, stored_sigma
 from ..text import dtype_name, quote_names
 from .content import Checkpoint, StateDict
+from .kinds import decide_weight_norm_dim, last_link
 from .read import read_checkpoint
 from .reparametrizations import (
     Reparametrization,
@@ -28,8 +29,7 @@ from .spectral_norm import (
     fitting_dims,
     length_of_vectors,
 )
-from .spelling import last_link, require_known
-from .weight_norm import decide_dim as weight_norm_dim
+from .spelling import require_known
 
 _CONVERGED = 1e-3
 
@@ -231,7 +231,7 @@ def _weight_norm_dim(
 ) -> tuple[int | None, str]:
     """Return the dim of a weight norm, and what is to be said of it."""
     try:
-        dim = weight_norm_dim(site, tensors, dims)
+        dim = decide_weight_norm_dim(site, tensors, dims)
     except CheckpointError as error:
         return None, str(error)
     return dim, "g is one number for the whole tensor (dim=None)" if dim is None else ""

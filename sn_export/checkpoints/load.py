@@ -19,6 +19,7 @@ from ..running import Preserved, restore_container, same_bits
 from ..text import format_count, quote_names
 from .content import Checkpoint, StateDict, describe_candidates
 from .fit_names import Refusal, describe_refusal, fit_names, measure_overlap, plain_names
+from .kinds import notes_on_dims
 from .reparametrizations import (
     Reparametrization,
     Spelling,
@@ -27,7 +28,6 @@ from .reparametrizations import (
 )
 from .spectral_norm import notes_on_lengths, zero_sigma
 from .spelling import require_fitting, respell
-from .weight_norm import notes_on_dims
 
 
 @dataclass(frozen=True)

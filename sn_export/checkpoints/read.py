@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+import zipfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import open_regular
@@ -19,7 +24,6 @@ from .lazy_tensors import (
     read_safetensors,
     read_safetensors_index,
 )
-from .npz_file import is_npz, read_npz
 from .sharded import read_sharded_safetensors
 from .torch_file import read_torch_file
 
@@ -30,6 +34,8 @@ _USUAL = (
     *("model.safetensors", "pytorch_model.bin"),
     *("diffusion_pytorch_model.bin", "adapter_model.bin"),
 )
+# What compressed arrays may unpack to, in bytes, or times the size of their file.
+_UNPACKED, _RATIO = 2**28, 100
 # How other files begin, what they are, and what to do.
 _OTHERS = (
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
@@ -68,7 +74,7 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
         return _read_index(source, source, trust_pickle)
     if source.suffix == _SAFETENSORS or head[8:9] == b"{":
         return Checkpoint(source, "safetensors", *read_safetensors(source))
-    if head.startswith(b"PK") and is_npz(source):
+    if head.startswith(b"PK") and _is_npz(source):
         return _read_npz(source)
     _require_torch(source, head)
     return _read_torch(source, source, trust_pickle)
@@ -79,6 +85,49 @@ def _read_npz(path: Path) -> Checkpoint:
         return Checkpoint(path, "numpy", read_npz(path))
     except ValueError as error:
         raise CheckpointError(str(error)) from error
+
+
+def _is_npz(path: Path) -> bool:
+    """Whether ``path`` is a zip archive that holds numpy arrays and nothing else."""
+    try:
+        with open_regular(path) as file, zipfile.ZipFile(file) as archive:
+            names = archive.namelist()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError):
+        return False
+    return bool(names) and all(name.endswith(".npy") for name in names)
+
+
+def read_npz(path: Path) -> dict[str, Tensor]:
+    """Return the arrays in the file that `numpy.savez` wrote, as tensors of the same dtypes.
+
+    Raises:
+        ValueError: if it is none, an array is no numbers, or it unpacks to too much.
+    """
+    try:
+        with open_regular(path) as file:
+            too_large = _describe_excess(file)
+            if not too_large:
+                arrays = np.load(file, allow_pickle=False)
+                return {name: _as_tensor(arrays[name]) for name in arrays.files}
+    except Exception as error:  # numpy raises many kinds for a broken file
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"'{path}' is no .npz of numeric arrays: {reason}") from error
+    raise ValueError(f"'{path}' {too_large}; save it with np.savez")
+
+
+def _as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:
+    native = array.astype(array.dtype.newbyteorder("="), copy=False)
+    return torch.from_numpy(native)
+
+
+def _describe_excess(file: BinaryIO) -> str:
+    """Return to how much a few bytes would unpack, if that is more than memory should hold."""
+    with zipfile.ZipFile(file) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    packed = file.seek(0, os.SEEK_END)
+    file.seek(0)
+    is_small = unpacked <= max(_UNPACKED, _RATIO * packed)
+    return "" if is_small else f"unpacks from {packed} to {unpacked} bytes"
 
 
 def _read_head(path: Path) -> bytes:

@@ -4,69 +4,23 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
+from .kinds import kind_of
 from .lazy_tensors import spec_of
-from .orthogonal import ORTHOGONAL
-from .pruning import PRUNING
 from .reparametrizations import (
     Entry,
-    Kind,
     Reparametrization,
     Spelling,
     dense_spec,
     find_reparametrizations,
 )
-from .spectral_norm import SPECTRAL_NORM
-from .weight_norm import WEIGHT_NORM
 
-_KINDS: dict[str, Kind] = {
-    "spectral_norm": SPECTRAL_NORM,
-    "weight_norm": WEIGHT_NORM,
-    "orthogonal": ORTHOGONAL,
-    "pruning": PRUNING,
-}
 _WITH_DIM = ("spectral_norm", "weight_norm")
-
-
-def last_link(
-    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
-) -> tuple[Reparametrization, Mapping[str, Any]]:
-    """Return the last link of a chain, and its tensors, the value of the links before among them.
-
-    Any other site is returned as it is.
-
-    Raises:
-        CheckpointError: if that value cannot be computed.
-    """
-    held = tensors
-    for link, following in pairwise(site.links):
-        link = replace(link, orthogonal_map=site.orthogonal_map)
-        value = _KINDS[link.group].plain_value(link, held, dims)
-        held = {key: tensors[key] for key in following.keys.values() if key != site.name}
-        held[site.name] = value
-    return (site.links or (site,))[-1], held
-
-
-def _kind_of(site: Reparametrization) -> Kind:
-    return _CHAIN if site.links else _KINDS[site.group]
-
-
-_CHAIN = Kind(
-    hook=(),
-    parametrization=(),
-    plain_value=lambda site, tensors, dims: SPECTRAL_NORM.plain_value(
-        *last_link(site, tensors, dims), dims
-    ),
-    decide_dim=lambda site, tensors, dims: SPECTRAL_NORM.decide_dim(
-        *last_link(site, tensors, dims), dims
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -140,7 +94,7 @@ def require_fitting(
     require_known(dims, sites)
     for site in sites:
         if site.name in dims:
-            _kind_of(site).decide_dim(site, tensors, dims)
+            kind_of(site).decide_dim(site, tensors, dims)
 
 
 def require_known(dims: Mapping[str, int], sites: Sequence[Reparametrization]) -> None:
@@ -165,7 +119,7 @@ def _require_possible(
         to = wanted[site.name]
         reason = site.blocked
         if not reason and to != "plain" and to != site.spelling:
-            kind = _kind_of(site)
+            kind = kind_of(site)
             if not (kind.parametrization if to == "parametrization" else kind.hook):
                 reason = f"torch has no {to} for {site.label}"
             reason = reason or kind.refuse(site, tensors)
@@ -184,7 +138,7 @@ def _entries(
     site: Reparametrization, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> dict[str, Entry]:
     """Return what stands for one site in the new spelling, by key."""
-    kind = _kind_of(site)
+    kind = kind_of(site)
     if to == "plain":
         raw = next(part for part in ("weight", "original", "v") if part in site.keys)
         spec = spec_of(tensors, site.keys[raw])

@@ -1,0 +1,203 @@
+"""The kinds of reparametrizations beside spectral norm, chains among them, and the table of all.
+
+Each asks torch's own class for the weight in use: weight norm for ``g * v / ||v||``, the norms
+taken over all dimensions but one; an orthogonal weight for the map of a raw matrix, times a base; a
+pruned one for the raw weight times its mask.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal, _WeightNorm
+from torch.nn.utils.prune import CustomFromMask
+
+from ..errors import CheckpointError
+from ..text import quote_names
+from .lazy_tensors import spec_of
+from .reparametrizations import Kind, Reparametrization, aligned, is_finite, weight_norm_dims
+from .spectral_norm import SPECTRAL_NORM
+
+
+def _fitting_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
+    """Return the dims that the shape of g has room for; several if v has dimensions of size 1."""
+    return weight_norm_dims(spec_of(tensors, site.keys["g"]).shape, site.shape)
+
+
+def decide_weight_norm_dim(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> int | None:
+    """Return the dim of one site; None for one norm of the whole tensor.
+
+    Where several fit, as for a convolution of one channel, they differ in the last bits of the
+    result only. Then it is 0, which torch takes by default, unless ``dims`` says otherwise.
+
+    Raises:
+        CheckpointError: if ``dims`` names one that does not fit, or several fit and 0 does not.
+    """
+    fitting = _fitting_dims(site, tensors)
+    either = " or ".join(map(str, fitting))
+    if site.name in dims:
+        dim, ndim = dims[site.name], len(site.shape)
+        if not -ndim <= dim < ndim or dim % ndim not in fitting:
+            shape = list(spec_of(tensors, site.keys["g"]).shape)
+            raise CheckpointError(
+                f"'{site.name}' {list(site.shape)} with g of shape {shape} has dim {either}, got "
+                f"--dim {site.name}={dim}"
+            )
+        return dim % ndim
+    if len(fitting) == 1 or 0 in fitting:
+        return fitting[0]
+    raise CheckpointError(
+        f"cannot tell the dim of '{site.name}' {list(site.shape)}: the shape of g fits {either}; "
+        f"say which with --dim {site.name}={fitting[0]}"
+    )
+
+
+def notes_on_dims(
+    sites: Sequence[Reparametrization], tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> tuple[str, ...]:
+    """Return a sentence about weight norms whose dim was taken to be torch's default."""
+    taken = [
+        site.name
+        for site in sites
+        if site.group == "weight_norm" and not site.blocked and site.name not in dims
+        if len(_fitting_dims(site, tensors)) > 1
+    ]
+    if not taken:
+        return ()
+    return (
+        f"{quote_names(taken)}: the shapes fit several dims of weight norm, which differ in the "
+        "last bits of the weight; 0 was taken, torch's default, and --dim takes another",
+    )
+
+
+def _normalise(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> Tensor:
+    """Return the weight in use, as torch's class computes it.
+
+    Raises:
+        CheckpointError: if the dim cannot be told, torch cannot compute it, or a norm is 0.
+    """
+    g, v = (aligned(site.read(part, tensors)) for part in ("g", "v"))
+    dim = decide_weight_norm_dim(site, tensors, dims)
+    try:
+        with torch.no_grad():
+            value: Tensor = _WeightNorm(dim)(g, v)
+    except RuntimeError as error:
+        raise CheckpointError(
+            f"torch cannot normalise '{site.name}': {str(error).splitlines()[0]}"
+        ) from error
+    if not is_finite(value):
+        raise CheckpointError(
+            f"a norm in '{site.keys['v']}' is 0 or too small to divide by, so the weight "
+            f"'{site.name}' would not be finite"
+        )
+    return value
+
+
+def _make_orthogonal(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> Tensor:
+    """Return the weight in use, as torch's class computes it.
+
+    Raises:
+        CheckpointError: if torch cannot compute it, or it is not finite.
+    """
+    raw, base = (aligned(site.read(part, tensors)) for part in ("original", "0.base"))
+    name = _map_of(site, raw)
+    try:
+        with torch.no_grad():
+            link = _Orthogonal(raw, _OrthMaps[name])
+            link._buffers["base"] = base
+            value: Tensor = link(raw)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(
+            f"torch cannot make '{site.name}' orthogonal by {name}: {str(error).splitlines()[0]}"
+        ) from error
+    if not is_finite(value):
+        raise CheckpointError(f"the orthogonal weight '{site.name}' would not be finite")
+    return value
+
+
+def _map_of(site: Reparametrization, raw: Tensor) -> str:
+    """Return the map of one weight; the one that torch takes by default goes by its shape."""
+    assert site.orthogonal_map is not None  # else the site would be blocked
+    if site.orthogonal_map != "default":
+        return site.orthogonal_map
+    is_square = raw.shape[-2] == raw.shape[-1]
+    return "matrix_exp" if is_square or raw.is_complex() else "householder"
+
+
+def _prune(site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]) -> Tensor:
+    """Return the weight in use, as torch's class computes it.
+
+    Raises:
+        CheckpointError: if the mask has another shape, or a value is not finite.
+    """
+    weight, mask = (aligned(site.read(part, tensors)) for part in ("weight", "mask"))
+    if mask.shape != weight.shape:
+        raise CheckpointError(
+            f"'{site.keys['mask']}' is {list(mask.shape)} and should be {list(weight.shape)}"
+        )
+    module = nn.Module()
+    module.weight_orig, module.weight_mask = weight, mask
+    method = CustomFromMask(mask)
+    method._tensor_name = "weight"
+    value: Tensor = method.apply_mask(module).detach()  # type: ignore[no-untyped-call]
+    return value
+
+
+def last_link(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> tuple[Reparametrization, Mapping[str, Any]]:
+    """Return the last link of a chain, and its tensors, the value of the links before among them.
+
+    Any other site is returned as it is.
+
+    Raises:
+        CheckpointError: if that value cannot be computed.
+    """
+    held = tensors
+    for link, following in pairwise(site.links):
+        link = replace(link, orthogonal_map=site.orthogonal_map)
+        value = _KINDS[link.group].plain_value(link, held, dims)
+        held = {key: tensors[key] for key in following.keys.values() if key != site.name}
+        held[site.name] = value
+    return (site.links or (site,))[-1], held
+
+
+def kind_of(site: Reparametrization) -> Kind:
+    """Return the kind of a site that is not blocked."""
+    return _CHAIN if site.links else _KINDS[site.group]
+
+
+_KINDS: dict[str, Kind] = {
+    "spectral_norm": SPECTRAL_NORM,
+    "weight_norm": Kind(
+        hook=("_g", "_v"),
+        parametrization=("original0", "original1"),
+        plain_value=_normalise,
+        decide_dim=decide_weight_norm_dim,
+    ),
+    "orthogonal": Kind(
+        hook=(), parametrization=("original", "0.base"), plain_value=_make_orthogonal
+    ),
+    "pruning": Kind(hook=("_orig", "_mask"), parametrization=(), plain_value=_prune),
+}
+_CHAIN = Kind(
+    hook=(),
+    parametrization=(),
+    plain_value=lambda site, tensors, dims: SPECTRAL_NORM.plain_value(
+        *last_link(site, tensors, dims), dims
+    ),
+    decide_dim=lambda site, tensors, dims: SPECTRAL_NORM.decide_dim(
+        *last_link(site, tensors, dims), dims
+    ),
+)
