@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MethodType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
@@ -41,7 +41,8 @@ from ..running import (
     require_seen,
 )
 from ..text import plain_integer
-from .torch_exporters import ExternalData
+
+ExternalData = Literal["auto"] | bool
 
 
 class Source(Protocol):
@@ -131,6 +132,10 @@ class Call:
     example: InputSet
     own: Sequence[InputSet]
 
+    def on_cpu(self) -> Call:
+        """Return it with all tensors on the CPU, where a gathered network is."""
+        return Call(self.example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in self.own])
+
 
 @dataclass(frozen=True)
 class Request:
@@ -142,7 +147,7 @@ class Request:
         exporters: torch's exporters, in the order in which they are tried.
         external_data: whether weights go to a side file.
         samples: number of random inputs.
-        opset_version: the opset, or None where the user leaves it open.
+        opset_version: the opset, or None for torch's default.
         settings: how files are run and held against the model.
         metadata: keys and values of the user's own for the file.
         case: where the inputs and outputs of the proof are saved.
@@ -150,7 +155,7 @@ class Request:
         call: the inputs.
         dims: the dimensions that may vary.
         input_names: names in the file by the names in the forward's signature, in its order.
-        output_names: names that the user wants for the first outputs; None for none.
+        output_names: names that the user wants for the first outputs; of all, once it has run.
         frozen_kinds: what is frozen, as `frozen_parametrizations` takes it.
         run: runs the reference where that is another model than ``model``; else None.
         per_module: whether modules are compared though all outputs pass.
@@ -173,7 +178,7 @@ class Request:
     call: Call
     dims: Sequence[DynamicDim]
     input_names: Mapping[str, str]
-    output_names: Sequence[str] | None
+    output_names: Sequence[str]
     frozen_kinds: Only
     run: Callable[[InputSet], Reference] | None
     per_module: bool
@@ -195,8 +200,6 @@ def require_call(
     args: Any,
     kwargs: Any,
     inputs: Any,
-    *,
-    on_cpu: bool = False,
     draws: str | None = None,
 ) -> Call:
     """Return the example, and the user's inputs for the proof, by the names of what is called.
@@ -207,7 +210,6 @@ def require_call(
         args: as `export_onnx` is given them.
         kwargs: likewise.
         inputs: likewise.
-        on_cpu: whether the network is there, wherever the inputs are.
         draws: what random numbers the model draws.
 
     Raises:
@@ -221,8 +223,6 @@ def require_call(
     own = as_input_sets(model, inputs, len(example.args), "inputs", example, method)
     for one in own:
         require_seen(one, example)
-    if on_cpu:
-        example, own = example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in own]
     return Call(replace(example, draws=draws), [replace(one, draws=draws) for one in own])
 
 

@@ -26,7 +26,6 @@ from ..proving import Case, Proof, called_name, differs, is_imprecise
 from ..results import (
     Attempt,
     Exporter,
-    ExporterChoice,
     ExportReport,
     FoldedInitializer,
     ParityError,
@@ -38,7 +37,7 @@ from .arguments import Request
 from .failures import describe_failures, traced_decision
 from .metadata import file_metadata, versions
 from .references import extend_references
-from .torch_exporters import ExportOptions, Written, exporters_of, write_onnx
+from .torch_exporters import Written, write_onnx
 
 _logger = logging.getLogger("sn_export")
 _CALLER = 7  # stack level of whoever calls export_onnx, from the functions that warn
@@ -63,15 +62,12 @@ class Made:
     failures: Sequence[Failure]
 
 
-def make_proved_file(
-    request: Request, proof: Proof, options: ExportOptions, drafts: Drafts
-) -> Made:
+def make_proved_file(request: Request, proof: Proof, drafts: Drafts) -> Made:
     """Return the first file that an exporter makes and that is proved.
 
     Args:
-        request: which exporters are tried, and what is written to the file.
+        request: which exporters are tried, and what they are asked for.
         proof: what each file is held against.
-        options: what the exporters are asked for, but for the metadata.
         drafts: keeps the files until they are published.
 
     Raises:
@@ -87,9 +83,7 @@ def make_proved_file(
         )
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
         try:
-            return _make(
-                request, proof, exporter, replace(options, metadata=metadata), draft, failures
-            )
+            return _make(request, proof, exporter, metadata, draft, failures)
         except (ExportError, ParityError) as error:
             failures.append((exporter, error))
             if _rules_out_others(error):
@@ -102,11 +96,11 @@ def _make(
     request: Request,
     proof: Proof,
     exporter: Exporter,
-    options: ExportOptions,
+    metadata: Mapping[str, str],
     draft: Path,
     failures: Sequence[Failure],
 ) -> Made:
-    written = _write(request, proof, exporter, options, draft)
+    written = _write(request, proof, exporter, metadata, draft)
     if written.program is not None and request.dims:
         extend_references(proof, request, written.program)
     if not request.keep_programs:
@@ -120,11 +114,11 @@ def _make(
         )
     except ParityError as error:
         found = _with_cause(error, proof)
-        found.export = _describe_export(request, exporter, options.metadata, written, found.report)
+        found.export = _describe_export(request, exporter, metadata, written, found.report)
         raise found from None
     parity = replace(proved.parity, notes=(*proved.parity.notes, *written.notes))
     report = replace(
-        _describe_export(request, exporter, options.metadata, written, parity),
+        _describe_export(request, exporter, metadata, written, parity),
         attempts=tuple(Attempt(tried, str(error)) for tried, error in failures),
         onnx_program=written.program,
     )
@@ -132,21 +126,17 @@ def _make(
 
 
 def _write(
-    request: Request, proof: Proof, exporter: Exporter, options: ExportOptions, draft: Path
+    request: Request, proof: Proof, exporter: Exporter, metadata: Mapping[str, str], draft: Path
 ) -> Written:
     """Export the frozen model to ``draft``, and leave it as it was."""
-    able = exporters_of(request.opset_version)
-    # From the dynamo exporter to the other one, and from that to both: advice that comes to an end.
-    other: ExporterChoice | None = None
-    if len(request.exporters) == 1 and len(able) > 1:
-        other = "torchscript" if exporter == "dynamo" else "auto"
+    release = proof.freezing.release
     try:
         # No name holds the block: whatever strikes as it is left, it ends before the state around.
         with disk_errors_as(ExportError, request.target), proof.freezing.block():
-            options.release()  # the block looks at its weights, on entering and on leaving
-            return write_onnx(request.model, proof.references[0], exporter, options, draft, other)
+            release()  # the block looks at its weights, on entering and on leaving
+            return write_onnx(request, proof.references[0], exporter, metadata, draft, release)
     finally:
-        options.release()
+        release()
         proof.state.reset()
 
 

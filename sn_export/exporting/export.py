@@ -33,6 +33,7 @@ from ..running import (
     undoing,
 )
 from .arguments import (
+    ExternalData,
     Request,
     Source,
     export_from,
@@ -50,7 +51,7 @@ from .attempts import Made, make_proved_file, warn_of_made
 from .graph import name_inputs
 from .metadata import require_metadata, require_source
 from .references import plan_proof, run_references
-from .torch_exporters import ExternalData, require_opset
+from .torch_exporters import require_opset
 
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.
@@ -212,31 +213,27 @@ def export_onnx(
     def export(origin: Source) -> ExportReport:
         opset, exporters = require_opset(opset_version, require_exporter(exporter))
         placing = require_external_data(external_data)
+        target = require_target(path, network, placing, overwrite)
+        settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked()
+        whole = require_whole(origin.network)
+        call = require_call(whole, entry, args, kwargs, inputs, require_draws(draws))
+        if origin.run is not None:
+            call = call.on_cpu()
         request = Request(
-            target=(target := require_target(path, network, placing, overwrite)),
+            model=whole,
+            target=target,
             exporters=exporters,
             external_data=placing,
             samples=require_samples(samples),
             opset_version=opset,
-            settings=ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked(),
+            settings=settings,
             metadata=require_metadata(metadata),
             case=require_case(save_case, target),
             source=require_source(source),
-            model=(whole := require_whole(origin.network)),
-            call=(
-                call := require_call(
-                    whole,
-                    entry,
-                    args,
-                    kwargs,
-                    inputs,
-                    on_cpu=origin.run is not None,
-                    draws=require_draws(draws),
-                )
-            ),
+            call=call,
             dims=require_dims(call.example, dynamic_shapes, dynamic_axes, input_names),
             input_names=name_inputs(whole, call.example, input_names),
-            output_names=output_names,
+            output_names=() if output_names is None else output_names,
             frozen_kinds=frozen_kinds,
             run=origin.run,
             per_module=per_module,
@@ -258,11 +255,11 @@ def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport
         request = replace(request, frozen=described.frozen, note=note)
         with preserved(network) as state, Drafts() as drafts:
             run = request.run or partial(run_reference, network, state)
-            references, left_out = run_references(request, state, run)
-            proof, options = plan_proof(request, state, run, references, left_out)
+            request, references, left_out = run_references(request, state, run)
+            proof = plan_proof(request, state, run, references, left_out)
             if request.run is not None:
-                require_same_network(proof, options.output_names)
-            made = make_proved_file(request, proof, options, drafts)
+                require_same_network(proof, request.output_names)
+            made = make_proved_file(request, proof, drafts)
             warn_of_made(request, made, references[0], left_out)
             _publish(request, made, drafts)
     return made.report

@@ -30,7 +30,7 @@ from ..running import (
 from .arguments import Request
 from .graph import name_outputs
 from .spill import Spill
-from .torch_exporters import ExportOptions, default_opset
+from .torch_exporters import default_opset
 
 _logger = logging.getLogger("sn_export")
 
@@ -38,7 +38,9 @@ _logger = logging.getLogger("sn_export")
 Run = Callable[[InputSet], Reference]
 
 
-def run_references(request: Request, state: Preserved, run: Run) -> tuple[list[Reference], str]:
+def run_references(
+    request: Request, state: Preserved, run: Run
+) -> tuple[Request, list[Reference], str]:
     """Run the model on the example, at random, on the user's inputs, and at other sizes.
 
     Args:
@@ -48,8 +50,9 @@ def run_references(request: Request, state: Preserved, run: Run) -> tuple[list[R
         state: the model's; which parameters the forward writes is known after the example.
 
     Returns:
-        What the model said, the example first; and a sentence on random inputs that were left
-        out, since the model does not take them.
+        The request with the names of all outputs, and the opset of the network's dtype where the
+        user leaves it open. What the model said, the example first. A sentence on random inputs
+        that were left out, since the model does not take them.
 
     Raises:
         SnExportError: if it rejects an input.
@@ -59,32 +62,40 @@ def run_references(request: Request, state: Preserved, run: Run) -> tuple[list[R
     call = request.call
     first = run(call.example)
     state.settle()
-    names = _name_outputs(request, first)
-    find_shown(names, first.outputs, request.settings.checked(names).images)
+    names = name_outputs(
+        request.model, first.paths, request.output_names, list(request.input_names.values())
+    )
+    settings = request.settings.checked(names)
+    find_shown(names, first.outputs, settings.images)
     _logger.info("running the reference")
     drawn = random_references(first, request.samples, run)
     references = [first, *drawn.references, *map(run, call.own)]
     usable = partial(run_usable, first, run=run)
     references += resized_references(call.example, request.dims, usable, call.own)
-    return references, left_out_note(drawn)
+    request = replace(
+        request,
+        opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),
+        output_names=names,
+        settings=replace(settings, input_names=request.input_names),
+    )
+    return request, references, left_out_note(drawn)
 
 
 def plan_proof(
     request: Request, state: Preserved, run: Run, references: list[Reference], left_out: str
-) -> tuple[Proof, ExportOptions]:
-    """Return what files are held against, and what torch's exporters are asked for.
+) -> Proof:
+    """Return what files are held against.
 
     Args:
-        request: what was asked for.
+        request: what `run_references` returned.
         state: puts the model back after a forward pass.
         run: runs the model for the reference.
         references: what `run_references` returned.
         left_out: the sentence that it returned.
     """
-    first = references[0]
-    outputs = _name_outputs(request, first)
     spill = Spill(request.model, request.target.parent)
-    proof = Proof(
+    notes = draws_note(references[0].inputs.draws), request.note, left_out
+    return Proof(
         model=request.model,
         state=state,
         run=run,
@@ -93,21 +104,11 @@ def plan_proof(
             partial(freeze_into, request.model, request.frozen_kinds, spill.keep), spill.release
         ),
         dims=request.dims,
-        settings=replace(request.settings.checked(outputs), input_names=request.input_names),
+        settings=request.settings,
         per_module=request.per_module,
         keeps_case=request.case is not None,
-        notes=tuple(filter(None, (draws_note(first.inputs.draws), request.note, left_out))),
+        notes=tuple(filter(None, notes)),
     )
-    options = ExportOptions(
-        opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),
-        input_names=request.input_names,
-        output_names=outputs,
-        dims=request.dims,
-        external_data=request.external_data,
-        verbose=request.verbose,
-        release=spill.release,
-    )
-    return proof, options
 
 
 def extend_references(proof: Proof, request: Request, program: Any) -> None:
@@ -125,8 +126,3 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
             partial(run_usable, proof.references[0], run=proof.run),
         )
     )
-
-
-def _name_outputs(request: Request, first: Reference) -> list[str]:
-    inputs = list(request.input_names.values())
-    return name_outputs(request.model, first.paths, request.output_names, inputs)

@@ -10,9 +10,9 @@ import functools
 import gc
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import onnx
 import onnx_ir as ir
@@ -26,7 +26,6 @@ from ..files import find_disk_error
 from ..proving import called_name, ort, save, weight_bytes
 from ..results import EXPORTERS, Exporter, ExporterChoice, FileInput, FoldedInitializer
 from ..running import (
-    DynamicDim,
     Reference,
     are_large,
     dynamic_axes,
@@ -34,44 +33,18 @@ from ..running import (
     no_fused_attention,
 )
 from ..text import plain_integer, qualified
+from .arguments import ExternalData, Request
 from .failures import TorchExporterError, explain_failure
 from .flat_call import FlatCall, flat_call
 from .folding.fold import fold_initializers
 from .graph import rename, set_opset, strip_traces, widen_indices
 from .quiet import operators_parsed_once, quiet
 
-ExternalData = Literal["auto"] | bool
-
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
 _OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
 _BFLOAT16 = 22
 _IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
-
-
-@dataclass(frozen=True)
-class ExportOptions:
-    """What `torch.onnx.export` is asked for.
-
-    Attributes:
-        opset_version: the opset, or None for torch's default.
-        input_names: what the tensors of the example are called in the file, in its order.
-        output_names: what the tensors of the output are called.
-        dims: the dimensions that may vary.
-        external_data: whether weights go to a side file.
-        verbose: let torch print, log and warn.
-        metadata: what is written to ``metadata_props``.
-        release: called whenever weights have been read, to free the memory that took.
-    """
-
-    opset_version: int | None
-    input_names: Mapping[str, str]
-    output_names: Sequence[str]
-    dims: Sequence[DynamicDim]
-    external_data: ExternalData
-    verbose: bool
-    metadata: Mapping[str, str] = field(default_factory=dict)
-    release: Callable[[], None] = lambda: None
 
 
 @dataclass(frozen=True)
@@ -104,80 +77,94 @@ class Written:
 
 
 def write_onnx(
-    model: nn.Module,
+    request: Request,
     reference: Reference,
     exporter: Exporter,
-    options: ExportOptions,
+    metadata: Mapping[str, str],
     path: Path,
-    other: ExporterChoice | None = None,
+    release: Callable[[], None],
 ) -> Written:
-    """Export ``model`` to ``path``, with its external data beside it.
+    """Export a model to ``path``, with its external data beside it.
 
     Args:
-        model: in eval mode, without spectral norm.
+        request: the model, in eval mode and without spectral norm, and what is asked for.
         reference: the example input, which is not written to, and the model's answer.
         exporter: which of torch's exporters.
-        options: what it is asked for.
+        metadata: what is written to ``metadata_props``.
         path: the file.
-        other: what to advise as ``exporter`` where this one fails.
+        release: called whenever weights have been read, to free the memory that took.
 
     Raises:
         ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
             another opset, or a file that is not valid.
         OSError: if the disk is full, say.
     """
-    program, inputs = None, list(options.input_names)
+    model, inputs = request.model, list(request.input_names)
+    program = None
     try:
-        with quiet(options.verbose), no_fused_attention():
+        with quiet(request.verbose), no_fused_attention():
             call = flat_call(model, reference)
             if exporter == "dynamo":
-                program = _dynamo(call, options)
+                program = _dynamo(request, call)
                 graph = program.model
             else:
-                graph = _torchscript(model, call, options, path.with_suffix(".raw.onnx"))
+                graph = _torchscript(request, call, path.with_suffix(".raw.onnx"))
     except Exception as error:
         full = find_disk_error(error)
         if full is not None:  # the exporter is not to blame, and the other would fail too
             raise OSError(full.errno, full.strerror) from error
         raise TorchExporterError(
             f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}",
-            explain_failure(error, model, reference.inputs.method, other, inputs),
+            explain_failure(
+                error, model, reference.inputs.method, _other_choice(request, exporter), inputs
+            ),
         ) from error
     rename(
         graph.graph,
-        list(options.input_names.values()) if exporter == "dynamo" else None,
-        options.output_names,
+        list(request.input_names.values()) if exporter == "dynamo" else None,
+        request.output_names,
     )
     strip_traces(graph)
     widen_indices(graph.graph)
-    set_opset(graph, options.opset_version)
-    graph.metadata_props.update(options.metadata)
+    set_opset(graph, request.opset_version)
+    graph.metadata_props.update(metadata)
     folded = fold_initializers(graph, _state(model))
     described = tuple(map(_describe_input, graph.graph.inputs))
     declared = tuple(map(_sizes_of, graph.graph.outputs))
-    notes = _check(_save(graph, path, options))
+    notes = _check(_save(graph, path, request.external_data, release))
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
     opset = int(graph.opset_imports.get("", 0))
     return Written(opset, folded, program, described, declared, notes)
 
 
-def _dynamo(call: FlatCall, options: ExportOptions) -> Any:
-    shapes = flat_shapes(list(options.input_names), options.dims)
+def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None:
+    """Return what to try where this exporter fails: of dynamo the other one, of that both.
+
+    So advice comes to an end. None where both are tried, or the other one has not this opset.
+    """
+    if len(request.exporters) > 1 or len(exporters_of(request.opset_version)) < 2:
+        return None
+    return "torchscript" if exporter == "dynamo" else "auto"
+
+
+def _dynamo(request: Request, call: FlatCall) -> Any:
+    shapes = flat_shapes(list(request.input_names), request.dims)
     with operators_parsed_once():
         program = torch.onnx.export(
             call.module,
             call.tensors,
             dynamo=True,
-            verbose=options.verbose,
-            opset_version=options.opset_version,
+            verbose=request.verbose,
+            opset_version=request.opset_version,
             dynamic_shapes=shapes,
         )
     assert program is not None  # torch returns None only for dynamo=False
     return program
 
 
-def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: Path) -> ir.Model:
+def _torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
+    model = request.model
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     # A large file goes to the disk: past 2 GB torch takes nothing but the text of a path.
     content: Any = None if are_large(model.parameters()) else io.BytesIO()
@@ -187,10 +174,10 @@ def _torchscript(model: nn.Module, call: FlatCall, options: ExportOptions, raw: 
             call.tensors,
             content or str(raw),
             dynamo=False,
-            verbose=options.verbose,
-            opset_version=options.opset_version,
-            input_names=list(options.input_names.values()),
-            dynamic_axes=dynamic_axes(options.input_names, options.dims) or None,
+            verbose=request.verbose,
+            opset_version=request.opset_version,
+            input_names=list(request.input_names.values()),
+            dynamic_axes=dynamic_axes(request.input_names, request.dims) or None,
         )
     graph = ir.from_proto(onnx.load_from_string(content.getvalue())) if content else ir.load(raw)
     # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
@@ -225,16 +212,18 @@ def _state(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _save(model: ir.Model, path: Path, options: ExportOptions) -> onnx.ModelProto:
+def _save(
+    model: ir.Model, path: Path, external_data: ExternalData, release: Callable[[], None]
+) -> onnx.ModelProto:
     """Write the file, and return its model without the weights."""
-    size, external_data = weight_bytes(model), options.external_data
+    size = weight_bytes(model)
     outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
     if not outside and size > _INLINE_LIMIT:
         raise ExportError(
             f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
             "pass external_data='auto' or True"
         )
-    return save(model, path, outside=outside, release=options.release)
+    return save(model, path, outside=outside, release=release)
 
 
 def _free(model: ir.Model) -> None:
