@@ -74,7 +74,7 @@ class RandomInputsLeftOutWarning(SnExportWarning):
 
 
 class PrecisionLostWarning(SnExportWarning):
-    """A file is within tolerance, and much farther from the truth than rounding accounts for."""
+    """A file computes what the model does, with operators that lose precision on the way."""
 
 
 class ExportError(SnExportError):

@@ -274,7 +274,7 @@ def _warn_of_precision(note: str, parity: ParityReport) -> None:
     if note:
         warnings.warn(note, SpectralNormNotConvergedWarning, stacklevel=_CALLER)
     for output in parity.outputs:
-        if is_imprecise(output.rounding):
+        if is_imprecise(output):
             warnings.warn(
                 f"output '{output.name}': {output.verdict}. rtol={output.rtol:g} as an argument "
                 "accepts that",

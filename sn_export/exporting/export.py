@@ -204,8 +204,8 @@ def export_onnx(
             network that was never trained.
         RandomInputsLeftOutWarning: if the model rejects random inputs, or turns them into NaN or
             infinities, near the example as well; the proof stands on the others.
-        PrecisionLostWarning: if the file is within the default tolerance, and much farther from
-            the network in float64 than rounding accounts for.
+        PrecisionLostWarning: if the file is farther from the network in float64 than rounding
+            accounts for, since torch wrote an operator with others that lose precision.
     """
     network, entry = find_entry(model, method)
     frozen_kinds = require_freeze(freeze)

@@ -48,21 +48,29 @@ class InFloat64(TorchDispatchMode):
     Tensors that the operator writes to, and those that it returns a view of, stay in their dtype:
     a copy would take the writing.
 
+    Args:
+        draws_other: take other random numbers than a run with the same generators does.
+
     Attributes:
         obstacle: why the run is not that of the same network, in words; empty if it is.
+        drawing: the operator that draws random numbers, in words; empty if none does. Fused
+            attention counts, which draws none without dropout: whether it matters is seen in a
+            second run that ``draws_other``.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, draws_other: bool = False) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.obstacle = ""
+        self._draws_other = draws_other
+        self.obstacle = self.drawing = ""
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Run one operator."""
         kwargs = dict(kwargs or {})
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.obstacle = f"the forward draws random numbers ({_name(func)})"
+        is_drawing = torch.Tag.nondeterministic_seeded in func.tags
+        if is_drawing:
+            self.drawing = _name(func)
         if func is torch.ops.aten.view.dtype:
             self.obstacle = "the forward reads the bits of numbers (view as another dtype)"
             return func(*args, **kwargs)
@@ -72,6 +80,8 @@ class InFloat64(TorchDispatchMode):
         args, kwargs = pytree.tree_map(
             lambda value: value if id(value) in written else widened(value), (args, kwargs)
         )
+        if is_drawing and self._draws_other:
+            func(*args, **kwargs)
         result = func(*args, **kwargs)
         return result if func._schema.is_mutable else pytree.tree_map(widened, result)
 

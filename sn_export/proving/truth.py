@@ -92,11 +92,8 @@ def measure_rounding(
     dtypes = {coarsest}
     for number, reference in enumerate(references):
         with _frozen(model, freezing) as state:
-            exact = InFloat64()
             run = partial(_run, model, freezing.release, state, reference.inputs)
-            truth = run(exact, in_float64=True)
-            if exact.obstacle:
-                raise NoTruthError(exact.obstacle)
+            truth = _run_in_float64(run)
             seeds = range(number * _RUNS, (number + 1) * _RUNS)
             modes = [MovedByRounding(seed, coarsest) for seed in seeds]
             moved = [run(mode) for mode in modes]
@@ -139,6 +136,23 @@ def measure_operators(
         for position, one in running.items():
             one.add(first[position], second[position])
     return {position: one.result() for position, one in running.items()}
+
+
+def _run_in_float64(run: Callable[..., list[Tensor]]) -> list[Tensor]:
+    """Return the outputs in float64, where random numbers play no part.
+
+    They are others than those of the model, even from the same state of the generators. A forward
+    may draw them and multiply them with a scale of 0.
+    """
+    exact = InFloat64()
+    truth = run(exact, in_float64=True)
+    if exact.obstacle:
+        raise NoTruthError(exact.obstacle)
+    if exact.drawing:
+        again = run(InFloat64(draws_other=True), in_float64=True)
+        if not all(map(torch.equal, truth, again)):
+            raise NoTruthError(f"the forward draws random numbers ({exact.drawing})")
+    return truth
 
 
 @contextmanager
