@@ -16,7 +16,7 @@ import kills
 import pytest
 
 from sn_export.errors import SnExportWarning
-from sn_export.files import Drafts, find_disk_error, publish, require_writable
+from sn_export.files import Drafts, find_disk_error, open_regular, publish, require_writable
 
 OLD = {"a": b"old a", "b": b"old b", "c": b"old c"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -172,6 +172,22 @@ def test_place_where_no_file_can_be(
     assert sorted(tmp_path.iterdir()) == before
 
 
+def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is not read from, though a file was there when it was looked for."""
+    real = os.stat
+
+    def look(path: Path) -> os.stat_result:
+        found = real(path)
+        path.unlink()
+        os.mkfifo(path)
+        return found
+
+    (tmp_path / "a").touch()
+    monkeypatch.setattr(os, "stat", look)
+    with pytest.raises(OSError, match="it is no regular file"):
+        open_regular(tmp_path / "a")
+
+
 def test_path_with_a_zero_byte() -> None:
     """It is refused as one, in a message without that byte."""
     with pytest.raises(ValueError, match=r"^cannot write 'a\\x00b': embedded null byte$"):
@@ -289,21 +305,39 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == {".sn_export.txt", ".sn_export.link", "b"}
 
 
-@pytest.mark.parametrize("has_lock", [True, False])
+@pytest.mark.parametrize(
+    ("lock", "reason"),
+    [
+        ("file", "No locks available"),
+        ("none", "No such file or directory"),
+        ("link", "Too many levels of symbolic links"),
+    ],
+)
 def test_where_locks_fail_nothing_is_removed(
-    tmp_path: Path, has_lock: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, lock: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network disks: files are published, what may be left over stays, and is named."""
+    """As on some network disks: files are published, what may be left over stays, and is named.
+
+    So it does where it has no lock of its own, but one that came out of an archive.
+    """
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
     left = _leave_behind(tmp_path)
-    if not has_lock:
+    if lock == "file":
+        monkeypatch.setattr(fcntl, "flock", refuse)
+    else:
         (left / "lock").unlink()
-    with pytest.warns(SnExportWarning, match=f"'{left}' may be left from a process"):
+    if lock == "link":
+        (left / "lock").symlink_to("made/a")
+    with pytest.warns(SnExportWarning) as caught:
         _publish_one(tmp_path / "b", b"new")
+    (warning,) = caught
+    assert str(warning.message) == (
+        f"'{left}' may be left from a process that was killed, or in use by one; nobody can tell "
+        f"(locking it fails: {reason}), so it stays. Remove it if nothing is being exported there"
+    )
     assert (left / "made" / "a").read_bytes() == b"half"
     assert {path.name for path in tmp_path.iterdir()} == {left.name, "b"}
 
@@ -333,18 +367,55 @@ def test_failure_to_undo_keeps_what_was_there(
     assert all((path / "kept").is_dir() for path in kept)
 
 
-def test_plan_that_came_from_elsewhere_is_not_followed(tmp_path: Path) -> None:
-    """A folder of drafts out of an archive is removed, and moves no file of anybody's."""
-    (tmp_path / "precious").write_bytes(b"mine")
+@pytest.mark.parametrize("is_ours", [True, False])
+def test_plan_that_came_from_elsewhere_is_not_followed(tmp_path: Path, is_ours: bool) -> None:
+    """A folder of drafts out of an archive is removed, and moves no file of anybody's.
+
+    One's own plan is followed back: the old model, which had been moved aside, is there again.
+    """
     left = _leave_behind(tmp_path)
+    (left / "replaced").mkdir()
+    (left / "replaced" / "a").write_bytes(b"old")
+    (tmp_path / "data").write_bytes(b"new")
     steps = [
-        [left / "replaced" / "x", tmp_path / "precious"],
+        [tmp_path / "a", left / "replaced" / "a"],
+        [left / "made" / "data", tmp_path / "data"],
         [left / "made" / "a", tmp_path / "a"],
     ]
-    plan = {"folder": [left.stat().st_dev, left.stat().st_ino + 1], "steps": steps}
+    plan = {"folder": [left.stat().st_dev, left.stat().st_ino + 1 - is_ours], "steps": steps}
     (left / "plan").write_text(json.dumps(plan, default=str))
     _publish_one(tmp_path / "b", b"new")
-    assert _contents(tmp_path) == {"precious": b"mine", "b": b"new"}
+    expected = {"a": b"old"} if is_ours else {"data": b"new"}
+    assert _contents(tmp_path) == {**expected, "b": b"new"}
+
+
+def test_each_step_is_on_the_disk_before_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a power loss leaves is what a kill leaves: files first, and the folder after a move."""
+    done, sync, replace = list[str](), os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        name = Path(f"/proc/self/fd/{descriptor}").readlink().name
+        done.append(f"flush {'drafts' if name.startswith('.sn_export.') else name}")
+        sync(descriptor)
+
+    def move(source: Path, place: Path) -> None:
+        done.append(f"{source.parent.name} to {place.parent.name}/{place.name}")
+        replace(source, place)
+
+    _write(tmp_path, "ab")
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", move)
+    _publish(tmp_path, "ab")
+    here = tmp_path.name
+    assert done == [
+        *("flush a", "flush b", "flush plan", "flush drafts"),
+        *(f"{here} to replaced/b", f"flush {here}", "flush replaced"),
+        *(f"{here} to replaced/a", f"made to {here}/a"),
+        *(f"flush {here}", "flush replaced", "flush made"),
+        *(f"made to {here}/b", "flush made", f"flush {here}"),
+    ]
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"folder": 1, "steps": [["a"]]}', "\u0000"])

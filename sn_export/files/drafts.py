@@ -143,7 +143,7 @@ def _lock(path: Path, flags: int = 0) -> int:
         import fcntl
     except ImportError:
         raise OSError(errno.ENOSYS, "this system has no flock") from None
-    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | flags)
+    descriptor = os.open(path, os.O_RDWR | os.O_NOFOLLOW | flags)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.fstat(descriptor).st_nlink:
@@ -194,11 +194,10 @@ def _remove_empty(folder: Path) -> bool:
 
 
 def _warn_of_leftover(folder: Path, error: OSError) -> None:
-    is_unlocked = isinstance(error, FileNotFoundError)
-    reason = "it has no lock" if is_unlocked else f"locking it fails: {error.strerror}"
     warnings.warn(
         f"'{folder}' may be left from a process that was killed, or in use by one; nobody can tell "
-        f"({reason}), so it stays. Remove it if nothing is being exported there",
+        f"(locking it fails: {error.strerror}), so it stays. Remove it if nothing is being "
+        "exported there",
         SnExportWarning,
         stacklevel=2,
     )

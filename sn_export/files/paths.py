@@ -83,8 +83,6 @@ def require_place(target: Path) -> None:
         ValueError: for a path with a zero byte.
     """
     try:
-        if not stat.S_ISDIR(os.stat(target.parent).st_mode):
-            raise NotADirectoryError
         mode = os.stat(target).st_mode
     except (FileNotFoundError, NotADirectoryError):
         if not target.parent.is_dir():

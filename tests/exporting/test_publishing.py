@@ -320,6 +320,14 @@ def test_suffixes_of_other_formats(tmp_path: Path, name: str) -> None:
     export_onnx(Head(), rows(), tmp_path / name, exporter="torchscript", overwrite=True)
 
 
+def test_suffixes_of_other_formats_are_known(tmp_path: Path) -> None:
+    """Those of checkpoints, arrays, reports and other formats of models are refused."""
+    known = "bin ckpt h5 pkl pt pt2 pth safetensors npy npz html md ort py tflite txt zip"
+    for suffix in known.split():
+        with pytest.raises(ValueError, match=f"and .{suffix} is the suffix of another format"):
+            export_onnx(Raising(), rows(), tmp_path / f"a.{suffix}")
+
+
 def test_suffixes_that_onnx_writes_text_to(tmp_path: Path) -> None:
     """They are refused even with overwrite; the list is that of the installed onnx."""
     known = onnx.serialization.registry._extension_to_format.items()  # no public list of them
