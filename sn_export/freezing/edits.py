@@ -57,10 +57,14 @@ class Edits:
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        if target:
-            content = self.of(target)
-            for key in keys:
-                content.pop(key, None)
+        keys = set(keys)
+        if keys.issuperset(target) and id(target) not in self._planned:
+            if target:  # most of those that hold hooks or singular vectors
+                self._planned[id(target)] = target, target.copy(), {}
+            return
+        content = self.of(target)
+        for key in keys:
+            content.pop(key, None)
 
     def planned(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be looked at."""

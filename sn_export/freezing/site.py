@@ -142,7 +142,7 @@ def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor)
     content = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
     content[name] = value
     successor = name.replace("weight", "bias")
-    if successor != name and successor in content:
+    if successor in content and successor != name:
         names = list(content)
         for later in names[names.index(successor) : names.index(name)]:
             content[later] = content.pop(later)

@@ -127,13 +127,13 @@ class ChainSite(Site):
             module.__dict__["training"] = training
 
 
-def chains(module: nn.Module) -> Iterator[tuple[str, ParametrizationList]]:
-    """Yield the chains of ``module`` with the names of their tensors."""
+def chains(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
+    """Return the chains of ``module`` with the names of their tensors."""
     lists = module._modules.get("parametrizations")
-    if isinstance(lists, nn.ModuleDict):
-        for tensor, chain in lists._modules.items():
-            if isinstance(chain, ParametrizationList):
-                yield tensor, chain
+    if not isinstance(lists, nn.ModuleDict):
+        return []
+    entries = lists._modules.items()
+    return [(tensor, chain) for tensor, chain in entries if isinstance(chain, ParametrizationList)]
 
 
 def originals_of(chain: ParametrizationList) -> tuple[Tensor, ...]:
@@ -143,10 +143,8 @@ def originals_of(chain: ParametrizationList) -> tuple[Tensor, ...]:
     return tuple(getattr(chain, f"original{i}") for i in range(chain.ntensors))
 
 
-def find_chains(path: str, module: nn.Module) -> Iterable[ChainSite]:
+def find_chains(path: str, module: nn.Module) -> list[ChainSite]:
     """Return the sites of every parametrization in ``module``, of whatever kind."""
-    if "parametrizations" not in module._modules:
-        return ()
     return [ChainSite(path, module, tensor, chain) for tensor, chain in chains(module)]
 
 
@@ -165,10 +163,12 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_pure(chain: ParametrizationList) -> bool:
     """Whether nothing runs in ``chain`` but torch's own code, which leaves no trace."""
-    return not _has_hooks(chain) and all(
-        type(link) in _PURE and not _has_hooks(link) and not link._modules
-        for link in chain._modules.values()
-    )
+    if _has_hooks(chain):
+        return False
+    for link in chain._modules.values():
+        if type(link) not in _PURE or link._modules or _has_hooks(link):
+            return False
+    return True
 
 
 _COMPATIBILITY = "weight_norm.<locals>._weight_norm_compat_hook"

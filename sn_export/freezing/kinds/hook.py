@@ -101,7 +101,8 @@ class HookSite(Site):
                 edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
         raw = [name + suffix for suffix in self.raw]
         edits.remove(module._parameters, raw)
-        edits.remove(module._buffers, raw)
+        if module._buffers:
+            edits.remove(module._buffers, raw)
         edits.remove(module.__dict__, (name,))
         plan_registration(edits, module, name, frozen)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
@@ -53,16 +51,13 @@ class ParametrizationSite(ChainSite):
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
 
 
-def find_parametrizations(path: str, module: nn.Module) -> Iterable[ParametrizationSite]:
+def find_parametrizations(path: str, module: nn.Module) -> list[ParametrizationSite]:
     """Return the sites of `torch.nn.utils.parametrizations.spectral_norm` in ``module``."""
-    return _sites(path, module) if "parametrizations" in module._modules else ()
-
-
-def _sites(path: str, module: nn.Module) -> Iterator[ParametrizationSite]:
-    for tensor, chain in chains(module):
-        norm = spectral_norm_in(chain)
-        if norm is not None:
-            yield ParametrizationSite(path, module, tensor, chain, norm)
+    return [
+        ParametrizationSite(path, module, tensor, chain, norm)
+        for tensor, chain in chains(module)
+        if (norm := spectral_norm_in(chain)) is not None
+    ]
 
 
 def _sigma(norm: nn.Module, weight: Tensor) -> float:
