@@ -212,9 +212,9 @@ def _state_of(path: str, module: Any) -> Any:
     missing = [f"FSDPState.{name}" for name in _STATE if not hasattr(state, name)]
     context = getattr(state, "_state_ctx", None)
     missing += [f"FSDPStateContext.{name}" for name in _CONTEXT if not hasattr(context, name)]
-    for group in getattr(state, "_fsdp_param_groups", ()):
+    for group in list(getattr(state, "_fsdp_param_groups", ()))[:1]:  # the others are like it
         missing += [f"FSDPParamGroup.{name}" for name in _GROUP if not hasattr(group, name)]
-        for param in getattr(group, "fsdp_params", ()):
+        for param in getattr(group, "fsdp_params", [])[:1]:
             missing += [f"FSDPParam.{name}" for name in _PARAM if not hasattr(param, name)]
     if missing:
         raise FreezeError(
@@ -328,11 +328,14 @@ def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     dim, info = param.fsdp_placement.dim, param.mesh_info
     rank, count = getattr(info, "shard_mesh_rank", 0), getattr(info, "shard_mesh_size", 1)
     chunks = torch.chunk(value, count, dim=dim)
-    padded = torch.empty(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)
     length = chunks[rank].shape[dim] if rank < len(chunks) else 0
-    padded.narrow(dim, length, padded.shape[dim] - length).zero_()
-    if length:
-        padded.narrow(dim, 0, length).copy_(chunks[rank])
+    if count == 1 and value.is_contiguous():  # as it is: it has memory of its own
+        padded = value.to(raw)
+    else:
+        padded = torch.empty(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)
+        padded.narrow(dim, length, padded.shape[dim] - length).zero_()
+        if length:
+            padded.narrow(dim, 0, length).copy_(chunks[rank])
     if raw.is_pinned():
         padded = padded.pin_memory()
     return padded.view(-1), param.to_sharded_dtensor(padded.narrow(dim, 0, length))

@@ -326,7 +326,9 @@ def _may_compute(module: nn.Module) -> bool:
 
 
 def _meshes(units: dict[int, Unit]) -> list[Any]:
-    meshes = []
-    for unit in units.values():
-        meshes += [mesh for mesh in unit.meshes() if mesh not in meshes]
+    found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
+    meshes: list[Any] = []
+    for mesh in found.values():  # equal ones are talked to once
+        if mesh not in meshes:
+            meshes.append(mesh)
     return meshes

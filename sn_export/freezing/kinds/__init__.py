@@ -29,7 +29,7 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
     cls = type(module)
     is_layer = is_torch_layer(cls)
     hooks = module._forward_pre_hooks
-    has_foreign_hooks = hooks and not all(isinstance(h, SpectralNorm) for h in hooks.values())
+    has_foreign_hooks = bool(hooks) and not all(map(_is_of_torch, hooks.values()))
     if is_layer and not has_foreign_hooks and not adapters():
         return ()
     sites: list[Site] = [*find_adapted(path, module)]
@@ -43,6 +43,11 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
             if found := find(path, module, code):
                 return [*sites, *found]
     return sites
+
+
+def _is_of_torch(hook: object) -> bool:
+    """Whether ``hook`` is torch's own, as fully_shard's is, or a subclass of its spectral norm."""
+    return isinstance(hook, SpectralNorm) or hook.__module__.startswith("torch.")
 
 
 SPECTRAL_NORM: tuple[Kind, ...] = (find_handwritten, find_hooks, find_parametrizations)
