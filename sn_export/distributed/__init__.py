@@ -2,8 +2,8 @@
 
 from .block import frozen_parametrizations, frozen_spectral_norm
 from .find import Description, find_parametrizations, find_spectral_norm
-from .gather import gather_plain_state_dict, refuse_sharded
-from .planner import sharded_units
+from .gathered_walk import sharded_units
+from .plain_network import gather_plain_state_dict, refuse_sharded
 from .sharded_model import GatheredNetwork, lead_export
 
 __all__ = [

@@ -28,7 +28,7 @@ from ..freezing import (
     warn_of_suspects,
 )
 from .fsdp import Unit
-from .planner import find_gathered, sharded_units
+from .gathered_walk import find_gathered, sharded_units
 
 Info = TypeVar("Info")
 

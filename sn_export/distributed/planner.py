@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError
-from ..freezing import Found, Kind, Plan, Planner, Site, Walk, compute_value, walk
-from .agreement import raise_on_all_ranks
-from .fsdp import Unit, gather_in_layout, held_by, holders, is_gathered_as, shard_of, units_of
-from .wrappers import keep_replicas_apart, refuse_flat_shards
+from ..freezing import Found, Plan, Planner, Site, Walk, compute_value
+from .fsdp import Unit, gather_in_layout, held_by, holders, is_gathered_as, shard_of
+from .gathered_walk import find_gathered, meshes_of, raise_on_all_ranks, sharded_units
 
-Take = Callable[[Site, "Unit | None"], None]
+# What DistributedDataParallel asks before it sends buffers; versions of torch differ in the name.
+_SENDS = ("broadcast_buffers", "forward_sync_buffers")
 
 
 class RankPlanner(Planner):
@@ -61,7 +61,7 @@ class RankPlanner(Planner):
             made = ShardedPlan(found, self._shards, self._units)
         except Exception as caught:  # told on every rank
             error = caught
-        raise_on_all_ranks(error, _meshes(self._units), type(model).__name__)
+        raise_on_all_ranks(error, meshes_of(self._units), type(model).__name__)
         assert made is not None
         return made
 
@@ -84,105 +84,6 @@ class RankPlanner(Planner):
         memory, shard = shard_of(fitting[0], value)
         stride = None if value.is_contiguous() else torch.empty_like(value).stride()
         self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw, stride)
-
-
-def sharded_units(model: nn.Module) -> dict[int, Unit]:
-    """Return what `units_of` does; nothing where torch.distributed is not in use.
-
-    Raises:
-        FreezeError: if the model is under FullyShardedDataParallel, whose pieces are no tensors.
-    """
-    if not (dist.is_available() and dist.is_initialized()):
-        return {}
-    refuse_flat_shards(model)
-    return units_of(model)
-
-
-def find_gathered(
-    model: nn.Module, units: dict[int, Unit], take: Take, find: Callable[[Walk], list[Found]]
-) -> list[Found]:
-    """Walk a sharded model with the unit of each module gathered while it is looked at.
-
-    Every rank goes through the same collective calls, whatever fails on one.
-
-    Args:
-        model: the model.
-        units: what `units_of` returned.
-        take: called for each site while its unit is gathered.
-        find: calls a walk and returns what that yields.
-
-    Raises:
-        FreezeError: on all ranks, if something failed on one.
-    """
-    walking = _GatheredWalk(units, take)
-    found: list[Found] = []
-    error: Exception | None = None
-    for unit in set(units.values()):
-        unit.reshard()
-    try:
-        found = find(walking)
-    except Exception as caught:  # told on every rank
-        error = caught
-    finally:
-        walking.leave()
-    raise_on_all_ranks(walking.error or error, _meshes(units), type(model).__name__)
-    return found
-
-
-class _GatheredWalk:
-    """A walk that gathers the unit of a module before it is looked at."""
-
-    def __init__(self, units: dict[int, Unit], take: Take) -> None:
-        self._units = units
-        self._take = take
-        self._current: list[Unit] = []
-        self.error: Exception | None = None
-
-    def __call__(
-        self,
-        model: nn.Module,
-        kinds: Iterable[Kind],
-        takes: Callable[[Site], bool] | None = None,
-    ) -> Iterator[Found]:
-        with torch.inference_mode(False), torch.no_grad():
-            for module, sites in walk(model, [self._gathering(kind) for kind in kinds], takes):
-                for site in sites:
-                    self._guard(self._take, site, self._units.get(id(site.module)))
-                yield module, sites
-
-    def _gathering(self, kind: Kind) -> Kind:
-        def find(path: str, module: nn.Module) -> Iterable[Site]:
-            if not _may_compute(module):
-                return ()
-            self._enter(module)
-            return list(self._guard(kind, path, module) or ())
-
-        return find
-
-    def _guard(self, call: Callable[..., Any], *args: Any) -> Any:
-        try:
-            return call(*args)
-        except Exception as error:  # the other ranks are on their way to the next collective call
-            self.error = self.error or error
-            return None
-
-    def _enter(self, module: nn.Module) -> None:
-        """Gather the unit of ``module``, and those that its parametrizations are on their own."""
-        inner = module._modules.get("parametrizations")
-        modules = [module, *(inner.modules() if inner is not None else ())]
-        units = list(dict.fromkeys(self._units[id(m)] for m in modules if id(m) in self._units))
-        if not units or units == self._current:
-            return
-        self.leave()
-        self._current = units
-        for unit in units:
-            unit.gather()
-
-    def leave(self) -> None:
-        """Reshard what is gathered."""
-        units, self._current = self._current, []
-        for unit in units:
-            unit.reshard()
 
 
 class _Shard:
@@ -319,16 +220,27 @@ def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError
     return error
 
 
-def _may_compute(module: nn.Module) -> bool:
-    """Whether a kind may have to run ``module``, and not merely look at its names."""
-    is_plain = type(module).__module__.startswith("torch.") and not module._forward_pre_hooks
-    return not is_plain or "parametrizations" in module._modules
+def keep_replicas_apart(found: Iterable[Found], plan: Plan) -> None:
+    """Plan that DistributedDataParallel awaits no gradients, and sends no buffers if none is left.
+
+    A backward would wait for the gradients of raw weights, which are not there, and break the next
+    training step; torch fails where singular vectors were all the buffers that it had to send.
+    """
+    for module, _ in found:
+        if isinstance(module, DistributedDataParallel):
+            attributes = plan.edits.of(module.__dict__)
+            attributes["require_backward_grad_sync"] = False
+            if not _has_buffers(module, plan):
+                attributes.update({name: False for name in _SENDS if name in attributes})
 
 
-def _meshes(units: dict[int, Unit]) -> list[Any]:
-    found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
-    meshes: list[Any] = []
-    for mesh in found.values():  # equal ones are talked to once
-        if mesh not in meshes:
-            meshes.append(mesh)
-    return meshes
+def _has_buffers(model: nn.Module, plan: Plan) -> bool:
+    """Whether ``model`` will have buffers once ``plan`` is applied."""
+    hidden = {id(module) for weight in plan.weights for module in weight.site.hidden}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if plan.edits.planned(module._buffers):
+            return True
+        stack += [child for child in module.children() if id(child) not in hidden]
+    return False

@@ -14,10 +14,9 @@ from ..freezing import Only, Selection
 from ..running import InputSet, Preserved, Reference, preserved_globals, run_reference, undo_on_exit
 from .find import Description, describe_sharded
 from .fsdp import Unit, find_mixed_precision, fsdp_modules, ranks_of
-from .gather import gather_state
+from .gathered_walk import sharded_units
 from .leader import Call, Team
-from .plain_network import PlainNetwork
-from .planner import sharded_units
+from .plain_network import PlainNetwork, gather_state
 
 T = TypeVar("T")
 

@@ -36,13 +36,13 @@ from .names import (
 )
 from .plan import (
     Plan as Plan,
-    Walk as Walk,
     compute_value as compute_value,
-    walk as walk,
 )
 from .selection import (
     Only as Only,
     Selection as Selection,
+    Walk as Walk,
+    walk as walk,
 )
 from .sigma import (
     exact_sigma as exact_sigma,

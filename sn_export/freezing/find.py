@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from .info import ParametrizationInfo, SpectralNormInfo, UnconvergedSigma
 from .kinds import SPECTRAL_NORM
-from .plan import compute_value, walk
-from .selection import Only, Selection
+from .plan import compute_value
+from .selection import Only, Selection, walk
 from .sigma import exact_sigma, exact_sigma_cost, least_sigma
 from .site import Found, Kind, Site, require_module
 from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects

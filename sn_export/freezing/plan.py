@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,19 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError, SnExportError
-from ..text import qualified
 from .edits import Edits
 from .frozen_weight import FrozenWeight, Residence
-from .site import Found, Kind, Site
-from .unapplied import Callers
-
-_SCRIPTED_SN = re.compile(r"(?P<name>.*)(_orig|\.original)$")
-
+from .site import Found, Site
 
 Keep = Callable[[Iterable[Tensor]], list[Tensor]]
-Walk = Callable[
-    [nn.Module, Iterable[Kind], Callable[[Site], bool] | None], Iterable[Found]
-]  # `walk`
 
 
 class Plan:
@@ -83,55 +74,6 @@ class Plan:
         """
 
 
-def walk(
-    model: nn.Module, kinds: Iterable[Kind], takes: Callable[[Site], bool] | None = None
-) -> Iterator[Found]:
-    """Yield every module once, parents first, with its sites.
-
-    Args:
-        model: any module.
-        kinds: what to look for; the first to claim a tensor has it.
-        takes: whether a site is wanted. What an unwanted one computes from is walked like
-            any module, since something else may sit there.
-
-    Raises:
-        FreezeError: for a ScriptModule that holds spectral norm.
-    """
-    kinds = tuple(kinds)
-    callers = Callers(model)
-    seen: set[int] = set()
-    stack: list[tuple[str, nn.Module]] = [("", model)]
-    scripted = torch.jit.ScriptModule
-    while stack:
-        path, module = stack.pop()
-        if id(module) in seen:
-            continue
-        seen.add(id(module))
-        if isinstance(module, scripted):
-            _refuse_scripted(path, module)
-            continue
-        sites: list[Site] = []
-        for kind in kinds:
-            if more := kind(path, module):
-                known = {site.tensor for site in sites}
-                sites += [site for site in more if site.tensor not in known]
-        if sites:
-            sites = [
-                site
-                for site in sites
-                if (takes is None or takes(site)) and not callers.is_read_raw(site)
-            ]
-            for site in sites:
-                seen.update(map(id, site.hidden))
-                callers.mark(site)
-        yield module, sites
-        if module._modules:
-            prefix = path + "." if path else ""
-            for name, child in reversed(module._modules.items()):
-                if child is not None:
-                    stack.append((prefix + name, child))
-
-
 def _value(site: Site) -> Tensor:
     value = compute_value(site)
     if value.is_meta:
@@ -179,23 +121,6 @@ def _refuse_without_values(site: Site, cause: Exception | None) -> None:
                 "it is on the meta device and has no values",
                 "Load the weights first, for example with load_state_dict(..., assign=True)",
             ) from cause
-
-
-def _refuse_scripted(path: str, module: torch.jit.ScriptModule) -> None:
-    names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
-    for name in sorted(names):
-        match = _SCRIPTED_SN.match(name)
-        if match is None:
-            continue
-        stem = match["name"]
-        if f"{stem}_u" in names or any(
-            n.startswith(f"{stem}.") and n.endswith("._u") for n in names
-        ):
-            raise FreezeError(
-                qualified(path, name),
-                "it belongs to a ScriptModule, whose spectral norm is compiled code",
-                "Freeze the Python module first, then script or trace it inside the block",
-            )
 
 
 def plan_flat_weights(edits: Edits, weights: Iterable[FrozenWeight]) -> None:

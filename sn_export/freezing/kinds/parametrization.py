@@ -1,16 +1,30 @@
-"""`torch.nn.utils.parametrizations.spectral_norm`, anywhere in a chain of parametrizations."""
+"""Spectral norm anywhere in a chain of parametrizations: torch's, or a link of one's own."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
+from ...running import same_bits, without_trace
 from ..info import Group, SpectralNormInfo
+from ..introspection.sandbox import compute_in_sandbox
+from ..introspection.singular_vectors import (
+    fits,
+    is_multiple,
+    is_rescaled,
+    proportion,
+    small_state,
+)
+from ..introspection.source_code import code_of
+from ..names import is_named_as_vector, mentions_norm, mentions_sigma
 from ..sigma import stored_sigma
-from .chain import ChainSite, chains
-from .chain_link import asked_sigma, input_of_link, spectral_norm_in
+from .chain import ChainSite, chains, originals_of
 
 
 class ParametrizationSite(ChainSite):
@@ -67,3 +81,129 @@ def _sigma(norm: nn.Module, weight: Tensor) -> float:
         return float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
     matrix = norm._reshape_weight_to_matrix(weight)
     return stored_sigma(matrix, norm._u, norm._v)
+
+
+def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
+    """Return the first link that is torch's spectral norm, or one that keeps its own vectors."""
+    for link in chain._modules.values():
+        if link is not None and (isinstance(link, _SpectralNorm) or _is_handwritten(link, chain)):
+            return link
+    return None
+
+
+def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
+    return any(_normalises(module, link, chain) for module in link.modules())
+
+
+def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) -> bool:
+    """Whether ``module``, which is ``link`` or within it, is what makes that a spectral norm."""
+    if isinstance(module, _SpectralNorm):
+        return True
+    code = code_of(type(module))
+    if code.is_torch:
+        return False
+    vectors = {} if not mentions_norm(code.names) else _select_vectors(small_state(module))
+    if vectors and chain.is_tensor and _fit(vectors, chain.original):
+        return True
+    # Where the vectors are kept at length one by parametrizations, its own code need not do it.
+    inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
+    vectors |= _select_vectors((name, t) for name, t in inner if not t.requires_grad)
+    if not vectors and (module is not link or not mentions_sigma(code.names)):
+        return False
+    try:
+        return _divides(module, link, input_of_link(chain, link), is_whole=not vectors)
+    except Exception:  # an eval-mode forward would fail as well
+        return False
+
+
+def _select_vectors(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: t for name, t in state if is_named_as_vector(name)}
+
+
+def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
+    """Whether one could be a singular vector of ``weight``, or of each matrix of a batch."""
+    if weight.ndim < 2:
+        return False
+    if any(fits(name, vector, weight) for name, vector in vectors.items()):
+        return True
+    batch, sides = weight.shape[:-2], weight.shape[-2:]
+    return weight.ndim > 2 and any(
+        v.shape == (*batch, side, *one)
+        for v in vectors.values()
+        for side in sides
+        for one in ((), (1,))
+    )
+
+
+def _divides(module: nn.Module, link: nn.Module, weight: Tensor, is_whole: bool) -> bool:
+    """Whether ``module`` divides what it is given by a number, or each matrix of it by its own.
+
+    It is listened to while ``link`` runs, which may hand it the weight in another shape, and may
+    be given sigma by it and divide itself.
+
+    Args:
+        module: is asked.
+        link: is run, and holds it.
+        weight: what ``link`` is given.
+        is_whole: whether a factor for each row or column is too little, as of weight norm.
+    """
+    calls: list[tuple[Any, Any]] = []
+    original = module.forward
+
+    def record_call(*args: Any, **kwargs: Any) -> Any:
+        result = original(*args, **kwargs)
+        calls.append((next(iter((*args, *kwargs.values())), None), result))
+        return result
+
+    def run() -> list[tuple[Any, Any]]:
+        module.__dict__["forward"] = record_call
+        calls.append((weight, link(weight)))
+        return calls
+
+    calls = compute_in_sandbox(run, link.modules())
+    return any(_is_divided(given, result, is_whole) for given, result in calls)
+
+
+def _is_divided(given: Any, result: Any, is_whole: bool) -> bool:
+    value = next(iter(result), None) if isinstance(result, tuple) else result
+    if not isinstance(given, Tensor) or not isinstance(value, Tensor) or value.shape != given.shape:
+        return False
+    if given.is_meta:
+        return True
+    if same_bits(given, value):
+        return False
+    if is_multiple(given, value) or (not is_whole and is_rescaled(given, value)):
+        return True
+    if given.ndim < 3:
+        return False
+    matrices = zip(given.flatten(0, -3), value.flatten(0, -3), strict=True)
+    return all(is_multiple(one, other) for one, other in matrices)
+
+
+def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
+    """Return what ``link`` of ``chain`` is given: the links before it run, and leave no trace."""
+    links = list(chain.children())
+    before = links[: links.index(link)]
+
+    def run() -> Tensor:
+        inputs = originals_of(chain)
+        for other in before:
+            inputs = (other(*inputs),)
+        return inputs[0].detach()
+
+    if not before:
+        return run()
+    with torch.inference_mode(False), torch.no_grad():
+        return without_trace(run, chain.modules())
+
+
+def asked_sigma(link: nn.Module, weight: Tensor) -> float:
+    """Return what ``link`` divides ``weight`` by in eval mode; NaN if it does something else."""
+    if weight.is_meta:
+        return math.nan
+    value = compute_in_sandbox(lambda: link(weight), link.modules())
+    if not isinstance(value, Tensor) or value.shape != weight.shape or value.dtype != weight.dtype:
+        return math.nan
+    with torch.no_grad():
+        sigma = proportion(weight, value)
+    return math.nan if sigma is None else sigma

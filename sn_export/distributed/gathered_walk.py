@@ -1,0 +1,188 @@
+"""The walk over a sharded model: what is looked at is gathered, and errors reach every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from ..errors import FreezeError
+from ..freezing import Found, Kind, Site, Walk, walk
+from .fsdp import Unit, units_of
+
+Take = Callable[[Site, "Unit | None"], None]
+Told = tuple[str, str, str]  # the tensor, the reason and the remedy of a FreezeError
+
+
+def sharded_units(model: nn.Module) -> dict[int, Unit]:
+    """Return what `units_of` does; nothing where torch.distributed is not in use.
+
+    Raises:
+        FreezeError: if the model is under FullyShardedDataParallel, whose pieces are no tensors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return {}
+    refuse_flat_shards(model)
+    return units_of(model)
+
+
+def find_gathered(
+    model: nn.Module, units: dict[int, Unit], take: Take, find: Callable[[Walk], list[Found]]
+) -> list[Found]:
+    """Walk a sharded model with the unit of each module gathered while it is looked at.
+
+    Every rank goes through the same collective calls, whatever fails on one.
+
+    Args:
+        model: the model.
+        units: what `units_of` returned.
+        take: called for each site while its unit is gathered.
+        find: calls a walk and returns what that yields.
+
+    Raises:
+        FreezeError: on all ranks, if something failed on one.
+    """
+    walking = _GatheredWalk(units, take)
+    found: list[Found] = []
+    error: Exception | None = None
+    for unit in set(units.values()):
+        unit.reshard()
+    try:
+        found = find(walking)
+    except Exception as caught:  # told on every rank
+        error = caught
+    finally:
+        walking.leave()
+    raise_on_all_ranks(walking.error or error, meshes_of(units), type(model).__name__)
+    return found
+
+
+class _GatheredWalk:
+    """A walk that gathers the unit of a module before it is looked at."""
+
+    def __init__(self, units: dict[int, Unit], take: Take) -> None:
+        self._units = units
+        self._take = take
+        self._current: list[Unit] = []
+        self.error: Exception | None = None
+
+    def __call__(
+        self,
+        model: nn.Module,
+        kinds: Iterable[Kind],
+        takes: Callable[[Site], bool] | None = None,
+    ) -> Iterator[Found]:
+        with torch.inference_mode(False), torch.no_grad():
+            for module, sites in walk(model, [self._gathering(kind) for kind in kinds], takes):
+                for site in sites:
+                    self._guard(self._take, site, self._units.get(id(site.module)))
+                yield module, sites
+
+    def _gathering(self, kind: Kind) -> Kind:
+        def find(path: str, module: nn.Module) -> Iterable[Site]:
+            if not _may_compute(module):
+                return ()
+            self._enter(module)
+            return list(self._guard(kind, path, module) or ())
+
+        return find
+
+    def _guard(self, call: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return call(*args)
+        except Exception as error:  # the other ranks are on their way to the next collective call
+            self.error = self.error or error
+            return None
+
+    def _enter(self, module: nn.Module) -> None:
+        """Gather the unit of ``module``, and those that its parametrizations are on their own."""
+        inner = module._modules.get("parametrizations")
+        modules = [module, *(inner.modules() if inner is not None else ())]
+        units = list(dict.fromkeys(self._units[id(m)] for m in modules if id(m) in self._units))
+        if not units or units == self._current:
+            return
+        self.leave()
+        self._current = units
+        for unit in units:
+            unit.gather()
+
+    def leave(self) -> None:
+        """Reshard what is gathered."""
+        units, self._current = self._current, []
+        for unit in units:
+            unit.reshard()
+
+
+def _may_compute(module: nn.Module) -> bool:
+    """Whether a kind may have to run ``module``, and not merely look at its names."""
+    is_plain = type(module).__module__.startswith("torch.") and not module._forward_pre_hooks
+    return not is_plain or "parametrizations" in module._modules
+
+
+def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str) -> None:
+    """Raise what failed on any rank of ``meshes``; a collective call of all of them.
+
+    Args:
+        error: what failed on this rank.
+        meshes: device meshes that this rank is part of, in the same order on each rank.
+        path: what is named where the error is no FreezeError.
+
+    Raises:
+        FreezeError: with the lowest rank on which something failed, the same on every rank.
+    """
+    failed: dict[int, Told] = {}
+    if error is not None:
+        failed[dist.get_rank()] = _told(error, path)
+    for mesh in meshes:
+        for group in mesh.get_all_groups():
+            everyone: list[dict[int, Told]] = [{} for _ in range(dist.get_world_size(group))]
+            dist.all_gather_object(everyone, failed, group=group)
+            failed = {rank: told for one in everyone for rank, told in one.items()}
+    if failed:
+        rank = min(failed)
+        raise FreezeError(*failed[rank], rank=rank) from error
+
+
+def _told(error: Exception, path: str) -> Told:
+    if isinstance(error, FreezeError):
+        return error.tensor, error.reason, error.remedy
+    reason = f"it raised {type(error).__name__}: {error}"
+    return path, reason, "The other ranks have left the block with this error too"
+
+
+def meshes_of(units: dict[int, Unit]) -> list[Any]:
+    """Return the device meshes that the parameters of ``units`` are spread over."""
+    found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
+    meshes: list[Any] = []
+    for mesh in found.values():  # equal ones are talked to once
+        if mesh not in meshes:
+            meshes.append(mesh)
+    return meshes
+
+
+def refuse_flat_shards(model: nn.Module) -> None:
+    """Raise if ``model`` is under FullyShardedDataParallel (FSDP1) and its parameters are apart.
+
+    Inside ``summon_full_params`` they are whole, and the network within is like any other.
+
+    Raises:
+        FreezeError: with what to do.
+    """
+    from torch.distributed.fsdp import FullyShardedDataParallel  # takes a moment
+    from torch.distributed.fsdp._common_utils import TrainingState
+
+    for path, module in model.named_modules():
+        if not isinstance(module, FullyShardedDataParallel):
+            continue
+        if module.training_state is not TrainingState.SUMMON_FULL_PARAMS:
+            names = (name for name, _ in module._fsdp_wrapped_module.named_parameters())
+            first = next(names, "its parameters")
+            raise FreezeError(
+                path or type(module).__name__,
+                f"FullyShardedDataParallel holds only a piece of '{first}' on this rank",
+                "Enter FullyShardedDataParallel.summon_full_params(model, writeback=False) first "
+                "and freeze model.module",
+            )
