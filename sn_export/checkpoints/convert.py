@@ -142,18 +142,7 @@ def convert_checkpoint(
 
     with disk_errors_as(CheckpointError, destination), Drafts() as drafts:
         draft = drafts.open(destination)
-        if is_folder:
-            made = [draft]
-            _write_folder(checkpoint, state, result, weights_only, draft, written)
-        elif destination.suffix != ".safetensors":
-            made = [draft]
-            _save(_content(checkpoint, state, result, weights_only, written), draft)
-        else:
-            _require_tensors_only(checkpoint, state, weights_only, destination)
-            texts = checkpoint.file_metadata
-            made = write_safetensors(
-                draft.parent, draft.name, result.entries, texts, max_shard_size, written
-            )
+        made = _write(checkpoint, state, result, weights_only, draft, max_shard_size, written)
         _require_unambiguous(destination, made)
         files = tuple(destination.with_name(file.name) for file in made)
         stale = _find_stale_shards(files)
@@ -213,25 +202,6 @@ def _respell_all(
             f"that){_advise_only(found)}"
         )
     return result
-
-
-def _write_folder(
-    checkpoint: Checkpoint,
-    state: StateDict,
-    result: Respelled,
-    weights_only: bool,
-    folder: Path,
-    written: Callable[[str], None],
-) -> None:
-    """Write a folder of the kind that was read."""
-    if checkpoint.format == "safetensors":
-        folder.mkdir()
-        texts = checkpoint.file_metadata
-        write_safetensors(folder, "model.safetensors", result.entries, texts, None, written)
-        return
-    require_read(checkpoint.content, quote_name(checkpoint.path))
-    content, path = (None, ()) if weights_only else (checkpoint.content, state.path)
-    write_distributed(folder, content, path, result.entries, written)
 
 
 def _chosen_sites(
@@ -296,6 +266,38 @@ def _notes(
     return notes + tuple(
         f"left as it is, under {label}: {quote_names(names)}" for label, names in by_label.items()
     )
+
+
+def _write(
+    checkpoint: Checkpoint,
+    state: StateDict,
+    result: Respelled,
+    weights_only: bool,
+    target: Path,
+    max_shard_size: int | None,
+    written: Callable[[str], None],
+) -> list[Path]:
+    """Write what ``target`` is by its suffix, or a folder of the kind that was read.
+
+    Returns:
+        The files written, or the folder.
+    """
+    texts, is_folder = checkpoint.file_metadata, target.suffix not in _SUFFIXES
+    if target.suffix == ".safetensors":
+        _require_tensors_only(checkpoint, state, weights_only, target)
+        return write_safetensors(
+            target.parent, target.name, result.entries, texts, max_shard_size, written
+        )
+    if not is_folder:
+        _save(_content(checkpoint, state, result, weights_only, written), target)
+    elif checkpoint.format == "safetensors":
+        target.mkdir()
+        write_safetensors(target, "model.safetensors", result.entries, texts, None, written)
+    else:
+        require_read(checkpoint.content, quote_name(checkpoint.path))
+        content, path = (None, ()) if weights_only else (checkpoint.content, state.path)
+        write_distributed(target, content, path, result.entries, written)
+    return [target]
 
 
 def _content(

@@ -210,9 +210,9 @@ def _measure(
         return None, math.nan, math.nan, broken
     try:
         site, tensors = last_link(site, tensors, dims)
+        norm = TorchNorm(site, tensors)
     except CheckpointError as error:
         return None, math.nan, math.nan, str(error)
-    norm = TorchNorm(site, tensors)
     try:
         dim = decide_dim(norm, dims)
     except CheckpointError as error:

@@ -290,6 +290,9 @@ def _require_usable(
     for name, value in reading.state.tensors.items():
         if isinstance(value, Tensor) and name not in left_out.unexpected:
             require_finite(name, value)
+            own = left_out.want.get(name)
+            if value.is_complex() and isinstance(own, Tensor) and not own.is_complex():
+                raise CheckpointError(f"'{name}' is complex, and real in the model")
     for info in describe_sites(model):
         if info.kind in ("hook", "parametrization") and info.sigma == 0:
             raise zero_sigma(info.name)

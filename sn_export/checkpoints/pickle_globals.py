@@ -142,31 +142,19 @@ def _tensor(
     requires_grad: Any = False,
     hooks: Any = None,
     metadata: Any = None,
+    dtype: Any = None,
 ) -> Tensor:
     _require_held(storage, size, stride)
     # Hooks are code: torch writes none, and none is taken.
-    result: Tensor = _rebuild._rebuild_tensor_v2(
-        storage, offset, size, stride, requires_grad is True, OrderedDict(), _flags(metadata)
-    )
-    return result
+    known: Any = (storage, offset, size, stride, requires_grad is True, OrderedDict())
+    if dtype is None:
+        return _rebuild._rebuild_tensor_v2(*known, _flags(metadata))  # type: ignore[no-any-return]
+    return _rebuild._rebuild_tensor_v3(*known, dtype, _flags(metadata))  # type: ignore[no-any-return]
 
 
-def _tensor_of_dtype(
-    storage: Any,
-    offset: Any,
-    size: Any,
-    stride: Any,
-    requires_grad: Any,
-    hooks: Any,
-    dtype: Any,
-    metadata: Any = None,
-) -> Tensor:
-    _require_held(storage, size, stride)
-    result: Tensor = _rebuild._rebuild_tensor_v3(
-        storage,
-        *(offset, size, stride, requires_grad is True, OrderedDict(), dtype, _flags(metadata)),
-    )
-    return result
+def _tensor_of_dtype(*args: Any) -> Tensor:
+    *known, dtype, metadata = args if len(args) == 8 else (*args, None)
+    return _tensor(*known, metadata, dtype)  # type: ignore[call-arg]
 
 
 def _quantized(
@@ -391,47 +379,27 @@ _CONSTANTS = {
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
 }
 
-# Values that surround weights, of classes that hold none.
-_HARMLESS = {
-    *("argparse.Namespace", "types.SimpleNamespace", "typing.Any", "uuid.UUID"),
-    *("builtins.range", "builtins.slice", "decimal.Decimal", "fractions.Fraction"),
-    *(f"datetime.{name}" for name in ("date", "datetime", "time", "timedelta", "timezone")),
-    *(
-        f"{module}.{flavour}{kind}"
-        for module in ("pathlib", "pathlib._local")
-        for flavour in ("", "Pure", "Posix", "Windows", "PurePosix", "PureWindows")
-        for kind in ("Path",)
-    ),
-    *("numpy.ndarray", "numpy.dtype", "numpy.matrix"),
-    *(
-        f"numpy.{core}.{name}"
-        for core in ("core", "_core")
-        for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-    ),
-    "torch.torch_version.TorchVersion",
-    *("easydict.EasyDict", "addict.addict.Dict", "munch.Munch", "yacs.config.CfgNode"),
-    *("mmengine.logging.history_buffer.HistoryBuffer", "mmengine.config.config.ConfigDict"),
-    *("mmcv.utils.config.ConfigDict", "mmengine.config.config.Config", "mmcv.utils.config.Config"),
-    *(
-        f"ml_collections.config_dict.config_dict.{name}"
-        for name in ("ConfigDict", "FrozenConfigDict")
-    ),
-    *(
-        f"{package}.AttributeDict"
-        for package in (
-            "pytorch_lightning.utilities.parsing",
-            "lightning.pytorch.utilities.parsing",
-            "lightning_fabric.utilities.data",
-            "lightning.fabric.utilities.data",
+# Classes of values that surround weights and hold none, and functions that make such values.
+_HARMLESS = re.compile(
+    "|".join(
+        (
+            r"argparse\.Namespace|types\.SimpleNamespace|typing\.Any|uuid\.UUID",
+            r"builtins\.(range|slice)|decimal\.Decimal|fractions\.Fraction",
+            r"datetime\.(date|datetime|time|timedelta|timezone)",
+            r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path",
+            r"numpy\.(ndarray|dtype|matrix|bool_?|[a-z]+\d+)",
+            r"numpy\._?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)",
+            r"torch\.torch_version\.TorchVersion",
+            r"omegaconf(\.\w+)*\.[A-Z]\w*",
+            r"easydict\.EasyDict|addict\.addict\.Dict|munch\.Munch|yacs\.config\.CfgNode",
+            r"ml_collections\.config_dict\.config_dict\.(Frozen)?ConfigDict",
+            r"mmengine\.logging\.history_buffer\.HistoryBuffer",
+            r"(mmengine\.config|mmcv\.utils)\.config\.Config(Dict)?",
+            r"(pytorch_lightning|lightning\.pytorch)\.utilities\.parsing\.AttributeDict",
+            r"lightning(\.|_)fabric\.utilities\.data\.AttributeDict",
         )
-    ),
-}
-# The class of each kind of value, and numpy's scalar types.
-_HARMLESS_KINDS = re.compile(r"omegaconf(\.\w+)*\.[A-Z]\w*|numpy\.(bool_?|[a-z]+\d+)")
-
-
-def _is_harmless(name: str) -> bool:
-    return name in _HARMLESS or _HARMLESS_KINDS.fullmatch(name) is not None
+    )
+)
 
 
 def find_global(module: str, name: str, unread: set[str]) -> Any:
@@ -457,7 +425,7 @@ def find_global(module: str, name: str, unread: set[str]) -> Any:
     if (module, name) == ("torch.storage", "UntypedStorage"):
         return torch.UntypedStorage  # only ever compared, in the identity of a storage
     full = f"{module}.{name}"
-    if not _is_harmless(full):
+    if not _HARMLESS.fullmatch(full):
         unread.add(full)
         return Global(full)
 

@@ -179,11 +179,11 @@ def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]
 
 
 def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
-    """Return dtype and shape of a dense tensor; None for anything else."""
+    """Return dtype and shape of a dense tensor that has values; None for anything else."""
     if isinstance(tensors, LazyTensors):
         return tensors.specs.get(key)
     value = tensors.get(key)
-    if not isinstance(value, Tensor) or value.layout is not torch.strided:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
         return None
     return Spec(value.dtype, tuple(value.shape))
 

@@ -12,7 +12,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from ..errors import CheckpointError
-from ..text import format_count, quote_names
+from ..text import dtype_name, format_count, quote_names
 from .lazy_tensors import Spec, spec_of
 from .reparametrizations import Entry, Kind, Reparametrization, aligned, is_finite, require_finite
 
@@ -26,6 +26,9 @@ _UNIT = 1e-4  # how far from 1 the length of a vector may be in float32
 class TorchNorm:
     """The tensors of one spectral norm, to ask torch about: whatever it computes is the truth.
 
+    Raises:
+        CheckpointError: if they are of dtypes that torch does not multiply.
+
     Attributes:
         site: where they are from.
         parts: all of them, by the names in ``site.keys``.
@@ -38,6 +41,12 @@ class TorchNorm:
     def __init__(self, site: Reparametrization, tensors: Mapping[str, Any]) -> None:
         self.site = site
         self.parts = {part: aligned(tensors[key]) for part, key in site.keys.items()}
+        dtypes = {part.dtype: dtype_name(part) for part in self.parts.values()}
+        if len(dtypes) > 1 or any(dtype.itemsize == 1 for dtype in dtypes):
+            raise CheckpointError(
+                f"torch cannot normalise '{site.name}': its parts are "
+                f"{quote_names(dtypes.values())}"
+            )
         self.weight: Tensor = self.parts["weight"]
         self.u: Tensor = self.parts["u"]
         self.v: Tensor | None = self.parts.get("v")

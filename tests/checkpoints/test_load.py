@@ -204,12 +204,17 @@ def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
     )
 
 
-def test_not_a_number(tmp_path: Path) -> None:
-    """NaN anywhere in the checkpoint is named."""
+@pytest.mark.filterwarnings("ignore:Casting complex values")
+def test_values_that_the_model_cannot_hold(tmp_path: Path) -> None:
+    """NaN anywhere in the checkpoint is named, and numbers of which torch would drop a part."""
     state = dict(Critic().state_dict())
     state["body.1.running_var"] = torch.full((4,), torch.nan)
     assert _message(Critic(), state, tmp_path) == (
         "'body.1.running_var' is NaN or infinite in 4 of 4 values"
+    )
+    state["body.1.running_var"] = torch.ones(4, dtype=torch.complex64)
+    assert _message(Critic(), state, tmp_path) == (
+        "'body.1.running_var' is complex, and real in the model"
     )
 
 

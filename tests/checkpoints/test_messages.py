@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import contextlib
 import copyreg
 import pickle
 import sys
@@ -26,7 +27,7 @@ from torch.distributed.checkpoint import metadata as records
 from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal
 
-from sn_export.checkpoints import convert_checkpoint, read_checkpoint
+from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint, read_checkpoint
 from sn_export.checkpoints.lazy_tensors import Spec
 from sn_export.checkpoints.reparametrizations import Entry
 from sn_export.checkpoints.safetensors_file import write_safetensors
@@ -195,11 +196,15 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     ),
     "dtypes": (
         _spectral_norm(u=torch.tensor([1.0, 0]).double()),
-        "torch cannot normalise 'weight': ",
+        "torch cannot normalise 'weight': its parts are 'float32', 'float64'",
     ),
     "dtypes of weight norm": (
         {"weight_g": torch.ones(2, 1).double(), "weight_v": torch.ones(2, 3)},
         "torch cannot normalise 'weight': ",
+    ),
+    "no values": (
+        _spectral_norm(orig=torch.empty(2, 3, device="meta")),
+        "cannot spell 'weight' as plain: 'weight_orig' is no dense floating tensor",
     ),
     "no matrix": (
         {"parametrizations.w.original": torch.ones(3), "parametrizations.w.0.base": torch.eye(3)},
@@ -237,6 +242,8 @@ def test_contents_that_cannot_be_converted(name: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", orthogonal_map=told)
     assert reason in str(caught.value)
+    with contextlib.suppress(CheckpointError):  # and nothing worse
+        inspect_checkpoint(tmp_path / "a.pt")
     assert not (tmp_path / "b.pt").exists()
 
 
