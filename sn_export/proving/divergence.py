@@ -90,6 +90,14 @@ def locate(
     random = first_random(calls, again, strictness)
     if random is not None:
         return _random(found, random, model, state, inputs, calls, strictness)
+    undefined = next((call for call in calls if _has_nan(call)), None)
+    if undefined is not None and _has_nan(calls[-1]):
+        title = _title(undefined.module, undefined.type)
+        reason = (
+            f"the model itself gives NaN on {inputs.label}, first in {title}: no file can be held "
+            "against that"
+        )
+        return replace(found, first=undefined.module, reason=reason)
     found = _judged(found, failed)
     bad = next((entry for entry in found.modules if not entry.passed), None)
     if bad is None or not bad.module or bad.module != found.first:
@@ -99,6 +107,10 @@ def locate(
     entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
     addition = _describe_before(bad, entering, model, calls, found.modules, feed.values())
     return replace(found, reason=found.reason + addition)
+
+
+def _has_nan(call: ModuleCall) -> bool:
+    return any(bool(output.isnan().any()) for output in call.outputs)
 
 
 def _describe_before(

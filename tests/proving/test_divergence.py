@@ -424,6 +424,9 @@ def test_nan_is_not_taken_for_chance(tmp_path: Path) -> None:
     assert divergence is not None
     assert divergence.is_deterministic
     assert divergence.first == "1.layer"
+    assert (
+        "the model itself gives NaN on the example input, first in '1.layer'" in divergence.reason
+    )
 
 
 def test_file_from_elsewhere(tmp_path: Path) -> None:
