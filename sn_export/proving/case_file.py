@@ -24,7 +24,7 @@ from ..files import open_regular
 from ..results import ProofDtype
 from ..running import DRAWS
 from ..text import dtype_name
-from .float32 import PROOF_DTYPES
+from .precision import PROOF_DTYPES
 
 _FORMAT, _VERSION = "sn_export.case", 1
 # What each dtype is stored as.

@@ -15,8 +15,8 @@ from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Reference, draws_note
 from ..text import dtype_name, format_count
 from .case_file import Case, opened_case
-from .float32 import as_float32
 from .parity import add_results, coarsest_of, mark_shown, proof_session, results, running_errors
+from .precision import as_float32
 from .session import DEFAULT_PROVIDERS, named_inputs
 from .tolerances import ProofSettings, resolve_tolerance
 from .verdicts import FACTOR

@@ -29,10 +29,10 @@ from ..running import (
 )
 from ..text import format_count
 from .divergence import locate
-from .float32 import comparable, float32_inputs, write_float32
 from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .pictures import find_shown
+from .precision import comparable, float32_inputs, write_float32
 from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
 from .tolerances import ProofSettings, coarsest_dtype, largest
 from .truth import Freezing

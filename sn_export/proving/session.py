@@ -17,7 +17,7 @@ from ..errors import ExportError
 from ..files import side_file
 from ..running import InputSet, as_real_pairs, is_large
 from .external_data import Pieces
-from .float32 import missing_kernel
+from .precision import missing_kernel
 from .runtime import ort
 
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)

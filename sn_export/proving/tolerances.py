@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..results import ProofDtype, Tolerance
 from ..text import dtype_name, plain_integer, plain_number
-from .float32 import PROOF_DTYPES
+from .precision import PROOF_DTYPES
 from .session import DEFAULT_PROVIDERS, require_providers
 
 # rtol, and atol in units of the largest reference value of the output.
