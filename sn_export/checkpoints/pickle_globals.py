@@ -19,14 +19,14 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from ..running import checkpoint_records, rebuild
 from ..text import describe_type, format_count, quote_name
 
 MOST_DIMS = 64  # the most that torch computes with
 # A tensor may be larger than its storage, as after expand(); a few bytes must not become 4 TB.
 _EXPANDED = 2**24
-_rebuild: Any = torch._utils  # its functions are what torch.save names
+_StorageInfo, _MemoryFormat = checkpoint_records()
 
 
 class ForbiddenPickleError(pickle.UnpicklingError):
@@ -148,8 +148,8 @@ def _tensor(
     # Hooks are code: torch writes none, and none is taken.
     known: Any = (storage, offset, size, stride, requires_grad is True, OrderedDict())
     if dtype is None:
-        return _rebuild._rebuild_tensor_v2(*known, _flags(metadata))  # type: ignore[no-any-return]
-    return _rebuild._rebuild_tensor_v3(*known, dtype, _flags(metadata))  # type: ignore[no-any-return]
+        return rebuild._rebuild_tensor_v2(*known, _flags(metadata))  # type: ignore[no-any-return]
+    return rebuild._rebuild_tensor_v3(*known, dtype, _flags(metadata))  # type: ignore[no-any-return]
 
 
 def _tensor_of_dtype(*args: Any) -> Tensor:
@@ -161,14 +161,14 @@ def _quantized(
     storage: Any, offset: Any, size: Any, stride: Any, scheme: Any, grad: Any, hooks: Any
 ) -> Tensor:
     _require_held(storage, size, stride)
-    result: Tensor = _rebuild._rebuild_qtensor(
+    result: Tensor = rebuild._rebuild_qtensor(
         storage, offset, size, stride, scheme, grad is True, OrderedDict()
     )
     return result
 
 
 def _sparse(layout: Any, data: Any) -> Tensor:
-    result: Tensor = _rebuild._rebuild_sparse_tensor(layout, data)
+    result: Tensor = rebuild._rebuild_sparse_tensor(layout, data)
     return result
 
 
@@ -265,7 +265,7 @@ def _reconstruct(kind: Any, base: Any, state: Any) -> Any:
 
 def _memory_format(value: Any) -> Any:
     _require(type(value) is int, "a memory format of no number")
-    return dcp._MEM_FORMAT_ENCODING(value)
+    return _MemoryFormat(value)
 
 
 def _enum_member(kind: Any, name: Any) -> Any:
@@ -328,7 +328,7 @@ _FACTORIES: dict[str, type[Any]] = {
     **{f"builtins.{kind.__name__}": kind for kind in (int, float, complex, bool)},
 }
 _MEMORY_FORMAT = "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"
-_ENUMS = {_MEMORY_FORMAT: dcp._MEM_FORMAT_ENCODING.__members__}
+_ENUMS = {_MEMORY_FORMAT: _MemoryFormat.__members__}
 _CALLED: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_tensor": _tensor,
     "torch._utils._rebuild_tensor_v2": _tensor,

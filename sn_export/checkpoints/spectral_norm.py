@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDictPreHook
 
 from ..errors import CheckpointError
+from ..running import SpectralNormLink
 from ..text import dtype_name, format_count, quote_names
 from .lazy_tensors import Spec, spec_of
 from .reparametrizations import Entry, Kind, Reparametrization, aligned, is_finite, require_finite
@@ -94,7 +94,7 @@ class TorchNorm:
 
     def _parametrization_value(self, dim: int) -> Tensor:
         # On the meta device its constructor computes nothing and draws no random number.
-        norm = _SpectralNorm(self.weight.to("meta"), dim=dim).eval()
+        norm = SpectralNormLink(self.weight.to("meta"), dim=dim).eval()
         norm._buffers.update(_u=self.u, _v=self.v)
         value: Tensor = norm(self.weight)
         return value

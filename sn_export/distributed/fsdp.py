@@ -1,4 +1,4 @@
-"""What FSDP2 keeps of a sharded parameter. torch's private names that this needs stand here alone.
+"""What FSDP2 keeps of a sharded parameter, by the private names in `ATTRIBUTES`.
 
 `fully_shard` gives each module that it is called on a state, each state groups of parameters, and
 each parameter an ``FSDPParam``: it knows the modules that hold the parameter and under which name,
@@ -20,40 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import FreezeError
-
-_STATE = ("_fsdp_param_groups", "_comm_ctx", "_is_root", "_state_ctx")
-_CONTEXT = ("all_states", "iter_forward_root")
-_ORDER = "post_forward_order"  # of a communication context, from the first forward on
-_GROUP = (
-    "_module_to_pre_save_state_dict_hook_handle",
-    "_partial_reduce_output",
-    "_post_forward_indices",
-    "_to_sharded",
-    "comm_ctx",
-    "fsdp_params",
-    "lazy_init",
-    "mesh_info",
-    "post_forward_mesh_info",
-)
-_PARAM = (
-    "_module_info",
-    "_orig_param_uid",
-    "_orig_size",
-    "_post_load_hook_handle",
-    "_setattr_on_modules",
-    "_sharded_param_data",
-    "all_gather_outputs",
-    "fsdp_placement",
-    "mesh_info",
-    "padded_sharded_param_size",
-    "reset_sharded_param",
-    "sharded_param",
-    "sharded_size",
-    "to_sharded_dtensor",
-    "to_unsharded",
-)
-_DTYPE = "param_dtype"  # after the same; None where no policy asks for another one
-_GATHERED = "_unsharded_param"  # there after the first time that it was gathered
+from ..running import ATTRIBUTES
 
 
 class Unit:
@@ -103,7 +70,9 @@ class Unit:
         self.reshard()
         gathered = [(param, _remember_gathered(param)) for _, param in self.params()]
         restart = self._remember_start()
-        orders = {id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, _ORDER, ()))}
+        orders = {
+            id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, "post_forward_order", ()))
+        }
         groups = [(g, list(g._post_forward_indices), g._partial_reduce_output) for g in self.groups]
 
         def take_back() -> None:
@@ -114,7 +83,7 @@ class Unit:
                 restore(param)
             restart()
             context = self.state._comm_ctx  # of all units, from the first forward on
-            getattr(context, _ORDER, [])[:] = orders.get(id(context), [])
+            getattr(context, "post_forward_order", [])[:] = orders.get(id(context), [])
             for group, indices, gradients in groups:
                 group._post_forward_indices[:] = indices
                 group._partial_reduce_output = gradients
@@ -209,28 +178,31 @@ def ranks_of(units: Iterable[Unit]) -> list[int]:
 
 def _state_of(path: str, module: Any) -> Any:
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
-    missing = [f"FSDPState.{name}" for name in _STATE if not hasattr(state, name)]
-    context = getattr(state, "_state_ctx", None)
-    missing += [f"FSDPStateContext.{name}" for name in _CONTEXT if not hasattr(context, name)]
+    missing = _find_missing("FSDPState", state)
+    missing += _find_missing("FSDPStateContext", getattr(state, "_state_ctx", None))
     for group in list(getattr(state, "_fsdp_param_groups", ()))[:1]:  # the others are like it
-        missing += [f"FSDPParamGroup.{name}" for name in _GROUP if not hasattr(group, name)]
+        missing += _find_missing("FSDPParamGroup", group)
         for param in getattr(group, "fsdp_params", [])[:1]:
-            missing += [f"FSDPParam.{name}" for name in _PARAM if not hasattr(param, name)]
+            missing += _find_missing("FSDPParam", param)
     if missing:
         raise FreezeError(
             path or type(module).__name__,
             f"it is under fully_shard, and torch {torch.__version__} has moved {missing[0]}, by "
             "which sn_export reaches the shards",
-            "Use a version of torch that sn_export is tested with, or freeze an unsharded copy",
+            "Use torch 2.13, or a newer one that sn_export is tested with, or freeze an unsharded copy",
         )
     return state
+
+
+def _find_missing(cls: str, thing: Any) -> list[str]:
+    return [f"{cls}.{name}" for name in ATTRIBUTES[cls] if not hasattr(thing, name)]
 
 
 def find_mixed_precision(units: Iterable[Unit]) -> tuple[str, str] | None:
     """Return the dtypes of a parameter, sharded and gathered, if a policy makes them differ."""
     for unit in units:
         for _, param in unit.params():
-            dtype = getattr(param, _DTYPE, None)
+            dtype = getattr(param, "param_dtype", None)
             if dtype is not None:
                 return str(param.sharded_param.dtype), str(dtype)
     return None
@@ -238,7 +210,7 @@ def find_mixed_precision(units: Iterable[Unit]) -> tuple[str, str] | None:
 
 def is_gathered_as(param: Any, tensor: Tensor) -> bool:
     """Whether ``tensor`` is the whole parameter, as a forward sees it."""
-    return getattr(param, _GATHERED, None) is tensor
+    return getattr(param, "_unsharded_param", None) is tensor
 
 
 def holders(param: Any) -> list[tuple[nn.Module, str]]:
@@ -273,7 +245,7 @@ def gather_in_layout(param: Any, stride: tuple[int, ...]) -> None:
 
     def to_unsharded() -> None:
         gather()
-        whole = getattr(param, _GATHERED)
+        whole = param._unsharded_param
         with torch.no_grad():
             laid_out = torch.empty_strided(
                 whole.shape, stride, dtype=whole.dtype, device=whole.device
@@ -287,7 +259,7 @@ def gather_in_layout(param: Any, stride: tuple[int, ...]) -> None:
 
 def _remember_gathered(param: Any) -> Callable[[Any], None]:
     """Return what gives the whole parameter the memory that it has now, with what is there."""
-    whole = getattr(param, _GATHERED, None)
+    whole = getattr(param, "_unsharded_param", None)
     if whole is None:
         return _forget_gathered
     if hasattr(whole, "full_tensor"):  # tensor parallel: no module sets the data of a DTensor
@@ -307,7 +279,7 @@ def _remember_gathered(param: Any) -> Callable[[Any], None]:
 def _forget_gathered(param: Any) -> None:
     """Let the first gather be the next one."""
     param.all_gather_outputs = []
-    param.__dict__.pop(_GATHERED, None)
+    param.__dict__.pop("_unsharded_param", None)
 
 
 def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:

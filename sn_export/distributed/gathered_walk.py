@@ -172,13 +172,12 @@ def refuse_flat_shards(model: nn.Module) -> None:
         FreezeError: with what to do.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel  # takes a moment
-    from torch.distributed.fsdp._common_utils import TrainingState
 
     for path, module in model.named_modules():
         if not isinstance(module, FullyShardedDataParallel):
             continue
-        if module.training_state is not TrainingState.SUMMON_FULL_PARAMS:
-            names = (name for name, _ in module._fsdp_wrapped_module.named_parameters())
+        if module.training_state.name != "SUMMON_FULL_PARAMS":
+            names = (name for name, _ in module.module.named_parameters())
             first = next(names, "its parameters")
             raise FreezeError(
                 path or type(module).__name__,

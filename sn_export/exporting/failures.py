@@ -19,6 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ..errors import ExportError
 from ..proving import type_name
 from ..results import ParityError
+from ..running import TorchScriptNode
 from ..text import without_frames
 
 _LONGEST = 1000  # characters of torch's own text
@@ -270,7 +271,7 @@ def _find_place_of_node(node: Any, model: nn.Module) -> _Place | None:
         # As "L['self'].body.1" or "body.1", by version.
         path = stack[-1][0].removeprefix("L['self']").lstrip(".") if stack else None
         lines = _LINE.finditer(node.meta.get("stack_trace") or "")
-    elif isinstance(node, torch._C.Node):
+    elif isinstance(node, TorchScriptNode):
         # As "nets.Net::/torch.nn.Sequential::body/nets.Inner::body.1".
         names = [match["name"] for match in _SCOPE.finditer(node.scopeName())]
         path = names[-1] if names else None

@@ -30,6 +30,7 @@ from ..running import (
     are_large,
     dynamic_axes,
     flat_shapes,
+    newest_torchscript_opset,
     no_fused_attention,
 )
 from ..text import plain_integer, qualified
@@ -299,7 +300,7 @@ def opsets_of(exporter: Exporter) -> range:
     """
     newest = onnx.defs.onnx_opset_version()
     if exporter == "torchscript":
-        newest = min(newest, torch.onnx._constants.ONNX_MAX_OPSET)
+        newest = min(newest, newest_torchscript_opset())
     oldest = _OLDEST_OPSETS[exporter]
     newest = next(opset for opset in range(newest, oldest - 1, -1) if _runs(opset))
     return range(oldest, newest + 1)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 
 from ..errors import SpectralNormNotRecognisedWarning
+from ..running import SpectralNormLink
 from ..text import quote_names, shorten_list
 from .introspection.frozen_class import Frozen
 from .introspection.sandbox import missing_weights
@@ -142,7 +142,7 @@ def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
             weights = {f"{child}.{name}": weight for name, weight in matrices(layer).items()}
             yield from _product([*beside, *inside], weights, code.names)
         else:  # a helper that is given the weight, perhaps
-            is_torch = isinstance(layer, _SpectralNorm)
+            is_torch = isinstance(layer, SpectralNormLink)
             yield from _product(inside, own, _TORCH if is_torch else code_of(type(layer)).names)
 
 

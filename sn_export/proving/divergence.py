@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
 from ..results import Divergence, ModuleParity
-from ..running import InputSet, Preserved
+from ..running import Dropouts, InputSet, Preserved
 from ..text import quote_names
 from .module_errors import (
     ModuleCall,
@@ -44,7 +44,7 @@ _OTHER_NOISE = (
     "It draws what draws='zeros' does not replace: whole numbers, or by something else than "
     "torch's functions"
 )
-_IDLE = (nn.Identity, nn.modules.dropout._DropoutNd)  # what hands on its input in eval mode
+_IDLE = (nn.Identity, Dropouts)  # what hands on its input in eval mode
 
 
 def locate(

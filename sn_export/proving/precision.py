@@ -23,11 +23,9 @@ import onnx_ir as ir
 import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..results import ProofDtype
-from ..running import InputSet
+from ..running import InputSet, TorchDispatchMode, pytree
 from ..text import shorten_list
 from .external_data import save, weight_bytes
 

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import FreezeError, SnExportError
 from ..results import Distance, Rounding
@@ -30,6 +29,7 @@ from ..running import (
     InputSet,
     Preserved,
     Reference,
+    TorchDispatchMode,
     are_large,
     as_real_pairs,
     preserved,

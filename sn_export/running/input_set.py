@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from .draws import drawing
 from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
 from .tensor_memory import is_dense
+from .torch_private import pytree
 
 _SEED = 0
 _RANDOM = "random input"

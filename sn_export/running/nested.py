@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
+
+from .torch_private import pytree
 
 Path = tuple[str, ...]  # keys, indices and field names
 

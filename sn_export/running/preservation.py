@@ -16,6 +16,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .plain_objects import PlainObjects
 from .tensor_memory import Copies, Watch, are_large, is_in_place, on_memory_of, same_bits
+from .torch_private import disable_dispatch_modes, hooks_of_all_modules, set_version
 from .undo import undo_on_exit, undoing
 from .wrapped_models import original_of
 
@@ -36,7 +37,7 @@ def preserved_globals() -> Iterator[None]:
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
-    hooks = [(of_all, set(of_all)) for of_all in _hooks_of_all_modules()]
+    hooks = [(of_all, set(of_all)) for of_all in hooks_of_all_modules()]
 
     def restore() -> None:
         for of_all, before in hooks:
@@ -240,7 +241,7 @@ class Guarded:
     def keep(self) -> None:
         """Copy the content, unless that is done."""
         if self.content is None:
-            with torch.utils._python_dispatch._disable_current_modes():
+            with disable_dispatch_modes():
                 self.content = self.memory.clone()
 
     def restore(self) -> None:
@@ -252,11 +253,7 @@ class Guarded:
             self.was_written = True
             self.memory.data.copy_(self.content)
         if self._version is not None and self._version != self.tensor._version:
-            set_version: Any = torch._C._autograd._unsafe_set_version_counter
-            if torch.__version__ >= "2.7":  # compared as versions
-                set_version((self.tensor,), (self._version,))
-            else:  # it takes one tensor there
-                set_version(self.tensor, self._version)
+            set_version(self.tensor, self._version)
 
 
 @undoing
@@ -285,13 +282,6 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
                 state.guard_parameters()
             state.begin()
             return run()
-
-
-def _hooks_of_all_modules() -> list[dict[int, Any]]:
-    names = vars(torch.nn.modules.module).items()
-    return [
-        value for name, value in names if name.startswith("_global_") and isinstance(value, dict)
-    ]
 
 
 def _cuda_is_used() -> bool:

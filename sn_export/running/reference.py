@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..errors import SnExportError
 from ..text import without_frames
@@ -27,6 +26,7 @@ from .input_set import InputSet, random_sets
 from .nested import is_plain, paths_of_tensors, tensor_leaves, unseen_tensors
 from .preservation import Preserved, set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
+from .torch_private import SAFE_SOFTMAX, TorchDispatchMode
 from .undo import undo_on_exit, undoing
 
 _logger = logging.getLogger("sn_export")
@@ -295,7 +295,7 @@ class _HiddenRows(TorchDispatchMode):
         kwargs = dict(kwargs or {})
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
         # Each kernel has an operator of its own; without one it is this softmax, of what is masked.
-        key = "self" if func is torch.ops.aten._safe_softmax.default else "attn_mask"
+        key = "self" if func is SAFE_SOFTMAX else "attn_mask"
         mask = given.get(key, given.get("attn_bias"))
         if isinstance(mask, Tensor):
             visible = mask if mask.dtype == torch.bool else ~mask.isneginf()

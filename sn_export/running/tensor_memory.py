@@ -12,12 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-)
+
+from .torch_private import TorchDispatchMode, dispatch_modes, pop_dispatch_mode, pytree
 
 LARGE = 2**29  # bytes of weights, past which a model is a large one
 
@@ -233,12 +229,12 @@ class Watch(TorchDispatchMode):
 
     def stop(self) -> None:
         """Watch no more; can be repeated from any point where it was interrupted."""
-        if not any(mode is self for mode in _get_current_dispatch_mode_stack()):
+        if not any(mode is self for mode in dispatch_modes()):
             return
         try:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
         except IndexError:  # what `__exit__` takes first is gone: it was interrupted behind that
-            _pop_mode()
+            pop_dispatch_mode()
 
     def __torch_dispatch__(
         self, func: Any, types: Sequence[type], args: Any = (), kwargs: Any = None

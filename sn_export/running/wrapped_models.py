@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
 from types import MethodType
 from typing import Any
 
@@ -11,15 +10,12 @@ import torch
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
+from .torch_private import compiled_class
+
 
 def original_of(module: nn.Module) -> nn.Module | None:
-    """Return the module behind one that `torch.compile` returned, None for any other.
-
-    Importing torch's compiler takes longer than all else here, and without it nothing can have
-    been compiled; so it is looked for, not imported.
-    """
-    compiler = sys.modules.get("torch._dynamo.eval_frame")
-    kind: type[nn.Module] | None = getattr(compiler, "OptimizedModule", None)
+    """Return the module behind one that `torch.compile` returned, None for any other."""
+    kind = compiled_class()
     if kind is None or not isinstance(module, kind):
         return None
     return module._modules["_orig_mod"]

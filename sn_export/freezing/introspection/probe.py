@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...running import call_without_subclasses
 from .frozen_class import torch_base
 from .sandbox import compute_in_sandbox
 
@@ -132,7 +133,7 @@ class _Recorder(Tensor):
         """Run the function, and remember its arguments in the order of its signature."""
         kwargs = kwargs or {}
         # In C, so that no interrupt finds subclasses switched off and leaves them so.
-        result = torch._C._disabled_torch_function_impl(func, types, args, kwargs)
+        result = call_without_subclasses(func, types, args, kwargs)
         probe = args[0] if args else kwargs.get("input")
         if isinstance(probe, _Recorder) and func is probe.function:
             probe.calls.append(_Call(_in_order(func, args, kwargs), result))

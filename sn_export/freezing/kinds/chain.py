@@ -6,18 +6,26 @@ from collections.abc import Iterable, Iterator
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, parametrize
-from torch.nn.utils.parametrizations import _Orthogonal, _SpectralNorm, _WeightNorm
+from torch.nn.utils import parametrizations
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...errors import FreezeError
-from ...running import restore_container, undo_on_exit, undoing, without_trace
+from ...running import (
+    OrthogonalLink,
+    SpectralNormLink,
+    WeightNormLink,
+    parametrize_cache,
+    restore_container,
+    undo_on_exit,
+    undoing,
+    without_trace,
+)
 from ..edits import Edits
 from ..info import Group
 from ..site import Site, plan_registration
 
 # Their forward in eval mode writes nothing and returns memory of its own.
-_PURE = (_SpectralNorm, _WeightNorm)
+_PURE = (SpectralNormLink, WeightNormLink)
 
 
 class ChainSite(Site):
@@ -30,9 +38,9 @@ class ChainSite(Site):
     def group(self) -> Group:  # type: ignore[override]
         """The kind that `find_parametrizations` lists."""
         links = self.chain._modules.values()
-        if any(isinstance(link, _Orthogonal) for link in links):
+        if any(isinstance(link, OrthogonalLink) for link in links):
             return "orthogonal"
-        if any(isinstance(link, _WeightNorm) for link in links):
+        if any(isinstance(link, WeightNormLink) for link in links):
             return "weight_norm"
         return "parametrization"
 
@@ -48,7 +56,7 @@ class ChainSite(Site):
         """Every parameter and buffer of the chain."""
         chain = self.chain
         first, *others = chain._modules.values()
-        if not others and type(first) is _SpectralNorm:
+        if not others and type(first) is SpectralNormLink:
             tensors = (*chain._parameters.values(), *chain._buffers.values())
             return tuple(t for t in (*tensors, *first._buffers.values()) if t is not None)
         return (*chain.parameters(), *chain.buffers())
@@ -73,7 +81,7 @@ class ChainSite(Site):
                 "remove_parametrizations on a deep copy deletes the property that all copies "
                 "share; build the model anew and load its state dict",
             )
-        cached = parametrize._cache.get((id(self.module), self.tensor))
+        cached = parametrize_cache().get((id(self.module), self.tensor))
         if cached is not None:
             return cached.detach().clone()
         if _is_pure(self.chain):
@@ -151,7 +159,7 @@ def find_chains(path: str, module: nn.Module) -> list[ChainSite]:
 @undoing
 def _bypass_cache() -> Iterator[None]:
     """Let nothing of a chain stay in torch's cache: it is computed from copies here."""
-    cache = parametrize._cache
+    cache = parametrize_cache()
     content = cache.copy()
     with undo_on_exit(lambda: restore_container(cache, content)):
         yield

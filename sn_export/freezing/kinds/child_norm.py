@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 
+from ...running import SpectralNormLink
 from ..edits import Edits
 from ..introspection.frozen_class import frozen_class
 from ..introspection.probe import Probe
@@ -83,7 +83,7 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
         if helper is None or isinstance(helper, torch.jit.ScriptModule):
             continue
         names = code_of(type(helper)).names
-        if not isinstance(helper, _SpectralNorm) and not mentions_norm(names):
+        if not isinstance(helper, SpectralNormLink) and not mentions_norm(names):
             continue
         state = tuple(name for name, t in small_state(helper) if fits(name, t, weight))
         is_trained = any(p.requires_grad for p in helper.parameters())

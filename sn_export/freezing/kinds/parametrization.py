@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...running import same_bits, without_trace
+from ...running import SpectralNormLink, same_bits, without_trace
 from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.singular_vectors import (
@@ -59,7 +58,7 @@ class ParametrizationSite(ChainSite):
     def matrix(self) -> Tensor | None:
         """Return what the chain's first SN normalises, a vector as one row."""
         norm = self.norm
-        if not isinstance(norm, _SpectralNorm):
+        if not isinstance(norm, SpectralNormLink):
             return None  # a link of somebody's own need not take the norm of a matrix
         weight = input_of_link(self.chain, norm)
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
@@ -75,7 +74,7 @@ def find_parametrizations(path: str, module: nn.Module) -> list[ParametrizationS
 
 
 def _sigma(norm: nn.Module, weight: Tensor) -> float:
-    if not isinstance(norm, _SpectralNorm):
+    if not isinstance(norm, SpectralNormLink):
         return asked_sigma(norm, weight)
     if weight.ndim == 1:
         return float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
@@ -86,7 +85,9 @@ def _sigma(norm: nn.Module, weight: Tensor) -> float:
 def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
     """Return the first link that is torch's spectral norm, or one that keeps its own vectors."""
     for link in chain._modules.values():
-        if link is not None and (isinstance(link, _SpectralNorm) or _is_handwritten(link, chain)):
+        if link is not None and (
+            isinstance(link, SpectralNormLink) or _is_handwritten(link, chain)
+        ):
             return link
     return None
 
@@ -97,7 +98,7 @@ def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
 
 def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) -> bool:
     """Whether ``module``, which is ``link`` or within it, is what makes that a spectral norm."""
-    if isinstance(module, _SpectralNorm):
+    if isinstance(module, SpectralNormLink):
         return True
     code = code_of(type(module))
     if code.is_torch:
