@@ -14,10 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrizations import _OrthMaps, _Orthogonal, _WeightNorm
 from torch.nn.utils.prune import CustomFromMask
 
 from ..errors import CheckpointError
+from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
 from .lazy_tensors import spec_of
 from .reparametrizations import Kind, Reparametrization, aligned, is_finite, weight_norm_dims
@@ -89,7 +89,7 @@ def _normalise(
     dim = decide_weight_norm_dim(site, tensors, dims)
     try:
         with torch.no_grad():
-            value: Tensor = _WeightNorm(dim)(g, v)
+            value: Tensor = WeightNormLink(dim)(g, v)
     except RuntimeError as error:
         raise CheckpointError(
             f"torch cannot normalise '{site.name}': {str(error).splitlines()[0]}"
@@ -114,7 +114,7 @@ def _make_orthogonal(
     name = _map_of(site, raw)
     try:
         with torch.no_grad():
-            link = _Orthogonal(raw, _OrthMaps[name])
+            link = OrthogonalLink(raw, OrthogonalMaps[name])
             link._buffers["base"] = base
             value: Tensor = link(raw)
     except (RuntimeError, ValueError) as error:

@@ -189,7 +189,7 @@ def _state_of(path: str, module: Any) -> Any:
             path or type(module).__name__,
             f"it is under fully_shard, and torch {torch.__version__} has moved {missing[0]}, by "
             "which sn_export reaches the shards",
-            "Use torch 2.13, or a newer one that sn_export is tested with, or freeze an unsharded copy",
+            "Use torch 2.13 or a newer one that sn_export is tested with, or an unsharded copy",
         )
     return state
 
