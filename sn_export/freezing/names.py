@@ -17,7 +17,7 @@ STATE_BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 # Attributes with the number of power iterations of a forward in train mode.
 ITERATIONS = ("power_iterations", "n_power_iterations", "num_iters", "num_itrs", "n_iter", "Ip")
 
-_VECTOR = re.compile(r"(^|_)(u|v|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
+_VECTOR = re.compile(r"(^|_)(u|v|us|vs|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
 # A vector of one element fits any critic's last layer, so there the name has to say it.
 _TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.

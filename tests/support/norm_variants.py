@@ -149,6 +149,27 @@ class HeadedLinear(nn.Linear):
         return F.linear(x, (heads / sigma).view_as(self.weight), self.bias)
 
 
+class ProjectedLinear(nn.Linear):
+    """Query, key and value in one weight, each with its norm; a plural names their vectors."""
+
+    us: Tensor
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, 3 * size)
+        self.register_buffer("us", F.normalize(torch.randn(3, size), dim=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = []
+        for index, part in enumerate(self.weight.chunk(3)):
+            with torch.no_grad():
+                v = F.normalize(part.mT @ self.us[index], dim=0)
+                u = F.normalize(part @ v, dim=0)
+                if self.training:
+                    self.us[index] = u
+            parts.append(part / torch.dot(u, part @ v))
+        return F.linear(x, torch.cat(parts), self.bias)
+
+
 class HeadedLink(nn.Module):
     """The same as a parametrization."""
 
@@ -328,6 +349,7 @@ VARIANTS: dict[str, Variant] = {
     "lipschitz-rows": Variant(lambda: LipschitzLinear(3, 4), is_found=False),
     "per-group": Variant(lambda: GroupedConv2d(3, 6, 3, groups=3), is_image=True),
     "per-head": Variant(lambda: HeadedLinear(3, 4)),
+    "per-projection": Variant(lambda: ProjectedLinear(3)),
     "per-head-link": Variant(lambda: linked(nn.Linear(3, 4), HeadedLink(2, 2))),
     "soft": Variant(lambda: SoftLinear(3, 4, 0.3)),
     "soft-below": Variant(lambda: SoftLinear(3, 4, 30.0)),
