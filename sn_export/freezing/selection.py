@@ -128,19 +128,10 @@ class Callers:
         """
         if not _has_raw_weight(site.module, site.tensor):
             return None
-        around = self._parents.get(site.module)
-        while around is not None and not _is_called(around):
-            around = self._parents.get(around)
-        if around is None:
-            return None
-        stored = (
-            (module, name.removesuffix("_orig"))
-            for module in around.modules()
-            for name in module._parameters
-            if name.endswith("_orig")
-        )
-        has_run = any(_has_raw_weight(module, name) is False for module, name in stored)
-        return around if has_run else None
+        around = self._parents.get(site.module, [])
+        while around and not _is_called(around[-1]):
+            around = self._parents.get(around[-1], [])
+        return around[-1] if around and around[-1] in self._have_run else None
 
     def is_read_raw(self, site: Site) -> bool:
         """Whether a forward reads the raw parameter that the module of ``site`` normalises itself.
@@ -166,8 +157,30 @@ class Callers:
         return ChildUses(self._owners)
 
     @cached_property
-    def _parents(self) -> dict[nn.Module, nn.Module]:
-        return {c: m for m in self._owners for c in m._modules.values() if c is not None}
+    def _parents(self) -> dict[nn.Module, list[nn.Module]]:
+        parents: dict[nn.Module, list[nn.Module]] = {}
+        for module in self._owners:
+            for child in module._modules.values():
+                if child is not None:
+                    parents.setdefault(child, []).append(module)
+        return parents
+
+    @cached_property
+    def _have_run(self) -> set[nn.Module]:
+        """The layers whose hook has set the weight, and all modules around them."""
+        queue = [
+            module
+            for module in self._model.modules()
+            for name in module._parameters
+            if name.endswith("_orig")
+            and _has_raw_weight(module, name.removesuffix("_orig")) is False
+        ]
+        found = set(queue)
+        for module in queue:  # grows on the way
+            more = [parent for parent in self._parents.get(module, []) if parent not in found]
+            queue += more
+            found.update(more)
+        return found
 
 
 def _is_called(module: nn.Module) -> bool:
