@@ -28,7 +28,7 @@ from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
 from .distributed import write_distributed
 from .kinds import notes_on_dims
-from .lazy_tensors import LazyTensors, read_index
+from .lazy_tensors import LazyTensors
 from .read import read_checkpoint
 from .reparametrizations import (
     UNKNOWN_MAP,
@@ -38,7 +38,7 @@ from .reparametrizations import (
     handwritten_norms,
     handwritten_notes,
 )
-from .safetensors_file import shard_name, write_safetensors
+from .safetensors_file import read_index, shard_name, write_safetensors
 from .spectral_norm import notes_on_lengths
 from .spelling import Respelled, require_fitting, respell
 

@@ -14,14 +14,9 @@ from ..freezing import exact_sigma, stored_sigma
 from ..text import dtype_name, quote_names
 from .content import Checkpoint, StateDict
 from .kinds import decide_weight_norm_dim, last_link
+from .lazy_tensors import float_spec, require_finite
 from .read import read_checkpoint
-from .reparametrizations import (
-    Reparametrization,
-    find_reparametrizations,
-    float_spec,
-    handwritten_notes,
-    require_finite,
-)
+from .reparametrizations import Reparametrization, find_reparametrizations, handwritten_notes
 from .spectral_norm import (
     TorchNorm,
     decide_dim,

@@ -19,8 +19,8 @@ from torch.nn.utils.prune import CustomFromMask
 from ..errors import CheckpointError
 from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
-from .lazy_tensors import spec_of
-from .reparametrizations import Kind, Reparametrization, aligned, is_finite, weight_norm_dims
+from .lazy_tensors import aligned, is_finite, spec_of
+from .reparametrizations import Kind, Reparametrization, weight_norm_dims
 from .spectral_norm import SPECTRAL_NORM
 
 

@@ -1,50 +1,19 @@
-"""Tensors that are read one at a time when they are asked for, and safetensors files of them."""
+"""Tensors that are read one at a time when they are asked for, and what torch computes with."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..files import open_regular, require_regular
-from ..text import join_lines, quote_name, quote_names
+from ..text import format_count
 
-# In the header of each rank's file that HuggingFaceStorageWriter did not consolidate.
-SHARDING_INFO = "DCP_SHARDING_INFO"
-DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3": torch.float8_e4m3fn,
-    **({"F8_E8M0": torch.float8_e8m0fnu} if hasattr(torch, "float8_e8m0fnu") else {}),  # from 2.7
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "I16": torch.int16,
-    "U16": torch.uint16,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I32": torch.int32,
-    "U32": torch.uint32,
-    "F32": torch.float32,
-    "C64": torch.complex64,
-    "F64": torch.float64,
-    "I64": torch.int64,
-    "U64": torch.uint64,
-}
-
-# Pages that were read stay mapped, and count as memory, until the file is closed.
-_REOPEN_AFTER = 2**26
-_DIMS = 64  # the most that torch computes with
-_INDEX_BYTES = 2**27
+_ALIGNMENT = 64  # of torch's CPU allocator
 
 
 @dataclass(frozen=True)
@@ -58,6 +27,19 @@ class Spec:
     def nbytes(self) -> int:
         """Size of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One value of a state dict to be: what it will be, and how to get it when it is needed.
+
+    Attributes:
+        spec: dtype and shape; None for what is no dense tensor, such as an extra state.
+        read: returns the value.
+    """
+
+    spec: Spec | None
+    read: Callable[[], Any]
 
 
 class LazyTensors(Mapping[str, Any]):
@@ -92,98 +74,6 @@ class LazyTensors(Mapping[str, Any]):
         return name in self.specs or name in self.others
 
 
-class SafetensorsFiles:
-    """Safetensors files, one of which is open at a time.
-
-    Attributes:
-        texts: what the header of each holds beside the tensors.
-        specs: dtype and shape of each tensor of each.
-    """
-
-    def __init__(self, paths: Iterator[Path] | list[Path]) -> None:
-        self.texts: dict[Path, Mapping[str, str]] = {}
-        self.specs: dict[Path, dict[str, Spec]] = {}
-        self._open: tuple[Path, Any] | None = None
-        self._read = 0
-        for path in paths:
-            handle = _open(path)
-            self.texts[path] = dict(handle.metadata() or {})
-            self.specs[path] = {name: _spec(handle, path, name) for name in handle.keys()}  # noqa: SIM118
-
-    def read(self, path: Path, name: str) -> Tensor:
-        """Return one tensor of one file."""
-        if self._open is None or self._open[0] != path or self._read > _REOPEN_AFTER:
-            self._open, self._read = (path, _open(path)), 0
-        self._read += self.specs[path][name].nbytes
-        tensor: Tensor = self._open[1].get_tensor(name)
-        return tensor
-
-
-def read_safetensors(path: Path) -> tuple[LazyTensors, Mapping[str, str]]:
-    """Return the tensors of one file, and the texts in its header.
-
-    Raises:
-        CheckpointError: if it is damaged, or one rank's part of a checkpoint.
-    """
-    files = SafetensorsFiles([path])
-    if SHARDING_INFO in files.texts[path]:
-        raise CheckpointError(
-            f"{quote_name(path)} is one rank's part of a checkpoint, and its tensors may be "
-            f"pieces; give its folder {quote_name(path.parent)} instead"
-        )
-    return LazyTensors(files.specs[path], lambda name: files.read(path, name)), files.texts[path]
-
-
-def read_safetensors_index(index: Path) -> tuple[LazyTensors, Mapping[str, str]]:
-    """Return the tensors of the shards that an index lists, and the texts of the first one.
-
-    Raises:
-        CheckpointError: if the index or a shard is damaged or absent.
-    """
-    places = read_index(index)
-    files = SafetensorsFiles(list(dict.fromkeys(places.values())))
-    for name, path in places.items():
-        if name not in files.specs[path]:
-            raise lacking(path, name)
-    specs = {name: files.specs[path][name] for name, path in places.items()}
-    texts = next((texts for texts in files.texts.values() if texts), {})
-    return LazyTensors(specs, lambda name: files.read(places[name], name)), texts
-
-
-def read_index(index: Path) -> dict[str, Path]:
-    """Return the shard of each tensor that an index lists.
-
-    Example::
-
-        {"metadata": {}, "weight_map": {"head.weight": "model-00001-of-00002.safetensors"}}
-
-    Raises:
-        CheckpointError: if it is no index, or lists shards that are absent.
-    """
-    kind = ".bin" if index.name.endswith(".bin.index.json") else "safetensors"
-    try:
-        with open_regular(index) as file:
-            weights = json.loads(file.read(_INDEX_BYTES))["weight_map"]
-        files = {str(name): index.with_name(Path(file).name) for name, file in weights.items()}
-    except OSError as error:
-        raise CheckpointError(f"cannot read {quote_name(index)}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise CheckpointError(
-            f"{quote_name(index)} is no index of {kind} shards: it holds no 'weight_map'"
-        ) from error
-    absent = sorted({path.name for path in files.values() if not path.is_file()})
-    if absent:
-        raise CheckpointError(
-            f"{quote_name(index)} lists shards that are absent: {quote_names(absent)}"
-        )
-    return files
-
-
-def lacking(path: Path, name: str) -> CheckpointError:
-    """Return the error about a shard in which a tensor of its index is not."""
-    return CheckpointError(f"{quote_name(path)} lacks {quote_name(name)}, which its index promises")
-
-
 def is_tensor(tensors: Mapping[str, Any], name: str) -> bool:
     """Whether ``tensors[name]`` is a tensor; nothing is read to tell it."""
     if isinstance(tensors, LazyTensors):
@@ -199,34 +89,57 @@ def spec_of(tensors: Mapping[str, Any], name: str) -> Spec:
     return Spec(tensor.dtype, tuple(tensor.shape))
 
 
-def _spec(handle: Any, path: Path, name: str) -> Spec:
-    try:
-        part = handle.get_slice(name)
-        code, shape = part.get_dtype(), tuple(part.get_shape())
-    except Exception as error:  # of a dtype that safetensors itself does not know
-        raise CheckpointError(
-            f"{quote_name(path)}: safetensors cannot read {quote_name(name)}: "
-            f"{join_lines(str(error))}"
-        ) from error
-    if code not in DTYPES:
-        raise CheckpointError(
-            f"{quote_name(path)}: {quote_name(name)} has the dtype {quote_name(code)}, which is "
-            "not supported"
-        )
-    if len(shape) > _DIMS:
-        raise CheckpointError(
-            f"{quote_name(path)}: {quote_name(name)} has {len(shape)} dimensions, and torch "
-            f"knows at most {_DIMS}"
-        )
-    return Spec(DTYPES[code], shape)
+def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+    """Return dtype and shape of a dense tensor that has values; None for anything else."""
+    if isinstance(tensors, LazyTensors):
+        return tensors.specs.get(key)
+    value = tensors.get(key)
+    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
+        return None
+    return Spec(value.dtype, tuple(value.shape))
 
 
-def _open(path: Path) -> Any:
-    try:
-        require_regular(path)
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
+def float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+    """Return dtype and shape of a dense floating or complex tensor; None for anything else."""
+    spec = dense_spec(tensors, key)
+    if spec is None or not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+        return None
+    return spec
+
+
+def require_finite(key: str, tensor: Tensor) -> Tensor:
+    """Return ``tensor``; raise a CheckpointError that names ``key`` if it holds NaN or infinity."""
+    if not is_finite(tensor):
+        values = _values(tensor)
         raise CheckpointError(
-            f"{quote_name(path)} is damaged or truncated: safetensors cannot read it "
-            f"({join_lines(str(error))})"
-        ) from error
+            f"'{key}' is NaN or infinite in {int((~torch.isfinite(values)).sum())} of "
+            f"{format_count(values.numel(), 'value')}"
+        )
+    return tensor
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are finite numbers; no copy is made, as `torch.isfinite` makes three."""
+    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
+        return True
+    values = _values(tensor)
+    parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
+    # NaN and infinities show in the least and the largest value.
+    return not parts.numel() or all(map(math.isfinite, map(float, torch.aminmax(parts))))
+
+
+def _values(tensor: Tensor) -> Tensor:
+    """Return the stored values of a sparse tensor, and float8 as what can be compared."""
+    values = tensor.detach()
+    if values.layout is not torch.strided:
+        values = values._values() if values.layout is torch.sparse_coo else values.values()
+    return values.float() if values.dtype.itemsize == 1 else values
+
+
+def aligned(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` where torch would allocate it.
+
+    Values in a file can lie at any address, and there torch's products take another path,
+    whose last bits differ from those of the network.
+    """
+    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

@@ -20,12 +20,8 @@ from ..text import format_count, quote_names
 from .content import Checkpoint, StateDict, describe_candidates
 from .fit_names import Refusal, describe_refusal, fit_names, measure_overlap, plain_names
 from .kinds import notes_on_dims
-from .reparametrizations import (
-    Reparametrization,
-    Spelling,
-    find_reparametrizations,
-    require_finite,
-)
+from .lazy_tensors import require_finite
+from .reparametrizations import Reparametrization, Spelling, find_reparametrizations
 from .spectral_norm import notes_on_lengths, zero_sigma
 from .spelling import require_fitting, respell
 

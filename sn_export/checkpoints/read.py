@@ -17,13 +17,8 @@ from ..files import open_regular
 from ..text import quote_name, quote_names
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
-from .lazy_tensors import (
-    LazyTensors,
-    lacking,
-    read_index,
-    read_safetensors,
-    read_safetensors_index,
-)
+from .lazy_tensors import LazyTensors
+from .safetensors_file import lacking, read_index, read_safetensors, read_safetensors_index
 from .sharded import read_sharded_safetensors
 from .torch_file import read_torch_file
 

@@ -9,19 +9,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
-from ..text import format_count, qualified, quote_name, quote_names
-from .lazy_tensors import LazyTensors, Spec, spec_of
+from ..text import qualified, quote_name, quote_names
+from .lazy_tensors import Entry, dense_spec, float_spec, require_finite, spec_of
 
 Keys = Mapping[str, str]
 
 _LABELS = {"orthogonal": "orthogonality", "parametrization": "another parametrization"}
-_ALIGNMENT = 64  # of torch's CPU allocator
 _CHAIN = re.compile(
     r"(?:(?P<module>.*?)\.)?parametrizations\.(?P<tensor>[^.]+)\.(?P<part>.+)", re.DOTALL
 )
@@ -33,19 +30,6 @@ _PARTS = {"original", "0._u", "0._v"}  # of spectral norm alone
 _HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_[gv])", re.DOTALL)
 # What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One value of a state dict to be: what it will be, and how to get it when it is needed.
-
-    Attributes:
-        spec: dtype and shape; None for what is no dense tensor, such as an extra state.
-        read: returns the value.
-    """
-
-    spec: Spec | None
-    read: Callable[[], Any]
 
 
 @dataclass(frozen=True)
@@ -176,24 +160,6 @@ def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]
         for dim in range(len(v))
         if len(g) == len(v) and g == tuple(n if d == dim else 1 for d, n in enumerate(v))
     ]
-
-
-def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
-    """Return dtype and shape of a dense tensor that has values; None for anything else."""
-    if isinstance(tensors, LazyTensors):
-        return tensors.specs.get(key)
-    value = tensors.get(key)
-    if not isinstance(value, Tensor) or value.layout is not torch.strided or value.is_meta:
-        return None
-    return Spec(value.dtype, tuple(value.shape))
-
-
-def float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
-    """Return dtype and shape of a dense floating or complex tensor; None for anything else."""
-    spec = dense_spec(tensors, key)
-    if spec is None or not (spec.dtype.is_floating_point or spec.dtype.is_complex):
-        return None
-    return spec
 
 
 def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
@@ -361,44 +327,6 @@ def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
             f"{list(shapes[weight])}"
         )
     return ""
-
-
-def require_finite(key: str, tensor: Tensor) -> Tensor:
-    """Return ``tensor``; raise a CheckpointError that names ``key`` if it holds NaN or infinity."""
-    if not is_finite(tensor):
-        values = _values(tensor)
-        raise CheckpointError(
-            f"'{key}' is NaN or infinite in {int((~torch.isfinite(values)).sum())} of "
-            f"{format_count(values.numel(), 'value')}"
-        )
-    return tensor
-
-
-def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers; no copy is made, as `torch.isfinite` makes three."""
-    if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
-        return True
-    values = _values(tensor)
-    parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    # NaN and infinities show in the least and the largest value.
-    return not parts.numel() or all(map(math.isfinite, map(float, torch.aminmax(parts))))
-
-
-def _values(tensor: Tensor) -> Tensor:
-    """Return the stored values of a sparse tensor, and float8 as what can be compared."""
-    values = tensor.detach()
-    if values.layout is not torch.strided:
-        values = values._values() if values.layout is torch.sparse_coo else values.values()
-    return values.float() if values.dtype.itemsize == 1 else values
-
-
-def aligned(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` where torch would allocate it.
-
-    Values in a file can lie at any address, and there torch's products take another path,
-    whose last bits differ from those of the network.
-    """
-    return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()
 
 
 def handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..text import quote_name
-from .lazy_tensors import SHARDING_INFO, LazyTensors, SafetensorsFiles, Spec
+from .lazy_tensors import LazyTensors, Spec
 from .pickle_globals import is_shape
+from .safetensors_file import SHARDING_INFO, SafetensorsFiles
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from ..errors import CheckpointError
 from ..running import SpectralNormLink
 from ..text import dtype_name, format_count, quote_names
-from .lazy_tensors import Spec, spec_of
-from .reparametrizations import Entry, Kind, Reparametrization, aligned, is_finite, require_finite
+from .lazy_tensors import Entry, Spec, aligned, is_finite, require_finite, spec_of
+from .reparametrizations import Kind, Reparametrization
 
 # After a training step u = normalize(W v) or v = normalize(W^H u) held exactly, and a step of
 # the optimizer later still nearly; along a wrong dim the two are strangers.

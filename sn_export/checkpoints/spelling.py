@@ -11,14 +11,8 @@ from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
 from .kinds import kind_of
-from .lazy_tensors import spec_of
-from .reparametrizations import (
-    Entry,
-    Reparametrization,
-    Spelling,
-    dense_spec,
-    find_reparametrizations,
-)
+from .lazy_tensors import Entry, dense_spec, spec_of
+from .reparametrizations import Reparametrization, Spelling, find_reparametrizations
 
 _WITH_DIM = ("spectral_norm", "weight_norm")
 

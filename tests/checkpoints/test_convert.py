@@ -22,8 +22,7 @@ from fingerprint import same_bits
 from safetensors.torch import load_file, save, save_file
 
 from sn_export.checkpoints import convert_checkpoint, read_checkpoint
-from sn_export.checkpoints.lazy_tensors import spec_of
-from sn_export.checkpoints.reparametrizations import Entry
+from sn_export.checkpoints.lazy_tensors import Entry, spec_of
 from sn_export.checkpoints.safetensors_file import write_safetensors
 from sn_export.errors import CheckpointError
 

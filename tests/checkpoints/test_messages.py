@@ -28,8 +28,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.parametrizations import orthogonal
 
 from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint, read_checkpoint
-from sn_export.checkpoints.lazy_tensors import Spec
-from sn_export.checkpoints.reparametrizations import Entry
+from sn_export.checkpoints.lazy_tensors import Entry, Spec
 from sn_export.checkpoints.safetensors_file import write_safetensors
 from sn_export.errors import CheckpointError
 
