@@ -66,7 +66,7 @@ class Checkpoint:
     def state_dicts(self) -> list[StateDict]:
         """Return the state dicts in the checkpoint, at most a hundred.
 
-        An optimizer's state is none. One that is there under several keys is returned under each.
+        An optimizer's state is left out. One that stands under several keys is returned under each.
         """
         return list(islice(_search(self.content, (), {}), _MOST))
 
@@ -81,9 +81,9 @@ class Checkpoint:
 
         Args:
             key: keys that lead to it, joined by dots; None to find it.
-            fits: whether one is what is wanted.
-            wanted: what that is, for the message: ``"fits Critic"``.
-            describe: what to say of a candidate beside its number of tensors.
+            fits: tells whether a state dict is what the caller wants.
+            wanted: the same in words, for the message: ``"fits Critic"``.
+            describe: returns what the message says of a candidate beside its number of tensors.
 
         Raises:
             CheckpointError: if there is none, or several fit.
@@ -128,8 +128,8 @@ class Checkpoint:
 def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterator[StateDict]:
     """Yield the state dicts in ``node``.
 
-    Objects that hold each other have more paths than can be walked: of twenty mappings in a
-    chain, each of which is twice in the one before, there are a million.
+    Not every path can be walked: twenty mappings, each of which is twice in the one before, have
+    a million of them.
 
     Args:
         node: what may hold some.
@@ -156,11 +156,9 @@ def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterato
 
 
 def as_mapping(node: Any) -> Mapping[Any, Any] | None:
-    """Return a mapping, the state dict of a module, or a list as the mapping of its numbers.
+    """Return ``node`` as a mapping with texts for keys, or None if it can hold no state dict.
 
-    Keys that are numbers become texts.
-
-    None for anything else: it holds no state dict.
+    A module becomes its state dict, and a list the mapping of its numbers: ``[a]`` is ``{"0": a}``.
     """
     if isinstance(node, nn.Module):  # pickled whole, and trusted
         return node.state_dict()
@@ -291,7 +289,7 @@ def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def read_all(node: Any) -> Any:
-    """Return ``node`` with all tensors in memory that were to be read later."""
+    """Return ``node`` with every tensor in memory."""
     if isinstance(node, LazyTensors):
         # Cloned, not to be torn by whoever writes the file.
         tensors = {name: node[name].clone() for name in node.specs}

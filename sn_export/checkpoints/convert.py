@@ -258,7 +258,7 @@ def _notes(
     tensors: Mapping[str, Any],
     dims: Mapping[str, int],
 ) -> tuple[str, ...]:
-    """Return what is to be said of a conversion beside its result."""
+    """Return notes on vectors of another length, on dims that were taken, and on what was left."""
     notes = notes_on_lengths(found, tensors) + notes_on_dims(found, tensors, dims)
     by_label: dict[str, list[str]] = {}
     for site in left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -238,10 +238,12 @@ def _describe_absence(files: Iterable[Path], folder: Path) -> str:
     )
 
 
-def _several(folder: Path, files: Iterable[Path]) -> CheckpointError:
+def _several(folder: Path, files: Sequence[Path]) -> CheckpointError:
+    is_zero = any(path.name.endswith("_optim_states.pt") for path in files)
+    advice = "; where ZeRO of DeepSpeed split the weights, its zero_to_fp32.py joins them"
     return CheckpointError(
         f"folder {quote_name(folder)} holds several checkpoints; give one of "
-        f"{quote_names(path.name for path in files)}"
+        f"{quote_names(path.name for path in files)}{advice if is_zero else ''}"
     )
 
 

@@ -262,11 +262,13 @@ def fitting_dims(norm: TorchNorm) -> list[int]:
 
 
 def _residual(norm: TorchNorm, dim: int) -> float:
+    """Return how far the vectors are from each other's images under the weight, 0 if they are."""
     matrix = norm.matrix(dim)
     u = norm.u
     with torch.no_grad():
         if norm.normalised is not None or norm.v is None:
-            # v is lost; its image is as long as the sigma that was divided by.
+            # Of the right dim ``W^H u`` is as long as the sigma that the stored weight was
+            # divided by.
             assert norm.normalised is not None  # one of the two is always there
             sigma = norm.weight.norm() / norm.normalised.norm()
             length = torch.linalg.vector_norm(torch.mv(matrix.mH, u))

@@ -247,14 +247,20 @@ def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> N
 
 
 def test_folders_with_several(tmp_path: Path) -> None:
-    """The message names them; accelerate numbers the networks of one training."""
-    for first, second in (("a.pt", "b.pt"), ("pytorch_model.bin", "pytorch_model_1.bin")):
+    """The message names them; accelerate numbers networks, and DeepSpeed splits one."""
+    for first, second in (
+        ("a.pt", "b.pt"),
+        ("pytorch_model.bin", "pytorch_model_1.bin"),
+        ("mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+    ):
         folder = tmp_path / first
         folder.mkdir()
-        for name in (first, second, "optimizer.bin")[: 2 + (first != "a.pt")]:
+        for name in (first, second, "optimizer.bin")[: 2 + first.endswith(".bin")]:
             torch.save({}, folder / name)
+        advice = "; where ZeRO of DeepSpeed split the weights, its zero_to_fp32.py joins them"
         assert _message(folder) == (
             f"folder '{first}' holds several checkpoints; give one of '{first}', '{second}'"
+            + advice * first.startswith("mp_rank")
         )
 
 
