@@ -44,7 +44,8 @@ _NO_COMPLEX = (
 _DECIDES = r"data-dependent|GuardOnDataDependent|DataDependentOutput"
 _ADVICE = (
     (
-        r"[Cc]omplex(?:$|[^\w ]| types| numbers| tensor| dtype|\d+)|istft|aten::fft_",
+        r"[Cc]omplex(?:$|[^\w ]| types| numbers| tensor| dtype|\d+)|istft"
+        r"|aten::(?:fft_|real|imag|view_as_)",
         _NO_COMPLEX,
     ),
     (

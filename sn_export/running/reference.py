@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +31,7 @@ from .undo import undo_on_exit, undoing
 
 _logger = logging.getLogger("sn_export")
 _SEED = 2
+_ALONE = 8  # tensors at most that are shuffled each alone
 _NOISE = 0.01  # of each number: its sign and its size stay
 
 
@@ -316,12 +317,19 @@ def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iter
     """Yield input sets near the example, from a farther to a nearer one.
 
     Floats get a little noise; integers and booleans are in another order within each row, so that
-    no row is hidden by a mask that the example does not hide, then as they are::
+    no row is hidden by a mask that the example does not hide: all of them, then those of one tensor
+    alone, then none::
 
-        lengths [7, 5, 2], x [0.5, -1]  ->  [5, 7, 2], [0.502, -0.994], then [7, 5, 2], [0.499, ...]
+        ids [4, 4, 9], starts [0, 2]  ->  [9, 4, 4], [2, 0], then [4, 9, 4], [0, 2], ...
     """
-    for shuffled in (True, False):
-        change = partial(near_like, generator=generator, shuffled=shuffled)
+    leaves = tensor_leaves((example.args, dict(example.kwargs)))
+    rows = [id(t) for t in leaves if t.ndim and not (t.is_floating_point() or t.is_complex())]
+    alone = [[row] for row in rows[:_ALONE]] if len(rows) > 1 else []
+    for chosen in (rows, *alone, []):
+
+        def change(tensor: Tensor, chosen: Sequence[int] = chosen) -> Tensor:
+            return near_like(tensor, generator, shuffled=id(tensor) in chosen)
+
         near = example.map(change, f"{label}, near the example")
         if not _is_same(near, example):
             yield near

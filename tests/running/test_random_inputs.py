@@ -79,11 +79,12 @@ class Masked(nn.Module):
     [
         (Packed(), (torch.randn(3, 7, 4), torch.tensor([7, 5, 2])), 0),
         (Bags(), (torch.rand(3, 4), torch.arange(8), torch.tensor([0, 2, 5])), 0),
+        (nn.EmbeddingBag(9, 4), (torch.arange(9), torch.tensor([0, 2, 5])), 0),
         (Power(), (torch.tensor([[2.0, 3.0, 9.0, 1.6] * 4]),), 0),
         (Masked().eval(), (torch.randn(5, 2, 4), torch.tensor([[False, True]] * 5)), 0),
         (Picky(), (torch.ones(3),), 3),
     ],
-    ids=["lengths", "offsets", "powers", "masks", "ones"],
+    ids=["lengths", "offsets", "integers", "powers", "masks", "ones"],
 )
 def test_every_random_input_is_usable_or_left_out(
     model: nn.Module, args: tuple[Tensor, ...], left_out: int
