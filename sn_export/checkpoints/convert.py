@@ -7,8 +7,6 @@ import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import compress
-from operator import not_
 from pathlib import Path
 from typing import Any
 
@@ -207,10 +205,17 @@ def _respell_all(
 def _chosen_sites(
     state: StateDict, only: Respellable | None
 ) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
-    """Return the sites that are to be respelled, and the others."""
-    sites = find_reparametrizations(state.tensors, state.versions)
-    chosen = [only in (None, site.group) for site in sites]
-    return tuple(compress(sites, chosen)), tuple(compress(sites, map(not_, chosen)))
+    """Return the sites that are to be respelled, and the others.
+
+    A chain in which ``only`` is one link of several kinds is to be respelled, and cannot be.
+    """
+    chosen, left = list[Reparametrization](), list[Reparametrization]()
+    for site in find_reparametrizations(state.tensors, state.versions):
+        groups = {link.group for link in site.links or (site,)}
+        if only is not None and only in groups and len(groups) > 1:
+            site = replace(site, blocked=f"--only cannot take its {site.label} apart")
+        (chosen if only is None or only in groups else left).append(site)
+    return tuple(chosen), tuple(left)
 
 
 def _with_map(

@@ -127,6 +127,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
     assert torch.equal(other(x), model(x))
 
 
+@pytest.mark.filterwarnings("ignore:BComplex32 support is experimental")  # torch 2.14
 def test_the_writer_makes_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
     """Written one tensor at a time, a file equals that of `safetensors.torch.save_file`.
 

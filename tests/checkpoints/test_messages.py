@@ -9,6 +9,7 @@ import codecs
 import collections
 import contextlib
 import copyreg
+import dataclasses
 import pickle
 import sys
 from collections.abc import Callable
@@ -81,7 +82,8 @@ DAMAGED: dict[str, tuple[Any, str]] = {
     ),
     "record": (
         _build(records.StorageMeta, {"x": 3}),
-        "a StorageMeta with other fields than ['checkpoint_id', 'save_id', 'load_id', 'modules']",
+        "a StorageMeta with other fields than "
+        f"{[field.name for field in dataclasses.fields(records.StorageMeta)]}",
     ),
 }
 

@@ -232,8 +232,11 @@ def test_a_chain_that_ends_in_spectral_norm(name: str, tmp_path: Path) -> None:
         plain = nn.Sequential(nn.Conv1d(4, 6, 3))
         load_checkpoint(plain, read_checkpoint(tmp_path / "a.pt"))
         assert torch.equal(plain[0].weight, layer.weight)
-    with pytest.raises(CheckpointError, match=r"cannot spell '0\.weight' as hook: "):
+    with pytest.raises(CheckpointError, match=r"'0\.weight' as hook: torch has no hook for "):
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", "hook", orthogonal_map=told)
+    if name != "spectral norm":
+        with pytest.raises(CheckpointError, match=r"'0\.weight' as plain: --only cannot take its "):
+            convert_checkpoint(tmp_path / "a.pt", tmp_path / "c.pt", "plain", only="spectral_norm")
 
 
 def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
