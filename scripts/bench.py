@@ -33,6 +33,7 @@ BENCHMARKS = {
     "memory": ("bench_freeze", "memory"),
     "export": ("bench_export", "exporting"),
     "networks": ("bench_export", "networks"),
+    "first": ("bench_export", "first_exports"),
     "file": ("bench_export", "files"),
     "distributed": ("bench_distributed", "sharding"),
     "large": ("bench_large", "exporting"),

@@ -6,6 +6,7 @@ import contextlib
 import logging
 import os
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +28,23 @@ Exporter = Literal["dynamo", "torchscript"]
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")
 SAMPLES = 3
 IMAGES = (1, 3, 64, 64)
+_FIRST = """
+import sys, time, warnings
+_, name, kind, exporter, path = sys.argv
+from bench_networks import build
+model, args = build(name, kind)
+warnings.simplefilter("ignore")
+start = time.process_time()
+if kind == "plain":
+    import torch.onnx
+    torch.onnx.export(
+        model, args, path, dynamo=exporter == "dynamo", external_data=False, verbose=False
+    )
+else:
+    from sn_export import export_onnx
+    export_onnx(model, args, path, exporter=exporter)
+print(time.process_time() - start)
+"""
 
 
 def exporting(quick: bool) -> list[Row]:
@@ -75,6 +93,32 @@ def _bare_ratio(name: str, exporter: Exporter, quick: bool) -> Row:
             repeats=3 if quick else 9,
             clock=time.process_time,
         )
+
+
+def first_exports(quick: bool) -> list[Row]:
+    """Time the first export of a process, with what it imports, in processes of their own."""
+    rows = []
+    for exporter in EXPORTERS:
+        found = []
+        for name in [*BUILDERS][: 3 if quick else None]:
+            title = f"first export_onnx to first bare export, {exporter}, {name}"
+            pairs = [
+                (_first(name, "parametrization", exporter), _first(name, "plain", exporter))
+                for _ in range(1 if quick else 5)
+            ]
+            found.append(Row(title, statistics.median(a / b for a, b in pairs), None, "ratio"))
+        middle = statistics.median(row.measured or 0.0 for row in found)
+        title = f"first export_onnx to first bare export, {exporter}, median of {len(found)}"
+        rows += [*found, Row(title, middle, None, "ratio")]
+    return rows
+
+
+def _first(name: str, kind: str, exporter: Exporter) -> float:
+    with _folder() as folder:
+        command = [sys.executable, "-c", _FIRST, name, kind, exporter, str(folder / "net.onnx")]
+        scripts = Path(__file__).parent
+        done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
 
 
 def files(quick: bool) -> list[Row]:
