@@ -6,7 +6,7 @@ import dataclasses
 import math
 import operator
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from numbers import Real
 from os import PathLike, fspath
 from typing import Any
@@ -118,6 +118,18 @@ def plain_integer(value: object) -> int | None:
         return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
         return None
+
+
+def require_choice(option: str, value: Any, choices: Sequence[object]) -> Any:
+    """Return the value of an option that has a few.
+
+    Raises:
+        ValueError: for another one: ``freeze must be 'spectral_norm' or 'all', got 'none'``.
+    """
+    if value in choices:
+        return value
+    *others, last = map(repr, choices)
+    raise ValueError(f"{option} must be {', '.join(others)} or {last}, got {value!r}")
 
 
 def plain_number(value: object) -> float | None:

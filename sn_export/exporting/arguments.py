@@ -40,7 +40,7 @@ from ..running import (
     dynamic_dims,
     require_seen,
 )
-from ..text import plain_integer
+from ..text import plain_integer, require_choice
 
 ExternalData = Literal["auto"] | bool
 
@@ -332,21 +332,11 @@ def require_samples(samples: int) -> int:
 
 def require_exporter(exporter: Any) -> tuple[Exporter, ...]:
     """Return the exporters to try, in order, or raise a ValueError."""
-    if exporter not in ("auto", *EXPORTERS):
-        raise ValueError(f"exporter must be 'auto', 'dynamo' or 'torchscript', got {exporter!r}")
-    return EXPORTERS if exporter == "auto" else (exporter,)
-
-
-def require_external_data(external_data: Any) -> ExternalData:
-    """Return whether weights go to a side file, or raise a ValueError."""
-    if external_data not in ("auto", True, False):
-        raise ValueError(f"external_data must be 'auto', True or False, got {external_data!r}")
-    chosen: ExternalData = external_data
-    return chosen
+    chosen = require_choice("exporter", exporter, ("auto", *EXPORTERS))
+    return EXPORTERS if chosen == "auto" else (chosen,)
 
 
 def require_freeze(freeze: Any) -> Only:
     """Return what is frozen, as `frozen_parametrizations` takes it, or raise a ValueError."""
-    if freeze not in ("spectral_norm", "all"):
-        raise ValueError(f"freeze must be 'spectral_norm' or 'all', got {freeze!r}")
-    return None if freeze == "all" else "spectral_norm"
+    chosen = require_choice("freeze", freeze, ("spectral_norm", "all"))
+    return None if chosen == "all" else "spectral_norm"

@@ -32,6 +32,7 @@ from ..running import (
     undo_on_exit,
     undoing,
 )
+from ..text import require_choice
 from .arguments import (
     ExternalData,
     Request,
@@ -41,7 +42,6 @@ from .arguments import (
     require_case,
     require_dims,
     require_exporter,
-    require_external_data,
     require_freeze,
     require_samples,
     require_target,
@@ -212,7 +212,7 @@ def export_onnx(
 
     def export(origin: Source) -> ExportReport:
         opset, exporters = require_opset(opset_version, require_exporter(exporter))
-        placing = require_external_data(external_data)
+        placing = require_choice("external_data", external_data, ("auto", True, False))
         target = require_target(path, network, placing, overwrite)
         settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked()
         whole = require_whole(origin.network)

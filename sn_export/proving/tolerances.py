@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..results import ProofDtype, Tolerance
-from ..text import dtype_name, plain_integer, plain_number
+from ..text import dtype_name, plain_integer, plain_number, require_choice
 from .precision import PROOF_DTYPES
 from .session import DEFAULT_PROVIDERS, require_providers
 
@@ -155,8 +155,7 @@ class ProofSettings:
         """
         rtol, atol = require_tolerances(self.rtol, self.atol, outputs)
         require_providers(self.providers)
-        if self.proof_dtype not in PROOF_DTYPES:
-            raise ValueError(f"proof_dtype must be None or 'float32', got {self.proof_dtype!r}")
+        require_choice("proof_dtype", self.proof_dtype, PROOF_DTYPES)
         _require_images(self.images, outputs)
         return replace(self, rtol=rtol, atol=atol)
 

@@ -16,14 +16,15 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ..text import require_choice
+
 DRAWS = (None, "zeros")
 
 
 def require_draws(draws: Any) -> str | None:
     """Return how random numbers are drawn, or raise a ValueError."""
-    if draws not in DRAWS:
-        raise ValueError(f"draws must be None or 'zeros', got {draws!r}")
-    return draws  # type: ignore[no-any-return]
+    chosen: str | None = require_choice("draws", draws, DRAWS)
+    return chosen
 
 
 def drawing(draws: str | None) -> AbstractContextManager[Any]:
