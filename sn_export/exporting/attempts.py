@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
@@ -40,9 +41,10 @@ from .references import extend_references
 from .torch_exporters import Written, write_onnx
 
 _logger = logging.getLogger("sn_export")
-_CALLER = 7  # stack level of whoever calls export_onnx, from the functions that warn
+_CALLER = 6  # stack level of whoever calls export_onnx, from `warn_of_made`
 
 Failure = tuple[Exporter, ExportError | ParityError]  # what an exporter ended with
+Finding = tuple[type[Warning], str]  # what is to be warned of, and how
 
 
 @dataclass(frozen=True)
@@ -216,79 +218,70 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
         example: what the model said to the example.
         left_out: a sentence on random inputs that were left out; empty if none was.
     """
-    _warn_of_folded_weights(request.model, made.report.folded)
-    _warn_of_traced_decisions(request, made)
-    _warn_of_unseen_outputs(example.unseen)
-    if left_out:
-        warnings.warn(left_out, RandomInputsLeftOutWarning, stacklevel=_CALLER - 1)
-    _warn_of_precision(request.note, made.report.parity)
-
-
-def _warn_of_folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> None:
-    """Warn of weights that had to be folded in the file, since the block left them."""
-    weights = [entry.name for entry in folded if entry.is_weight]
-    if not weights:
-        return
-    known = {info.name for info in describe_sites(model, None)}
-    left, unknown = (
-        [name for name in weights if (name in known) is is_known] for is_known in (True, False)
+    report = made.report
+    found: Iterator[Finding] = chain(
+        _folded_weights(request.model, report.folded),
+        _traced_decisions(request, made),
+        _unseen_outputs(example.unseen),
+        [(RandomInputsLeftOutWarning, left_out)] if left_out else (),
+        [(SpectralNormNotConvergedWarning, request.note)] if request.note else (),
+        _lost_precision(report.parity),
     )
-    if left:
-        _warn_of_folding(
+    for category, message in found:
+        warnings.warn(message, category, stacklevel=_CALLER)
+
+
+def _folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> Iterator[Finding]:
+    """Yield what to say of weights that were folded in the file, since the block left them."""
+    weights = [entry.name for entry in folded if entry.is_weight]
+    known = {info.name for info in describe_sites(model, None)} if weights else set()
+    if left := [name for name in weights if name in known]:
+        yield (
+            ReparametrizationNotRecognisedWarning,
             f"{quote_names(left)} is under a reparametrization that freeze='spectral_norm' leaves. "
             "The file holds the computed values and is proved; freeze='all' freezes them all, as "
-            "frozen_parametrizations does"
+            "frozen_parametrizations does",
         )
-    if unknown:
-        _warn_of_folding(
+    if unknown := [name for name in weights if name not in known]:
+        yield (
+            ReparametrizationNotRecognisedWarning,
             f"the model computes {quote_names(unknown)} by itself, in a way that "
             "frozen_spectral_norm does not know. The file holds the computed values and is "
             "proved, but a with-block of your own leaves these modules as they are. If it is "
             "spectral norm, register_spectral_norm teaches the block; what was folded is in the "
-            "report's 'folded'"
+            "report's 'folded'",
         )
 
 
-def _warn_of_folding(message: str) -> None:
-    warnings.warn(message, ReparametrizationNotRecognisedWarning, stacklevel=_CALLER + 1)
-
-
-def _warn_of_traced_decisions(request: Request, made: Made) -> None:
-    """Warn if an exporter that takes no decision by values was tried first."""
+def _traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
+    """Yield where the forward decides by values, if an exporter that takes no such was tried."""
     samples = made.report.parity.samples
     for _, error in made.failures:
         where = traced_decision(error, request.model, request.call.example.method)
         if where is not None:
-            warnings.warn(
+            yield (
+                TracedDecisionWarning,
                 f"the forward decides by the values of a tensor ({where}), which the dynamo "
                 "exporter does not take. The TorchScript exporter's file always does what was "
                 f"decided for the example, and is proved for {samples} input sets alone. "
                 "Pass inputs=[...] that are decided otherwise, or use torch.where or torch.cond",
-                TracedDecisionWarning,
-                stacklevel=_CALLER,
             )
 
 
-def _warn_of_precision(note: str, parity: ParityReport) -> None:
-    """Warn of layers that are far from converged, and of precision that a file has lost."""
-    if note:
-        warnings.warn(note, SpectralNormNotConvergedWarning, stacklevel=_CALLER)
+def _lost_precision(parity: ParityReport) -> Iterator[Finding]:
     for output in parity.outputs:
         if is_imprecise(output):
-            warnings.warn(
+            yield (
+                PrecisionLostWarning,
                 f"output '{output.name}': {output.verdict}. rtol={output.rtol:g} as an argument "
                 "accepts that",
-                PrecisionLostWarning,
-                stacklevel=_CALLER,
             )
 
 
-def _warn_of_unseen_outputs(unseen: Sequence[str]) -> None:
-    """Warn of outputs that the file lacks."""
+def _unseen_outputs(unseen: Sequence[str]) -> Iterator[Finding]:
     if unseen:
-        warnings.warn(
+        yield (
+            OutputNotExportedWarning,
             f"the file lacks the tensors within {quote_names(unseen)}, which the model returns: "
             "return them as tensors, in tuples, lists, dicts or dataclasses",
-            OutputNotExportedWarning,
-            stacklevel=_CALLER,
         )
