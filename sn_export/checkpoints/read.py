@@ -26,8 +26,8 @@ _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
 # How Hugging Face's libraries call the weights, beside which they write other files.
 _USUAL = (
-    *("model.safetensors", "pytorch_model.bin"),
-    *("diffusion_pytorch_model.bin", "adapter_model.bin"),
+    *("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"),
+    *("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin"),
 )
 # What compressed arrays may unpack to, in bytes, or times the size of their file.
 _UNPACKED, _RATIO = 2**28, 100
@@ -231,7 +231,7 @@ def _describe_absence(files: Iterable[Path], folder: Path) -> str:
             "together"
         )
     inner = sorted(path.name for path in folder.iterdir() if path.is_dir())
-    within = f"; there are the folders {quote_names(inner)} in it" if inner else ""
+    within = f"; give the one of its folders that is one: {quote_names(inner)}" if inner else ""
     return (
         "neither the '.metadata' of torch.distributed.checkpoint nor one "
         f"'*.safetensors{_INDEX}', '*.bin{_INDEX}' or file of weights{within}"

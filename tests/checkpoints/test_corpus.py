@@ -231,7 +231,13 @@ def test_the_first_format_of_torch(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "names", [["model.safetensors"], ["pytorch_model.bin", "training_args.bin"], ["any.pth"]]
+    "names",
+    [
+        ["model.safetensors"],
+        ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+        ["pytorch_model.bin", "training_args.bin"],
+        ["any.pth"],
+    ],
 )
 def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> None:
     """As Hugging Face's libraries write them, whatever else is there."""

@@ -145,7 +145,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "folders": (
         lambda folder: (folder / "step-1").mkdir(),
-        "or file of weights; there are the folders 'step-1' in it",
+        "or file of weights; give the one of its folders that is one: 'step-1'",
     ),
     "no records": (
         lambda folder: _pieces(folder, {"v": torch.ones(2)}, None),
