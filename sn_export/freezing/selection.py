@@ -104,18 +104,19 @@ class Callers:
 
     def mark(self, site: Site) -> None:
         """Say of ``site`` why its hook never runs, if that is so."""
-        if site.caller is None:
+        caller = site.caller
+        if caller is None:
             return
-        if not _is_called(site.caller):
-            site.unapplied = "nothing calls a " + _class_name(site.caller)
+        if not _is_called(caller):
+            site.unapplied = "nothing calls a " + _class_name(caller)
             return
         reads = self._reads_of(site.tensor)
         reader = reads.get((site.module, site.tensor)) or reads.get((site.module, "*"))
         runner = None if reader is not None else self._runner_around(site)
-        if (reader is None and runner is None) or site.caller in self._uses.calls:
+        if (reader is None and runner is None) or caller in self._uses.calls:
             return
         child = site.path.rpartition(".")[2]
-        if reader is not None and site.caller not in self._uses.handed:
+        if reader is not None and caller not in self._uses.handed:
             what = f"reads the {site.tensor} of {child} without calling it"
             site.unapplied = f"{_class_name(reader)} {what}"
         elif runner is not None or (runner := self._runner_around(site)) is not None:
@@ -171,6 +172,7 @@ class Callers:
         queue = [
             module
             for module in self._model.modules()
+            if module._forward_pre_hooks
             for name in module._parameters
             if name.endswith("_orig")
             and _has_raw_weight(module, name.removesuffix("_orig")) is False
