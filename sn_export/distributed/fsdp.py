@@ -47,10 +47,10 @@ class Unit:
         self.module.unshard()
 
     def reshard(self) -> None:
-        """Put this rank's shards back into the modules; a local call."""
-        while self._meshes:
-            group, mesh = self._meshes.pop()
+        """Put this rank's shards back into the modules; a local call that can be repeated."""
+        for group, mesh in reversed(self._meshes):
             group.post_forward_mesh_info = mesh
+        self._meshes.clear()
         for group in self.groups:
             group._to_sharded()
 

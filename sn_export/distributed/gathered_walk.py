@@ -11,6 +11,7 @@ from torch import nn
 
 from ..errors import FreezeError
 from ..freezing import Found, Kind, Site, Walk, walk
+from ..running import undo_on_exit
 from .fsdp import Unit, units_of
 
 Take = Callable[[Site, "Unit | None"], None]
@@ -50,12 +51,11 @@ def find_gathered(
     error: Exception | None = None
     for unit in set(units.values()):
         unit.reshard()
-    try:
-        found = find(walking)
-    except Exception as caught:  # told on every rank
-        error = caught
-    finally:
-        walking.leave()
+    with undo_on_exit(walking.leave):
+        try:
+            found = find(walking)
+        except Exception as caught:  # told on every rank
+            error = caught
     raise_on_all_ranks(walking.error or error, meshes_of(units), type(model).__name__)
     return found
 
@@ -110,10 +110,10 @@ class _GatheredWalk:
             unit.gather()
 
     def leave(self) -> None:
-        """Reshard what is gathered."""
-        units, self._current = self._current, []
-        for unit in units:
+        """Reshard what is gathered; can be repeated from any point where it was interrupted."""
+        for unit in self._current:
             unit.reshard()
+        self._current = []
 
 
 def _may_compute(module: nn.Module) -> bool:

@@ -25,6 +25,7 @@ from typing import Any
 import handwritten_networks
 import torch
 import torch.distributed as dist
+from faults import Fault
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -56,6 +57,8 @@ from sn_export import (
     frozen_spectral_norm,
     gather_plain_state_dict,
 )
+from sn_export.distributed.fsdp import Unit
+from sn_export.distributed.gathered_walk import _GatheredWalk
 
 Wrap = Callable[[nn.Module], nn.Module]
 Case = Callable[[], None]
@@ -413,6 +416,36 @@ def _() -> None:
         pass
     assert objects(ours.model) == before
     ours.step(1)
+
+
+@case("fault-while-a-unit-is-put-back")
+def _() -> None:
+    """Whichever line of it every rank is stopped at, each holds its shards again, and goes on.
+
+    It reaches inside for these lines: elsewhere the ranks would not be stopped at one step.
+    """
+    model = shard(network(parametrizations.spectral_norm), "layers")
+    model(rows(0))
+    before = objects(model)
+
+    def enter(fault: Fault) -> None:
+        with fault:
+            fault.start()
+            with frozen_spectral_norm(model):
+                fault.stop()
+
+    enter(Fault())  # what is read once for each class is read here
+    enter(dry := Fault())
+    functions = (Unit.reshard.__code__, _GatheredWalk.leave.__code__)
+    places = {(code.co_filename, line) for code in functions for *_, line in code.co_lines()}
+    stops = [step for step in dry.steps() if dry.places[step - 1] in places]
+    assert len(stops) > 10
+    for step in stops:
+        fault = Fault(KeyboardInterrupt, step)
+        enter(fault)
+        assert fault.struck[0].split()[1] in ("reshard", "leave")
+        assert objects(model) == before, fault.struck
+    model(rows(0))
 
 
 @case("names-that-fit-nothing")
