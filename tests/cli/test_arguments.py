@@ -225,8 +225,8 @@ def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "nets_of_a_test:f": ("importing 'nets_of_a_test' raised No module named 'no_such_package'"),
         "exits_of_a_test:f": "importing 'exits_of_a_test' raised SystemExit: 3",
         "cli_networks:critc": (
-            "module 'cli_networks' has no 'critc'; it has Critic, Exits, Lstm, Scored, Tokens, "
-            "Unknown, Untraceable, a_number, before_v, broken, chatty, critic, exits, "
+            "module 'cli_networks' has no 'critc'; it has Critic, Exits, Lstm, NoisyCritic, "
+            "Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, critic, exits, "
             "parametrized_critic, plain_critic, prefixed, tokens, trained, trained_critic, "
             "untraceable, wide_critic"
         ),
