@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from ..errors import FreezeError
 from ..text import qualified, shorten_list
@@ -193,7 +194,7 @@ def _is_called(module: nn.Module) -> bool:
 def _has_raw_weight(module: nn.Module, tensor: str) -> bool | None:
     """Whether the weight of a layer is its raw parameter still; None where it has none of both."""
     raw, weight = module._parameters.get(f"{tensor}_orig"), module.__dict__.get(tensor)
-    if raw is None or not isinstance(weight, Tensor):
+    if raw is None or is_lazy(raw) or not isinstance(weight, Tensor):
         return None
     return weight.data_ptr() == raw.data_ptr()
 
