@@ -226,8 +226,8 @@ def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "exits_of_a_test:f": "importing 'exits_of_a_test' raised SystemExit: 3",
         "cli_networks:critc": (
             "module 'cli_networks' has no 'critc'; it has Critic, Exits, Lstm, NoisyCritic, "
-            "Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, critic, exits, "
-            "parametrized_critic, plain_critic, prefixed, tokens, trained, trained_critic, "
+            "Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, critic, "
+            "exits, parametrized_critic, plain_critic, prefixed, tokens, trained, trained_critic, "
             "untraceable, wide_critic"
         ),
         "cli_networks:broken": ("cli_networks:broken() raised ValueError: no configuration given"),
