@@ -100,26 +100,7 @@ def write_onnx(
             another opset, or a file that is not valid.
         OSError: if the disk is full, say.
     """
-    model, inputs = request.model, list(request.input_names)
-    program = None
-    try:
-        with quiet(request.verbose), no_fused_attention():
-            call = flat_call(model, reference)
-            if exporter == "dynamo":
-                program = _dynamo(request, call)
-                graph = program.model
-            else:
-                graph = _torchscript(request, call, path.with_suffix(".raw.onnx"))
-    except Exception as error:
-        full = find_disk_error(error)
-        if full is not None:  # the exporter is not to blame, and the other would fail too
-            raise OSError(full.errno, full.strerror) from error
-        raise TorchExporterError(
-            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}",
-            explain_failure(
-                error, model, reference.inputs.method, _other_choice(request, exporter), inputs
-            ),
-        ) from error
+    graph, program = _run_exporter(request, reference, exporter, path.with_suffix(".raw.onnx"))
     rename(
         graph.graph,
         list(request.input_names.values()) if exporter == "dynamo" else None,
@@ -129,7 +110,7 @@ def write_onnx(
     widen_indices(graph.graph)
     set_opset(graph, request.opset_version)
     graph.metadata_props.update(metadata)
-    folded = fold_initializers(graph, _state(model))
+    folded = fold_initializers(graph, _state(request.model))
     described = tuple(map(_describe_input, graph.graph.inputs))
     declared = tuple(map(_sizes_of, graph.graph.outputs))
     notes = _check(_save(graph, path, request.external_data, release))
@@ -137,6 +118,32 @@ def write_onnx(
         _free(graph)  # and unmap what the exporter wrote
     opset = int(graph.opset_imports.get("", 0))
     return Written(opset, folded, program, described, declared, notes)
+
+
+def _run_exporter(
+    request: Request, reference: Reference, exporter: Exporter, raw: Path
+) -> tuple[ir.Model, Any]:
+    """Return the graph that torch makes, and its program where it has one.
+
+    The TorchScript exporter writes a large file to ``raw`` first.
+    """
+    model = request.model
+    try:
+        with quiet(request.verbose), no_fused_attention():
+            call = flat_call(model, reference)
+            if exporter == "torchscript":
+                return _torchscript(request, call, raw), None
+            program = _dynamo(request, call)
+            return program.model, program
+    except Exception as error:
+        full = find_disk_error(error)
+        if full is not None:  # the exporter is not to blame, and the other would fail too
+            raise OSError(full.errno, full.strerror) from error
+        other, inputs = _other_choice(request, exporter), list(request.input_names)
+        raise TorchExporterError(
+            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}",
+            explain_failure(error, model, reference.inputs.method, other, inputs),
+        ) from error
 
 
 def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None:
