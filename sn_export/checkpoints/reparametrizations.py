@@ -245,7 +245,8 @@ def _chain(
     norms = sorted(end for end in parts if re.fullmatch(r"\d+\._[uv]", end))
     group: Group = "spectral_norm" if norms else "parametrization"
     if links and f"{path}.{len(links)}" not in versions:
-        blocked = next(filter(None, (link.blocked for link in links)), "")
+        reasons = [link.blocked for link in links if link.blocked]
+        blocked = min(reasons, key=UNKNOWN_MAP.__eq__, default="")  # that can be told, so last
         keys = {**links[0].keys, **{end: parts[end] for end in norms if end[0] != "0"}}
         shape = links[0].shape
         return Reparametrization(
