@@ -169,8 +169,8 @@ class _Evaluation:
         elif isinstance(target, ast.Starred):
             self._bind(target.value, modules)
         elif isinstance(target, (ast.Tuple, ast.List)):
-            for part in target.elts:
-                self._bind(part, modules)
+            for part in target.elts:  # of a container, or of pairs with an entry that is one
+                self._bind(part, modules | _entries(modules))
         elif modules:  # an attribute or entry, read by whoever wants to
             self._uses.hand_over(modules, self._owner)
 
