@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
+from inspect import signature
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -280,7 +281,9 @@ def write_distributed(
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that it is one process, which is meant so
             writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
-            save(state, storage_writer=writer, planner=planner, no_dist=True)
+            # An older torch, such as 2.6, saves alone only where no ranks are there.
+            alone = {"no_dist": True} if "no_dist" in signature(save).parameters else {}
+            save(state, storage_writer=writer, planner=planner, **alone)
     except CheckpointException as error:  # it wraps what was raised
         raised = next(iter(error.failures.values()))[0]
         raise find_disk_error(raised) or raised from error

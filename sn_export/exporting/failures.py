@@ -68,6 +68,12 @@ _ADVICE = (
     ),
 )
 
+# What dynamo of an older torch fails with, the first torch tested that does it, and what it is.
+_SINCE = (
+    (r"'tuple' object has no attribute 'dtype'", "2.9", "BatchNorm"),
+    (r"Node (arity|keys) mismatch", "2.13", "a forward that adds to its attributes or lists"),
+)
+
 
 @dataclass
 class _Place:
@@ -177,6 +183,11 @@ def explain_failure(
         isinstance(m, ParametrizationList) for m in model.modules()
     ):
         advice.insert(0, "export with freeze='all', so that no parametrization is in the graph")
+    advice += [
+        f"use torch {since} or newer: dynamo of {torch.__version__} does not take {what}"
+        for pattern, since, what in _SINCE
+        if torch.__version__ < since and any(re.search(pattern, _as_line(e)) for e in chain)
+    ]
     if other is not None and not (advice == [_NO_COMPLEX] and other == "torchscript"):
         advice.append(f"try exporter='{other}'")
     return Explanation(text, _describe_place(place, method), tuple(advice), place.file is not None)

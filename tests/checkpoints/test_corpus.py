@@ -17,8 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
-from cli_networks import Critic, Kind, prefixed, trained_critic
+from cli_networks import Critic, Kind, prefixed, save_folder, trained_critic
 from hostile_pickles import FORMATS as FILES
 from safetensors.torch import save_file
 from torch import nn
@@ -50,7 +49,7 @@ def _write(form: str, content: Any, folder: Path) -> Path:
         save_file(content, path.with_suffix(".safetensors"))
         return path.with_suffix(".safetensors")
     if form == "distributed":
-        dcp.save(content, checkpoint_id=path, no_dist=True)
+        save_folder(content, path)
     elif form == "shards":
         path.mkdir()
         names = list(content)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from cli_networks import Critic, trained_critic
+from cli_networks import ALONE, Critic, save_folder, trained_critic
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 def _folder(path: Path, edit: Callable[[Any, Any], None]) -> Path:
     """Write a folder with the tensor 'w' [4, 2], and let ``edit`` change its records."""
-    dcp.save({"w": torch.arange(8.0).reshape(4, 2)}, checkpoint_id=path, no_dist=True)
+    save_folder({"w": torch.arange(8.0).reshape(4, 2)}, path)
     metadata = pickle.loads((path / ".metadata").read_bytes())
     (info,) = metadata.storage_data.values()
     edit(metadata, info)
@@ -204,6 +204,7 @@ def test_safetensors_of_several_ranks(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_folder_from_a_folder(tmp_path: Path) -> None:
     """A run goes on from it under torch's own loader; everything else in it is as it was."""
     model = trained_critic()
@@ -214,7 +215,7 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
         "nets": [{"a": torch.ones(2), "rate": 0.1}],
         "step": 7,
     }
-    dcp.save(content, checkpoint_id=tmp_path / "a", no_dist=True)
+    save_folder(content, tmp_path / "a")
     made = convert_checkpoint(tmp_path / "a", tmp_path / "b", "plain")
     assert made.files == (tmp_path / "b",)
     plain = Critic("plain")
@@ -226,7 +227,7 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
         "nets": [{"a": torch.zeros(2), "rate": 0.0}],
         "step": 0,
     }
-    dcp.load(loaded, checkpoint_id=tmp_path / "b", no_dist=True)
+    dcp.load(loaded, checkpoint_id=tmp_path / "b", **ALONE)
     images = torch.randn(2, 3, 8, 8)
     assert torch.equal(plain.eval()(images), model(images))
     assert str({**loaded, "model": 0}) == str({**wanted, "model": 0})
@@ -236,9 +237,9 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     """Not over another one, not from a file, and not with a weight that cannot be computed."""
-    dcp.save(dict(trained_critic().state_dict()), checkpoint_id=tmp_path / "a", no_dist=True)
+    save_folder(dict(trained_critic().state_dict()), tmp_path / "a")
     zero = {name: torch.zeros_like(value) for name, value in trained_critic().state_dict().items()}
-    dcp.save(zero, checkpoint_id=tmp_path / "zero", no_dist=True)
+    save_folder(zero, tmp_path / "zero")
     torch.save(zero, tmp_path / "a.pt")
     before = sorted(tmp_path.rglob("*"))
     for source, target, message in (

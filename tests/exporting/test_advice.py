@@ -14,8 +14,10 @@ from export_models import assert_as_before
 from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
+from torch.torch_version import TorchVersion
 
 from sn_export import ExportError, ParityError, SnExportError, check_parity, export_onnx
+from sn_export.exporting.failures import explain_failure
 
 
 def test_no_line_of_the_caller_is_named(tmp_path: Path) -> None:
@@ -233,3 +235,18 @@ def test_advice_comes_to_an_end(
         exporter = text.partition("try exporter='")[2].rstrip("'")
         advised.append(exporter)
     assert advised == [*following, ""]
+
+
+@pytest.mark.parametrize(
+    ("text", "since"),
+    [("'tuple' object has no attribute 'dtype'", "2.9"), ("Node arity mismatch", "2.13")],
+)
+def test_what_a_newer_torch_can_is_said_to_an_older_one(
+    monkeypatch: pytest.MonkeyPatch, text: str, since: str
+) -> None:
+    """The advice names the version; whoever has it is not told. Older ones are not installed."""
+    error, model = AttributeError(text), nn.Linear(1, 1)
+    for installed, told in (("2.6.0", [True]), (since, [])):
+        monkeypatch.setattr(torch, "__version__", TorchVersion(installed))
+        advice = explain_failure(error, model, None, None, ()).advice
+        assert [f"use torch {since} or newer" in one for one in advice] == told

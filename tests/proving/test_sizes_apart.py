@@ -36,7 +36,9 @@ def test_a_branch_on_equal_sizes_is_found(tmp_path: Path, names: str) -> None:
     """Neither exporter's file is published, and one is told to have made one of two dimensions."""
     h, w = _EACH[names]
     path = tmp_path / "net.onnx"
-    with pytest.raises(ParityError, match="made them one") as caught:
+    # Before torch 2.13 dynamo refuses to, or fixes both.
+    said = "does not reproduce" if torch.__version__ < "2.13" else "made them one"
+    with pytest.raises(ParityError, match=said) as caught:
         export_onnx(Squares(), (torch.randn(1, 1, 8, 8),), path, dynamic_shapes=({2: h, 3: w},))
     assert "does not reproduce the model" in str(caught.value)
     assert not path.exists()

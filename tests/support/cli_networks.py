@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.distributed.checkpoint as dcp
 from networks import APPLY
 from torch import Tensor, nn
 
@@ -208,3 +211,13 @@ def before_v(state: dict[str, Any], model: nn.Module) -> OrderedDict[str, Any]:
             hook = next(iter(module._forward_pre_hooks.values()))
             old[base] = hook.compute_weight(module, False).detach()  # type: ignore[attr-defined]
     return old
+
+
+ALONE = {} if torch.__version__ < "2.9" else {"no_dist": True}  # of dcp.save and dcp.load
+
+
+def save_folder(content: dict[str, Any], path: Path) -> None:
+    """Save a folder of torch.distributed.checkpoint without ranks; an old torch warns of that."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.save(content, checkpoint_id=path, **ALONE)
