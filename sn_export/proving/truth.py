@@ -40,7 +40,7 @@ from ..text import without_frames
 from .output_errors import Spread
 from .precision import InFloat64, MovedByRounding, widened
 
-_RUNS = 2  # with moved results, for each input set
+FEW, MANY = 2, 16  # runs with moved results, for each input set
 _PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
 _MEANINGFUL = 0.1  # of an output: what rounding moves more than that tells nothing
 
@@ -69,6 +69,7 @@ def measure_rounding(
     run_file: Callable[[Reference], Sequence[Tensor]],
     positions: Sequence[int],
     coarsest: torch.dtype,
+    runs: int = FEW,
 ) -> dict[int, Rounding]:
     """Return how far outputs of the model and of the file are from the network in float64.
 
@@ -83,6 +84,7 @@ def measure_rounding(
         run_file: gives the outputs of the file for one of them.
         positions: which outputs; they are floating.
         coarsest: no unit of rounding is smaller than that of this dtype.
+        runs: how often the model is run with moved results, for each input set.
 
     Raises:
         NoTruthError: if the forward does not run in float64, draws random numbers, or does
@@ -94,7 +96,7 @@ def measure_rounding(
         with _frozen(model, freezing) as state:
             run = partial(_run, model, freezing.release, state, reference.inputs)
             truth = _run_in_float64(run)
-            seeds = range(number * _RUNS, (number + 1) * _RUNS)
+            seeds = range(number * runs, (number + 1) * runs)
             modes = [MovedByRounding(seed, coarsest) for seed in seeds]
             moved = [run(mode) for mode in modes]
         shapes = [[tuple(output.shape) for output in one] for one in (truth, *moved)]

@@ -44,13 +44,14 @@ from ..text import shorten_list
 from .precision import narrow_operators, with_moved_values
 from .session import named_inputs, open_session, run_session
 from .tolerances import DEFAULT_TOLERANCES, ProofSettings
-from .truth import Freezing, NoTruthError, measure_operators, measure_rounding
+from .truth import FEW, MANY, Freezing, NoTruthError, measure_operators, measure_rounding
 
 _logger = logging.getLogger("sn_export")
 FACTOR = 4.0  # times what rounding accounts for: a right file is no farther from the truth
 WRONG = 10.0  # likewise: a file that is farther is refused, though within the default tolerance
+_DOUBTFUL = 30.0  # likewise: where rounding moves few elements much, few runs may not show it
 _BEARABLE = 10.0  # times the default tolerance: what a file may lose by its own operators
-_ASKED = 0.01  # of the tolerance: an output that differs by less is not asked about
+_ASKED = 0.03  # of the tolerance: an output that differs by less is not asked about
 
 
 def judge(
@@ -91,7 +92,12 @@ def judge(
             narrow = narrow_operators(path)
             coarsest = torch.float32 if narrow else coarsest
         try:
-            found = measure_rounding(model, freezing, references, run_file, asked, coarsest)
+            for runs in (FEW, MANY):
+                found = measure_rounding(
+                    model, freezing, references, run_file, asked, coarsest, runs
+                )
+                if not any(FACTOR < one.ratio <= _DOUBTFUL for one in found.values()):
+                    break
             found |= _ask_operators(report, found, path, references, settings)
         except NoTruthError as error:
             obstacle = str(error)

@@ -45,6 +45,8 @@ def latent() -> Tensor:
 NETWORKS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor]]] = {
     "generator": (partial(generator, hooked_spectral_norm), latent),
     "lstm": (lstm, lambda: torch.randn(2, 7, 16)),
+    # Onnxruntime's tanh is less exact in it, and few gates decide: the hardest of 20 seeds.
+    "gru": (partial(Recurrent, nn.GRU, hooked_spectral_norm), lambda: torch.randn(2, 7, 16)),
 }
 
 
@@ -71,6 +73,7 @@ def test_fresh_networks_are_proved(tmp_path: Path, kind: str, exporter: Any) -> 
     """A fresh network is exported, replayed and told; ``scripts/test --fresh`` has 20 seeds."""
     build, draw = NETWORKS[kind]
     seeds = range(8) if exporter == "torchscript" else (1, 2, 4)
+    seeds = (9, 14) if kind == "gru" else seeds
     asked = 0
     for seed in seeds:
         torch.manual_seed(seed)
