@@ -288,10 +288,10 @@ READERS = {
     "files of torch.save": Reader(_torch_files, _checkpoint("a.pt"), _PICKLES),
     "pickles in them": Reader(_pickles, _pickle_of_torch, _PICKLES),
     "headers of safetensors": Reader(
-        _safetensors_headers, _safetensors, ("checkpoints/lazy_tensors.py",)
+        _safetensors_headers, _safetensors, ("checkpoints/safetensors_file.py",)
     ),
     "indexes of shards": Reader(
-        _indexes, _index, ("checkpoints/read.py", "checkpoints/lazy_tensors.py")
+        _indexes, _index, ("checkpoints/read.py", "checkpoints/safetensors_file.py")
     ),
     "metadata of distributed checkpoints": Reader(
         _metadatas, _distributed, ("checkpoints/distributed.py", "checkpoints/unpickling.py")
