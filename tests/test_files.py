@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,14 @@ import kills
 import pytest
 
 from sn_export.errors import SnExportWarning
-from sn_export.files import Drafts, find_disk_error, open_regular, publish, require_writable
+from sn_export.files import (
+    Drafts,
+    find_disk_error,
+    open_regular,
+    publish,
+    require_writable,
+    starts_as_onnx,
+)
 
 OLD = {"a": b"old a", "b": b"old b", "c": b"old c"}
 NEW = {"a": b"new a", "b": b"new b", "c": b"new c"}
@@ -174,18 +182,53 @@ def test_place_where_no_file_can_be(
 
 def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is not read from, though a file was there when it was looked for."""
-    real = os.stat
+    real, file = os.stat, tmp_path / "a"
 
-    def look(path: Path) -> os.stat_result:
-        found = real(path)
-        path.unlink()
-        os.mkfifo(path)
+    def look(path: Path, **options: bool) -> os.stat_result:
+        found = real(path, **options)
+        if path == file:
+            file.unlink()
+            os.mkfifo(file)
         return found
 
-    (tmp_path / "a").touch()
-    monkeypatch.setattr(os, "stat", look)
-    with pytest.raises(OSError, match="it is no regular file"):
-        open_regular(tmp_path / "a")
+    file.touch()
+    with monkeypatch.context() as patches, pytest.raises(OSError, match="it is no regular file"):
+        patches.setattr(os, "stat", look)
+        open_regular(file)
+
+
+@pytest.mark.parametrize(
+    ("head", "is_onnx"),
+    [
+        (b"\x08\x01\x12", True),
+        (b"\x08\x1f", True),
+        (b"\x08\x20\x12", False),
+        (b"\x08\x00\x12", False),
+        (b"\x0a\x01\x12", False),
+        (b"\x08", False),
+        (b"\x08" + bytes(7) + b"{", False),
+        (b"\x08\x09" + bytes(6) + b"{", False),
+    ],
+)
+def test_first_bytes_of_onnx(tmp_path: Path, head: bytes, is_onnx: bool) -> None:
+    """An ONNX file begins with a small version; safetensors may have a length that looks so."""
+    (tmp_path / "a").write_bytes(head)
+    assert starts_as_onnx(tmp_path / "a") is is_onnx
+
+
+def test_folders_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not every system can flush a folder: files are published all the same."""
+    real = os.fsync
+
+    def flush(descriptor: int) -> None:
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(descriptor)
+
+    _write(tmp_path, "ab")
+    monkeypatch.setattr(os, "fsync", flush)
+    _publish(tmp_path, "ab")
+    assert _contents(tmp_path) == {"a": b"new a", "b": b"new b"}
 
 
 def test_path_with_a_zero_byte() -> None:
@@ -297,7 +340,9 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
         others = Path(process.stdout.readline().strip())
         for number in range(20):
             _leave_behind(tmp_path, number)
+        opened = len(os.listdir("/proc/self/fd"))
         _publish_one(tmp_path / "b", b"new")
+        assert len(os.listdir("/proc/self/fd")) == opened
         assert others.parent.is_dir()
         assert own.parent.is_dir()
         assert not [*tmp_path.glob(".sn_export.killed*")]
