@@ -286,7 +286,7 @@ def _find_links(
         pair = {end: left.pop(end) for end in ("original", "0.base")}
         blocked = _misfit_of_base(tensors, pair) or UNKNOWN_MAP
         links.append(make(group="orthogonal", shape=shape, keys=pair, blocked=blocked))
-    raw = left.pop("original", name)
+    raw = name if links else left.pop("original")
     while {f"{len(links)}._u", f"{len(links)}._v"} <= left.keys():
         vectors = {part: left.pop(f"{len(links)}._{part}") for part in ("u", "v")}
         keys = {"weight": raw, **vectors}

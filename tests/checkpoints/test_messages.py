@@ -207,6 +207,16 @@ CONTENTS: dict[str, tuple[Any, str]] = {
         _spectral_norm(orig=torch.empty(2, 3, device="meta")),
         "cannot spell 'weight' as plain: 'weight_orig' is no dense floating tensor",
     ),
+    "a part too many": (
+        {
+            f"parametrizations.weight.{end}": torch.ones(shape)
+            for end, shape in (
+                *(("original", (2, 3)), ("original0", (2, 1)), ("original1", (2, 3))),
+                *(("1._u", (2,)), ("1._v", (3,))),
+            )
+        },
+        "only the model's code says what makes it of '1._u', '1._v', 'original', 'original0', ",
+    ),
     "no matrix": (
         {"parametrizations.w.original": torch.ones(3), "parametrizations.w.0.base": torch.eye(3)},
         "'parametrizations.w.original', 'parametrizations.w.0.base' are no matrices",
