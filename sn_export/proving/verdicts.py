@@ -12,7 +12,7 @@ hangs on one lucky element; the percentile sees what a few large errors hide.
 
 The bounds were set by measuring how many times as far as rounding goes a file is; commands and
 figures stand in ``tests/README.md``. No right file of a whole network or of torch's own modules was
-more than 2.4, but where torch's exporters write an operator with others. A file within the default
+more than 3.3, but where torch's exporters write an operator with others. A file within the default
 tolerance has more room: other machines and providers may compute an operator less exactly.
 
 The operators of a file are not those of the model. Onnxruntime's sigmoid of -9 is exact to 1e-7,
