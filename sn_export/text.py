@@ -112,7 +112,7 @@ def to_json_values(value: Any) -> Any:
 
 def plain_integer(value: object) -> int | None:
     """Return an integer, numpy's too, as Python's own; None for anything else, and for a bool."""
-    if isinstance(value, bool):
+    if type(value).__name__ in ("bool", "bool_"):  # numpy 1.26 takes its own for integers
         return None
     try:
         return operator.index(value)  # type: ignore[arg-type]
