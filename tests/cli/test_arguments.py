@@ -227,8 +227,8 @@ def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "cli_networks:critc": (
             "module 'cli_networks' has no 'critc'; it has Critic, Exits, Lstm, NoisyCritic, "
             "Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, critic, "
-            "exits, parametrized_critic, plain_critic, prefixed, tokens, trained, trained_critic, "
-            "untraceable, wide_critic"
+            "exits, parametrized_critic, plain_critic, prefixed, save_folder, tokens, trained, "
+            "trained_critic, untraceable, wide_critic"
         ),
         "cli_networks:broken": ("cli_networks:broken() raised ValueError: no configuration given"),
         "cli_networks:a_number": "cli_networks:a_number() returned int, not a torch.nn.Module",
