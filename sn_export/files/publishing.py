@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 REPLACED, KEPT, PLAN = "replaced", "kept", "plan"
@@ -42,28 +42,42 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         for path in made.iterdir() if made.is_dir() else ():
             _flush(path)
         _flush(made)
-    with _alone_in(moves[-1][1].parent):
-        _move_all(moves, stale)
+    held = list[int]()
+    try:
+        try:
+            _wait_until_alone(moves[-1][1].parent, held)
+            _move_all(moves, stale)
+        finally:
+            _let_others_in(held)
+    finally:  # an interrupt may stop the first; who waits for this process would wait for good
+        _let_others_in(held)
 
 
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def _wait_until_alone(folder: Path, held: list[int]) -> None:
     """Wait until nobody else publishes in ``folder``, as ranks do that export the same model.
 
     Without it, one would move aside what another one has just put there. Where folders cannot be
     locked (Windows, some NFS), they take that chance.
+
+    Args:
+        folder: where files are going to be.
+        held: is given the descriptor that holds the lock, before there is one.
     """
-    descriptors = list[int]()
     with contextlib.suppress(ImportError, OSError):
         import fcntl
 
-        descriptors.append(os.open(folder, os.O_RDONLY))
-        fcntl.flock(descriptors[0], fcntl.LOCK_EX)
-    try:
-        yield
-    finally:
-        while descriptors:
-            os.close(descriptors.pop())
+        held.append(os.open(folder, os.O_RDONLY))
+        fcntl.flock(held[0], fcntl.LOCK_EX)
+
+
+def _let_others_in(held: list[int]) -> None:
+    """Release the lock; it can be repeated from wherever it was stopped."""
+    while held:
+        with contextlib.suppress(OSError):  # it was not locked
+            import fcntl
+
+            fcntl.flock(held[-1], fcntl.LOCK_UN)
+        os.close(held.pop())
 
 
 def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None:

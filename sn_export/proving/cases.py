@@ -15,6 +15,7 @@ from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import Reference, draws_note
 from ..text import dtype_name, format_count
 from .case_file import Case, opened_case
+from .external_data import require_data_inside
 from .parity import add_results, coarsest_of, mark_shown, proof_session, results, running_errors
 from .precision import as_float32
 from .session import DEFAULT_PROVIDERS, named_inputs
@@ -63,6 +64,7 @@ def check_case(
     for kind, file in (("ONNX file", path), ("case", saved)):
         if not file.is_file():
             raise FileNotFoundError(f"no {kind} at '{file}'")
+    require_data_inside(path)
     with opened_case(saved) as (case, sets):
         settings = replace(
             settings,

@@ -6,6 +6,7 @@ A file whose weights fill the memory runs piece after piece, each with its own w
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ExportError
 from ..files import side_file
+from ..text import quote_name
 
 # Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
 # onnx-ir does that by itself before 1.1.
@@ -169,6 +171,45 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
     entries = [entry for tensor in tensors for entry in tensor.external_data]
     is_read = any(entry.key == "location" and entry.value == data.name for entry in entries)
     return [data] if is_read else []
+
+
+def require_data_inside(path: Path) -> None:
+    """Raise if an ONNX file names data outside of its folder, by a path or behind a link.
+
+    onnxruntime has refused that itself since 1.24 alone.
+
+    Raises:
+        ExportError: naming the data.
+    """
+    try:
+        graph = onnx.load(path, load_external_data=False).graph
+    except Exception:  # onnxruntime says what is wrong with it
+        return
+    names = {
+        entry.value
+        for tensor in _tensors_of(graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    folders = {path.parent.resolve(), path.resolve().parent}
+    for name in sorted(names):
+        data = Path(os.path.realpath(path.parent / name))
+        if not any(data.is_relative_to(folder) for folder in folders):
+            raise ExportError(
+                f"cannot load '{path.name}': its data {quote_name(name)} lie outside of its folder"
+            )
+
+
+def _tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
+    """Yield the tensors of a graph, those in attributes and in graphs within it included."""
+    yield from graph.initializer
+    for sparse in graph.sparse_initializer:
+        yield from (sparse.values, sparse.indices)
+    for node in graph.node:
+        for attribute in node.attribute:
+            yield from (attribute.t, *attribute.tensors)
+            for within in (attribute.g, *attribute.graphs):
+                yield from _tensors_of(within)
 
 
 class Pieces:

@@ -29,6 +29,7 @@ from ..running import (
 )
 from ..text import format_count
 from .divergence import locate
+from .external_data import require_data_inside
 from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .pictures import find_shown
@@ -97,6 +98,7 @@ def check_parity(
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
+    require_data_inside(path)
     session = proof_session(path, settings)
     sets = as_input_sets(network, inputs, arity=len(session.get_inputs()), method=entry)
     if not sets:

@@ -19,6 +19,7 @@ from sn_export import export_onnx
 OFTEN = (
     "contextlib.py",
     "export.py",
+    "publishing.py",
     "quiet.py",
     "torch_exporters.py",
     "undo.py",
