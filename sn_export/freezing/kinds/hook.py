@@ -27,6 +27,7 @@ class HookSite(Site):
 
     __slots__ = ("hook", "key")
     raw: ClassVar[tuple[str, ...]]  # suffixes of what it is computed from
+    method: ClassVar[str]  # of the hook, which computes it
 
     def __init__(self, path: str, module: nn.Module, tensor: str, key: int) -> None:
         super().__init__(path, module, tensor)
@@ -84,9 +85,11 @@ class HookSite(Site):
                     "Remove one of the two hooks first",
                 )
 
-    @abstractmethod
     def _compute(self) -> Tensor:
         """Call the hook's own method for the tensor."""
+        _ = self.sources  # complete, or it says what is missing
+        value: Tensor = getattr(self.hook, self.method)(self.module)
+        return value
 
     @abstractmethod
     def _is_torch(self) -> bool:
@@ -122,6 +125,7 @@ class SpectralNormSite(HookSite):
     raw = ("_orig", "_u", "_v")
 
     def _compute(self) -> Tensor:
+        """As of every hook, but without a power iteration."""
         weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
         return weight
 
@@ -168,11 +172,7 @@ class WeightNormSite(HookSite):
     kind = "weight_norm hook"
     group: Group = "weight_norm"
     raw = ("_g", "_v")
-
-    def _compute(self) -> Tensor:
-        _ = self.sources  # complete, or it says what is missing
-        value: Tensor = self.hook.compute_weight(self.module)
-        return value
+    method = "compute_weight"
 
     def _is_torch(self) -> bool:
         return type(self.hook) is WeightNorm
@@ -185,11 +185,7 @@ class PruningSite(HookSite):
     kind = "pruning"
     group: Group = "pruning"
     raw = ("_mask", "_orig")
-
-    def _compute(self) -> Tensor:
-        _ = self.sources  # complete, or it says what is missing
-        value: Tensor = self.hook.apply_mask(self.module)
-        return value
+    method = "apply_mask"
 
     def _is_torch(self) -> bool:
         return type(self.hook).apply_mask is BasePruningMethod.apply_mask
