@@ -71,7 +71,7 @@ class OwnNetwork:
     run = None
 
     def __init__(self, model: nn.Module, only: Only) -> None:
-        self.network = require_whole(model)
+        self.network = model
         self._only = only
 
     def describe(self, sigma_exact: bool) -> Description:
