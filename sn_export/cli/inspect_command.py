@@ -56,9 +56,10 @@ class InspectCommand(CheckpointOptions):
                 progress=lambda name, total: show(f"looked at {name}, of {total}"),
                 **self.keywords_of(inspect_checkpoint),
             )
-        write_report(_content(found), self.report, None)
+        content = _content(found)
+        write_report(content, self.report, of_checkpoint=True)
         if self.as_json:
-            print_json(_content(found))
+            print_json(content)
             return
         for note in found.notes:
             print_note(f"note: {note}")

@@ -72,13 +72,20 @@ def is_pictured(path: Path | None) -> bool:
     return path is not None and path.suffix in _PICTURED
 
 
-def write_report(content: Mapping[str, Any], path: Path | None, written: Path | None) -> None:
+def write_report(
+    content: Mapping[str, Any],
+    path: Path | None,
+    written: Path | None = None,
+    *,
+    of_checkpoint: bool = False,
+) -> None:
     """Write a report, with the command line that asked for it.
 
     Args:
         content: of its JSON.
         path: the file; None for none.
         written: the ONNX file that is already in place, for the message.
+        of_checkpoint: whether it is what ``inspect`` says, and not that of an export.
 
     Raises:
         UsageError: if the disk is full, say.
@@ -87,7 +94,7 @@ def write_report(content: Mapping[str, Any], path: Path | None, written: Path | 
         return
     from ..reporting import save_inspection, save_report
 
-    save = save_inspection if "layers" in content else save_report
+    save = save_inspection if of_checkpoint else save_report
     try:
         save(content, path, command=shlex.join(["sn-export", *sys.argv[1:]]))
     except OSError as error:
