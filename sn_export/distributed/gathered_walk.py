@@ -15,7 +15,7 @@ from ..running import undo_on_exit
 from .fsdp import Unit, units_of
 
 Take = Callable[[Site, "Unit | None"], None]
-Told = tuple[str, str, str]  # the tensor, the reason and the remedy of a FreezeError
+Failure = tuple[str, str, str]  # the tensor, the reason and the remedy of a FreezeError
 
 
 def sharded_units(model: nn.Module) -> dict[int, Unit]:
@@ -133,12 +133,12 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
     Raises:
         FreezeError: with the lowest rank on which something failed, the same on every rank.
     """
-    failed: dict[int, Told] = {}
+    failed: dict[int, Failure] = {}
     if error is not None:
-        failed[dist.get_rank()] = _told(error, path)
+        failed[dist.get_rank()] = _describe(error, path)
     for mesh in meshes:
         for group in mesh.get_all_groups():
-            everyone: list[dict[int, Told]] = [{} for _ in range(dist.get_world_size(group))]
+            everyone: list[dict[int, Failure]] = [{} for _ in range(dist.get_world_size(group))]
             dist.all_gather_object(everyone, failed, group=group)
             failed = {rank: told for one in everyone for rank, told in one.items()}
     if failed:
@@ -146,7 +146,7 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
         raise FreezeError(*failed[rank], rank=rank) from error
 
 
-def _told(error: Exception, path: str) -> Told:
+def _describe(error: Exception, path: str) -> Failure:
     if isinstance(error, FreezeError):
         return error.tensor, error.reason, error.remedy
     reason = f"it raised {type(error).__name__}: {error}"

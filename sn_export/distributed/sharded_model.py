@@ -178,10 +178,9 @@ def lead_export(
 def _require_one_dtype(units: Iterable[Unit]) -> None:
     found = find_mixed_precision(units)
     if found is not None:
+        sharded, gathered = found
         raise ExportError(
-            "a mixed precision policy gathers parameters in {1}, and the file would compute in "
-            "{0}, so that the model's own outputs are no reference for it: load "
-            "gather_plain_state_dict(model) into a network in one process, and export that".format(
-                *found
-            )
+            f"a mixed precision policy gathers parameters in {gathered}, and the file would "
+            f"compute in {sharded}, so that the model's own outputs are no reference for it: load "
+            "gather_plain_state_dict(model) into a network in one process, and export that"
         )
