@@ -30,10 +30,7 @@ from .info import (
     SpectralNormInfo as SpectralNormInfo,
     UnconvergedSigma as UnconvergedSigma,
 )
-from .names import (
-    STATE_BESIDE as STATE_BESIDE,
-    plain_name as plain_name,
-)
+from .introspection.candidates import plain_name as plain_name
 from .plan import (
     Plan as Plan,
     compute_value as compute_value,

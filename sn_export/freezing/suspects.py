@@ -12,21 +12,19 @@ from torch import Tensor, nn
 from ..errors import SpectralNormNotRecognisedWarning
 from ..running import SpectralNormLink
 from ..text import quote_names, shorten_list
-from .introspection.frozen_class import Frozen
-from .introspection.sandbox import missing_weights
-from .introspection.singular_vectors import (
+from .introspection.candidates import (
     fits,
-    matrices,
-    small_state,
-)
-from .introspection.source_code import Code, code_of, is_mentioned, is_torch_layer
-from .names import (
     is_named_as_bounded,
     is_named_as_norm,
     is_named_as_vector,
+    matrices,
     mentions_norm,
     mentions_sigma,
+    missing_weights,
+    small_state,
 )
+from .introspection.source_code import Code, code_of, is_mentioned, is_torch_layer
+from .kinds.handwritten import Frozen
 from .site import Found
 
 _TORCH = frozenset({"_u", "_v", "normalize"})  # in the code of torch's own link

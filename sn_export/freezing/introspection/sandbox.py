@@ -1,23 +1,28 @@
-"""Ask a module's own code for a weight, on copies of everything that it might write.
+"""Run a module's own code on copies of everything that it might write, and on inputs made for it.
 
-A `Candidate` is a weight that the code may normalise; `Candidate.confirm` runs the code.
+A `Probe` runs a subclass of one of torch's layers, and sees what weight it hands to torch.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ...running import restore_container, undo_on_exit, undoing, without_trace
-from ..names import is_named_as_vector, plain_name
-from .singular_vectors import fits, is_multiple, is_rescaled
+from ...running import (
+    call_without_subclasses,
+    restore_container,
+    undo_on_exit,
+    undoing,
+    without_trace,
+)
+from .source_code import torch_base
 
 T = TypeVar("T")
 
@@ -103,84 +108,184 @@ def _copy(parameter: Tensor) -> Tensor:
     return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
+_FUNCTIONS: dict[type[nn.Module], tuple[Callable[..., Any], int]] = {
+    # the function that the layer ends in, and the position of the weight
+    nn.Linear: (F.linear, 1),
+    nn.Conv1d: (F.conv1d, 1),
+    nn.Conv2d: (F.conv2d, 1),
+    nn.Conv3d: (F.conv3d, 1),
+    nn.ConvTranspose1d: (F.conv_transpose1d, 1),
+    nn.ConvTranspose2d: (F.conv_transpose2d, 1),
+    nn.ConvTranspose3d: (F.conv_transpose3d, 1),
+    nn.Embedding: (F.embedding, 1),
+}
+
+
 @dataclass(frozen=True)
-class Candidate:
-    """A raw weight with what may be its singular vectors; no family decides without `confirm`.
+class Used:
+    """What a forward pass did with the probe.
 
     Attributes:
-        tensor: name of the weight in the plain network.
-        raw: name of the parameter that the optimizer trains.
-        weight: that parameter.
-        state: names of what could be singular vectors and sigma.
-        is_certain: whether vectors by their names fit the matrix of a weight that is missing. Then
-            the code may do more than to divide.
+        value: the weight that torch's function was given.
+        is_all: whether the forward is that of torch's layer, but for the weight: the same
+            function with the same arguments, and its result returned as it is.
     """
 
-    tensor: str
-    raw: str
-    weight: Tensor
-    state: tuple[str, ...] = ()
-    is_certain: bool = False
+    value: Tensor
+    is_all: bool
 
-    def confirm(
-        self, run: Callable[[], Any], modules: Iterable[nn.Module], holder: object = None
-    ) -> Tensor | None:
-        """Return the normalised weight that the user's code gives, or None.
 
-        Args:
-            run: calls that code, which finds copies of what it may write. Whatever it raises
-                means that the module is not what it looked like.
-            modules: those whose code may run.
-            holder: an object with attributes that it may write too, such as a hook.
+class Probe:
+    """A layer that derives from one of torch's, and an input that it takes."""
+
+    def __init__(self, module: nn.Module, base: type[nn.Module]) -> None:
+        self._module = module
+        self._base = base
+        self._function, self._position = _FUNCTIONS[base]
+
+    @classmethod
+    def of(cls, module: nn.Module) -> Probe | None:
+        """Return the probe for ``module``, if it derives from a layer that is known here."""
+        base = torch_base(type(module))
+        return cls(module, base) if base in _FUNCTIONS else None
+
+    def weight(self, raw: str) -> Used | None:
+        """Return what an eval-mode forward uses in place of the parameter ``raw``.
+
+        None if it cannot be run on the probe alone, or uses no single weight.
         """
         try:
-            with nullcontext() if holder is None else copied_attributes(holder):
-                value = compute_in_sandbox(run, modules)
+            return compute_in_sandbox(lambda: self._run(raw), [self._module])
         except Exception:
             return None
-        return value if self.accepts(value) else None
 
-    def accepts(self, value: Any) -> bool:
-        """Whether ``value`` is the raw weight, normalised.
-
-        Each row or column may have a factor of its own where there are vectors, as heads and
-        groups do that are normalised one by one; without vectors that is weight norm.
-        """
-        if not isinstance(value, Tensor) or value.shape != self.weight.shape:
-            return False
-        has_vectors = any(map(is_named_as_vector, self.state))
-        compare = is_rescaled if has_vectors else is_multiple
-        return self.is_certain or compare(self.weight, value)
-
-
-def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[Candidate]:
-    """Yield the weights that ``layer`` lacks and has the raw parameter of.
-
-    Args:
-        layer: where to look.
-        operators: take vectors by their names alone, too. Those of a convolution as an operator
-            have the sizes of its input and output.
-    """
-    for raw, value in layer._parameters.items():
-        tensor = plain_name(raw)
-        if value is None or is_lazy(value) or tensor in layer._parameters or tensor == raw:
-            continue
-        beside = {
-            name: entry
-            for container in (layer._parameters, layer._buffers)
-            for name, entry in container.items()
-            if entry is not None and name != raw and name.startswith(tensor + "_")
-        }
-        fitting = {name for name, entry in beside.items() if fits(name, entry, value)}
-        state = tuple(
-            name
-            for name, entry in beside.items()
-            if entry.numel() == 1 or name in fitting or (operators and _is_flat(name, entry))
+    def _run(self, raw: str) -> Used | None:
+        module = self._module
+        calls, result, probe = self._record(type(module).forward)
+        if len(calls) != 1:
+            return None
+        (call,) = calls
+        value = call.arguments[self._position]
+        if not isinstance(value, Tensor):
+            return None
+        if raw not in module._parameters or raw != "weight":
+            return Used(value.clone(), False)
+        module._parameters["weight"] = nn.Parameter(value.detach(), requires_grad=False)
+        expected, _, plain_probe = self._record(self._base.forward)
+        is_all = (
+            len(expected) == 1
+            and result is call.result
+            and call.arguments[0] is probe
+            and expected[0].arguments[0] is plain_probe
+            and _agree(call.arguments[2:], expected[0].arguments[2:])
         )
-        yield Candidate(tensor, raw, value, state, any(map(is_named_as_vector, fitting)))
+        return Used(value.clone(), is_all)
+
+    def _record(self, forward: Callable[..., Any]) -> tuple[list[_Call], Any, Tensor]:
+        probe = self.example().as_subclass(_Recorder)
+        probe.function, probe.calls = self._function, []
+        result = forward(self._module, probe)
+        return probe.calls, result, probe
+
+    def example(self) -> Tensor:
+        """Return an input that the layer takes."""
+        module: Any = self._module
+        weight = next(p for p in module._parameters.values() if p is not None and p.ndim >= 2)
+        options: dict[str, Any] = {"device": weight.device}
+        if self._base is nn.Embedding:
+            return torch.zeros(1, dtype=torch.long, **options)
+        options["dtype"] = weight.dtype
+        if self._base is nn.Linear:
+            return torch.ones(1, module.in_features, **options)
+        sizes = [
+            max(2, d * (k - 1) + 1)
+            for k, d in zip(module.kernel_size, module.dilation, strict=True)
+        ]
+        return torch.ones(1, module.in_channels, *sizes, **options)
 
 
-def _is_flat(name: str, entry: torch.Tensor) -> bool:
-    """Whether ``entry`` is named as a vector and is one, or one image; no low-rank factor."""
-    is_single = entry.ndim == 1 or (entry.ndim > 1 and entry.shape[0] == 1)
-    return is_named_as_vector(name) and is_single and not entry.requires_grad
+@dataclass(frozen=True)
+class _Call:
+    arguments: tuple[Any, ...]
+    result: Any
+
+
+class _Recorder(Tensor):
+    """An input that notes what one function of torch is given together with it."""
+
+    function: Callable[..., Any]
+    calls: list[_Call]
+
+    @classmethod
+    def __torch_function__(
+        cls,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        """Run the function, and remember its arguments in the order of its signature."""
+        kwargs = kwargs or {}
+        # In C, so that no interrupt finds subclasses switched off and leaves them so.
+        result = call_without_subclasses(func, types, args, kwargs)
+        probe = args[0] if args else kwargs.get("input")
+        if isinstance(probe, _Recorder) and func is probe.function:
+            probe.calls.append(_Call(_in_order(func, args, kwargs), result))
+        return result
+
+
+_ORDER: dict[Callable[..., Any], tuple[str, ...]] = {
+    F.linear: ("input", "weight", "bias"),
+    F.embedding: (
+        "input",
+        "weight",
+        "padding_idx",
+        "max_norm",
+        "norm_type",
+        "scale_grad_by_freq",
+        "sparse",
+    ),
+    **dict.fromkeys(
+        (F.conv1d, F.conv2d, F.conv3d),
+        ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
+    ),
+    **dict.fromkeys(
+        (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+        ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
+    ),
+}
+# What a call means that leaves an argument out, in the spelling that torch's layers use.
+_DEFAULTS: dict[str, Any] = {
+    "bias": None,
+    "stride": 1,
+    "padding": 0,
+    "output_padding": 0,
+    "dilation": 1,
+    "groups": 1,
+    "padding_idx": None,
+    "max_norm": None,
+    "norm_type": 2.0,
+    "scale_grad_by_freq": False,
+    "sparse": False,
+}
+
+
+def _in_order(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Any, ...]:
+    names = _ORDER[function]
+    given = dict(zip(names, args, strict=False)) | kwargs
+    return tuple(given.get(name, _DEFAULTS.get(name)) for name in names)
+
+
+def _agree(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
+    return all(map(_is_equal, left, right))
+
+
+def _is_equal(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return a is b
+    if isinstance(a, tuple) != isinstance(b, tuple):  # 1 stands for (1, 1)
+        pair, single = (a, b) if isinstance(a, tuple) else (b, a)
+        return all(entry == single for entry in pair)
+    return bool(a == b)

@@ -95,6 +95,14 @@ def is_torch_layer(cls: type) -> bool:
     return cls.__module__ == "torch.nn.utils.parametrize" and cls.__bases__[0] in _LAYERS
 
 
+def torch_base(cls: type) -> type[nn.Module] | None:
+    """Return the nearest class of torch behind ``cls``, unless that is `nn.Module` itself."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("torch.nn.modules."):
+            return base if base is not nn.Module else None
+    return None
+
+
 _codes: WeakKeyDictionary[type, Code] = WeakKeyDictionary()
 
 

@@ -8,12 +8,12 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..adapters import adapters
-from ..introspection.frozen_class import Frozen
 from ..introspection.source_code import code_of, is_torch_layer
 from ..site import Kind, Site
 from .adapted import find_adapted
 from .chain import find_chains
 from .child_norm import find_child_norms
+from .handwritten import Frozen
 from .hook import find_hooks, find_weight_hooks
 from .mixin import find_mixins
 from .parametrization import find_parametrizations

@@ -21,17 +21,17 @@ from torch import Tensor, nn
 
 from ...running import SpectralNormLink
 from ..edits import Edits
-from ..introspection.frozen_class import frozen_class
-from ..introspection.probe import Probe
-from ..introspection.sandbox import AbsorbingArgument, Candidate, placeholders
-from ..introspection.singular_vectors import (
+from ..introspection.candidates import (
+    Candidate,
     fits,
+    is_named_as_vector,
     matrices,
+    mentions_norm,
     small_state,
 )
+from ..introspection.sandbox import AbsorbingArgument, Probe, placeholders
 from ..introspection.source_code import Code, code_of, times_read
-from ..names import is_named_as_vector, mentions_norm
-from .handwritten_site import Answer, HandwrittenSite
+from .handwritten import Answer, HandwrittenSite, frozen_class
 
 
 class ChildNormSite(HandwrittenSite):

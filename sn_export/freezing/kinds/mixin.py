@@ -10,7 +10,7 @@
 Names vary: what counts is an own matrix, state that fits its singular vectors, and something that
 forward reads and that, when asked, is the matrix times a number. Where no method says so, a
 subclass of one of torch's layers is run on a probe, and the weight that it hands to torch's
-function is the answer (`sn_export.freezing.introspection.probe`).
+function is the answer (`Probe`).
 """
 
 from __future__ import annotations
@@ -26,18 +26,20 @@ from torch import Tensor, nn
 
 from ...running import undo_on_exit, undoing
 from ..edits import Edits
-from ..introspection.frozen_class import Override, frozen_class
-from ..introspection.probe import Probe
-from ..introspection.sandbox import AbsorbingArgument, Candidate, compute_in_sandbox, placeholders
-from ..introspection.singular_vectors import (
+from ..introspection.candidates import (
+    Candidate,
     fits,
+    is_named_as_vector,
     matrices,
+    mentions_norm,
+    mentions_sigma,
+    plain_name,
     small_state,
 )
+from ..introspection.sandbox import AbsorbingArgument, Probe, compute_in_sandbox, placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, times_read
-from ..names import is_named_as_vector, mentions_norm, mentions_sigma, plain_name
 from ..site import plan_registration
-from .handwritten_site import Answer, HandwrittenSite
+from .handwritten import Answer, HandwrittenSite, Override, frozen_class
 
 
 class MixinSite(HandwrittenSite):

@@ -12,16 +12,18 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ...running import SpectralNormLink, same_bits, without_trace
 from ..info import Group, SpectralNormInfo
-from ..introspection.sandbox import compute_in_sandbox
-from ..introspection.singular_vectors import (
+from ..introspection.candidates import (
     fits,
     is_multiple,
+    is_named_as_vector,
     is_rescaled,
+    mentions_norm,
+    mentions_sigma,
     proportion,
     small_state,
 )
+from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.source_code import code_of
-from ..names import is_named_as_vector, mentions_norm, mentions_sigma
 from ..sigma import stored_sigma
 from .chain import ChainSite, chains, originals_of
 

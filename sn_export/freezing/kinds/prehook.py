@@ -20,11 +20,11 @@ from torch import Tensor, nn
 
 from ...running import same_bits
 from ..edits import Edits
-from ..introspection.sandbox import AlwaysEqualArgument, Candidate, missing_weights
+from ..introspection.candidates import Candidate, is_named_as_vector, missing_weights
+from ..introspection.sandbox import AlwaysEqualArgument
 from ..introspection.source_code import is_mentioned, names_in
-from ..names import is_named_as_vector
 from ..site import owner_of_state_hook, plan_registration
-from .handwritten_site import Answer, HandwrittenSite
+from .handwritten import Answer, HandwrittenSite
 from .hook import find_hooks
 
 

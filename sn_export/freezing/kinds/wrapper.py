@@ -25,17 +25,18 @@ from torch import Tensor, nn
 
 from ...text import qualified
 from ..edits import Edits
-from ..introspection.frozen_class import How, Override, frozen_class
-from ..introspection.sandbox import Candidate, missing_weights, placeholders
-from ..introspection.singular_vectors import (
+from ..introspection.candidates import (
+    Candidate,
     fits,
+    is_named_as_vector,
     matrices,
+    missing_weights,
     small_state,
 )
+from ..introspection.sandbox import placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
-from ..names import is_named_as_vector
 from ..site import plan_registration
-from .handwritten_site import Answer, HandwrittenSite
+from .handwritten import Answer, HandwrittenSite, How, Override, frozen_class
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 

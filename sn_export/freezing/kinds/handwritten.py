@@ -1,4 +1,4 @@
-"""A class for one frozen instance: the user's class with a few methods that compute nothing.
+"""What handwritten families share: a site whose module has answered, the class of a frozen one.
 
 Handwritten spectral norm is code, so it cannot be taken out of a module like a hook. The
 instance is given a subclass of its class, under the same name, in which the methods that
@@ -9,9 +9,103 @@ from __future__ import annotations
 
 import copyreg
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
+
+from ..edits import Edits
+from ..info import SpectralNormInfo
+from ..introspection.candidates import ITERATIONS, proportion
+from ..introspection.source_code import torch_base
+from ..site import Site
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a module said when it was asked.
+
+    Attributes:
+        raw: name of the parameter that the optimizer trains.
+        value: the normalised weight of the next eval-mode forward.
+        state: names of singular vectors and sigmas, beside ``raw``.
+    """
+
+    raw: str
+    value: Tensor
+    state: tuple[str, ...]
+
+
+class HandwrittenSite(Site):
+    """A tensor that the user's own code computes; that code was run when the site was found."""
+
+    __slots__ = ("answer", "owner")
+
+    def __init__(
+        self, path: str, module: nn.Module, tensor: str, answer: Answer, owner: nn.Module
+    ) -> None:
+        super().__init__(path, module, tensor)
+        self.answer = answer
+        self.owner = owner  # of the code
+
+    @property
+    def sources(self) -> Iterable[Tensor]:
+        """The raw weight, and what is kept of its singular vectors."""
+        module, owner = self.module, self.owner
+        places = (module._parameters, module._buffers, owner._parameters, owner._buffers)
+        for name in (self.answer.raw, *self.answer.state):
+            for container in places:
+                tensor = container.get(name)
+                if tensor is not None:
+                    yield tensor
+                    break
+
+    @property
+    def keeps_raw_name(self) -> bool:
+        """So it is with what the module's own forward normalises."""
+        return self.answer.raw == self.tensor
+
+    def value(self) -> Tensor:
+        """Return what the module answered when it was found."""
+        return self.answer.value if self.is_applied else self.value_in_use()
+
+    def take_away(self, edits: Edits) -> None:
+        """Plan to remove what the weight is computed from, and the one that code has set."""
+        module = self.module
+        for container in (module._parameters, module._buffers):
+            edits.remove(container, (self.answer.raw, *self.answer.state))
+        for container in (module.__dict__, module._buffers):
+            edits.remove(container, (self.tensor,))
+
+    def describe(self) -> SpectralNormInfo:
+        """Return what `find_spectral_norm` lists; sigma is what an eval forward divides by."""
+        raw = next(iter(self.sources))
+        value = self.answer.value
+        return self.norm_info(
+            value,
+            dim=self._dim(raw),
+            n_power_iterations=self._iterations(),
+            sigma=_sigma(raw, value),
+        )
+
+    def _dim(self, raw: Tensor) -> int:
+        lengths = {max(t.shape) for t in self.sources if t is not raw and t.ndim in (1, 2)}
+        return 1 if raw.shape[1] in lengths and raw.shape[0] not in lengths else 0
+
+    def _iterations(self) -> int | None:
+        for name in ITERATIONS:
+            count = getattr(self.owner, name, None)
+            if isinstance(count, int):
+                return count
+        return None
+
+
+def _sigma(raw: Tensor, value: Tensor) -> float:
+    if raw.is_meta:
+        return float("nan")
+    sigma = proportion(raw, value)
+    return float("nan") if sigma is None else sigma
+
 
 How = Literal["method", "property", "argument", "nothing", "call", "forward", "base"]
 
@@ -67,14 +161,6 @@ def frozen_class(cls: type, overrides: Iterable[Override]) -> type:
     # Not by calling the metaclass, which may keep a list of classes.
     new: type = type.__new__(type(cls), cls.__name__, (Frozen, cls), namespace)
     return new
-
-
-def torch_base(cls: type) -> type[nn.Module] | None:
-    """Return the nearest class of torch behind ``cls``, unless that is `nn.Module` itself."""
-    for base in cls.__mro__:
-        if base.__module__.startswith("torch.nn.modules."):
-            return base if base is not nn.Module else None
-    return None
 
 
 def _new(cls: type, overrides: tuple[Override, ...], *args: Any) -> Any:
