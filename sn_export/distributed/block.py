@@ -1,16 +1,42 @@
-"""The with-blocks and lists as users call them: in one process, or on every rank of several."""
+"""What users call, in one process or on every rank of several: blocks, lists, the plain state."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
-from torch import nn
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
 
-from ..freezing import Block, Only, Selection, require_module
+from ..errors import ExportError
+from ..freezing import (
+    BUDGET,
+    Block,
+    Found,
+    Only,
+    ParametrizationInfo,
+    Selection,
+    Site,
+    SpectralNormInfo,
+    UnconvergedSigma,
+    Walk,
+    add_exact_sigma,
+    compute_value,
+    describe_site,
+    exact_sigma_cost,
+    norm_matrix,
+    require_module,
+    unconverged_among,
+    warn_of_suspects,
+)
+from .fsdp import Unit, ranks_of
+from .gathered_walk import find_gathered, sharded_units
 from .planner import RankPlanner
 
 M = TypeVar("M", bound=nn.Module)
+Info = TypeVar("Info")
 
 
 def frozen_spectral_norm(model: M) -> AbstractContextManager[M]:
@@ -109,3 +135,193 @@ def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManag
         FrozenWeightChangedWarning: on leaving, as `frozen_spectral_norm`.
     """
     return Block(require_module(model), RankPlanner(Selection(only)))
+
+
+def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
+    """List the tensors that `frozen_spectral_norm` would freeze, in the order of the modules.
+
+    For a model under `torch.distributed.fsdp.fully_shard` it is called on every rank.
+
+    Args:
+        model: any module. It is not changed; no power iteration is run.
+
+    Returns:
+        One `SpectralNormInfo` for each tensor.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`.
+        FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
+            adapter fails.
+
+    Warns:
+        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
+            is not known (`find_suspects`); it is not in the list.
+    """
+    infos = _describe(
+        require_module(model), Selection("spectral_norm"), lambda site: site.describe()
+    )
+    return [cast(SpectralNormInfo, info) for info in infos]
+
+
+def find_parametrizations(model: nn.Module, only: Only = None) -> list[ParametrizationInfo]:
+    """List the tensors that `frozen_parametrizations` would freeze, in the order of the modules.
+
+    For a model under `torch.distributed.fsdp.fully_shard` it is called on every rank.
+
+    Args:
+        model: any module. It is not changed; no power iteration is run.
+        only: as for `frozen_parametrizations`.
+
+    Returns:
+        One `ParametrizationInfo` for each tensor.
+
+    Raises:
+        TypeError: if ``model`` is not a `torch.nn.Module`, or ``only`` holds no strings.
+        ValueError: if a name in ``only`` fits nothing.
+        FreezeError: if a tensor cannot be computed, or an adapter fails.
+
+    Warns:
+        SpectralNormNotRecognisedWarning: if a module looks like a handwritten spectral norm that
+            is not known (`find_suspects`), and spectral norm is asked for; it is not in the list.
+    """
+    selection = Selection(only)
+    return _describe(
+        require_module(model), selection, lambda site: site.outline(compute_value(site))
+    )
+
+
+class Description(NamedTuple):
+    """What is known of the reparametrizations of a model.
+
+    Attributes:
+        frozen: the tensors that are frozen.
+        unconverged: those whose stored sigma is far below the true one.
+    """
+
+    frozen: tuple[SpectralNormInfo | ParametrizationInfo, ...]
+    unconverged: tuple[UnconvergedSigma, ...]
+
+
+def describe_sharded(model: nn.Module, only: Only, sigma_exact: bool) -> Description:
+    """Return what would be frozen in a sharded model, without a warning; a collective call.
+
+    Args:
+        model: the model.
+        only: as for `frozen_parametrizations`.
+        sigma_exact: compute the largest singular values too, of the first matrices that together
+            take seconds.
+    """
+    unconverged: list[UnconvergedSigma] = []
+    left = BUDGET
+
+    def describe(site: Site) -> SpectralNormInfo | ParametrizationInfo:
+        nonlocal left
+        info, matrix = describe_site(site), norm_matrix(site)
+        unconverged.extend(unconverged_among([info], matrix))
+        if sigma_exact:
+            (info,) = add_exact_sigma([info], matrix, left)
+            left -= sum(exact_sigma_cost(tuple(one.shape)) for one in matrix.values())
+        return info
+
+    frozen = _describe(model, Selection(only), describe, warns=False)
+    return Description(tuple(frozen), tuple(unconverged))
+
+
+def _describe(
+    model: nn.Module,
+    selection: Selection,
+    describe: Callable[[Site], Info],
+    warns: bool = True,
+) -> list[Info]:
+    infos: dict[int, Info] = {}
+
+    def take(site: Site, unit: Unit | None = None) -> None:
+        infos[id(site)] = describe(site)
+
+    def find(walk: Walk) -> list[Found]:
+        return selection.find(model, (), walk)
+
+    units = sharded_units(model)
+    found = find_gathered(model, units, take, find) if units else selection.find(model)
+    if warns and selection.includes_spectral_norm:
+        warn_of_suspects(model, found, stacklevel=3)
+    sites = [site for _, module_sites in found for site in module_sites]
+    if not units:
+        with torch.inference_mode(False), torch.no_grad():
+            for site in sites:
+                take(site)
+    return [infos[id(site)] for site in sites]
+
+
+def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Tensor]:
+    """Return the state dict of the plain network on rank 0, for those who save or convert it.
+
+    ::
+
+        state = gather_plain_state_dict(model)  # on every rank
+        if dist.get_rank() == 0:
+            torch.save(state, "plain.pt")
+
+    It is called on every rank of a model under `torch.distributed.fsdp.fully_shard`; one tensor
+    after the other is gathered, so that another rank holds no more than two layers.
+
+    Args:
+        model: any module, on any number of ranks. It is as before afterwards.
+        only: which reparametrizations are left out, as for `frozen_parametrizations`.
+
+    Returns:
+        On rank 0 (and in a single process) every parameter and persistent buffer on the CPU, in
+        memory of its own, under the names that the network has without the reparametrizations;
+        an empty dict on the other ranks.
+
+    Raises:
+        TypeError, ValueError, FreezeError: as `frozen_parametrizations`.
+    """
+    return gather_state(model, only)[0]
+
+
+def gather_state(model: nn.Module, only: Only) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return the plain state dict, and all buffers of the plain network by name, on the first rank.
+
+    Args:
+        model: as for `gather_plain_state_dict`; both are empty on the other ranks.
+        only: likewise.
+    """
+    ranks = ranks_of(sharded_units(model).values()) or [0]
+    is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == ranks[0]
+    known: dict[int, Any] = {}  # of tied tensors there is one
+
+    def whole(value: Any) -> Any:
+        if id(value) not in known:
+            tensor = value  # a module may have put anything into its state
+            if hasattr(tensor, "full_tensor"):  # a DTensor, whose import takes half a second
+                tensor = tensor.full_tensor()
+            if isinstance(tensor, Tensor) and is_first:
+                tensor = tensor.detach().to("cpu", copy=True)
+            known[id(value)] = tensor if is_first else None
+        return known[id(value)]
+
+    with frozen_parametrizations(model, only), torch.no_grad():
+        # Both hold what they name until the end, so that no id stands for two.
+        state, named = (
+            model.state_dict(keep_vars=True),
+            dict(model.named_buffers(remove_duplicate=False)),
+        )
+        gathered = {name: whole(value) for name, value in state.items()}
+        buffers = {name: whole(buffer) for name, buffer in named.items()}
+    return (gathered, buffers) if is_first else ({}, {})
+
+
+def refuse_sharded(model: nn.Module) -> None:
+    """Raise if ``model`` is under `fully_shard`: no exporter takes shards. A local call.
+
+    Raises:
+        ExportError: with the way to a network that can be exported.
+        FreezeError: if it is under FullyShardedDataParallel.
+    """
+    if sharded_units(model):
+        raise ExportError(
+            f"{type(model).__name__} is under fully_shard, and this rank holds a piece of it: call "
+            "export_onnx on every rank with model_factory=, a function without arguments that "
+            "builds the network without fully_shard"
+        )
