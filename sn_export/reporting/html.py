@@ -11,7 +11,7 @@ import jinja2
 import markupsafe
 
 from ..text import escape_unprintable
-from . import charts, content, numbers, pictures
+from . import content, drawings
 
 _FOLD = 12  # rows from which on a table beside its chart is closed at first
 _MANY = 20  # rows beyond which a chart is closed too, and an overview stands above it
@@ -40,14 +40,14 @@ def to_html(report: content.Report) -> str:
             pictures=[
                 (output, samples)
                 for output in view.parity["outputs"]
-                if (samples := pictures.read_samples(output.get("pictures", ())))
+                if (samples := drawings.read_samples(output.get("pictures", ())))
             ],
-            sigma_chart=charts.sigma_chart(view.content.get("frozen", ())),
-            module_chart=charts.module_chart(view.parity["modules"], view.first),
+            sigma_chart=drawings.sigma_chart(view.content.get("frozen", ())),
+            module_chart=drawings.module_chart(view.parity["modules"], view.first),
             histograms=[
                 (output, chart)
                 for output in view.parity["outputs"]
-                if (chart := charts.histogram_chart(output)) is not None
+                if (chart := drawings.histogram_chart(output)) is not None
             ],
         )
     return page.strip() + "\n"
@@ -71,7 +71,7 @@ def inspection_to_html(inspection: Mapping[str, Any]) -> str:
             measured=normed or any(layer["sigma_exact"] is not None for layer in layers),
             many=_MANY,
             fold=_FOLD,
-            sigma_chart=charts.sigma_chart(normed),
+            sigma_chart=drawings.sigma_chart(normed),
         )
     return page.strip() + "\n"
 
@@ -88,17 +88,17 @@ def _template(name: str) -> jinja2.Template:
     )
     environment.filters.update(
         with_breaks=_with_breaks,
-        error=numbers.error,
-        sigma=numbers.sigma,
-        element=numbers.element,
-        share=numbers.share,
-        deviation=numbers.deviation,
-        bytes=numbers.size,
-        shape=numbers.shape,
+        error=content.format_error,
+        sigma=content.format_sigma,
+        element=content.format_element,
+        share=content.format_share,
+        deviation=content.format_deviation,
+        bytes=content.format_size,
+        shape=content.format_shape,
         dynamic_dims=content.dynamic_dims,
-        strip_of=charts.strip_of,
-        worst_sigma=charts.worst_sigma,
-        worst_module=charts.worst_module,
+        strip_of=drawings.strip_of,
+        worst_sigma=drawings.worst_sigma,
+        worst_module=drawings.worst_module,
         own_metadata=content.own_metadata,
         module_name=content.module_name,
         tensor_name=content.tensor_name,

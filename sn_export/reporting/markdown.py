@@ -8,11 +8,14 @@ from itertools import groupby
 from typing import Any
 
 from ..text import escape_unprintable, format_count
-from . import numbers
 from .content import (
+    Number,
     Report,
     ReportView,
     errors_of_content,
+    format_error,
+    format_shape,
+    format_sigma,
     module_name,
     read_report,
     tensor_name,
@@ -56,8 +59,8 @@ def _outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
         (
             _code(output["name"]),
             "passed" if output["passed"] else "**failed**",
-            *(numbers.error(output[key]) for key in ("max_abs", "max_rel", "mean_abs")),
-            f"{numbers.error(output['atol'])} + {numbers.error(output['rtol'])} · ref",
+            *(format_error(output[key]) for key in ("max_abs", "max_rel", "mean_abs")),
+            f"{format_error(output['atol'])} + {format_error(output['rtol'])} · ref",
         )
         for output in ordered[:_ROWS]
     ]
@@ -69,7 +72,7 @@ def _inputs(inputs: Sequence[Mapping[str, Any]]) -> str:
     if not inputs:
         return ""
     rows = [
-        (_code(one["name"]), _code(one["dtype"]), _code(numbers.shape(one["shape"])))
+        (_code(one["name"]), _code(one["dtype"]), _code(format_shape(one["shape"])))
         for one in inputs[:_ROWS]
     ]
     return _table(("input", "dtype", "shape"), rows, len(inputs))
@@ -83,7 +86,7 @@ def _modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> str:
         (
             _code(module_name(entry)),
             _code(entry["type"]),
-            numbers.error(entry["max_abs"]),
+            format_error(entry["max_abs"]),
             "within" if entry["passed"] else "**first outside**" if i == first else "outside",
         )
         for i, entry in enumerate(modules[start : first + _AROUND + 1], start)
@@ -99,7 +102,7 @@ def _frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
         (
             _code(tensor_name(entry)),
             _code(entry["kind"]),
-            numbers.shape(entry["shape"]),
+            format_shape(entry["shape"]),
             *(_sigma(entry.get(key)) for key in ("sigma", "sigma_exact")),
         )
         for entry in frozen[:_ROWS]
@@ -108,8 +111,8 @@ def _frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
     return _details(format_count(len(frozen), "frozen tensor"), _table(head, rows, len(frozen)))
 
 
-def _sigma(value: numbers.Number) -> str:
-    return "–" if value is None else numbers.sigma(value)
+def _sigma(value: Number) -> str:
+    return "–" if value is None else format_sigma(value)
 
 
 def _made(view: ReportView) -> str:

@@ -6,17 +6,29 @@ in percent of the page, y in pixels.
 
 from __future__ import annotations
 
+import base64
 import math
-from collections.abc import Mapping, Sequence
+import struct
+import zlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from . import numbers
-from .content import module_name, tensor_name
-from .numbers import as_number
+from .content import (
+    Number,
+    as_number,
+    format_deviation,
+    format_error,
+    format_sigma,
+    module_name,
+    tensor_name,
+)
 
 _LEAST = 0.8  # percent; what is not zero is seen
 _TICKS = 6
+_COLOURS = {1: 0, 3: 2, 4: 6}  # PNG's colour type by the number of channels
+_MOST = 2**22  # bytes; no report of ours holds as many in one picture
+_TITLES = ("model", "file", "difference")
 
 
 @dataclass(frozen=True)
@@ -100,7 +112,7 @@ def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     def bar(value: float, name: str, kind: str) -> Bar:
         is_drawn = math.isfinite(value) and value > 0
         width = max(100 * value / end, _LEAST) if is_drawn else 0.0
-        return Bar(0.0, width, f"{name} {numbers.sigma(value)}", kind)
+        return Bar(0.0, width, f"{name} {format_sigma(value)}", kind)
 
     rows = []
     for name, stored, exact in found:
@@ -136,7 +148,7 @@ def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> Bar
     rows = []
     for i, (entry, value) in enumerate(zip(modules, errors, strict=True)):
         passed = entry["passed"]
-        bar = Bar(0.0, width(value), numbers.error(value), "value" if passed else "bad")
+        bar = Bar(0.0, width(value), format_error(value), "value" if passed else "bad")
         mark = "✗ first outside" if i == first else "" if passed else "✗ outside"
         rows.append(Row(f"{module_name(entry)} · {entry['type']}", (bar,), mark))
     return BarChart(tuple(rows), tuple(_decades(low, high)))
@@ -161,12 +173,12 @@ def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
     ]
     if off:
         _, worst = max(off, key=lambda pair: pair[0])
-        far = numbers.deviation(worst["sigma"], worst["sigma_exact"])
+        far = format_deviation(worst["sigma"], worst["sigma_exact"])
         return f"Furthest from the true sigma: {tensor_name(worst)}, {far}."
     if not normed:
         return ""
     largest = max(normed, key=lambda entry: as_number(entry["sigma"]))
-    return f"Largest sigma: {tensor_name(largest)}, {numbers.sigma(largest['sigma'])}."
+    return f"Largest sigma: {tensor_name(largest)}, {format_sigma(largest['sigma'])}."
 
 
 def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
@@ -177,7 +189,7 @@ def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
         return math.inf if math.isnan(value) else value
 
     worst = max(modules, key=error)
-    return f"Largest error: {module_name(worst)}, {numbers.error(worst['max_abs'])}."
+    return f"Largest error: {module_name(worst)}, {format_error(worst['max_abs'])}."
 
 
 def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
@@ -252,3 +264,90 @@ def _step(top: float) -> float:
         if top / (factor * power) <= _TICKS:
             return factor * power
     return 10 * power
+
+
+@dataclass(frozen=True)
+class View:
+    """One of the three drawings of a sample: its title, and a PNG as data, or a path of SVG."""
+
+    title: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One sample as the page shows it; see `sn_export.results.Picture`."""
+
+    kind: str
+    label: str
+    width: int
+    height: int
+    low: Number
+    high: Number
+    largest: Number
+    views: tuple[View, ...]
+
+
+def read_samples(pictures: Iterable[Mapping[str, Any]]) -> list[Sample]:
+    """Return the samples of an output.
+
+    Args:
+        pictures: of the JSON.
+
+    Raises:
+        KeyError: if something is missing.
+        ValueError: if a picture has not as many bytes as its size says.
+    """
+    return [
+        Sample(
+            entry["kind"],
+            entry["sample"],
+            entry["width"],
+            entry["height"],
+            entry["low"],
+            entry["high"],
+            entry["largest"],
+            tuple(View(title, _source(entry, title)) for title in _TITLES),
+        )
+        for entry in pictures
+    ]
+
+
+def _source(entry: Mapping[str, Any], title: str) -> str:
+    width, height = int(entry["width"]), int(entry["height"])
+    is_sound = entry["kind"] == "sound"
+    channels = 1 if is_sound or title == "difference" else int(entry["channels"])
+    size = width * height * channels
+    if min(width, height) < 1 or size > _MOST or channels not in _COLOURS:
+        raise ValueError(f"a picture of {width} x {height} with {channels} channels")
+    pixels = base64.b64decode(entry[title], validate=True)
+    if len(pixels) != size or (is_sound and height != 2):
+        raise ValueError(f"the {title} of '{entry['sample']}' has {len(pixels)} bytes, not {size}")
+    if is_sound:
+        return _path(pixels[:width], pixels[width:], from_bottom=title == "difference")
+    png = base64.b64encode(_png(width, height, channels, pixels)).decode()
+    return f"data:image/png;base64,{png}"
+
+
+def _png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
+    """Return a PNG file (RFC 2083) of 8 bits a channel, without filters."""
+    row = width * channels
+    lines = b"".join(b"\0" + pixels[i : i + row] for i in range(0, len(pixels), row))
+    header = struct.pack(">IIBBBBB", width, height, 8, _COLOURS[channels], 0, 0, 0)
+    chunks = ((b"IHDR", header), (b"IDAT", zlib.compress(lines)), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in chunks
+    )
+
+
+def _path(lowest: bytes, highest: bytes, from_bottom: bool) -> str:
+    """Return a path around a wave, 256 high and a unit wide for each column.
+
+    ``_path(bytes([64]), bytes([128]), False)`` is ``"M0,127V192H1V127Z"``: y grows downwards.
+    """
+    return "".join(
+        f"M{x},{255 - high}V{256 if from_bottom else 256 - low}H{x + 1}V{255 - high}Z"
+        for x, (low, high) in enumerate(zip(lowest, highest, strict=True))
+        if high or not from_bottom
+    )
