@@ -30,9 +30,17 @@ from ..errors import CheckpointError
 from ..files import find_disk_error, open_regular
 from ..text import describe_type, format_count, quote_name
 from .content import replace_at
-from .lazy_tensors import Entry, LazyTensors, Spec
+from .lazy_tensors import (
+    Entry,
+    LazyTensors,
+    Piece,
+    Sharded,
+    Spec,
+    as_shape,
+    damaged,
+    require_covered,
+)
 from .pickle_globals import is_count
-from .sharded import Piece, Sharded, as_shape, damaged, require_covered
 from .torch_file import read_pickle, read_torch_part
 
 _METADATA = ".metadata"

@@ -1,4 +1,8 @@
-"""Tensors that are read one at a time when they are asked for, and what torch computes with."""
+"""Tensors that are read one at a time when they are asked for, whole or in pieces.
+
+Where the pieces of a tensor lie is checked before any is read: a piece that is absent would
+leave memory as it happened to be, and that would pass for a weight.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,8 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
-from ..text import format_count
+from ..text import format_count, quote_name
+from .pickle_globals import is_shape
 
 _ALIGNMENT = 64  # of torch's CPU allocator
 
@@ -72,6 +77,93 @@ class LazyTensors(Mapping[str, Any]):
 
     def __contains__(self, name: object) -> bool:
         return name in self.specs or name in self.others
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of a tensor.
+
+    Attributes:
+        start: where it begins in the tensor.
+        shape: its own shape.
+        read: returns it.
+    """
+
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """A tensor in pieces, which cover it without overlap."""
+
+    spec: Spec
+    pieces: tuple[Piece, ...]
+
+    def read(self) -> Tensor:
+        """Return the whole tensor."""
+        if len(self.pieces) == 1:
+            return self.pieces[0].read()
+        whole = torch.empty(self.spec.shape, dtype=self.spec.dtype)
+        for piece in self.pieces:
+            place = zip(piece.start, piece.shape, strict=True)
+            whole[tuple(slice(start, start + size) for start, size in place)] = piece.read()
+        return whole
+
+
+def require_covered(sharded: Sharded, name: str, what: str) -> Sharded:
+    """Return ``sharded`` if its pieces are its whole, each element once.
+
+    Pieces inside the tensor that do not overlap cover it exactly where they have as many
+    elements as it has.
+
+    Raises:
+        CheckpointError: if an element is in no piece, or in several.
+    """
+    shape = sharded.spec.shape
+    pieces = [piece for piece in sharded.pieces if math.prod(piece.shape)]
+    for piece in pieces:
+        if any(a + n > m for a, n, m in zip(piece.start, piece.shape, shape, strict=True)):
+            raise damaged(
+                what,
+                f"a piece of {quote_name(name)} ends outside of its shape {list(shape)}",
+            )
+    # Along the dimension that is cut most, few pieces lie beside each other.
+    cut = max(range(len(shape)), key=lambda d: len({p.start[d] for p in pieces}), default=None)
+    if cut is not None:
+        pieces.sort(key=lambda piece: piece.start[cut])
+    beside: list[Piece] = []
+    for piece in pieces:
+        if cut is not None:
+            beside = [p for p in beside if p.start[cut] + p.shape[cut] > piece.start[cut]]
+        if any(_overlap(piece, other) for other in beside):
+            raise damaged(what, f"pieces of {quote_name(name)} overlap")
+        beside.append(piece)
+    there = sum(math.prod(piece.shape) for piece in pieces)
+    if there != math.prod(shape):
+        raise damaged(
+            what,
+            f"the pieces of {quote_name(name)} hold {there} of its {math.prod(shape)} elements",
+        )
+    return sharded
+
+
+def _overlap(one: Piece, other: Piece) -> bool:
+    return all(
+        a < b + m and b < a + n
+        for a, n, b, m in zip(one.start, one.shape, other.start, other.shape, strict=True)
+    )
+
+
+def as_shape(value: Any) -> tuple[int, ...] | None:
+    """Return sizes or offsets from a file, or None if these are none."""
+    return tuple(value) if is_shape(value) else None
+
+
+def damaged(what: str, reason: str) -> CheckpointError:
+    """Return the error about a folder whose records or files cannot be right."""
+    return CheckpointError(f"{what} is damaged or incomplete: {reason}")
 
 
 def is_tensor(tensors: Mapping[str, Any], name: str) -> bool:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -17,9 +19,23 @@ from ..files import open_regular
 from ..text import quote_name, quote_names
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
-from .lazy_tensors import LazyTensors
-from .safetensors_file import lacking, read_index, read_safetensors, read_safetensors_index
-from .sharded import read_sharded_safetensors
+from .lazy_tensors import (
+    LazyTensors,
+    Piece,
+    Sharded,
+    Spec,
+    as_shape,
+    damaged,
+    require_covered,
+)
+from .safetensors_file import (
+    SHARDING_INFO,
+    SafetensorsFiles,
+    lacking,
+    read_index,
+    read_safetensors,
+    read_safetensors_index,
+)
 from .torch_file import read_torch_file
 
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
@@ -260,3 +276,62 @@ def _notes(unread: Iterable[str]) -> tuple[str, ...]:
 def _readable(name: str) -> str:
     """Return what a person calls the class of a value: numpy's are made by helpers."""
     return "numpy" if name.startswith("numpy.") else name
+
+
+def read_sharded_safetensors(folder: Path, paths: Iterable[Path]) -> LazyTensors | None:
+    """Return the tensors of files that HuggingFaceStorageWriter wrote, one for each rank.
+
+    Args:
+        folder: where they are, for messages.
+        paths: the safetensors files in it.
+
+    Returns:
+        The tensors; None if these are files of whole tensors.
+
+    Raises:
+        CheckpointError: if a file is damaged, or a tensor not covered by its pieces.
+    """
+    files = SafetensorsFiles(list(paths))
+    places = {path: texts.get(SHARDING_INFO) for path, texts in files.texts.items()}
+    if not any(places.values()):
+        return None
+    what = f"folder {quote_name(folder)}"
+    pieces: dict[str, list[Piece]] = {}
+    dtypes: dict[str, set[torch.dtype]] = {}
+    for path, text in places.items():
+        if text is None:
+            raise damaged(what, f"{quote_name(path.name)} does not say what its pieces are of")
+        starts = _parse_starts(text, files.specs[path], what, path)
+        for name, spec in files.specs[path].items():
+            read = partial(files.read, path, name)
+            pieces.setdefault(name, []).append(Piece(starts[name], spec.shape, read))
+            dtypes.setdefault(name, set()).add(spec.dtype)
+    sharded = {}
+    for name, parts in pieces.items():
+        if len(dtypes[name]) > 1 or len({len(part.shape) for part in parts}) > 1:
+            raise damaged(what, f"the pieces of {quote_name(name)} differ in dtype or dimensions")
+        ends = ([a + n for a, n in zip(p.start, p.shape, strict=True)] for p in parts)
+        shape = tuple(map(max, zip(*ends, strict=True)))
+        spec = Spec(dtypes[name].pop(), shape)
+        sharded[name] = require_covered(Sharded(spec, tuple(parts)), name, what)
+    specs = {name: one.spec for name, one in sharded.items()}
+    return LazyTensors(specs, lambda name: sharded[name].read())
+
+
+def _parse_starts(
+    text: str, specs: Mapping[str, Spec], what: str, path: Path
+) -> dict[str, tuple[int, ...]]:
+    try:
+        given = json.loads(text)
+        starts = {name: as_shape(given[name]["saved_offsets"]) for name in specs}
+    except (ValueError, KeyError, TypeError, RecursionError):
+        starts = {}
+    found = {}
+    for name, spec in specs.items():
+        start = starts.get(name)
+        if start is None or len(start) != len(spec.shape):
+            raise damaged(
+                what, f"{quote_name(path.name)} does not say where its {quote_name(name)} begins"
+            )
+        found[name] = start
+    return found
