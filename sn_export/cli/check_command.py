@@ -21,11 +21,12 @@ from .console import (
     print_json,
     print_line,
     print_note,
+    print_notes_of_checkpoint,
+    print_warnings,
     progress,
     show_parity,
 )
-from .options import Parsed, parse_factory
-from .request import ModelOptions, ProofOptions, print_notes_of_checkpoint, print_warnings
+from .options import ModelOptions, Parsed, ProofOptions, parse_factory
 
 
 @dataclass(frozen=True, kw_only=True)

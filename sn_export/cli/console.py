@@ -11,7 +11,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import typer
@@ -90,6 +90,18 @@ def progress() -> Iterator[Callable[[str], None]]:
 
             with _follow_log(show):
                 yield show
+
+
+def print_notes_of_checkpoint(notes: Iterable[str]) -> None:
+    """Print on stdout what had to be done to load a checkpoint."""
+    for note in notes:
+        print_line(f"checkpoint: {note}")
+
+
+def print_warnings(notes: Iterable[str]) -> None:
+    """Print sn_export's own warnings on stderr."""
+    for note in notes:
+        print_note(f"note: {note}")
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -10,11 +11,25 @@ from typing import Annotated, Any
 
 import typer
 
+from ..errors import UsageError
 from ..results import OrthogonalMap, Respellable, Spelling
 from ..text import format_count
 from .console import print_json, print_line, print_note, progress
-from .options import Parsed, parse_size
-from .request import CheckpointArgument, CheckpointOptions, require_checkpoint
+from .options import CheckpointArgument, CheckpointOptions, Parsed, require_checkpoint
+
+_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
+
+
+def parse_size(text: str | None) -> int | None:
+    """Return the bytes that ``"500MB"`` or ``"2GiB"`` says."""
+    if text is None:
+        return None
+    match = _SIZE.fullmatch(text.strip())
+    if match is None or not float(match["number"]):
+        raise UsageError(f"--max-shard-size must be a size such as 500MB or 2GiB, got '{text}'")
+    unit = (match["unit"] or "B").upper()
+    base = 1024 if "I" in unit else 1000
+    return int(float(match["number"]) * base ** " KMGT".find(unit[0] if unit != "B" else " "))
 
 
 @dataclass(frozen=True, kw_only=True)

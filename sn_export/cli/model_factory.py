@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -21,8 +21,7 @@ from ..checkpoints import Loaded, load_checkpoint, read_checkpoint, read_npz
 from ..errors import SnExportWarning, UsageError
 from ..running import InputSet, find_entry
 from ..text import shorten_list
-from .options import DynamicDims, InputShape, import_from_current_folder
-from .request import ModelOptions
+from .options import InputShape, ModelOptions, import_from_current_folder
 
 
 def draw_example(shapes: Iterable[InputShape]) -> InputSet:
@@ -65,7 +64,7 @@ class Inputs:
         return Inputs(example, tuple(own))
 
     def dynamic_shapes(
-        self, model: nn.Module, dims: DynamicDims
+        self, model: nn.Module, dims: Mapping[str, dict[int, str]]
     ) -> dict[str, dict[int, str] | None] | None:
         """Return ``--dynamic`` as `torch.export` takes it: an entry for each input, or None."""
         if not dims:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shlex
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,18 +21,31 @@ import typer
 from ..errors import UsageError
 from ..files import require_onnx_place, require_writable, side_file
 from ..results import ExporterChoice, ExportReport, Freeze, ParityError
-from .console import FAILED, collect_warnings, print_json, print_line, print_note, progress
-from .options import DynamicDims, Parsed, parse_dynamic, parse_metadata, parse_names
-from .request import (
+from .console import (
+    FAILED,
+    collect_warnings,
+    print_json,
+    print_line,
+    print_note,
+    print_notes_of_checkpoint,
+    print_warnings,
+    progress,
+    show_frozen,
+    show_parity,
+)
+from .options import (
     CheckpointArgument,
     ModelOption,
     ModelOptions,
+    Parsed,
     ProofOptions,
-    print_notes_of_checkpoint,
-    print_warnings,
+    parse_names,
 )
 
 _PICTURED = (".html", ".md")
+_DYNAMIC = re.compile(r"(?P<name>\w+):(?P<position>\d+)=(?P<dim>[A-Za-z_]\w*)")
+
+DynamicDims = dict[str, dict[int, str]]  # names of dimensions by input and position
 
 
 def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path]]) -> None:
@@ -100,6 +114,36 @@ def write_report(
     except OSError as error:
         there = f"; '{written}' was proved and written all the same" if written else ""
         raise UsageError(f"cannot write '{path}': {error.strerror or error}{there}") from error
+
+
+def parse_dynamic(texts: list[str]) -> DynamicDims:
+    """Return what ``--dynamic x:0=batch`` gives: ``{"x": {0: "batch"}}``."""
+    dims: DynamicDims = {}
+    for text in texts:
+        match = _DYNAMIC.fullmatch(text)
+        if match is None:
+            raise UsageError(f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'")
+        entry, position = dims.setdefault(match["name"], {}), int(match["position"])
+        if position in entry:
+            raise UsageError(
+                f"--dynamic gives dimension {position} of '{match['name']}' twice: "
+                f"'{entry[position]}' and '{match['dim']}'"
+            )
+        entry[position] = match["dim"]
+    return dims
+
+
+def parse_metadata(texts: list[str]) -> dict[str, str]:
+    """Return what ``--metadata KEY=VALUE`` gives; a value may hold ``=``."""
+    found: dict[str, str] = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not (key and equals):
+            raise UsageError(f"--metadata must be KEY=VALUE such as run=42, got '{text}'")
+        if key in found:
+            raise UsageError(f"--metadata gives '{key}' twice: '{found[key]}' and '{value}'")
+        found[key] = value
+    return found
 
 
 _EXTERNAL_DATA = {"auto": "auto", "always": True, "never": False}
@@ -248,8 +292,6 @@ class OnnxCommand(ModelOptions, ProofOptions):
         )
 
     def _show(self, made: ExportReport, told: Sequence[str]) -> None:
-        from .console import show_frozen, show_parity
-
         show_frozen(made.frozen)
         show_parity(made.parity, self.per_module, told)
         if made.parity.passed:

@@ -14,20 +14,20 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
-from ..results import Tolerance
+from ..errors import CheckpointError, UsageError
+from ..results import Draws, ProofDtype, Tolerance
 
-_DYNAMIC = re.compile(r"(?P<name>\w+):(?P<position>\d+)=(?P<dim>[A-Za-z_]\w*)")
 _INPUT = re.compile(r"(?:(?P<name>\w+)=)?(?P<shape>[^:=]*)(?::(?P<dtype>\w+))?")
 _MOST = 2**31  # elements of one input; they are drawn in 8 bytes each
 _SHAPE = re.compile(r"\d+(?:x\d+)*")
-_SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
 _DTYPES = (
     "float64",
     "float32",
@@ -69,26 +69,11 @@ class InputShape:
     dtype: str
 
 
-DynamicDims = dict[str, dict[int, str]]  # names of dimensions by input and position
-
-
 def import_from_current_folder() -> None:
     """Let modules in the current folder be imported, as ``python -m`` does."""
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
-
-
-def parse_size(text: str | None) -> int | None:
-    """Return the bytes that ``"500MB"`` or ``"2GiB"`` says."""
-    if text is None:
-        return None
-    match = _SIZE.fullmatch(text.strip())
-    if match is None or not float(match["number"]):
-        raise UsageError(f"--max-shard-size must be a size such as 500MB or 2GiB, got '{text}'")
-    unit = (match["unit"] or "B").upper()
-    base = 1024 if "I" in unit else 1000
-    return int(float(match["number"]) * base ** " KMGT".find(unit[0] if unit != "B" else " "))
 
 
 def parse_dims(texts: list[str]) -> dict[str, int]:
@@ -115,19 +100,6 @@ def parse_kwargs(text: str | None) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise UsageError(f"--model-kwargs must be a JSON object, got '{text}'")
     return value
-
-
-def parse_metadata(texts: list[str]) -> dict[str, str]:
-    """Return what ``--metadata KEY=VALUE`` gives; a value may hold ``=``."""
-    found: dict[str, str] = {}
-    for text in texts:
-        key, equals, value = text.partition("=")
-        if not (key and equals):
-            raise UsageError(f"--metadata must be KEY=VALUE such as run=42, got '{text}'")
-        if key in found:
-            raise UsageError(f"--metadata gives '{key}' twice: '{found[key]}' and '{value}'")
-        found[key] = value
-    return found
 
 
 def parse_tolerance(option: str, texts: list[str]) -> Tolerance:
@@ -159,23 +131,6 @@ def parse_names(option: str, texts: list[str]) -> list[str] | None:
     if "" in names:
         raise UsageError(f"{option} must be names with commas between them, got '{texts[0]}'")
     return names or None
-
-
-def parse_dynamic(texts: list[str]) -> DynamicDims:
-    """Return what ``--dynamic x:0=batch`` gives: ``{"x": {0: "batch"}}``."""
-    dims: DynamicDims = {}
-    for text in texts:
-        match = _DYNAMIC.fullmatch(text)
-        if match is None:
-            raise UsageError(f"--dynamic must be INPUT:DIM=NAME such as x:0=batch, got '{text}'")
-        entry, position = dims.setdefault(match["name"], {}), int(match["position"])
-        if position in entry:
-            raise UsageError(
-                f"--dynamic gives dimension {position} of '{match['name']}' twice: "
-                f"'{entry[position]}' and '{match['dim']}'"
-            )
-        entry[position] = match["dim"]
-    return dims
 
 
 def parse_factory(text: str | None) -> str | None:
@@ -243,3 +198,135 @@ class Command:
         keywords = {one.name for one in taken if one.kind is one.KEYWORD_ONLY}
         names = {entry.name for entry in dataclasses.fields(self)}
         return {name: getattr(self, name) for name in sorted(names & keywords)}
+
+
+CheckpointArgument = Annotated[
+    Path, typer.Argument(metavar="CHECKPOINT", help="A file, or a folder of shards.")
+]
+
+
+ModelOption = Annotated[
+    str,
+    Parsed(str, parse_factory),
+    typer.Option("--model", help="MODULE:FACTORY; the current folder is importable."),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions(Command):
+    """How a checkpoint is read."""
+
+    key: Annotated[
+        str | None, typer.Option("--key", help="Where in the checkpoint the state dict is.")
+    ] = None
+    dims: Annotated[
+        Mapping[str, int],
+        Parsed(list[str], parse_dims, []),
+        typer.Option("--dim", help="NAME=D, where the dim of a tensor cannot be told."),
+    ]
+    trust_pickle: Annotated[
+        bool,
+        typer.Option(
+            "--trust-pickle", help="Let the checkpoint run any code as you while it loads."
+        ),
+    ] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProofOptions(Command):
+    """How a file is run and what counts as equal."""
+
+    rtol: Annotated[
+        Tolerance,
+        Parsed(list[str], partial(parse_tolerance, "--rtol"), []),
+        typer.Option(
+            "--rtol", help="Relative tolerance, OUTPUT=NUMBER for one output; by default by dtype."
+        ),
+    ]
+    atol: Annotated[
+        Tolerance,
+        Parsed(list[str], partial(parse_tolerance, "--atol"), []),
+        typer.Option(
+            "--atol", help="Absolute tolerance, OUTPUT=NUMBER for one output; by default by dtype."
+        ),
+    ]
+    proof_dtype: Annotated[
+        ProofDtype | None,
+        typer.Option(
+            help="Prove a copy of the file in this dtype, where onnxruntime lacks operators."
+        ),
+    ] = None
+    draws: Annotated[
+        Draws | None,
+        typer.Option(help="zeros: without the noise of the forward, in the model as in the file."),
+    ] = None
+    providers: Annotated[
+        Sequence[str],
+        Parsed(list[str], partial(parse_names, "--providers"), ["CPUExecutionProvider"]),
+        typer.Option("--providers", help="onnxruntime's execution providers, with commas between."),
+    ]
+    samples: Annotated[int, typer.Option(min=0, help="Random inputs beside the example.")] = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(CheckpointOptions):
+    """The network that a checkpoint is loaded into, and what it is called with."""
+
+    shapes: Annotated[
+        tuple[InputShape, ...],
+        Parsed(list[str], parse_inputs, []),
+        typer.Option("--input", help="[NAME=]SHAPE[:DTYPE], e.g. 2x3x8x8, x=1x77:int64."),
+    ]
+    input_files: Annotated[
+        tuple[Path, ...],
+        Parsed(list[Path], tuple, []),
+        typer.Option("--input-file", help="An .npz of real inputs; part of the proof."),
+    ]
+    model_kwargs: Annotated[
+        dict[str, Any],
+        Parsed(str | None, parse_kwargs, None),
+        typer.Option("--model-kwargs", help="Arguments of the factory as JSON."),
+    ]
+    network: Annotated[
+        str | None,
+        typer.Option(help="Attribute of what the factory makes that the checkpoint is for."),
+    ] = None
+    submodule: Annotated[
+        str | None, typer.Option(help="Take this module within it, e.g. decoder or blocks.0.")
+    ] = None
+    method: Annotated[str | None, typer.Option(help="Call this method in place of forward.")] = None
+    device: Annotated[
+        str, typer.Option(help="Where the network runs, e.g. cuda; the file runs by --providers.")
+    ] = "cpu"
+    prefix: Annotated[
+        str | None, typer.Option(help="Start of the names that are the network's.")
+    ] = None
+    strict: Annotated[
+        bool,
+        typer.Option(
+            "--strict/--no-strict",
+            help="Refuse missing and unknown keys, or list them and go on.",
+        ),
+    ] = True
+
+    def require_files(self, checkpoint: Path) -> None:
+        """Raise if a file to read is absent, or there is no input.
+
+        Raises:
+            CheckpointError: if there is no checkpoint.
+            UsageError: for the inputs.
+        """
+        require_checkpoint(checkpoint)
+        for path in self.input_files:
+            if not path.exists():
+                raise UsageError(f"there is no input file '{path}'")
+        if not self.shapes and not self.input_files:
+            raise UsageError(
+                "give the shape of each input with --input, or values with --input-file"
+            )
+
+
+def require_checkpoint(path: Path) -> None:
+    """Raise a CheckpointError if there is nothing at ``path``."""
+    if not path.exists():
+        raise CheckpointError(f"there is no checkpoint at '{path}'")

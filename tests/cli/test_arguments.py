@@ -15,15 +15,15 @@ import pytest
 import torch
 from cli_networks import Critic, critic
 
+from sn_export.cli.convert_command import parse_size
 from sn_export.cli.model_factory import Inputs, build_model, draw_example, gather
+from sn_export.cli.onnx_command import parse_dynamic
 from sn_export.cli.options import (
     parse_dims,
-    parse_dynamic,
     parse_factory,
     parse_inputs,
     parse_kwargs,
     parse_names,
-    parse_size,
     parse_tolerance,
 )
 from sn_export.errors import UsageError
