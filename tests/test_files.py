@@ -6,12 +6,14 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import kills
 import pytest
@@ -192,9 +194,21 @@ def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         return found
 
     file.touch()
-    with monkeypatch.context() as patches, pytest.raises(OSError, match="it is no regular file"):
+    with monkeypatch.context() as patches, pytest.raises(OSError) as caught:
         patches.setattr(os, "stat", look)
         open_regular(file)
+    assert (caught.value.strerror, caught.value.filename) == ("it is no regular file", str(file))
+
+
+@pytest.mark.parametrize("make", [_pipe, lambda path: _link(path, "/dev/zero")])
+def test_what_is_no_regular_file_is_not_opened(
+    tmp_path: Path, make: Callable[[Path], Path]
+) -> None:
+    """A pipe would be waited for and a device read without end: the error names it."""
+    path = make(tmp_path / "a")
+    with pytest.raises(OSError) as caught:
+        open_regular(path)
+    assert (caught.value.strerror, caught.value.filename) == ("it is no regular file", str(path))
 
 
 @pytest.mark.parametrize(
@@ -208,6 +222,7 @@ def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         (b"\x08", False),
         (b"\x08" + bytes(7) + b"{", False),
         (b"\x08\x09" + bytes(6) + b"{", False),
+        (b"\x08\x09" + bytes(6) + b'{"a":{', False),
     ],
 )
 def test_first_bytes_of_onnx(tmp_path: Path, head: bytes, is_onnx: bool) -> None:
@@ -272,6 +287,30 @@ def test_those_that_publish_at_once_wait_for_each_other(tmp_path: Path) -> None:
         list(pool.map(write, map(str, range(40))))
     assert sorted(tmp_path.iterdir()) == [model, data]
     assert model.read_text() == data.read_text()
+
+
+@pytest.mark.parametrize("at", [(fcntl, "flock"), (os, "close"), (shutil, "rmtree")])
+def test_interrupt_while_all_is_tidied(
+    tmp_path: Path, at: tuple[Any, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The files are in place, nothing is left beside them, and nobody waits for this process."""
+    real, interrupts = getattr(*at), [KeyboardInterrupt]
+
+    def call(*args: Any, **options: Any) -> Any:
+        is_of_the_end = at[1] != "flock" or args[1] == fcntl.LOCK_UN
+        if interrupts and is_of_the_end and (tmp_path / "b").read_bytes() == NEW["b"]:
+            raise interrupts.pop()
+        return real(*args, **options)
+
+    _write(tmp_path, "ab")
+    monkeypatch.setattr(*at, call)
+    with pytest.raises(KeyboardInterrupt):
+        _publish(tmp_path, "ab")
+    assert not interrupts
+    assert _contents(tmp_path) == {"a": b"new a", "b": b"new b"}
+    folder = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.close(folder)
 
 
 def test_folder_that_is_a_link(tmp_path: Path) -> None:
@@ -356,12 +395,13 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
         ("file", "No locks available"),
         ("none", "No such file or directory"),
         ("link", "Too many levels of symbolic links"),
+        ("system", "this system has no flock"),
     ],
 )
 def test_where_locks_fail_nothing_is_removed(
     tmp_path: Path, lock: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on some network disks: files are published, what may be left over stays, and is named.
+    """As on network disks and Windows: files are published, what may be left stays, and is named.
 
     So it does where it has no lock of its own, but one that came out of an archive.
     """
@@ -372,6 +412,8 @@ def test_where_locks_fail_nothing_is_removed(
     left = _leave_behind(tmp_path)
     if lock == "file":
         monkeypatch.setattr(fcntl, "flock", refuse)
+    elif lock == "system":
+        monkeypatch.setitem(sys.modules, "fcntl", None)
     else:
         (left / "lock").unlink()
     if lock == "link":
@@ -461,6 +503,30 @@ def test_each_step_is_on_the_disk_before_the_next(
         *(f"flush {here}", "flush replaced", "flush made"),
         *(f"made to {here}/b", "flush made", f"flush {here}"),
     ]
+
+
+def test_files_of_a_folder_are_on_the_disk_before_it_moves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of several files is published in one step, and no file in it is flushed too late."""
+    flushed, sync, replace = set[str](), os.fsync, os.replace
+
+    def flush(descriptor: int) -> None:
+        flushed.add(Path(f"/proc/self/fd/{descriptor}").readlink().name)
+        sync(descriptor)
+
+    def move(source: Path, place: Path) -> None:
+        assert flushed >= {"a", "b", "folder"}
+        replace(source, place)
+
+    monkeypatch.setattr(os, "fsync", flush)
+    monkeypatch.setattr(os, "replace", move)
+    with Drafts() as drafts:
+        made = drafts.open(tmp_path / "folder")
+        made.mkdir()
+        _write(made, "ab")
+        publish([(made, tmp_path / "folder")])
+    assert _contents(tmp_path / "folder") == {"a": OLD["a"], "b": OLD["b"]}
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"folder": 1, "steps": [["a"]]}', "\u0000"])

@@ -122,7 +122,7 @@ def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
     """Write down what is going to be moved, for whoever finds the folder after a kill."""
     paths = [[os.path.abspath(path) for path in pair] for pair in steps]
     plan = folder / PLAN
-    plan.write_text(json.dumps({"folder": _identity(folder), "steps": paths}), "utf-8")
+    plan.write_bytes(json.dumps({"folder": _identity(folder), "steps": paths}).encode())
     _flush(plan)
     _flush_folders([folder])
 
@@ -134,7 +134,7 @@ def take_back(folder: Path) -> None:
     else can know the number that the disk gives a folder.
     """
     try:
-        plan = json.loads((folder / PLAN).read_text("utf-8"))
+        plan = json.loads((folder / PLAN).read_bytes())
         steps = [(Path(source), Path(place)) for source, place in plan["steps"]]
         made, target = steps[-1]
         is_ours = plan["folder"] == _identity(folder)

@@ -328,6 +328,15 @@ def test_suffixes_of_other_formats_are_known(tmp_path: Path) -> None:
             export_onnx(Raising(), rows(), tmp_path / f"a.{suffix}")
 
 
+@pytest.mark.parametrize("external", [True, False])
+def test_place_of_external_data_where_no_file_can_be(tmp_path: Path, external: bool) -> None:
+    """It is refused before the model runs, also where the weights would fit into the file."""
+    (tmp_path / "net.onnx.data").mkdir()
+    with pytest.raises(IsADirectoryError) as caught:
+        export_onnx(Raising(), rows(), tmp_path / "net.onnx", external_data=external)
+    assert str(caught.value) == f"cannot write '{tmp_path / 'net.onnx.data'}': it is a folder"
+
+
 def test_suffixes_that_onnx_writes_text_to(tmp_path: Path) -> None:
     """They are refused even with overwrite; the list is that of the installed onnx."""
     known = onnx.serialization.registry._extension_to_format.items()  # no public list of them
@@ -350,8 +359,10 @@ def test_long_names(tmp_path: Path, external: bool, length: int) -> None:
         )
         assert path.name in contents_of(tmp_path)
         return
-    with pytest.raises(OSError, match=r"^cannot write .*: File name too long"):
+    with pytest.raises(OSError, match=r"^cannot write .*: File name too long") as caught:
         export_onnx(Raising(), rows(), path, external_data=external)
+    if length <= 250:
+        assert "names that are 15 bytes longer are needed while its" in str(caught.value)
     assert not list(tmp_path.iterdir())
 
 
