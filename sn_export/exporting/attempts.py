@@ -37,8 +37,8 @@ from ..text import quote_names
 from .arguments import Request
 from .failures import describe_failures, traced_decision
 from .metadata import file_metadata, versions
+from .onnx_file import Written, write_onnx
 from .references import extend_references
-from .torch_exporters import Written, write_onnx
 
 _logger = logging.getLogger("sn_export")
 _CALLER = 6  # stack level of whoever calls export_onnx, from `warn_of_made`

@@ -48,10 +48,9 @@ from .arguments import (
     require_whole,
 )
 from .attempts import Made, make_proved_file, warn_of_made
-from .graph import name_inputs
+from .graph import name_inputs, require_opset
 from .metadata import require_metadata, require_source
 from .references import plan_proof, run_references
-from .torch_exporters import require_opset
 
 _logger = logging.getLogger("sn_export")
 # torch's exporters, random states, descriptors and warnings belong to the whole process.

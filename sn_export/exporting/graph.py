@@ -1,20 +1,32 @@
-"""Edits of the graph that torch's exporters make: names, opset, what tells of the machine."""
+"""The graph that torch's exporters make: its names, its opset, and what it tells of the machine.
+
+The opsets that can be had are those that an exporter of torch writes and the installed onnxruntime
+runs.
+"""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Sequence
 
 import onnx
 import onnx_ir as ir
+import torch
+from onnx import TensorProto, helper
 from torch import nn
 
 from ..errors import ExportError
-from ..running import InputSet, make_distinct, output_names
-from ..text import format_count
+from ..proving import ort
+from ..results import EXPORTERS, Exporter
+from ..running import InputSet, make_distinct, newest_torchscript_opset, output_names
+from ..text import format_count, plain_integer
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
 _INT64_INDICES = ("ScatterND", "GatherND")  # their second input
+_OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
+_BFLOAT16 = 22
+_IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
 
 
 def strip_traces(model: ir.Model) -> None:
@@ -136,6 +148,80 @@ def _since(name: str, opset: int) -> int:
         return int(onnx.defs.get_schema(name, opset).since_version)
     except onnx.defs.SchemaError:
         return 0
+
+
+def require_opset(
+    opset: int | None, exporters: Sequence[Exporter]
+) -> tuple[int | None, tuple[Exporter, ...]]:
+    """Return an opset, or None, with those of the exporters that make it.
+
+    Raises:
+        TypeError: if it is no integer.
+        ValueError: if it is none of `opsets_of` the exporters.
+    """
+    if opset is None:
+        return None, tuple(exporters)
+    number = plain_integer(opset)
+    if number is None:
+        raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
+    able = tuple(name for name in exporters_of(number) if name in exporters)
+    if not able:
+        ranges = ((opsets_of(name), name) for name in exporters)
+        wanted = " or ".join(f"{opsets[0]} to {opsets[-1]} ({name})" for opsets, name in ranges)
+        raise ValueError(
+            f"opset_version must be {wanted} with torch {torch.__version__}, onnx "
+            f"{onnx.__version__} and onnxruntime {ort.__version__}, got {number}"
+        )
+    return number, able
+
+
+def exporters_of(opset: int | None) -> tuple[Exporter, ...]:
+    """Return the exporters that make files of this opset; all for None."""
+    return tuple(name for name in EXPORTERS if opset is None or opset in opsets_of(name))
+
+
+def default_opset(dtype: str | None) -> int | None:
+    """Return the opset for a network of this dtype, None for torch's own default.
+
+    Convolutions and much else have no bfloat16 before opset 22.
+    """
+    newest = max(opsets_of(name)[-1] for name in EXPORTERS)
+    return min(_BFLOAT16, newest) if dtype == "bfloat16" else None
+
+
+@functools.cache
+def opsets_of(exporter: Exporter) -> range:
+    """Return the opsets that an exporter writes, onnx knows and onnxruntime runs; tried once.
+
+    The TorchScript exporter refuses what is newer than torch's constant; the dynamo exporter lets
+    onnx convert its file to any that onnx knows.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if exporter == "torchscript":
+        newest = min(newest, newest_torchscript_opset())
+    oldest = _OLDEST_OPSETS[exporter]
+    newest = next(opset for opset in range(newest, oldest - 1, -1) if _runs(opset))
+    return range(oldest, newest + 1)
+
+
+def _runs(opset: int) -> bool:
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        "probe",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+    )
+    probe = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION
+    )
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = 1
+    try:
+        ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception:
+        return False
+    return True
 
 
 def name_inputs(

@@ -1,126 +1,59 @@
-"""ONNX files: made quietly by torch, cleaned of the machine.
+"""Run torch's exporters: quietly, and on a module that is given tensors alone.
 
-The opsets that can be had are those that an exporter of torch writes and the installed onnxruntime
-runs.
+Numbers, None, keywords, nested containers, dataclasses and objects of any class are put back before
+the model, or the method of it that is exported, sees the call. What the exporters are given then is
+a module of our own, which has the very parameters, buffers and children of the model under the same
+names, and calls it; nothing of the model changes.
 """
 
 from __future__ import annotations
 
-import functools
-import gc
+import contextlib
+import ctypes
+import inspect
 import io
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import keyword
+import logging
+import os
+import sys
+import warnings
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import onnx
 import onnx_ir as ir
 import torch
 import torch.onnx
-from onnx import TensorProto, helper
+from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 
-from ..errors import ExportError
 from ..files import find_disk_error
-from ..proving import called_name, ort, save, weight_bytes
-from ..results import EXPORTERS, Exporter, ExporterChoice, FileInput, FoldedInitializer
+from ..proving import called_name
+from ..results import Exporter, ExporterChoice
 from ..running import (
+    InputSet,
     Reference,
     are_large,
     dynamic_axes,
     flat_shapes,
-    newest_torchscript_opset,
     no_fused_attention,
+    paths_of_tensors,
+    undo_on_exit,
+    undoing,
 )
-from ..text import plain_integer, qualified
-from .arguments import ExternalData, Request
+from .arguments import Request
 from .failures import TorchExporterError, explain_failure
-from .flat_call import FlatCall, flat_call
-from .folding.fold import fold_initializers
-from .graph import rename, set_opset, strip_traces, widen_indices
-from .quiet import operators_parsed_once, quiet
+from .graph import exporters_of
 
-# A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
-_INLINE_LIMIT = 2**31 - 2**26
-_OLDEST_OPSETS: dict[Exporter, int] = {"dynamo": 17, "torchscript": 11}
-_BFLOAT16 = 22
-_IR_VERSION = 10  # of the probe: known to every onnxruntime that runs the newest opsets
+# What a module shares with its model, so that weights keep their names; the rest, as hooks, is new.
+_SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
+_LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
+_parsed: weakref.WeakKeyDictionary[TracedOnnxFunction, Any] = weakref.WeakKeyDictionary()
 
 
-@dataclass(frozen=True)
-class Written:
-    """What `write_onnx` made.
-
-    Attributes:
-        opset: version of the default opset.
-        folded: what was folded because it depends on initializers alone.
-        program: torch's ONNXProgram, of the dynamo exporter alone.
-        inputs: the inputs of the file.
-        declared: the shapes that it declares of its outputs; none of an output without one.
-        notes: what onnx's checker says against it, though it is a valid file.
-    """
-
-    opset: int
-    folded: tuple[FoldedInitializer, ...]
-    program: Any
-    inputs: tuple[FileInput, ...]
-    declared: tuple[tuple[int | str, ...], ...]
-    notes: tuple[str, ...] = ()
-
-    def without_program(self) -> Written:
-        """Return it without the program, whose weights are freed."""
-        if self.program is not None:
-            _free(self.program.model)
-        freed = replace(self, program=None)
-        gc.collect()  # torch's graphs are full of cycles
-        return freed
-
-
-def write_onnx(
-    request: Request,
-    reference: Reference,
-    exporter: Exporter,
-    metadata: Mapping[str, str],
-    path: Path,
-    release: Callable[[], None],
-) -> Written:
-    """Export a model to ``path``, with its external data beside it.
-
-    Args:
-        request: the model, in eval mode and without spectral norm, and what is asked for.
-        reference: the example input, which is not written to, and the model's answer.
-        exporter: which of torch's exporters.
-        metadata: what is written to ``metadata_props``.
-        path: the file.
-        release: called whenever weights have been read, to free the memory that took.
-
-    Raises:
-        ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
-            another opset, or a file that is not valid.
-        OSError: if the disk is full, say.
-    """
-    graph, program = _run_exporter(request, reference, exporter, path.with_suffix(".raw.onnx"))
-    rename(
-        graph.graph,
-        list(request.input_names.values()) if exporter == "dynamo" else None,
-        request.output_names,
-    )
-    strip_traces(graph)
-    widen_indices(graph.graph)
-    set_opset(graph, request.opset_version)
-    graph.metadata_props.update(metadata)
-    folded = fold_initializers(graph, _state(request.model))
-    described = tuple(map(_describe_input, graph.graph.inputs))
-    declared = tuple(map(_sizes_of, graph.graph.outputs))
-    notes = _check(_save(graph, path, request.external_data, release))
-    if program is None:
-        _free(graph)  # and unmap what the exporter wrote
-    opset = int(graph.opset_imports.get("", 0))
-    return Written(opset, folded, program, described, declared, notes)
-
-
-def _run_exporter(
+def run_exporter(
     request: Request, reference: Reference, exporter: Exporter, raw: Path
 ) -> tuple[ir.Model, Any]:
     """Return the graph that torch makes, and its program where it has one.
@@ -200,134 +133,161 @@ def _torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
     return graph
 
 
-def _describe_input(value: ir.Value) -> FileInput:
-    dtype = "" if value.dtype is None else str(value.dtype.numpy())
-    return FileInput(value.name or "", dtype, _sizes_of(value))
+class FlatCall(NamedTuple):
+    """A call with tensors alone.
 
-
-def _sizes_of(value: ir.Value) -> tuple[int | str, ...]:
-    sizes = () if value.shape is None else value.shape
-    return tuple(size if isinstance(size, int) else size.value or "?" for size in sizes)
-
-
-def _state(model: nn.Module) -> dict[str, Tensor]:
-    # In the order of the state dict, module by module, with buffers that it leaves out.
-    return {
-        qualified(path, name): tensor
-        for path, module in model.named_modules(remove_duplicate=False)
-        for name, tensor in (*module._parameters.items(), *module._buffers.items())
-        if tensor is not None
-    }
-
-
-def _save(
-    model: ir.Model, path: Path, external_data: ExternalData, release: Callable[[], None]
-) -> onnx.ModelProto:
-    """Write the file, and return its model without the weights."""
-    size = weight_bytes(model)
-    outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
-    if not outside and size > _INLINE_LIMIT:
-        raise ExportError(
-            f"the weights take {size} bytes and a single ONNX file holds {_INLINE_LIMIT}; "
-            "pass external_data='auto' or True"
-        )
-    return save(model, path, outside=outside, release=release)
-
-
-def _free(model: ir.Model) -> None:
-    # onnxscript's rewriter holds on to the last graph that it has seen.
-    for value in model.graph.initializers.values():
-        value.const_value = None
-
-
-def _check(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return what onnx's inference of shapes says against a valid model: it is no proof.
-
-    Of an average pool with ``ceil_mode``, onnx infers one element more than torch and onnxruntime
-    compute.
+    Attributes:
+        module: what is called: the model, or a module around it.
+        tensors: in the order of the signature.
     """
-    try:
-        onnx.checker.check_model(model, full_check=True)
-    except Exception as inferred:  # onnx has several types for it, and protobuf more
-        try:
-            onnx.checker.check_model(model)
-        except Exception as error:
-            raise ExportError(f"the file that torch wrote is not valid ONNX: {error}") from error
-        return (
-            f"onnx's checker infers other shapes than were seen: {' '.join(str(inferred).split())}",
-        )
-    return ()
+
+    module: nn.Module
+    tensors: tuple[Tensor, ...]
 
 
-def require_opset(
-    opset: int | None, exporters: Sequence[Exporter]
-) -> tuple[int | None, tuple[Exporter, ...]]:
-    """Return an opset, or None, with those of the exporters that make it.
+def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
+    """Return the call of a module that takes the tensors of the example, and returns tensors.
 
-    Raises:
-        TypeError: if it is no integer.
-        ValueError: if it is none of `opsets_of` the exporters.
+    Args:
+        model: it is called by that module, and exported itself where that is the same.
+        reference: the example; every call has the structure and the constants of its inputs, and
+            returns what is a tensor in its result.
     """
-    if opset is None:
-        return None, tuple(exporters)
-    number = plain_integer(opset)
-    if number is None:
-        raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
-    able = tuple(name for name in exporters_of(number) if name in exporters)
-    if not able:
-        ranges = ((opsets_of(name), name) for name in exporters)
-        wanted = " or ".join(f"{opsets[0]} to {opsets[-1]} ({name})" for opsets, name in ranges)
-        raise ValueError(
-            f"opset_version must be {wanted} with torch {torch.__version__}, onnx "
-            f"{onnx.__version__} and onnxruntime {ort.__version__}, got {number}"
-        )
-    return number, able
+    example = reference.inputs.clone()
+    tensors = dict(example.named_tensors())
+    is_compiled = isinstance(model, torch.jit.ScriptModule)
+    if is_compiled or (reference.is_plain and _is_flat(model, example)):
+        return FlatCall(model, tuple(tensors.values()))
+    return FlatCall(_Call(model, example, tensors, reference.paths), tuple(tensors.values()))
 
 
-def exporters_of(opset: int | None) -> tuple[Exporter, ...]:
-    """Return the exporters that make files of this opset; all for None."""
-    return tuple(name for name in EXPORTERS if opset is None or opset in opsets_of(name))
+class _Call(nn.Module):
+    """A model that is called in one way, with its own parameters, buffers and children."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: InputSet,
+        tensors: Mapping[str, Tensor],
+        paths: Sequence[tuple[str, ...]],
+    ) -> None:
+        super().__init__()
+        own = self.__dict__
+        own["training"] = model.training
+        # torch names constants of the file by the attributes that hold them.
+        own.update({key: value for key, value in model.__dict__.items() if key not in own})
+        own.update({key: model.__dict__[key] for key in _SHARED})
+        position = {id(tensor): index for index, tensor in enumerate(tensors.values())}
+
+        def forward(*args: Tensor) -> tuple[Tensor, ...]:
+            full = example.map(lambda tensor: args[position[id(tensor)]])
+            # By their places: while a model is traced, sizes are tensors too.
+            found = dict(paths_of_tensors(full.call(model)))
+            return tuple(found[path] for path in paths)
+
+        # torch 2.9 has no guards for dimensions of ``*args``; others call them by their position.
+        forward.__signature__ = _signature(tensors)  # type: ignore[attr-defined]
+        own["forward"] = forward
 
 
-def default_opset(dtype: str | None) -> int | None:
-    """Return the opset for a network of this dtype, None for torch's own default.
-
-    Convolutions and much else have no bfloat16 before opset 22.
-    """
-    newest = max(opsets_of(name)[-1] for name in EXPORTERS)
-    return min(_BFLOAT16, newest) if dtype == "bfloat16" else None
-
-
-@functools.cache
-def opsets_of(exporter: Exporter) -> range:
-    """Return the opsets that an exporter writes, onnx knows and onnxruntime runs; tried once.
-
-    The TorchScript exporter refuses what is newer than torch's constant; the dynamo exporter lets
-    onnx convert its file to any that onnx knows.
-    """
-    newest = onnx.defs.onnx_opset_version()
-    if exporter == "torchscript":
-        newest = min(newest, newest_torchscript_opset())
-    oldest = _OLDEST_OPSETS[exporter]
-    newest = next(opset for opset in range(newest, oldest - 1, -1) if _runs(opset))
-    return range(oldest, newest + 1)
-
-
-def _runs(opset: int) -> bool:
-    graph = helper.make_graph(
-        [helper.make_node("Identity", ["x"], ["y"])],
-        "probe",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [1])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1])],
+def _signature(names: Iterable[str]) -> inspect.Signature:
+    """Return that of ``def forward(x, pair_0)`` for these names; of no keyword: ``input_1``."""
+    fitting = (
+        name if name.isidentifier() and not keyword.iskeyword(name) else f"input_{index}"
+        for index, name in enumerate(names)
     )
-    probe = helper.make_model(
-        graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=_IR_VERSION
+    return inspect.Signature(
+        [inspect.Parameter(name, inspect.Parameter.POSITIONAL_OR_KEYWORD) for name in fitting]
     )
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.intra_op_num_threads = 1
-    try:
-        ort.InferenceSession(probe.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    except Exception:
+
+
+def _is_flat(model: nn.Module, example: InputSet) -> bool:
+    tensors = [tensor for _, tensor in example.named_tensors()]
+    if example.method is not None or example.draws is not None:
         return False
-    return True
+    # A parameter left at its default would be filled in by the TorchScript exporter.
+    parameters = inspect.signature(model.forward).parameters.values()
+    return (
+        len(tensors) == len(example.args) == len(parameters)
+        and not any(p.kind is p.VAR_POSITIONAL for p in parameters)
+        and not example.kwargs
+        and all(tensor is arg for tensor, arg in zip(tensors, example.args, strict=True))
+    )
+
+
+@undoing
+def quiet(verbose: bool) -> Iterator[None]:
+    """Keep prints, logs and warnings inside, unless ``verbose``."""
+    if verbose:
+        yield
+        return
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
+    levels = [logger.level for logger in loggers]
+    streams = sys.stdout, sys.stderr
+    output = _duplicate_output()
+    caught = warnings.catch_warnings()
+    caught.__enter__()
+
+    def undo() -> None:
+        _restore_output(output)
+        sys.stdout, sys.stderr = streams
+        for logger, level in zip(loggers, levels, strict=True):
+            if logger.level != level:  # each change empties the caches of all loggers
+                logger.setLevel(level)
+        caught.__exit__(None, None, None)
+
+    with undo_on_exit(undo):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            if logger.isEnabledFor(logging.ERROR):  # by itself, not by the one above it
+                logger.setLevel(logging.CRITICAL)
+        if output:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, 1)
+            os.close(nowhere)
+        sys.stdout, sys.stderr = io.StringIO(), io.StringIO()
+        yield
+
+
+@undoing
+def operators_parsed_once() -> Iterator[None]:
+    """Let the operators of onnxscript be parsed once in a process, not at every export.
+
+    `torch.onnx.export` reads and parses the source of some 500 functions whenever it is called,
+    for a domain that is the same of all: a third of what the export of a small network takes.
+    """
+    parse = vars(TracedOnnxFunction).get("function_ir")
+    if not isinstance(parse, property):  # another onnxscript
+        yield
+        return
+
+    def parse_once(function: TracedOnnxFunction) -> Any:
+        if function not in _parsed:
+            _parsed[function] = parse.__get__(function)
+        return _parsed[function]
+
+    with undo_on_exit(lambda: setattr(TracedOnnxFunction, "function_ir", parse)):
+        setattr(TracedOnnxFunction, "function_ir", property(parse_once))  # noqa: B010
+        yield
+
+
+def _duplicate_output() -> list[int]:
+    """Return a second descriptor of the standard output, if the process has one.
+
+    The TorchScript exporter dumps its graph from C++, past sys.stdout.
+    """
+    if sys.stdout is not None:
+        sys.stdout.flush()
+    try:
+        return [os.dup(1)]
+    except OSError:
+        return []
+
+
+def _restore_output(kept: list[int]) -> None:
+    """Let the standard output be what ``kept`` is, and close that; can be repeated."""
+    if kept:
+        with contextlib.suppress(OSError, AttributeError, TypeError):
+            ctypes.CDLL(None).fflush(None)  # what C++ still buffers
+        os.dup2(kept[0], 1)
+        os.close(kept.pop())

@@ -16,8 +16,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from sn_export.exporting.folding.fold import fold_initializers
-from sn_export.exporting.folding.sources import folded_name, plain_path
+from sn_export.exporting.folding import fold_initializers
+from sn_export.exporting.initializers import folded_name, plain_path
 from sn_export.proving import using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'

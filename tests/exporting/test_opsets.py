@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
 from sn_export import ExportError, ParityError, export_onnx
-from sn_export.exporting import torch_exporters
-from sn_export.exporting.torch_exporters import opsets_of
+from sn_export.exporting import onnx_file
+from sn_export.exporting.graph import opsets_of
 
 
 def _opset(path: Path) -> int:
@@ -126,14 +126,14 @@ def test_old_opsets(tmp_path: Path, name: str, opset: int) -> None:
 def test_an_old_opset_proves_no_wrong_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A weight that is off by 1 % in a file of opset 11 is refused; the file is changed inside."""
     model = small_net("hook")
-    save = torch_exporters.save
+    save = onnx_file.save
 
     def altered(graph: Any, *args: Any, **kwargs: Any) -> Any:
         value = next(v for v in graph.graph.initializers.values() if len(v.shape) > 1)
         value.const_value = ir.tensor(value.const_value.numpy() * np.float32(1.01))
         return save(graph, *args, **kwargs)
 
-    monkeypatch.setattr(torch_exporters, "save", altered)
+    monkeypatch.setattr(onnx_file, "save", altered)
     with pytest.raises(ParityError):
         export_onnx(model, images(), tmp_path / "net.onnx", opset_version=11)
     assert list(tmp_path.iterdir()) == []

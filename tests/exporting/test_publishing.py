@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
-from sn_export.exporting import torch_exporters as onnx_file
+from sn_export.exporting import onnx_file
 from sn_export.files import TEXT_FORMATS
 from sn_export.proving import save
 

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from sn_export import export_onnx
-from sn_export.exporting import spill
-from sn_export.exporting.spill import Spill
+from sn_export.exporting import references
+from sn_export.exporting.references import Spill
 from sn_export.freezing import freeze_into
 from sn_export.running import InputSet, preserved, run_reference, tensor_memory
 
@@ -32,7 +32,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.com
 @pytest.fixture(autouse=True)
 def _everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensor_memory, "LARGE", 0)
-    monkeypatch.setattr(spill, "_SMALLEST", 1)
+    monkeypatch.setattr(references, "_SMALLEST", 1)
 
 
 def _spill(folder: Path) -> Spill:
@@ -82,9 +82,9 @@ def test_small_weights_and_small_models_stay(
 ) -> None:
     """No file is made for a small model, and none for a large one's small weights."""
     value = torch.ones(4)
-    monkeypatch.setattr(spill, "_SMALLEST", 17)
+    monkeypatch.setattr(references, "_SMALLEST", 17)
     assert _spill(tmp_path).keep([value])[0] is value
-    monkeypatch.setattr(spill, "_SMALLEST", 1)
+    monkeypatch.setattr(references, "_SMALLEST", 1)
     monkeypatch.setattr(tensor_memory, "LARGE", 8)  # the bytes of the model
     assert _spill(tmp_path).keep([value])[0] is value
 

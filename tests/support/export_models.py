@@ -22,7 +22,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.onnx._internal.exporter._registration import ONNXRegistry
 
 # From inside: TorchScript's exporter prints from C++, which no fixture of pytest holds back.
-from sn_export.exporting.quiet import quiet
+from sn_export.exporting.torch_exporters import quiet
 
 KINDS = ("hook", "parametrization")
 EXPORTERS = ("dynamo", "torchscript")

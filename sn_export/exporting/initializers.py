@@ -16,10 +16,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ...freezing import plain_name
-from ...proving import using_modules
-from ...running import is_dense
-from ...text import qualified
+from ..freezing import plain_name
+from ..proving import using_modules
+from ..running import is_dense
+from ..text import qualified
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
