@@ -20,7 +20,6 @@ from ..freezing import freeze_into
 from ..proving import (
     Freezing,
     Proof,
-    Resizer,
     coarsest_of,
     find_shown,
     references_beyond,
@@ -123,16 +122,9 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
 
     They count for the proof of this file and of the next one.
     """
+    run = partial(run_usable, proof.references[0], run=proof.run)
     example = request.call.example
-    proof.references.extend(
-        references_beyond(
-            program,
-            example.named_tensors(),
-            request.dims,
-            Resizer(example).of,
-            partial(run_usable, proof.references[0], run=proof.run),
-        )
-    )
+    proof.references.extend(references_beyond(program, example, request.dims, run))
 
 
 class Spill:

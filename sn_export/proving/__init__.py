@@ -1,17 +1,15 @@
 """Hold two sets of outputs against each other; it knows nothing of freezing."""
 
-from .case_file import Case, opened_case, write_case
-from .cases import check_case
-from .dynamic_sizes import Resizer, resized_references
+from .cases import Case, check_case, opened_case, write_case
+from .dynamic_sizes import references_beyond, resized_references
 from .external_data import find_stale_data, save, weight_bytes
 from .module_errors import called_name, type_name
 from .module_scopes import using_modules
 from .parity import check_parity, coarsest_of
 from .pictures import find_shown
 from .proof import Proof, differs, require_same_network
-from .runtime import ort
+from .session import ort
 from .tolerances import ProofSettings
-from .traced_ranges import references_beyond
 from .truth import Freezing
 from .verdicts import describe_unconverged, is_imprecise, unconverged_note
 
@@ -20,7 +18,6 @@ __all__ = [
     "Freezing",
     "Proof",
     "ProofSettings",
-    "Resizer",
     "called_name",
     "check_case",
     "check_parity",

@@ -1,26 +1,73 @@
-"""Saved cases: inputs and the model's outputs, replayed without the model."""
+"""Saved cases: inputs and the model's outputs in one file, replayed without the model.
+
+The file is an ``.npz``. It holds plain arrays and nothing that runs: ``case`` is a JSON object in
+UTF-8, ``input_S_I`` and ``output_S_O`` are the tensors of input set S. bfloat16, which numpy lacks,
+is kept as its bits.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Sequence
-from dataclasses import replace
-from typing import Any
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO
 
-from torch import nn
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
 
-from ..errors import ExportError
-from ..files import as_path
-from ..results import OutputParity, ParityReport, ProofDtype, Tolerance
-from ..running import Reference, draws_note
+from ..errors import ExportError, SnExportError
+from ..files import as_path, open_regular
+from ..results import ParityReport, ProofDtype, Tolerance
+from ..running import DRAWS, draws_note
 from ..text import dtype_name, format_count
-from .case_file import Case, opened_case
 from .external_data import require_data_inside
-from .parity import add_results, coarsest_of, mark_shown, proof_session, results, running_errors
-from .precision import as_float32
-from .session import DEFAULT_PROVIDERS, named_inputs
-from .tolerances import ProofSettings, resolve_tolerance
-from .verdicts import FACTOR
+from .parity import add_results, mark_shown, proof_session, results, running_errors
+from .precision import PROOF_DTYPES, as_float32
+from .session import DEFAULT_PROVIDERS
+from .tolerances import ProofSettings
+
+_FORMAT, _VERSION = "sn_export.case", 1
+# What each dtype is stored as.
+_STORED: dict[str, type[np.generic]] = {
+    "bfloat16": np.uint16,
+    "bool": np.bool_,
+    **{
+        name: getattr(np, name)
+        for name in (
+            *("float16", "float32", "float64"),
+            *("int8", "int16", "int32", "int64", "uint8", "uint16", "uint32", "uint64"),
+        )
+    },
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """Input sets and what the model said.
+
+    Attributes:
+        inputs: names of the file's inputs.
+        outputs: names of the file's outputs.
+        rtol: relative tolerance of each output, None for the default of its dtype.
+        atol: absolute tolerance of each output, in units of the output, likewise.
+        sets: label, inputs and outputs of each input set.
+        proof_dtype: dtype of the copy that was run in the place of the file.
+        draws: the random numbers that the model drew: see `sn_export.running.draws`.
+    """
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    rtol: tuple[float | None, ...]
+    atol: tuple[float | None, ...]
+    sets: Sequence[tuple[str, Sequence[Tensor], Sequence[Tensor]]]
+    proof_dtype: ProofDtype | None = None
+    draws: str | None = None
 
 
 def check_case(
@@ -101,59 +148,180 @@ def check_case(
     )
 
 
-def case_of(
-    model: nn.Module,
-    session: Any,
-    references: Sequence[Reference],
-    settings: ProofSettings,
-    parity: ParityReport,
-) -> Case:
-    """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
-    coarsest = coarsest_of(model, references)
+def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:
+    return {i: value for i, value in enumerate(tolerances) if value is not None}
 
-    def saved(which: int) -> tuple[float | None, ...]:
-        return tuple(
-            _saved(settings, which, i, entry, references, coarsest)
-            for i, entry in enumerate(parity.outputs)
-        )
 
-    inputs = tuple(entry.name for entry in session.get_inputs())
-    outputs = tuple(entry.name for entry in session.get_outputs())
+def write_case(path: Path, case: Case) -> None:
+    """Write a case; the same one gives the same bytes.
+
+    Raises:
+        ExportError: for a dtype that a case cannot hold.
+    """
+    arrays: dict[str, NDArray[Any]] = {}
     sets = []
-    for reference in references:
-        feed = named_inputs(session, reference.inputs, settings.input_names)
-        sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
-    return Case(
-        inputs,
-        outputs,
-        saved(0),
-        saved(1),
-        sets,
-        settings.proof_dtype,
-        references[0].inputs.draws,
+    for number, (label, inputs, outputs) in enumerate(case.sets):
+        for kind, tensors in (("input", inputs), ("output", outputs)):
+            for position, tensor in enumerate(tensors):
+                arrays[f"{kind}_{number}_{position}"] = _to_array(tensor)
+        sets.append(
+            {
+                "label": label,
+                "inputs": [dtype_name(tensor) for tensor in inputs],
+                "outputs": [dtype_name(tensor) for tensor in outputs],
+            }
+        )
+    content = {
+        "format": _FORMAT,
+        "version": _VERSION,
+        "inputs": case.inputs,
+        "outputs": case.outputs,
+        "rtol": case.rtol,
+        "atol": case.atol,
+        "sets": sets,
+        "proof_dtype": case.proof_dtype,
+        "draws": case.draws,
+    }
+    text = json.dumps(content).encode()
+    with path.open("wb") as file:
+        np.savez(file, case=np.frombuffer(text, np.uint8), **arrays)  # type: ignore[arg-type]
+
+
+Sets = Iterator[tuple[str, list[Tensor], list[Tensor]]]
+
+
+@contextmanager
+def opened_case(path: Path) -> Iterator[tuple[Case, Sets]]:
+    """Yield the case without tensors, and an iterator that reads one input set after the other."""
+    try:
+        file = open_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error.strerror or str(error)) from error
+    with file:
+        yield _open_archive(path, file)
+
+
+def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
+    try:
+        with zipfile.ZipFile(file) as archive:
+            packed = [e.filename for e in archive.infolist() if e.compress_type]
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise _unreadable(path, f"it is no npz archive: {error}") from error
+    if packed:  # a few bytes may unpack to any size
+        raise _unreadable(path, f"'{packed[0]}' is compressed, wanted uncompressed arrays")
+    file.seek(0)
+    try:
+        arrays = np.load(file, allow_pickle=False)
+    except Exception as error:
+        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
+    content = _content(path, arrays)
+    case = Case(
+        tuple(content["inputs"]),
+        tuple(content["outputs"]),
+        tuple(content["rtol"]),
+        tuple(content["atol"]),
+        [(entry["label"], (), ()) for entry in content["sets"]],
+        content.get("proof_dtype"),
+        content.get("draws"),
+    )
+    return case, _read_sets(path, arrays, content)
+
+
+def _content(path: Path, archive: Mapping[str, Any]) -> Any:
+    try:
+        content = json.loads(_array(path, archive, "case").tobytes())
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, f"'case' is no JSON: {error}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise _unreadable(path, f"'case' does not say that its format is '{_FORMAT}'")
+    if content.get("version") != _VERSION:
+        raise _unreadable(path, f"it has version {content.get('version')!r}, wanted {_VERSION}")
+    names: Any = content.get("inputs")
+    results: Any = content.get("outputs")
+    sets: Any = content.get("sets")
+    is_sound = (
+        _all(names, lambda name: isinstance(name, str))
+        and _all(results, lambda name: isinstance(name, str))
+        and all(
+            _all(content.get(key), _is_tolerance) and len(content[key]) == len(results)
+            for key in ("rtol", "atol")
+        )
+        and _all(sets, lambda entry: _is_set(entry, len(names), len(results)))
+        and len(sets) > 0
+        and len(results) > 0
+        and content.get("proof_dtype") in PROOF_DTYPES
+        and content.get("draws") in DRAWS
+    )
+    if not is_sound:
+        raise _unreadable(path, "'case' lacks names, tolerances or sets, or they do not fit")
+    return content
+
+
+def _is_tolerance(value: Any) -> bool:
+    return value is None or (
+        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
     )
 
 
-def _saved(
-    settings: ProofSettings,
-    which: int,
-    position: int,
-    output: OutputParity,
-    references: Sequence[Reference],
-    coarsest: str | None,
-) -> float | None:
-    """Return rtol (0) or atol (1) of an output as the case has it; None for its dtype's default."""
-    given = settings.tolerances_of(position, output.name)[which]
-    outputs = [reference.outputs[position] for reference in references]
-    if which and output.fraction_outside and output.rounding is not None:
-        # Without the model nobody can ask again how far rounding goes: what was allowed is kept.
-        moved = [output.rounding.expected, output.rounding.operators]
-        return output.atol + (1 + FACTOR) * max(one.max for one in moved if one is not None)
-    if given is not None or coarsest in (None, dtype_name(outputs[0])):
-        return given
-    # The dtype of the output does not tell in what precision the network computes.
-    return max(resolve_tolerance(output, None, None, coarsest)[which] for output in outputs)
+def _is_set(entry: Any, inputs: int, outputs: int) -> bool:
+    return (
+        isinstance(entry, dict)
+        and isinstance(entry.get("label"), str)
+        and all(
+            _all(entry.get(key), lambda name: isinstance(name, str) and name in _STORED)
+            and len(entry[key]) == count
+            for key, count in (("inputs", inputs), ("outputs", outputs))
+        )
+    )
 
 
-def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:
-    return {i: value for i, value in enumerate(tolerances) if value is not None}
+def _all(values: Any, test: Any) -> bool:
+    return isinstance(values, list) and all(map(test, values))
+
+
+def _read_sets(path: Path, archive: Mapping[str, Any], content: Any) -> Sets:
+    for number, entry in enumerate(content["sets"]):
+        tensors = {
+            kind: [
+                _to_tensor(path, archive, f"{kind}_{number}_{position}", dtype)
+                for position, dtype in enumerate(entry[f"{kind}s"])
+            ]
+            for kind in ("input", "output")
+        }
+        yield entry["label"], tensors["input"], tensors["output"]
+
+
+def _to_array(tensor: Tensor) -> NDArray[Any]:
+    name = dtype_name(tensor)
+    if name not in _STORED:
+        raise ExportError(f"a case cannot hold {name}, only {', '.join(_STORED)}")
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        tensor = tensor.view(torch.uint16)
+    return np.asarray(tensor.numpy())
+
+
+def _to_tensor(path: Path, archive: Mapping[str, Any], name: str, dtype: str) -> Tensor:
+    array = _array(path, archive, name)
+    if array.dtype != np.dtype(_STORED[dtype]):
+        raise _unreadable(
+            path, f"'{name}' holds {array.dtype}, wanted {np.dtype(_STORED[dtype])} for {dtype}"
+        )
+    tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
+    return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
+
+
+def _array(path: Path, archive: Mapping[str, Any], name: str) -> NDArray[Any]:
+    try:
+        array: NDArray[Any] = archive[name]
+    except KeyError as error:
+        raise _unreadable(path, f"it has no array '{name}'") from error
+    except Exception as error:
+        raise _unreadable(path, f"array '{name}': {type(error).__name__}: {error}") from error
+    if not isinstance(array, np.ndarray):
+        raise _unreadable(path, f"'{name}' is no array")
+    return array
+
+
+def _unreadable(path: Path, reason: str) -> SnExportError:
+    return SnExportError(f"cannot read the case '{path}': {reason}")

@@ -1,27 +1,28 @@
 """Inputs of other sizes than the example's, for the proof of dynamic shapes.
 
-The sizes that a file declares its outputs to have are corrected to those that were seen.
+Among them are the first sizes that torch's program leaves out. A forward that decides by a size
+(``if x.shape[0] < 5``) is traced on one side; the program knows on which, and the file does not.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
-import onnx
 import torch
 from torch import Tensor
 
 from ..errors import ExportError, SnExportError
-from ..running import DynamicDim, InputSet, Reference, near_like, random_like
+from ..running import DynamicDim, InputSet, Place, Reference, near_like, random_like
 
 _logger = logging.getLogger("sn_export")
 _SEED = 1
 _KINDS = ("smallest", "odd", "larger")  # sizes that are tried
-
+_ENDLESS = 2**30  # sizes from here on are no bound
+_LARGEST = 2**24  # elements of a tensor, past which a size is not tried
 Groups = Mapping[str, Sequence[DynamicDim]]
-Place = tuple[str, int]  # name of the tensor, index of the dimension
 
 
 def resized_references(
@@ -46,7 +47,7 @@ def resized_references(
         ExportError: if the model takes no other size in a dimension that the user names.
     """
     tried = _Tried(example, run, own)
-    groups = by_root(dims)
+    groups = _by_root(dims)
     if not all(tried.varies(group) for group in groups.values()):
         for position in range(len(_KINDS)):
             sizes = {root: _sizes(group)[position] for root, group in groups.items()}
@@ -71,6 +72,38 @@ def resized_references(
     return tried.references
 
 
+def references_beyond(
+    program: Any,
+    example: InputSet,
+    dims: Sequence[DynamicDim],
+    run: Callable[[InputSet], Reference],
+) -> list[Reference]:
+    """Run the model at the first sizes that torch's program leaves out, though they are declared.
+
+    Args:
+        program: torch's ONNXProgram.
+        example: the example input, bound.
+        dims: the dynamic dimensions of ``example``.
+        run: runs the model, and raises a `SnExportError` where it rejects an input.
+
+    Returns:
+        What the model returned; nothing for sizes that it rejects, or that take tensors of more
+        than 2**24 elements.
+    """
+    groups, tensors, inputs = _by_root(dims), dict(example.named_tensors()), _Resizer(example)
+    found = []
+    for root, smallest, largest in _narrowed(program, list(tensors), dims):
+        _logger.info("torch's program is for %s from %d to %d", root, smallest, largest)
+        for size in (smallest - 1, largest + 1):
+            if not _is_tried(size, groups[root], tensors):
+                continue
+            try:
+                found.append(run(inputs.of({root: groups[root]}, {root: size})))
+            except SnExportError as error:
+                _logger.info("not proved at this size: %s", error)
+    return found
+
+
 class _Tried:
     """What the model said at other sizes, and what it rejected.
 
@@ -84,7 +117,7 @@ class _Tried:
     ) -> None:
         self.references: list[Reference] = []
         self.errors: dict[str, SnExportError] = {}
-        self._inputs = Resizer(example)
+        self._inputs = _Resizer(example)
         self._run = run
         self._shapes = [sizes_of(one) for one in (example, *own)]
         self._done: dict[frozenset[tuple[str, int]], bool] = {}
@@ -109,14 +142,14 @@ class _Tried:
 
     def varies(self, group: Sequence[DynamicDim]) -> bool:
         """Whether the dimensions had another size than in the example."""
-        return any(shape.get(_place(group[0])) != group[0].size for shape in self._shapes)
+        return any(shape.get(group[0].place) != group[0].size for shape in self._shapes)
 
     def has_equal(self, one: DynamicDim, other: DynamicDim) -> bool:
         """Whether two dimensions had the same size throughout."""
-        return all(shape.get(_place(one)) == shape.get(_place(other)) for shape in self._shapes)
+        return all(shape.get(one.place) == shape.get(other.place) for shape in self._shapes)
 
 
-def by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
+def _by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
     """Return the dimensions in groups of those that vary together."""
     roots: dict[str, list[DynamicDim]] = {}
     for dim in dims:
@@ -131,64 +164,6 @@ def sizes_of(inputs: InputSet) -> dict[Place, int]:
         for name, tensor in inputs.named_tensors()
         for position, size in enumerate(tensor.shape)
     }
-
-
-def require_dynamic(shapes: Mapping[str, Sequence[object]], dims: Sequence[DynamicDim]) -> None:
-    """Raise an ExportError if the file has fixed a dimension that the user names.
-
-    Args:
-        shapes: shape of each input of the file that has one, by the tensor's name; sizes of
-            dynamic dimensions are no integers.
-        dims: the dynamic dimensions.
-    """
-    for dim in dims:
-        shape = shapes.get(dim.tensor, ())
-        fixed = shape[dim.position] if dim.position < len(shape) else None
-        if dim.is_promised and isinstance(fixed, int) and dim.range != (fixed, fixed):
-            raise ExportError(
-                f"dimension {dim.position} of '{dim.tensor}' is declared dynamic ({dim.root}), "
-                f"and the exporter has fixed it at {fixed}"
-            )
-
-
-def find_tied_dims(
-    shapes: Mapping[str, Sequence[object]],
-    dims: Sequence[DynamicDim],
-    sizes: Mapping[Place, int],
-) -> tuple[DynamicDim, DynamicDim] | None:
-    """Return two dimensions that the file calls by one name and that have two sizes, or None.
-
-    Args:
-        shapes: as for `require_dynamic`.
-        dims: the dynamic dimensions.
-        sizes: the sizes in one input set: see `sizes_of`.
-    """
-    first: dict[object, DynamicDim] = {}
-    for dim in dims:
-        shape = shapes.get(dim.tensor, ())
-        symbol = shape[dim.position] if dim.position < len(shape) else None
-        if not isinstance(symbol, str):
-            continue
-        other = first.setdefault(symbol, dim)
-        if sizes.get(_place(other)) != sizes.get(_place(dim)):
-            return other, dim
-    return None
-
-
-def require_apart(dims: tuple[DynamicDim, DynamicDim], label: str) -> None:
-    """Raise an ExportError about two dimensions that a file has made one, if both are named.
-
-    Args:
-        dims: as `find_tied_dims` returns them.
-        label: the input set in which the model takes them apart.
-    """
-    one, other = dims
-    if one.is_named and other.is_named:
-        raise ExportError(
-            f"dimension {one.position} of '{one.tensor}' and dimension {other.position} of "
-            f"'{other.tensor}' are declared dynamic ({one.root} and {other.root}), the model takes "
-            f"them apart ({label}), and the exporter has made them one"
-        )
 
 
 def _sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
@@ -210,10 +185,6 @@ def _now(group: Sequence[DynamicDim]) -> int:
     return group[0].root_size()
 
 
-def _place(dim: DynamicDim) -> Place:
-    return dim.tensor, dim.position
-
-
 def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
     """Return what can vary alone: the dimensions of a name together, each one without a name."""
     units: dict[str, Sequence[DynamicDim]] = {}
@@ -225,7 +196,7 @@ def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
     return units
 
 
-class Resizer:
+class _Resizer:
     """Makes inputs like the example of other sizes, with random values."""
 
     def __init__(self, example: InputSet) -> None:
@@ -249,7 +220,7 @@ class Resizer:
     def of(self, groups: Groups, sizes: Mapping[str, int], near: bool = False) -> InputSet:
         """Return an input set; what ``sizes`` does not name stays as it is."""
         wanted = {
-            _place(dim): dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
+            dim.place: dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
         }
 
         def resize(tensor: Tensor) -> Tensor:
@@ -276,85 +247,37 @@ def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
     return index
 
 
-def correct_declared_sizes(
-    path: Path,
-    references: Sequence[Reference],
-    declared: Sequence[Sequence[object]] | None = None,
-    leaves_open: bool = True,
-) -> tuple[str, ...]:
-    """Rewrite what a proved file says of its outputs where another size was seen throughout.
-
-    Onnxruntime only logs it; other runtimes plan their memory by it. The TorchScript exporter
-    declares what onnx infers, which for an average pool with ``ceil_mode`` is one more than torch
-    and onnxruntime compute. A size that varies between the input sets is left open::
-
-        [2, 8, 12, 12], seen as [2, 8, 11, 11]  ->  [2, 8, 11, 11]
-        [2, 6], seen as [2, 6] and as [2, 9]    ->  [2, ?]
-        [1, 1, 2, 2], seen as [1, 2, 2]         ->  [1, 2, 2], of an LSTM by torch 2.9
-
-    Args:
-        path: the file; its external data is neither read nor written.
-        references: the input sets of the proof, with the outputs of model and file.
-        declared: the shapes that the file declares, where that is known. The file is read only
-            where one of them has another size than was seen.
-        leaves_open: whether a size that varies is left open. It is an error where another
-            exporter may declare it: dynamo fixes the length of a GRU at its first call in a
-            process and not later, and a model has the same file at every call.
-
-    Returns:
-        A sentence for each dimension that was corrected.
-
-    Raises:
-        ExportError: if it has fixed a dimension that varies, and that is not left open.
-    """
-    if declared is not None and all(
-        len(shape) == one.outputs[number].ndim
-        and all(
-            size == actual
-            for size, actual in zip(shape, one.outputs[number].shape, strict=True)
-            if isinstance(size, int)
-        )
-        for number, shape in enumerate(declared)
-        for one in references
-    ):
-        return ()
-    file = onnx.load(path, load_external_data=False)
-    notes = []
-    for number, output in enumerate(file.graph.output):
-        shapes = {one.inputs.label: one.outputs[number].shape for one in references}
-        notes += _correct_rank(output, list(shapes.values()))
-        for position, dim in enumerate(output.type.tensor_type.shape.dim):
-            seen = {label: shape[position] for label, shape in shapes.items()}
-            other = next((label for label, size in seen.items() if size != dim.dim_value), None)
-            if not dim.HasField("dim_value") or other is None:
-                continue
-            fixed = f"dimension {position} of the output '{output.name}' at {dim.dim_value}"
-            if len(set(seen.values())) > 1:
-                if not leaves_open:
-                    raise ExportError(
-                        f"the exporter has fixed {fixed}, and it is {seen[other]} for {other}"
-                    )
-                dim.Clear()
-                now = f"{seen[other]} for {other}: it is left open now"
-            else:
-                dim.dim_value = seen[other]
-                now = f"{seen[other]}: it says so now"
-            notes.append(f"the exporter has fixed {fixed}, and it is {now}")
-    if notes:
-        onnx.save(file, path)
-    return tuple(notes)
+def _is_tried(size: int, group: Sequence[DynamicDim], example: Mapping[str, Tensor]) -> bool:
+    low = max(2, *(dim.range[0] for dim in group))  # torch makes a program for 2 and more unasked
+    high = min(_ENDLESS - 1, *(dim.range[1] for dim in group))
+    shapes = {dim.tensor: list(example[dim.tensor].shape) for dim in group}
+    for dim in group:
+        shapes[dim.tensor][dim.position] = dim.size_for(size)
+    return low <= size <= high and all(math.prod(shape) <= _LARGEST for shape in shapes.values())
 
 
-def _correct_rank(output: onnx.ValueInfoProto, shapes: Sequence[Sequence[int]]) -> list[str]:
-    """Declare the shape that was seen where another number of dimensions is declared."""
-    shape, rank = output.type.tensor_type.shape, len(shapes[0])
-    declared = len(shape.dim)
-    if declared == rank or not output.type.tensor_type.HasField("shape"):
-        return []
-    shape.ClearField("dim")
-    for sizes in zip(*shapes, strict=True):
-        shape.dim.add(dim_value=sizes[0] if len(set(sizes)) == 1 else None)
-    return [
-        f"the exporter has given the output '{output.name}' {declared} dimensions, and it has "
-        f"{rank}: it says so now"
-    ]
+def _narrowed(
+    program: Any, names: Sequence[str], dims: Sequence[DynamicDim]
+) -> Iterator[tuple[str, int, int]]:
+    """Yield the smallest and the largest size of each root for which the program was made."""
+    exported = program.exported_program
+    places = [node for node in exported.graph.nodes if node.op == "placeholder"]
+    given = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in places if node.name in given]
+    if len(values) != len(names):
+        return
+    tensors = dict(zip(names, values, strict=True))
+    seen = set()
+    for dim in dims:
+        size = tensors[dim.tensor].shape[dim.position]
+        if not isinstance(size, torch.SymInt) or callable(getattr(dim.spec, "fn", None)):
+            continue  # fixed; or ``2 * dim``, whose bounds are those of another number
+        bounds = exported.range_constraints.get(size.node.expr)
+        if bounds is not None and dim.root not in seen:
+            seen.add(dim.root)
+            yield dim.root, _number(bounds.lower, 0), _number(bounds.upper, _ENDLESS)
+
+
+def _number(bound: Any, default: int) -> int:
+    is_finite = getattr(bound, "is_Integer", isinstance(bound, int))  # sympy has infinities
+    return int(bound) if is_finite else default

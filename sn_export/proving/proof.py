@@ -12,17 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..results import ParityError, ParityReport
+from ..results import OutputParity, ParityError, ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
-from .case_file import Case
-from .cases import case_of
-from .dynamic_sizes import (
-    correct_declared_sizes,
-    find_tied_dims,
-    require_apart,
-    require_dynamic,
-    sizes_of,
-)
+from ..text import dtype_name
+from .cases import Case
+from .declared_sizes import correct_declared_sizes, find_tied_dims, require_apart, require_dynamic
+from .dynamic_sizes import sizes_of
 from .parity import (
     coarsest_of,
     compare,
@@ -31,8 +26,10 @@ from .parity import (
     results,
     running_errors,
 )
-from .tolerances import ProofSettings
+from .session import named_inputs
+from .tolerances import ProofSettings, resolve_tolerance
 from .truth import Freezing
+from .verdicts import FACTOR
 
 _logger = logging.getLogger("sn_export")
 _SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma
@@ -102,7 +99,7 @@ class Proof:
         self.state.reset()  # outside of the block, whose weights it does not know
         parity = replace(parity, notes=(*parity.notes, *self.notes))
         keeps = self.keeps_case and parity.passed
-        case = case_of(self.model, session, runnable, self.settings, parity) if keeps else None
+        case = _case_of(self.model, session, runnable, self.settings, parity) if keeps else None
         del session
         if parity.passed:
             corrected = correct_declared_sizes(draft, runnable, declared, is_last)
@@ -197,3 +194,63 @@ def _close(one: Tensor, other: Tensor) -> bool:
     one, other = one.double(), other.double()
     scale = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 0.0
     return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale, equal_nan=True)
+
+
+def _case_of(
+    model: nn.Module,
+    session: Any,
+    references: Sequence[Reference],
+    settings: ProofSettings,
+    parity: ParityReport,
+) -> Case:
+    """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
+    coarsest = coarsest_of(model, references)
+    tolerances = [
+        _saved_tolerances(
+            settings.tolerances_of(position, output.name),
+            output,
+            [reference.outputs[position] for reference in references],
+            coarsest,
+        )
+        for position, output in enumerate(parity.outputs)
+    ]
+    sets = []
+    for reference in references:
+        feed = named_inputs(session, reference.inputs, settings.input_names)
+        sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
+    return Case(
+        tuple(entry.name for entry in session.get_inputs()),
+        tuple(entry.name for entry in session.get_outputs()),
+        tuple(rtol for rtol, _ in tolerances),
+        tuple(atol for _, atol in tolerances),
+        sets,
+        settings.proof_dtype,
+        references[0].inputs.draws,
+    )
+
+
+def _saved_tolerances(
+    given: tuple[float | None, float | None],
+    output: OutputParity,
+    references: Sequence[Tensor],
+    coarsest: str | None,
+) -> tuple[float | None, float | None]:
+    """Return rtol and atol of an output as its case has them; None for the default by dtype.
+
+    Args:
+        given: those that the user asked for.
+        output: how it compared.
+        references: the output of the model for each input set.
+        coarsest: the coarsest dtype that the network computes in.
+    """
+    rtol, atol = given
+    if coarsest not in (None, dtype_name(references[0])):
+        # The dtype of the output does not tell in what precision the network computes.
+        defaults = [resolve_tolerance(one, None, None, coarsest) for one in references]
+        rtol = max(default for default, _ in defaults) if rtol is None else rtol
+        atol = max(default for _, default in defaults) if atol is None else atol
+    if output.fraction_outside and output.rounding is not None:
+        # Without the model nobody can ask again how far rounding goes: what was allowed is kept.
+        moved = [output.rounding.expected, output.rounding.operators]
+        atol = output.atol + (1 + FACTOR) * max(one.max for one in moved if one is not None)
+    return rtol, atol

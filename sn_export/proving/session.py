@@ -1,4 +1,7 @@
-"""Run a file in onnxruntime on tensors of any dtype."""
+"""Run a file in onnxruntime, of any build, on tensors of any dtype.
+
+No build is a dependency: each is installed over the others.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,42 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..errors import ExportError
+from ..errors import ExportError, MissingRuntimeError
 from ..files import side_file
 from ..running import InputSet, as_real_pairs, is_large
 from .external_data import Pieces
 from .precision import missing_kernel
-from .runtime import ort
 
+_INSTALL = (
+    "install one build of it, 'pip install onnxruntime', or onnxruntime-gpu for CUDA: each is "
+    "installed over the others"
+)
+
+
+def _import_runtime() -> Any:
+    """Return the module onnxruntime.
+
+    Raises:
+        MissingRuntimeError: if it is not installed, or is what an uninstalled build left behind.
+    """
+    try:
+        import onnxruntime
+    except ModuleNotFoundError as error:
+        if error.name != "onnxruntime":
+            raise
+        raise MissingRuntimeError(
+            f"exports are proved by onnxruntime, which is missing; {_INSTALL}"
+        ) from None
+    if not hasattr(onnxruntime, "InferenceSession"):
+        where = ", ".join(getattr(onnxruntime, "__path__", ()))
+        raise MissingRuntimeError(
+            f"onnxruntime in {where} is not whole, as where one of two builds was uninstalled; "
+            f"uninstall all of them and {_INSTALL}"
+        )
+    return onnxruntime
+
+
+ort = _import_runtime()
 DEFAULT_PROVIDERS = ("CPUExecutionProvider",)
 _BFLOAT16 = 16  # TensorProto.BFLOAT16
 

@@ -1,7 +1,7 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
 
 from .draws import DRAWS, draws_note, require_draws
-from .dynamic_shapes import DynamicDim, dynamic_axes, dynamic_dims, flat_shapes
+from .dynamic_shapes import DynamicDim, Place, dynamic_axes, dynamic_dims, flat_shapes
 from .input_set import (
     InputSet,
     as_input_sets,
@@ -61,6 +61,7 @@ __all__ = [
     "InputSet",
     "OrthogonalLink",
     "OrthogonalMaps",
+    "Place",
     "Preserved",
     "RandomReferences",
     "Reference",

@@ -19,6 +19,7 @@ _Dim: Any = torch.export.Dim
 # Before torch 2.7 Dim is a function, and torch.export takes no names.
 _TAKES_NAMES = isinstance(_Dim, type)
 _DimType: Any = _Dim if _TAKES_NAMES else type(_Dim("name"))
+Place = tuple[str, int]  # name of the tensor, index of the dimension
 _FORMS = "a Dim, Dim.AUTO, Dim.DYNAMIC, a name, the size itself, or None"
 
 
@@ -39,6 +40,11 @@ class DynamicDim:
     root: str
     size: int
     spec: Any
+
+    @property
+    def place(self) -> Place:
+        """The dimension itself: the name of its tensor, and its index."""
+        return self.tensor, self.position
 
     @property
     def range(self) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, SnExportError, check_case, export_onnx
 from sn_export.proving import opened_case, write_case
-from sn_export.proving.case_file import Case
+from sn_export.proving.cases import Case
 
 
 class Mixed(Head):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from sn_export import export_onnx
 from sn_export.errors import ExportError
-from sn_export.proving.dynamic_sizes import correct_declared_sizes
+from sn_export.proving.declared_sizes import correct_declared_sizes
 from sn_export.running import InputSet, Reference
 
 
