@@ -2,15 +2,7 @@
 
 from .draws import DRAWS, draws_note, require_draws
 from .dynamic_shapes import DynamicDim, Place, dynamic_axes, dynamic_dims, flat_shapes
-from .input_set import (
-    InputSet,
-    as_input_sets,
-    as_kwargs,
-    is_random,
-    random_like,
-    random_sets,
-    require_seen,
-)
+from .input_set import InputSet, as_input_sets, as_kwargs, require_seen
 from .nested import make_distinct, output_names, paths_of_tensors, tensor_leaves
 from .preservation import (
     Guarded,
@@ -20,16 +12,23 @@ from .preservation import (
     restore_container,
     without_trace,
 )
-from .reference import (
+from .random_inputs import (
     RandomReferences,
-    Reference,
-    initialise_lazy,
+    is_random,
     left_out_note,
     near_like,
-    no_fused_attention,
+    random_like,
     random_references,
-    run_reference,
+    random_sets,
     run_usable,
+)
+from .reference import (
+    Reference,
+    find_entry,
+    initialise_lazy,
+    no_fused_attention,
+    run_reference,
+    unwrap_model,
 )
 from .tensor_memory import are_large, as_real_pairs, dense_parts, is_dense, is_large, same_bits
 from .torch_private import (
@@ -49,7 +48,6 @@ from .torch_private import (
     rebuild,
 )
 from .undo import ClosedOnExit, undo_on_exit, undoing
-from .wrapped_models import find_entry, unwrap_model
 
 __all__ = [
     "ATTRIBUTES",

@@ -1,4 +1,4 @@
-"""Input sets: one call of the model each, cloned, drawn at random or resized."""
+"""Input sets: one call of the model each, with the names of its arguments."""
 
 from __future__ import annotations
 
@@ -8,19 +8,12 @@ from dataclasses import dataclass, field, replace
 from types import MethodType
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from .draws import drawing
 from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
 from .tensor_memory import is_dense
 from .torch_private import pytree
-
-_SEED = 0
-_RANDOM = "random input"
-# torch computes next to nothing in these; what does not fit int64 wraps.
-_NO_ARITHMETIC = (torch.uint16, torch.uint32, torch.uint64)
-
 
 Place = int | slice | str  # index of a positional argument, those of ``*args``, a keyword
 
@@ -100,10 +93,6 @@ class InputSet:
     def clone(self) -> InputSet:
         """Return a copy that a forward pass may write to; the caller's tensors stay."""
         return self.map(lambda tensor: tensor.detach().clone())
-
-    def random_like(self, generator: torch.Generator, label: str) -> InputSet:
-        """Return a set of the same shapes with random values: see `random_like`."""
-        return self.map(lambda tensor: random_like(tensor, generator), label)
 
     def named_tensors(self) -> list[tuple[str, Tensor]]:
         """Return the tensors with their names, in the order of the signature.
@@ -250,48 +239,6 @@ def require_seen(inputs: InputSet, example: InputSet | None = None) -> None:
                 f"{inputs.label} has the tensor '{name}', which the example input does not have; "
                 f"it has {', '.join(sorted(known))}"
             )
-
-
-def random_sets(example: InputSet, count: int) -> list[InputSet]:
-    """Return ``count`` random sets like ``example``, the same ones at every call."""
-    generator = torch.Generator().manual_seed(_SEED)
-    return [example.random_like(generator, f"{_RANDOM} {i}") for i in range(count)]
-
-
-def is_random(label: str) -> bool:
-    """Whether an input set of that label was drawn by `random_sets`, or near the example."""
-    return label.startswith(_RANDOM)
-
-
-def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    """Return random values within the range of ``tensor``, of its shape, dtype and device.
-
-    Floating values are uniform over the range seen (standard normal where the tensor is
-    constant or not finite); integers too, ends included; booleans are fair coins. The
-    global RNG is not used.
-    """
-    shape, dtype = tensor.shape, tensor.dtype
-    if tensor.numel() == 0:
-        return tensor.detach().clone()
-    if dtype == torch.bool:
-        return torch.randint(0, 2, shape, generator=generator, device="cpu").to(tensor)
-    if dtype.is_complex:
-        drawn = torch.randn(shape, generator=generator, dtype=torch.complex64, device="cpu")
-        return drawn.to(tensor)
-    if not dtype.is_floating_point:
-        values = tensor.detach().cpu()
-        if dtype in _NO_ARITHMETIC:
-            values = values.to(torch.int64)
-        smallest, largest = (int(bound) for bound in torch.aminmax(values))
-        end = None if largest == 2**63 - 1 else largest + 1
-        drawn = torch.empty(shape, dtype=torch.int64, device="cpu")
-        return drawn.random_(smallest, end, generator=generator).to(tensor)
-    low, high = (bound.item() for bound in torch.aminmax(tensor.detach().to("cpu").double()))
-    if not (low < high and abs(low) < float("inf") and abs(high) < float("inf")):
-        drawn = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu")
-        return drawn.to(tensor)
-    uniform = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
-    return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
 
 
 def _is_several(inputs: Sequence[Any], arity: int | None) -> bool:

@@ -16,9 +16,8 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from .plain_objects import PlainObjects
 from .tensor_memory import Copies, Watch, are_large, is_in_place, on_memory_of, same_bits
-from .torch_private import disable_dispatch_modes, hooks_of_all_modules, set_version
+from .torch_private import disable_dispatch_modes, hooks_of_all_modules, original_of, set_version
 from .undo import undo_on_exit, undoing
-from .wrapped_models import original_of
 
 T = TypeVar("T")
 

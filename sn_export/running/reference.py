@@ -1,38 +1,31 @@
-"""The reference: what the model itself says, in eval mode, leaving no trace.
-
-Random inputs that it rejects are drawn again near the example.
-"""
+"""The reference: what of a model is called, and what it returns in eval mode, without a trace."""
 
 from __future__ import annotations
 
-import logging
+import inspect
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
-from typing import Any, NamedTuple
+from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import SnExportError
 from ..text import without_frames
-from .input_set import InputSet, random_sets
-from .nested import is_plain, paths_of_tensors, tensor_leaves, unseen_tensors
+from .input_set import InputSet
+from .nested import is_plain, paths_of_tensors, unseen_tensors
 from .preservation import Preserved, set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
-from .torch_private import SAFE_SOFTMAX, TorchDispatchMode
+from .torch_private import original_of
 from .undo import undo_on_exit, undoing
-
-_logger = logging.getLogger("sn_export")
-_SEED = 2
-_ALONE = 8  # tensors at most that are shuffled each alone
-_NOISE = 0.01  # of each number: its sign and its size stay
 
 
 @dataclass(frozen=True)
@@ -52,6 +45,70 @@ class Reference:
     paths: tuple[tuple[str, ...], ...] = ()
     is_plain: bool = True
     unseen: tuple[str, ...] = ()
+
+
+def find_entry(model: Any, method: str | None) -> tuple[nn.Module, MethodType | None]:
+    """Return the network within torch's wrappers, and which method of it is called.
+
+    ``find_entry(net.decode, None)`` and ``find_entry(net, "decode")`` give ``(net, net.decode)``;
+    None stands for the network itself, called with its hooks, and so does its forward.
+
+    Args:
+        model: a module, or a bound method of one.
+        method: the name of a method, or None.
+
+    Raises:
+        TypeError: for anything else.
+        ValueError: if the network has no such method.
+    """
+    bound = _method_behind(model)
+    if bound is None:
+        if not isinstance(model, nn.Module):
+            got = type(model).__name__
+            if isinstance(model, (MethodType, torch.ScriptMethod)):
+                of = getattr(model, "__self__", torch.jit.ScriptModule)
+                got = f"one of {(of if isinstance(of, type) else type(of)).__name__}"
+            raise TypeError(
+                f"model must be a torch.nn.Module, or a method of one such as net.decode, got {got}"
+            )
+        network = unwrap_model(model)
+        if method is None or method == "forward":
+            return network, None
+        bound = _method_named(network, method)
+    elif method is not None:
+        raise TypeError(
+            f"method={method!r} goes with a module, and model is the method '{bound.__name__}'"
+        )
+    else:
+        owner: Any = bound.__self__
+        network = unwrap_model(owner)
+        if bound.__name__ != "forward" and owner is not network:
+            raise TypeError(
+                f"'{bound.__name__}' is a method of {type(owner).__name__}: pass one of "
+                f"the {type(network).__name__} within"
+            )
+    return network, None if bound.__name__ == "forward" else bound
+
+
+def unwrap_model(model: nn.Module) -> nn.Module:
+    """Return the module to export: the one inside torch's wrappers, or ``model`` itself.
+
+    `torch.nn.DataParallel` and `torch.nn.parallel.DistributedDataParallel` scatter their inputs,
+    and `torch.compile` gives a module that runs compiled code; each holds the network as it is,
+    with the same parameters. Nested wrappers are taken off one by one. `torch.optim.swa_utils.
+    AveragedModel` is a network of its own and stays.
+
+    Args:
+        model: any module. It is not changed, and nothing is compiled.
+    """
+    while True:
+        original = original_of(model)
+        if original is not None:
+            model = original
+        elif isinstance(model, (DataParallel, DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
 
 
 def run_reference(
@@ -181,129 +238,6 @@ def _drop(name: str, module: nn.Module, *_: object) -> None:
     module.__dict__.pop(name, None)
 
 
-class RandomReferences(NamedTuple):
-    """What came of the random inputs.
-
-    Attributes:
-        references: of the inputs that the model takes, with what it said.
-        left_out: how many were left out.
-        reason: why, for the last of them; empty if there are none.
-    """
-
-    references: list[Reference]
-    left_out: int
-    reason: str
-
-
-def random_references(
-    first: Reference, count: int, run: Callable[[InputSet], Reference]
-) -> RandomReferences:
-    """Run the model on ``count`` random inputs like the example.
-
-    Within the range of the example a model may still reject what is drawn: lengths of sequences,
-    offsets, indices, bounds. Or it gives NaN: for a mask that hides a whole row, for the power of a
-    negative number. Such an input is drawn again near the example; what still does not go is left
-    out.
-
-    Args:
-        first: the example, with what the model said.
-        count: how many.
-        run: runs the model, and raises a `SnExportError` where it rejects an input.
-    """
-    generator = torch.Generator().manual_seed(_SEED)
-    references: list[Reference] = []
-    reason = ""
-    for drawn in random_sets(first.inputs, count):
-        for attempt in chain((drawn,), near_sets(first.inputs, drawn.label, generator)):
-            try:
-                references.append(run_usable(first, attempt, run))
-                break
-            except SnExportError as error:
-                _logger.info("drawn again: %s", error)
-                reason = " ".join(str(error).split())
-    left_out = count - len(references)
-    return RandomReferences(references, left_out, reason if left_out else "")
-
-
-def left_out_note(drawn: RandomReferences) -> str:
-    """Return a sentence on random inputs that the model does not take, or nothing."""
-    if not drawn.left_out:
-        return ""
-    tried = drawn.left_out + len(drawn.references)
-    return (
-        f"{drawn.left_out} of {tried} random inputs were left out of the proof, also near the "
-        f"example: {drawn.reason}. Pass inputs=[...] that the model takes, or samples=0"
-    )
-
-
-def run_usable(
-    first: Reference, inputs: InputSet, run: Callable[[InputSet], Reference]
-) -> Reference:
-    """Return what the model says for drawn inputs.
-
-    Raises:
-        SnExportError: if it rejects them; if it gives NaN or infinities where it gives none for
-            the example: nothing can be compared then; or if a mask hides a whole row of an
-            attention, where the formula, and so the file, has NaN.
-    """
-    reference = run(inputs)
-    if not _is_finite_as(first, reference):
-        raise SnExportError(f"the model gives NaN or infinities for {inputs.label}")
-    has_mask = any(map(_may_be_mask, tensor_leaves((inputs.args, dict(inputs.kwargs)))))
-    if has_mask and _hides_rows(inputs, run) and not _hides_rows(first.inputs, run):
-        raise SnExportError(
-            f"a mask hides all that a query may attend to for {inputs.label}, where attention is "
-            "not defined: torch's gives zeros, and its formula NaN"
-        )
-    return reference
-
-
-def _is_finite_as(first: Reference, reference: Reference) -> bool:
-    """Whether an output is finite wherever that of the example is."""
-    return all(
-        bool(now.isfinite().all()) or not bool(before.isfinite().all())
-        for before, now in zip(first.outputs, reference.outputs, strict=False)
-    )
-
-
-def _may_be_mask(tensor: Tensor) -> bool:
-    is_integer = not (tensor.is_floating_point() or tensor.is_complex())
-    return is_integer and bool(((tensor == 0) | (tensor == 1)).all())
-
-
-def _hides_rows(inputs: InputSet, run: Callable[[InputSet], Reference]) -> bool:
-    seen = _HiddenRows()
-    with no_fused_attention(), seen:
-        run(inputs)
-    return seen.found
-
-
-class _HiddenRows(TorchDispatchMode):
-    """Sees whether a mask of torch's attention leaves a query nothing to attend to.
-
-    Attributes:
-        found: whether one did.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.found = False
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Run one operator, and look at its mask."""
-        kwargs = dict(kwargs or {})
-        given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        # Each kernel has an operator of its own; without one it is this softmax, of what is masked.
-        key = "self" if func is SAFE_SOFTMAX else "attn_mask"
-        mask = given.get(key, given.get("attn_bias"))
-        if isinstance(mask, Tensor):
-            visible = mask if mask.dtype == torch.bool else ~mask.isneginf()
-            self.found |= not bool(visible.any(-1).all())
-        return func(*args, **kwargs)
-
-
 @undoing
 def no_fused_attention() -> Iterator[None]:
     """Keep `torch.nn.TransformerEncoderLayer` off its fused operator, which has no ONNX form."""
@@ -313,41 +247,37 @@ def no_fused_attention() -> Iterator[None]:
         yield
 
 
-def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iterator[InputSet]:
-    """Yield input sets near the example, from a farther to a nearer one.
-
-    Floats get a little noise; integers and booleans are in another order within each row, so that
-    no row is hidden by a mask that the example does not hide: all of them, then those of one tensor
-    alone, then none::
-
-        ids [4, 4, 9], starts [0, 2]  ->  [9, 4, 4], [2, 0], then [4, 9, 4], [0, 2], ...
-    """
-    leaves = tensor_leaves((example.args, dict(example.kwargs)))
-    rows = [id(t) for t in leaves if t.ndim and not (t.is_floating_point() or t.is_complex())]
-    alone = [[row] for row in rows[:_ALONE]] if len(rows) > 1 else []
-    for chosen in (rows, *alone, []):
-
-        def change(tensor: Tensor, chosen: Sequence[int] = chosen) -> Tensor:
-            return near_like(tensor, generator, shuffled=id(tensor) in chosen)
-
-        near = example.map(change, f"{label}, near the example")
-        if not _is_same(near, example):
-            yield near
+def _method_behind(thing: Any) -> MethodType | None:
+    """Return a bound method of a module; of one that `torch.compile` returned the original."""
+    thing = getattr(thing, "_torchdynamo_orig_callable", thing)
+    is_method = isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module)
+    return thing if is_method else None
 
 
-def near_like(tensor: Tensor, generator: torch.Generator, shuffled: bool) -> Tensor:
-    """Return a tensor with noise of 1 % of each number, or with its integers in another order."""
-    values = tensor.detach().clone()
-    if tensor.is_floating_point() or tensor.is_complex():
-        drawn = torch.rand(values.shape, generator=generator, dtype=torch.float64, device="cpu")
-        noise = 1 + _NOISE * (2 * drawn - 1)
-        return (values * noise.to(values.device)).to(values.dtype)
-    if not shuffled or not values.ndim:
-        return values
-    order = torch.randperm(values.shape[-1], generator=generator, device="cpu")
-    return values[..., order.to(values.device)]
-
-
-def _is_same(one: InputSet, other: InputSet) -> bool:
-    left, right = (tensor_leaves((entry.args, dict(entry.kwargs))) for entry in (one, other))
-    return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(left, right, strict=True))
+def _method_named(network: nn.Module, name: Any) -> MethodType:
+    kind = type(network).__name__
+    if not isinstance(name, str):
+        raise TypeError(f"method must be the name of a method, got {type(name).__name__}")
+    if isinstance(network, torch.jit.ScriptModule):
+        raise TypeError(
+            f"method='{name}': of a TorchScript module only forward can be exported; pass the "
+            "module that was compiled"
+        )
+    is_property = isinstance(inspect.getattr_static(network, name, None), property)
+    found = property if is_property else getattr(network, name, None)
+    method = _method_behind(found)
+    if method is not None and method.__self__ is network:
+        return method
+    if isinstance(found, nn.Module):
+        raise ValueError(
+            f"method='{name}' is a module within {kind}, not a method: export that module"
+        )
+    own = sorted(
+        key
+        for cls in type(network).__mro__[: type(network).__mro__.index(nn.Module)]
+        for key, value in vars(cls).items()
+        if not key.startswith("_") and inspect.isfunction(value)
+    )
+    has = f"it has {', '.join(dict.fromkeys(own))}" if own else "it has none of its own"
+    what = "is no method" if found is not None else "is not there"
+    raise ValueError(f"method='{name}' {what} in {kind}; {has}")

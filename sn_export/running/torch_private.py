@@ -46,6 +46,7 @@ __all__ = [
     "dispatch_modes",
     "hooks_of_all_modules",
     "newest_torchscript_opset",
+    "original_of",
     "parametrize_cache",
     "pop_dispatch_mode",
     "pytree",
@@ -163,6 +164,14 @@ def compiled_class() -> type[nn.Module] | None:
         sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None
     )
     return kind
+
+
+def original_of(module: nn.Module) -> nn.Module | None:
+    """Return the module behind one that `torch.compile` returned, None for any other."""
+    kind = compiled_class()
+    if kind is None or not isinstance(module, kind):
+        return None
+    return module._modules["_orig_mod"]
 
 
 def checkpoint_records() -> tuple[Any, Any]:

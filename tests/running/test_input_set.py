@@ -128,7 +128,7 @@ def test_more_sets_begin_with_the_same() -> None:
 def test_nested_structure_is_kept() -> None:
     """Tuples, lists, dicts, numbers and None come back as they were, tensors replaced."""
     example = InputSet((({"a": torch.ones(2)}, [torch.zeros(1), 3, None]),), {"flag": True})
-    drawn = example.random_like(torch.Generator().manual_seed(0), "drawn")
+    (drawn,) = random_sets(example, 1)
     (((mapping, items),), kwargs) = drawn.args, drawn.kwargs
     assert (list(mapping), items[1:], dict(kwargs)) == (["a"], [3, None], {"flag": True})
     assert (mapping["a"].shape, items[0].shape) == ((2,), (1,))
