@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -36,7 +35,12 @@ from .reparametrizations import (
     handwritten_norms,
     handwritten_notes,
 )
-from .safetensors_file import read_index, shard_name, write_safetensors
+from .safetensors_file import (
+    find_stale_shards,
+    require_unambiguous,
+    shard_name,
+    write_safetensors,
+)
 from .spectral_norm import notes_on_lengths
 from .spelling import Respelled, require_fitting, respell
 
@@ -141,9 +145,9 @@ def convert_checkpoint(
     with disk_errors_as(CheckpointError, destination), Drafts() as drafts:
         draft = drafts.open(destination)
         made = _write(checkpoint, state, result, weights_only, draft, max_shard_size, written)
-        _require_unambiguous(destination, made)
+        require_unambiguous(destination, made)
         files = tuple(destination.with_name(file.name) for file in made)
-        stale = _find_stale_shards(files)
+        stale = find_stale_shards(files)
         publish(list(zip(made, files, strict=True)), stale)
     if stale:
         names = quote_names(path.name for path in stale)
@@ -349,33 +353,4 @@ def _require_tensors_only(
         raise CheckpointError(
             f"'{target.name}' can hold tensors only, and '{checkpoint.path}' also holds "
             f"{quote_names(others)}; leave them out with --weights-only, or write a .pt"
-        )
-
-
-def _find_stale_shards(files: Sequence[Path]) -> list[Path]:
-    """Return the shards of an earlier conversion to the same name that the new ones leave over.
-
-    Only those that the index in the place of the new one lists, and that are called as shards of
-    the same name are: no other file goes because an index says so.
-    """
-    index = files[-1]
-    if len(files) == 1 or not index.exists():
-        return []
-    try:
-        listed = set(read_index(index).values())
-    except CheckpointError:
-        return []
-    stem = re.escape(index.name.removesuffix(".safetensors.index.json"))
-    is_shard = re.compile(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors").fullmatch
-    return sorted(path for path in listed.difference(files) if is_shard(path.name))
-
-
-def _require_unambiguous(target: Path, made: list[Path]) -> None:
-    # A reader takes the single file or the index; one of them would be an old one.
-    index = target.with_name(f"{target.name}.index.json")
-    stale = index if len(made) == 1 else target
-    if target.suffix == ".safetensors" and os.path.lexists(stale):
-        raise CheckpointError(
-            f"'{stale}' is there and would contradict the new "
-            f"{'file' if len(made) == 1 else 'shards'}; remove it or choose another name"
         )

@@ -7,8 +7,9 @@ pruned one for the raw weight times its mask.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -19,9 +20,48 @@ from torch.nn.utils.prune import CustomFromMask
 from ..errors import CheckpointError
 from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
-from .lazy_tensors import aligned, is_finite, spec_of
-from .reparametrizations import Kind, Reparametrization, weight_norm_dims
-from .spectral_norm import SPECTRAL_NORM
+from .lazy_tensors import Entry, aligned, is_finite, spec_of
+from .reparametrizations import Reparametrization, weight_norm_dims
+from .spectral_norm import (
+    TorchNorm,
+    compute_normalised,
+    decide_dim,
+    describe_difference,
+    make_vectors,
+)
+
+Values = Callable[[Reparametrization, Mapping[str, Any], Mapping[str, int]], Any]
+
+
+def stored_parts(
+    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
+) -> list[Entry]:
+    """Return the parts as they are stored, in the order of ``site.keys``."""
+    return [
+        Entry(spec_of(tensors, key), partial(site.read, part, tensors))
+        for part, key in site.keys.items()
+    ]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one group is spelled; each function takes the site, the state dict and known dims.
+
+    Attributes:
+        hook: ends of the keys under torch's hook, such as ``("_g", "_v")``.
+        parametrization: ends of the keys under torch's parametrization; empty if there is none.
+        plain_value: returns the weight that an eval-mode forward uses, as torch computes it.
+        parts: returns an `Entry` for each end.
+        decide_dim: returns the dim, or raises a CheckpointError if a given one does not fit.
+        refuse: returns why the other of torch's spellings would be another network, or nothing.
+    """
+
+    hook: tuple[str, ...]
+    parametrization: tuple[str, ...]
+    plain_value: Values
+    parts: Values = stored_parts
+    decide_dim: Values = lambda site, tensors, dims: None
+    refuse: Callable[[Reparametrization, Mapping[str, Any]], str] = lambda site, tensors: ""
 
 
 def _fitting_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
@@ -178,8 +218,16 @@ def kind_of(site: Reparametrization) -> Kind:
     return _CHAIN if site.links else _KINDS[site.group]
 
 
+_SPECTRAL_NORM = Kind(
+    hook=("_orig", "_u", "_v"),
+    parametrization=("original", "0._u", "0._v"),
+    plain_value=compute_normalised,
+    parts=make_vectors,
+    decide_dim=lambda site, tensors, dims: decide_dim(TorchNorm(site, tensors), dims),
+    refuse=describe_difference,
+)
 _KINDS: dict[str, Kind] = {
-    "spectral_norm": SPECTRAL_NORM,
+    "spectral_norm": _SPECTRAL_NORM,
     "weight_norm": Kind(
         hook=("_g", "_v"),
         parametrization=("original0", "original1"),
@@ -194,10 +242,10 @@ _KINDS: dict[str, Kind] = {
 _CHAIN = Kind(
     hook=(),
     parametrization=(),
-    plain_value=lambda site, tensors, dims: SPECTRAL_NORM.plain_value(
+    plain_value=lambda site, tensors, dims: _SPECTRAL_NORM.plain_value(
         *last_link(site, tensors, dims), dims
     ),
-    decide_dim=lambda site, tensors, dims: SPECTRAL_NORM.decide_dim(
+    decide_dim=lambda site, tensors, dims: _SPECTRAL_NORM.decide_dim(
         *last_link(site, tensors, dims), dims
     ),
 )

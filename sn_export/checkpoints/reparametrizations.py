@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -14,7 +14,7 @@ from torch import Tensor
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
 from ..text import qualified, quote_name, quote_names
-from .lazy_tensors import Entry, dense_spec, float_spec, require_finite, spec_of
+from .lazy_tensors import dense_spec, float_spec, require_finite
 
 Keys = Mapping[str, str]
 
@@ -77,40 +77,6 @@ class Reparametrization:
         if self.links:
             return " + ".join(link.label for link in self.links)
         return _LABELS.get(self.group, self.group.replace("_", " "))
-
-
-Values = Callable[[Reparametrization, Mapping[str, Any], Mapping[str, int]], Any]
-
-
-def stored_parts(
-    site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
-) -> list[Entry]:
-    """Return the parts as they are stored, in the order of ``site.keys``."""
-    return [
-        Entry(spec_of(tensors, key), partial(site.read, part, tensors))
-        for part, key in site.keys.items()
-    ]
-
-
-@dataclass(frozen=True)
-class Kind:
-    """How one group is spelled; each function takes the site, the state dict and known dims.
-
-    Attributes:
-        hook: ends of the keys under torch's hook, such as ``("_g", "_v")``.
-        parametrization: ends of the keys under torch's parametrization; empty if there is none.
-        plain_value: returns the weight that an eval-mode forward uses, as torch computes it.
-        parts: returns an `Entry` for each end.
-        decide_dim: returns the dim, or raises a CheckpointError if a given one does not fit.
-        refuse: returns why the other of torch's spellings would be another network, or nothing.
-    """
-
-    hook: tuple[str, ...]
-    parametrization: tuple[str, ...]
-    plain_value: Values
-    parts: Values = stored_parts
-    decide_dim: Values = lambda site, tensors, dims: None
-    refuse: Callable[[Reparametrization, Mapping[str, Any]], str] = lambda site, tensors: ""
 
 
 def find_reparametrizations(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +226,45 @@ def write_safetensors(
 def shard_name(name: str, number: int, count: int) -> str:
     """Return ``net-00001-of-00003.safetensors`` for the first of three of ``net.safetensors``."""
     return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def find_stale_shards(files: Sequence[Path]) -> list[Path]:
+    """Return the shards of an earlier conversion that no index will name once ``files`` are there.
+
+    A shard counts if the old index lists it and its name is that of a shard of the same target:
+    no other file is removed because an index says so.
+    """
+    index = files[-1]
+    if len(files) == 1 or not index.exists():
+        return []
+    try:
+        listed = set(read_index(index).values())
+    except CheckpointError:
+        return []
+    stem = re.escape(index.name.removesuffix(".safetensors.index.json"))
+    is_shard = re.compile(rf"{stem}-\d{{5}}-of-\d{{5}}\.safetensors").fullmatch
+    return sorted(path for path in listed.difference(files) if is_shard(path.name))
+
+
+def require_unambiguous(target: Path, made: list[Path]) -> None:
+    """Raise if an old single file would lie beside a new index, or an old index beside a new file.
+
+    A reader takes one of the two, and that could be the old one.
+
+    Args:
+        target: the file that was asked for, ``net.safetensors``.
+        made: what `write_safetensors` returned.
+
+    Raises:
+        CheckpointError: naming what is in the way.
+    """
+    index = target.with_name(f"{target.name}.index.json")
+    stale = index if len(made) == 1 else target
+    if target.suffix == ".safetensors" and os.path.lexists(stale):
+        raise CheckpointError(
+            f"'{stale}' is there and would contradict the new "
+            f"{'file' if len(made) == 1 else 'shards'}; remove it or choose another name"
+        )
 
 
 def _require_storable(key: str, entry: Entry) -> Spec:

@@ -14,7 +14,7 @@ from ..errors import CheckpointError
 from ..running import SpectralNormLink
 from ..text import dtype_name, format_count, quote_names
 from .lazy_tensors import Entry, Spec, aligned, is_finite, require_finite, spec_of
-from .reparametrizations import Kind, Reparametrization
+from .reparametrizations import Reparametrization
 
 # After a training step u = normalize(W v) or v = normalize(W^H u) held exactly, and a step of
 # the optimizer later still nearly; along a wrong dim the two are strangers.
@@ -100,7 +100,7 @@ class TorchNorm:
         return value
 
 
-def _plain_value(
+def compute_normalised(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> Tensor:
     """Return the weight that an eval-mode forward uses, as torch computes it.
@@ -121,7 +121,7 @@ def _plain_value(
     return value
 
 
-def _parts(
+def make_vectors(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> list[Entry]:
     """Return weight, u and v, in the order of their keys."""
@@ -142,7 +142,7 @@ def _parts(
     ]
 
 
-def _refuse(site: Reparametrization, tensors: Mapping[str, Any]) -> str:
+def describe_difference(site: Reparametrization, tensors: Mapping[str, Any]) -> str:
     """Return why torch's other spelling would be another network; empty if it is the same."""
     if len(site.shape) == 1:
         return "torch's parametrization treats a vector in another way than its hook does"
@@ -287,13 +287,3 @@ def _distance(vector: Tensor, image: Tensor) -> float:
 
 def _either(dims: list[int]) -> str:
     return " or ".join(map(str, dims))
-
-
-SPECTRAL_NORM = Kind(
-    hook=("_orig", "_u", "_v"),
-    parametrization=("original", "0._u", "0._v"),
-    plain_value=_plain_value,
-    parts=_parts,
-    decide_dim=lambda site, tensors, dims: decide_dim(TorchNorm(site, tensors), dims),
-    refuse=_refuse,
-)

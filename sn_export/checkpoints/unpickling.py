@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import math
 import pickle
+import re
+from _compat_pickle import IMPORT_MAPPING, NAME_MAPPING
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any, BinaryIO, ClassVar, NoReturn
 
@@ -21,6 +23,7 @@ from torch.serialization import StorageType
 
 from .pickle_globals import (
     BUILDERS,
+    GLOBALS,
     DamagedPickleError,
     ForbiddenPickleError,
     Global,
@@ -28,13 +31,75 @@ from .pickle_globals import (
     as_key,
     call_global,
     describe_value,
-    find_global,
     is_count,
 )
 
 # They need a class, a registry or a buffer that no writer of checkpoints asks for.
 _CODE = ("INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
 _Machine: Any = pickle._Unpickler  # the one in Python, whose instructions can be replaced
+
+
+_CONSTANTS = {
+    name: value
+    for name, value in vars(torch).items()
+    if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
+}
+
+# Classes of values that surround weights and hold none, and functions that make such values.
+_HARMLESS = re.compile(
+    "|".join(
+        (
+            r"argparse\.Namespace|types\.SimpleNamespace|typing\.Any|uuid\.UUID",
+            r"builtins\.(range|slice)|decimal\.Decimal|fractions\.Fraction",
+            r"datetime\.(date|datetime|time|timedelta|timezone)",
+            r"pathlib(\._local)?\.(Pure)?(Posix|Windows)?Path",
+            r"numpy\.(ndarray|dtype|matrix|bool_?|[a-z]+\d+)",
+            r"numpy\._?core\.(multiarray\.(_reconstruct|scalar)|numeric\._frombuffer)",
+            r"torch\.torch_version\.TorchVersion",
+            r"omegaconf(\.\w+)*\.[A-Z]\w*",
+            r"easydict\.EasyDict|addict\.addict\.Dict|munch\.Munch|yacs\.config\.CfgNode",
+            r"ml_collections\.config_dict\.config_dict\.(Frozen)?ConfigDict",
+            r"mmengine\.logging\.history_buffer\.HistoryBuffer",
+            r"(mmengine\.config|mmcv\.utils)\.config\.Config(Dict)?",
+            r"(pytorch_lightning|lightning\.pytorch)\.utilities\.parsing\.AttributeDict",
+            r"lightning(\.|_)fabric\.utilities\.data\.AttributeDict",
+        )
+    )
+)
+
+
+def find_global(module: str, name: str, unread: set[str]) -> Any:
+    """Return what stands for ``module.name`` on the stack; nothing is imported.
+
+    What is not on the list can be mentioned, as the class of an activation is among
+    hyper-parameters, but not called.
+
+    Args:
+        module: the module as the file has it, which may be that of Python 2.
+        name: the qualified name in it.
+        unread: receives the names of what was left unread.
+    """
+    module, name = NAME_MAPPING.get((module, name), (module, name))
+    module = IMPORT_MAPPING.get(module, module)
+    if module == "torch.tensor":  # before torch 1.7
+        module = "torch._tensor"
+    known = GLOBALS.get((module, name))
+    if known is not None:
+        return known
+    if module == "torch" and name in _CONSTANTS:
+        return _CONSTANTS[name]
+    if (module, name) == ("torch.storage", "UntypedStorage"):
+        return torch.UntypedStorage  # only ever compared, in the identity of a storage
+    full = f"{module}.{name}"
+    if not _HARMLESS.fullmatch(full):
+        unread.add(full)
+        return Global(full)
+
+    def leave(*args: Any, **kwargs: Any) -> Unread:
+        unread.add(full)
+        return Unread(full)
+
+    return Global(full, leave, leave)
 
 
 class RestrictedUnpickler(_Machine):  # type: ignore[misc]
