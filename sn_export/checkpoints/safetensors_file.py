@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +118,7 @@ def read_index(index: Path) -> dict[str, Path]:
         {"metadata": {}, "weight_map": {"head.weight": "model-00001-of-00002.safetensors"}}
 
     Raises:
-        CheckpointError: if it is no index, or lists shards that are absent.
+        CheckpointError: if it is no index, or lists shards that are absent or no regular files.
     """
     kind = ".bin" if index.name.endswith(".bin.index.json") else "safetensors"
     try:
@@ -131,12 +131,21 @@ def read_index(index: Path) -> dict[str, Path]:
         raise CheckpointError(
             f"{quote_name(index)} is no index of {kind} shards: it holds no 'weight_map'"
         ) from error
-    absent = sorted({path.name for path in files.values() if not path.is_file()})
+    _require_shards(index, files.values())
+    return files
+
+
+def _require_shards(index: Path, paths: Iterable[Path]) -> None:
+    """Raise if a shard that ``index`` lists is absent, or a folder, pipe or device."""
+    missing = {path for path in paths if not os.path.isfile(path)}  # also for an impossible name
+    absent = sorted(path.name for path in missing if not os.path.exists(path))
     if absent:
         raise CheckpointError(
             f"{quote_name(index)} lists shards that are absent: {quote_names(absent)}"
         )
-    return files
+    if missing:
+        names = quote_names(sorted(path.name for path in missing))
+        raise CheckpointError(f"{quote_name(index)} lists what is no regular file: {names}")
 
 
 def lacking(path: Path, name: str) -> CheckpointError:

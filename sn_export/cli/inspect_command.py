@@ -49,9 +49,7 @@ class InspectCommand(CheckpointOptions):
     def run(self) -> None:
         """List them."""
         require_checkpoint(self.checkpoint)
-        require_report(self.report)
-        if self.report is not None and self.report.suffix == ".md":
-            raise UsageError(f"the report of a checkpoint is .html or .json, got '{self.report}'")
+        require_report(self.report, of_checkpoint=True)
         require_apart({"--report": self.report}, {"the checkpoint": [self.checkpoint]})
         if self._is_onnx():
             self._inspect_onnx()

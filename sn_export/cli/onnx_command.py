@@ -67,17 +67,18 @@ def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Itera
             raise UsageError(f"{name} must be another file than {other}, both are '{path}'")
 
 
-def require_report(path: Path | None) -> None:
-    """Raise if no report can be written to ``path``.
+def require_report(path: Path | None, *, of_checkpoint: bool = False) -> None:
+    """Raise if no report can be written to ``path``; None is no report.
 
     Raises:
-        ValueError: for a suffix that says no kind of report.
+        ValueError: for a suffix that such a report cannot have.
         OSError: if its folder is absent or cannot be written to, or it is a folder.
     """
     if path is not None:
-        from ..reporting import require_report_path  # its templates take a moment to load
+        # Imported here: the templates take a moment to load.
+        from ..reporting import INSPECTION_SUFFIXES, REPORT_SUFFIXES, require_report_path
 
-        require_report_path(path)
+        require_report_path(path, INSPECTION_SUFFIXES if of_checkpoint else REPORT_SUFFIXES)
         require_writable(path)
 
 

@@ -4,6 +4,7 @@ from .content import ReportView, as_content, read_report
 from .html import inspection_to_html, to_html
 from .markdown import to_markdown
 from .writing import (
+    INSPECTION_SUFFIXES,
     REPORT_SUFFIXES,
     file_facts,
     require_report_path,
@@ -12,6 +13,7 @@ from .writing import (
 )
 
 __all__ = [
+    "INSPECTION_SUFFIXES",
     "REPORT_SUFFIXES",
     "ReportView",
     "as_content",

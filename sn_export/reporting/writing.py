@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from .html import inspection_to_html, to_html
 from .markdown import to_markdown
 
 REPORT_SUFFIXES = (".json", ".html", ".md")
+INSPECTION_SUFFIXES = (".json", ".html")
 
 
 def save_report(report: Report, path: str | os.PathLike[str], *, command: str = "") -> Path:
@@ -46,7 +47,7 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
     if command:
         content["command"] = command
     if target.suffix == ".json":
-        text = json.dumps(content, indent=2, allow_nan=False) + "\n"
+        text = _to_json(content)
     else:
         text = (to_html if target.suffix == ".html" else to_markdown)(content)
     return _write(text, target)
@@ -70,13 +71,15 @@ def save_inspection(
         FileNotFoundError: if the folder does not exist.
         IsADirectoryError: if ``path`` is a folder.
     """
-    target = require_report_path(path)
+    target = require_report_path(path, INSPECTION_SUFFIXES)
     content = to_json_values(dict(inspection)) | ({"command": command} if command else {})
     if target.suffix == ".json":
-        return _write(json.dumps(content, indent=2, allow_nan=False) + "\n", target)
-    if target.suffix != ".html":
-        raise ValueError(f"the report of a checkpoint is .html or .json, got '{target}'")
+        return _write(_to_json(content), target)
     return _write(inspection_to_html(content), target)
+
+
+def _to_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _write(text: str, target: Path) -> Path:
@@ -88,12 +91,14 @@ def _write(text: str, target: Path) -> Path:
     return target
 
 
-def require_report_path(path: str | os.PathLike[str]) -> Path:
+def require_report_path(
+    path: str | os.PathLike[str], suffixes: Sequence[str] = REPORT_SUFFIXES
+) -> Path:
     """Return ``path`` if a report can be written there; raises as `save_report` does."""
     target = as_path(path, "path")
-    if target.suffix not in REPORT_SUFFIXES:
-        wanted = ", ".join(REPORT_SUFFIXES)
-        raise ValueError(f"the name of a report must end in one of {wanted}, got '{target}'")
+    if target.suffix not in suffixes:
+        wanted = ", ".join(suffixes)
+        raise ValueError(f"the name of this report must end in one of {wanted}, got '{target}'")
     require_place(target)
     return target
 

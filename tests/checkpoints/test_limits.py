@@ -54,7 +54,7 @@ def test_pipes_in_folders(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {"w": "a.safetensors"}}')
     os.mkfifo(tmp_path / "a.safetensors")
     assert _message(index) == (
-        "'m.safetensors.index.json' lists shards that are absent: 'a.safetensors'"
+        "'m.safetensors.index.json' lists what is no regular file: 'a.safetensors'"
     )
     folder = tmp_path / "folder"
     folder.mkdir()

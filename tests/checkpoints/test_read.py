@@ -238,7 +238,7 @@ def test_a_damaged_distributed_checkpoint(tmp_path: Path) -> None:
 
 
 def test_indexes_that_lie(tmp_path: Path) -> None:
-    """An index without a map, with an absent shard, or with a tensor that is not there."""
+    """An index without a map, with an absent shard, or with a tensor that no shard holds."""
     index = tmp_path / "m.safetensors.index.json"
     index.write_text("[1]")
     assert _message(index) == (
@@ -249,6 +249,9 @@ def test_indexes_that_lie(tmp_path: Path) -> None:
     assert _message(index) == (
         "'m.safetensors.index.json' lists shards that are absent: 'b.safetensors'"
     )
+    long = "b" * 300
+    index.write_text(f'{{"weight_map": {{"w": "{long}"}}}}')
+    assert _message(index) == f"'m.safetensors.index.json' lists shards that are absent: '{long}'"
     index.write_text('{"weight_map": {"y": "a.safetensors"}}')
     assert _message(index) == "'a.safetensors' lacks 'y', which its index promises"
 

@@ -112,7 +112,7 @@ def test_shards_have_no_single_source(run: Run) -> None:
 BAD: dict[str, tuple[list[str], str]] = {
     "report suffix": (
         ["--report", "r.txt"],
-        "the name of a report must end in one of .json, .html, .md, got 'r.txt'",
+        "the name of this report must end in one of .json, .html, .md, got 'r.txt'",
     ),
     "report is a folder": (["--report", "folder.md"], "cannot write 'folder.md': it is a folder"),
     "report is output": (

@@ -42,7 +42,7 @@ def test_page_and_content(run: Run, layers: int) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("net.pt", "--report", "a.md"), "the report of a checkpoint is .html or .json"),
+        (("net.pt", "--report", "a.md"), "must end in one of .json, .html, got 'a.md'"),
         (("net.pt", "--report", "no/a.html"), "no"),
         (("net.onnx", "--report", "a.html"), "leave out --report"),
     ],
