@@ -29,7 +29,7 @@ class FreezeError(SnExportError):
         self.rank = rank
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it was made from: processes hand errors to each other."""
+        """Pickle the error as its arguments, since processes hand errors to each other."""
         return type(self), (self.tensor, self.reason, self.remedy, self.rank)
 
 
@@ -62,7 +62,7 @@ class TracedDecisionWarning(SnExportWarning):
 
 
 class OutputNotExportedWarning(SnExportWarning):
-    """The model returns tensors within an object that no exporter looks into."""
+    """The model returns tensors inside an object into which no exporter looks."""
 
 
 class SpectralNormNotConvergedWarning(SnExportWarning):
@@ -70,31 +70,31 @@ class SpectralNormNotConvergedWarning(SnExportWarning):
 
 
 class RandomInputsLeftOutWarning(SnExportWarning):
-    """The model rejects random inputs of the proof, which stands on the other inputs."""
+    """The model rejects random inputs, so the proof uses the other inputs alone."""
 
 
 class PrecisionLostWarning(SnExportWarning):
-    """A file computes what the model does, with operators that lose precision on the way."""
+    """The file computes what the model computes, but with operators that lose precision."""
 
 
 class ExportError(SnExportError):
-    """The model could not be exported, or the file not be run; nothing was published."""
+    """The model could not be exported, or the file could not be run; nothing was published."""
 
 
 class MissingRuntimeError(ExportError, ImportError):
-    """onnxruntime is not installed, without which no file is proved; says what to install."""
+    """onnxruntime is not installed, so no file can be proved; the message says what to install."""
 
 
 class CheckpointError(SnExportError):
-    """A checkpoint cannot be read, understood, fitted to a model or written."""
+    """A checkpoint cannot be read, be understood, fit a model, or be written."""
 
 
 class UsageError(SnExportError):
-    """An argument, a model or an input on the command line that is not usable."""
+    """An argument, a model or an input on the command line cannot be used."""
 
 
 def __getattr__(name: str) -> Any:
-    """Return `sn_export.ParityError`, which carries records and so stands beside them."""
+    """Return `ParityError`, which is defined in `results` beside the records that it carries."""
     if name == "ParityError":
         return importlib.import_module(".results", __package__).ParityError
     raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

@@ -26,14 +26,14 @@ Exporter = Literal["dynamo", "torchscript"]
 
 EXPORTERS: tuple[Exporter, ...] = ("dynamo", "torchscript")  # in the order of "auto"
 
-# What options of the API and of the command line take; the latter reads them without torch.
+# The values of options, for the API and the command line, which reads them without torch.
 ExporterChoice = Literal["auto", Exporter]
 
 Freeze = Literal["spectral_norm", "all"]
 
 ProofDtype = Literal["float32"]
 
-Draws = Literal["zeros"]  # what random numbers of a forward are; None leaves them random
+Draws = Literal["zeros"]  # what takes the place of a forward's random numbers; None: nothing
 
 Spelling = Literal["plain", "hook", "parametrization"]  # of a tensor in a state dict
 
@@ -50,8 +50,8 @@ class Histogram:
 
     Attributes:
         edges: bounds of the buckets, in units of the output: the powers of ten from 1e-18 to 1e6.
-        counts: elements from each edge, it included, to the next; one fewer than edges. The
-            first and the last bucket also hold what is beyond them.
+        counts: number of elements from each edge (included) to the next (excluded); one fewer
+            than edges. The first and the last bucket also count what lies beyond them.
         zeros: elements without any error.
         not_finite: elements whose error is NaN or infinite.
     """
@@ -114,18 +114,20 @@ class Distance:
 
 @dataclass(frozen=True)
 class Rounding:
-    """What the same network says in float64, with the same frozen weights and inputs.
+    """How far model and file are from the same network in float64, and how far rounding goes.
 
     Attributes:
-        model: how far the model itself, in its own dtype, is from that.
-        file: how far the file is.
-        expected: how far rounding goes: the largest of the model's distance, of how far its
-            outputs move with every operator's result moved by a unit of rounding, and of one unit.
+        model: distance of the model, in its own dtype, from the network in float64 with the same
+            frozen weights and inputs.
+        file: distance of the file from it.
+        expected: how far rounding goes: the largest of the model's distance, of the distance that
+            its outputs move when every operator's result moves by a unit of rounding, and of one
+            unit.
         scale: root mean square of the output in float64.
         dtype: the coarsest floating dtype on the way: of the model, or where that is float64 of
             the file.
         operators: how far rounding moves the outputs of the file, whose operators are not those of
-            the model; None where that was not asked.
+            the model; None where that was not measured.
     """
 
     model: Distance
@@ -137,12 +139,12 @@ class Rounding:
 
     @property
     def ratio(self) -> float:
-        """The file's distance as a multiple of what rounding does, the largest of the three."""
+        """The file's distance divided by ``expected``: the largest quotient of rms, p99 and max."""
         return self._ratio(self.expected)
 
     @property
     def operators_ratio(self) -> float:
-        """The same for what rounding does to the file's operators; infinite if not asked."""
+        """The same divided by ``operators``; infinite where that was not measured."""
         return math.inf if self.operators is None else self._ratio(self.operators)
 
     def _ratio(self, expected: Distance) -> float:
@@ -248,14 +250,14 @@ class ModuleParity:
 
 @dataclass(frozen=True)
 class Divergence:
-    """Where the file and the model part.
+    """The comparison module by module, which finds where file and model begin to differ.
 
     Attributes:
         modules: the modules in the order in which they finish, a container after what it
             contains, the model itself last.
         first: path of the first module that is outside tolerance, ``""`` if only the model itself
-            is; of the first that draws random numbers where the model is not deterministic; None
-            where there is none or it cannot be told.
+            is. Where the model is not deterministic, path of the first module that draws random
+            numbers. None where there is no such module, or it cannot be told.
         reason: the finding in words.
         unmatched: paths of the modules that ran and have no value of their own in the file: they
             do nothing in eval mode, or were fused into others.
@@ -320,7 +322,7 @@ class ParityReport:
         return content
 
     def __str__(self) -> str:
-        """Return one line for each output, and where they part if one did not pass."""
+        """Return one line for each output, and the finding of `Divergence` if one did not pass."""
         lines = [
             f"{o.name}: {'passed' if o.passed else 'FAILED'}, max_abs {o.max_abs:.3g}, "
             f"max_rel {o.max_rel:.3g} over {o.samples} input sets"
@@ -354,7 +356,7 @@ class ParityError(SnExportError):
         self.export = export
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickle what it was made from: processes hand errors to each other."""
+        """Pickle the error as its arguments, since processes hand errors to each other."""
         return type(self), (str(self), self.report, self.export)
 
     @property
@@ -365,7 +367,7 @@ class ParityError(SnExportError):
 
 @dataclass(frozen=True)
 class FoldedInitializer:
-    """An initializer that takes the place of arithmetic on initializers.
+    """An initializer that replaces operators whose inputs are initializers alone.
 
     Attributes:
         name: its name in the file.

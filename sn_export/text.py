@@ -1,4 +1,4 @@
-"""Names, numbers and texts as they stand in state dicts, messages and JSON. It needs no torch."""
+"""Names, numbers and texts for state dicts, messages and JSON. This file needs no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from numbers import Real
 from os import PathLike, fspath
 from typing import Any
 
-# Of torch's C++ errors, and of Python's own where they passed through C++.
+# Where the stack frames begin in torch's C++ errors, and in Python's that passed through C++.
 _FRAMES = re.compile(
     r"\s*^(?:Exception raised from .+ \(most recent call first\):$|frame #\d+: "
     r"|At:\n  .+\(\d+\): )",
@@ -32,10 +32,10 @@ def dtype_name(tensor: Any) -> str:
 def escape_unprintable(text: str) -> str:
     r"""Return ``text`` with every character that is not printable written as Python escapes it.
 
-    What a file says must neither move a terminal's cursor (ESC, BEL, CR, C1), nor turn text
-    around (bidirectional marks), nor begin a line of its own, nor fail to be encoded (lone
-    surrogates). A text that was escaped stays as it is. HTML, Markdown and rich markup are
-    printable: whoever writes one of them escapes that besides.
+    A text from a file must neither move a terminal's cursor (ESC, BEL, CR, C1), nor turn other
+    text around (bidirectional marks), nor begin a line of its own, nor fail to be encoded (lone
+    surrogates). Escaping twice changes nothing more. HTML, Markdown and rich markup are printable,
+    so whoever writes one of them escapes its markup besides.
 
     Example::
 
@@ -47,7 +47,7 @@ def escape_unprintable(text: str) -> str:
 
 
 def quote_name(name: object, most: int = 1000) -> str:
-    """Return a name or path in quotes, escaped, and the middle of a very long one left out."""
+    """Return a name or path in quotes and escaped, without the middle of a very long one."""
     text = str(name)
     if len(text) > most:
         half = most // 2
@@ -68,14 +68,14 @@ def shorten_list(texts: Iterable[str], most: int = 5) -> str:
 
 
 def format_count(number: int, noun: str) -> str:
-    """Return ``"1 entry"``, ``"2 entries"``, ``"0 tensors"``: a number, and what there is of it."""
+    """Return a number with its noun: ``"1 entry"``, ``"2 entries"``, ``"0 tensors"``."""
     if number == 1:
         return f"1 {noun}"
     return f"{number} {noun[:-1]}ies" if noun.endswith("y") else f"{number} {noun}s"
 
 
 def describe_type(value: object) -> str:
-    """Return ``"a value of type 'int'"``, which says nothing that a file could have chosen."""
+    """Return ``"a value of type 'int'"``: a message must not show the value, which a file chose."""
     return f"a value of type {quote_name(type(value).__name__)}"
 
 
@@ -85,7 +85,7 @@ def join_lines(text: str) -> str:
 
 
 def without_frames(text: str) -> str:
-    """Return the text of an error up to where it lists the frames of C++ that it came from."""
+    """Return the text of an error without the stack frames that torch's C++ code appends."""
     return _FRAMES.split(text, maxsplit=1)[0]
 
 
@@ -111,7 +111,7 @@ def to_json_values(value: Any) -> Any:
 
 
 def plain_integer(value: object) -> int | None:
-    """Return an integer, numpy's too, as Python's own; None for anything else, and for a bool."""
+    """Return an integer of Python or numpy as Python's; None for anything else, and for a bool."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy 1.26 takes its own for integers
         return None
     try:
@@ -121,10 +121,10 @@ def plain_integer(value: object) -> int | None:
 
 
 def require_choice(option: str, value: Any, choices: Sequence[object]) -> Any:
-    """Return the value of an option that has a few.
+    """Return ``value`` if it is one of the choices of ``option``.
 
     Raises:
-        ValueError: for another one: ``freeze must be 'spectral_norm' or 'all', got 'none'``.
+        ValueError: if it is not: ``freeze must be 'spectral_norm' or 'all', got 'none'``.
     """
     if value in choices:
         return value
@@ -133,7 +133,7 @@ def require_choice(option: str, value: Any, choices: Sequence[object]) -> Any:
 
 
 def plain_number(value: object) -> float | None:
-    """Return a real number as `plain_integer` does an integer."""
+    """Return a real number of Python or numpy as Python's; None for anything else."""
     whole = plain_integer(value)
     if whole is not None:
         return whole
