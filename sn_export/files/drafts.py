@@ -1,7 +1,7 @@
-"""Folders in which files are written, beside their places.
+"""Hidden folders in which files are written before they are moved to their places.
 
 A file is written as a draft, in a hidden folder beside its place (`Drafts`), and moved from there
-(`publish`), so whoever looks sees whole files alone. The folder looks like this::
+(`publish`), so a reader never sees a half-written file. The folder looks like this::
 
     .sn_export.k2x0f8vt/
       lock         locked while the process lives that made the folder
@@ -9,8 +9,8 @@ A file is written as a draft, in a hidden folder beside its place (`Drafts`), an
       replaced/    what was there before, until all is in place
       plan         the moves that are being made, as JSON
 
-A killed process leaves its folder behind. The next one that writes beside it can lock the file
-``lock``, so it knows that nobody needs the folder: it takes back moves that were not all made,
+A killed process leaves its folder behind. The next process that writes beside it can lock the file
+``lock``, and so knows that nobody needs the folder: it takes back the moves of an unfinished plan,
 and removes the folder.
 """
 
@@ -62,9 +62,9 @@ class Drafts(io.IOBase):
             made.write_bytes(content)
             publish([(made, Path("net.onnx"))])
 
-    No interrupt can keep a folder: ``__exit__`` is that of `io.IOBase`, which calls the ``close``
-    of a generator, and both are written in C, so there is no line of Python to be stopped at before
-    the generator goes on, within its ``try``.
+    An interrupt cannot prevent the removal. ``__exit__`` is that of `io.IOBase`, which calls
+    ``close``, here that of a generator. Both are written in C, so no line of Python, at which an
+    interrupt could strike, runs before the generator goes on inside its ``try``.
     """
 
     def __init__(self) -> None:
@@ -76,15 +76,15 @@ class Drafts(io.IOBase):
     def open(self, target: Path) -> Path:
         """Return a path of the same name in a new folder beside ``target``.
 
-        What killed processes left beside ``target`` is removed first. If one was killed while it
-        replaced files, what it had moved aside is back in its place.
+        Folders that killed processes left beside ``target`` are removed first. If one was killed
+        while it replaced files, the files that it had moved aside are put back.
 
         Raises:
             OSError: if the folder of ``target`` takes no new folder.
 
         Warns:
-            SnExportWarning: if there is something that looks left behind, and nobody can tell
-                whether a process still uses it, since files cannot be locked on this disk.
+            SnExportWarning: if a folder of another process is there, and files cannot be locked on
+                this disk, so that nobody can tell whether the process still uses it.
         """
         _remove_leftovers(target.parent)
         folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
@@ -107,13 +107,14 @@ def _remove_at_close(folders: dict[Path, list[int]]) -> Generator[None]:
 def _make(folder: Path, locks: list[int]) -> None:
     """Make a folder for drafts, and lock it where files can be locked.
 
-    Without a lock there is no file ``lock``, so that no other process takes it for unlocked.
+    Where they cannot, the file ``lock`` is removed: another process could lock it, and remove the
+    folder.
     """
     while not locks:
         folder.mkdir(mode=0o700, exist_ok=True)
         try:
             locks.append(_lock(folder / _LOCK, os.O_CREAT))
-        except (FileNotFoundError, BlockingIOError):  # taken for left behind before it was locked
+        except (FileNotFoundError, BlockingIOError):  # another process removes it as left behind
             time.sleep(0.01)
         except OSError:
             (folder / _LOCK).unlink(missing_ok=True)
@@ -132,11 +133,11 @@ def _close(folders: dict[Path, list[int]]) -> None:
 
 
 def _lock(path: Path, flags: int = 0) -> int:
-    """Return the descriptor of a file that nobody else has locked from now on.
+    """Lock a file, and return its descriptor, which holds the lock until it is closed.
 
     Raises:
-        BlockingIOError: if another one has.
-        FileNotFoundError: if it is not there, or gone by the time it was locked.
+        BlockingIOError: if another process holds the lock.
+        FileNotFoundError: if the file is not there, or was removed before it could be locked.
         OSError: if files cannot be locked here.
     """
     try:
@@ -175,7 +176,7 @@ def _remove_leftovers(parent: Path) -> None:
                     _warn_of_leftover(folder, error)
         for folder in locks:
             take_back(folder)
-        for folder in locks:  # after that, since moves go to and from several
+        for folder in locks:  # after all were taken back, since a move may go between two folders
             _remove(folder)
     finally:
         for lock in locks.values():
@@ -183,7 +184,7 @@ def _remove_leftovers(parent: Path) -> None:
 
 
 def _remove_empty(folder: Path) -> bool:
-    """Remove a folder that was made and not yet locked; whoever made it makes another one."""
+    """Remove a folder that has no lock yet; the process that made it then makes another one."""
     try:
         folder.rmdir()
     except FileNotFoundError:
@@ -204,7 +205,7 @@ def _warn_of_leftover(folder: Path, error: OSError) -> None:
 
 
 def _remove(folder: Path) -> None:
-    """Remove a folder of drafts, its lock last; what a kill leaves of it can be locked again."""
+    """Remove a folder of drafts, its lock last, so that the rest can be removed after a kill."""
     if (folder / KEPT).exists():
         return
     with contextlib.suppress(OSError):

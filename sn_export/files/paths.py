@@ -1,4 +1,4 @@
-"""Where files may be, and how they are opened: no folder, pipe or device by accident."""
+"""Check where a file may be written, and open files without waiting for a pipe or a device."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 
 from ..errors import SnExportError
 
-# A full disk, a quota, a limit of the process, a broken or read-only disk.
+# What a disk refuses a write with: it is full, broken or read-only, or a quota or limit is reached.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
-# Nobody expects an ONNX file under these names.
+# Suffixes of other formats: nobody expects an ONNX file under such a name.
 _OTHER_FORMATS = (
     *(".bin", ".ckpt", ".h5", ".pkl", ".pt", ".pt2", ".pth", ".safetensors", ".npy", ".npz"),
     *(".html", ".md", ".ort", ".py", ".tflite", ".txt", ".zip"),
 )
-# Under these, onnx writes and reads text in the place of protobuf, which onnxruntime does not run.
+# Suffixes for which onnx writes text and not protobuf; onnxruntime cannot run such a file.
 TEXT_FORMATS = (
     *(".json", ".onnxjson", ".onnxtext", ".onnxtxt"),
     *(".pbtxt", ".prototxt", ".textproto", ".txtpb"),
@@ -32,7 +32,7 @@ def side_file(path: Path) -> Path:
 
 
 def as_path(path: Any, option: str) -> Path:
-    """Return what a user passes as ``option``.
+    """Return the path that a user passes as ``option``.
 
     Raises:
         TypeError: if it is neither text nor an `os.PathLike`.
@@ -60,7 +60,7 @@ def open_regular(path: Path) -> BinaryIO:
         OSError: if it cannot be opened, or is no regular file.
     """
     require_regular(path)
-    # A pipe may have come into its place meanwhile.
+    # A pipe may have taken its place since the check: opening it must not block.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     descriptor = os.open(path, flags)
     try:
@@ -120,7 +120,7 @@ def are_one_place(one: Path, other: Path) -> bool:
 
 
 def find_disk_error(error: BaseException | None) -> OSError | None:
-    """Return what a disk refused a write with, if that is what an error came from."""
+    """Return the error of the disk that ``error`` came from, or None if it has another cause."""
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -134,7 +134,7 @@ def find_disk_error(error: BaseException | None) -> OSError | None:
 def disk_errors_as(kind: type[SnExportError], target: Path) -> Iterator[None]:
     """Raise a ``kind`` for every OSError, with a message that names ``target``.
 
-    An error of `require_place` has a message that does so already.
+    The message of an error from `require_place` names it already, and is kept.
     """
     try:
         yield
@@ -148,14 +148,15 @@ def require_onnx_place(target: Path, *, has_data: bool, overwrite: bool, advice:
 
     Args:
         target: where the file is to be.
-        has_data: whether its weights go, or may go, to external data beside it.
+        has_data: whether its weights may go to a file of external data beside it.
         overwrite: whether it may have the suffix of another format, or replace any file.
-        advice: how to write it all the same, for the message.
+        advice: how the user can write it all the same, for the message.
 
     Raises:
         ValueError: if the suffix is that of another format.
         FileExistsError: if there is a file that is neither ONNX nor empty.
-        OSError: as `require_place`, for the file, its external data, and a name that is too long.
+        OSError: as `require_place` for the file and for its external data, or if a name is too
+            long.
     """
     require_place(target)
     require_place(side_file(target))
@@ -180,9 +181,9 @@ def require_onnx_place(target: Path, *, has_data: bool, overwrite: bool, advice:
 
 
 def _require_room_in_name(target: Path) -> None:
-    """Raise if the disk takes no name that is as long as one that is made from ``target``'s.
+    """Raise if the disk takes no name as long as that of the folder that onnx-ir will make.
 
-    onnx-ir writes external data in a folder that is called ``.net.onnx.data.k2x0f8vt``.
+    It writes the external data of ``net.onnx`` in a folder called ``.net.onnx.data.k2x0f8vt``.
     """
     longer = f".{side_file(target).name}.{'x' * 8}"
     try:
@@ -200,18 +201,18 @@ def _require_room_in_name(target: Path) -> None:
 def starts_as_onnx(path: Path) -> bool:
     """Return whether the first bytes of a file are those of an ONNX model.
 
-    As all writers of protobuf do, those of ONNX begin with the first field, ``ir_version``, a small
-    number: the bytes 8 and 1 to 31.
+    Every known writer of protobuf begins with the first field, here ``ir_version``: the byte 8,
+    and a small number from 1 to 31.
     """
     with open_regular(path) as file:
         head = file.read(9)
-    if len(head) < 2 or head[8:] == b"{":  # the latter is how safetensors go on
+    if len(head) < 2 or head[8:] == b"{":  # safetensors: eight bytes of length, then JSON
         return False
     return head[0] == 8 and 0 < head[1] < 32
 
 
 def _is_onnx(path: Path) -> bool:
-    """Return whether a file is an ONNX model; it is read where its first bytes do not say so."""
+    """Whether a file is an ONNX model; the whole is read only if its first bytes do not tell."""
     if starts_as_onnx(path):
         return True
     import onnx  # takes a second

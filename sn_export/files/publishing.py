@@ -1,6 +1,6 @@
-"""How files that belong together get to their places: all of them, or none.
+"""Move files that belong together to their places: all of them, or none.
 
-They come from a folder of drafts (`Drafts`), which has room for what they replace.
+They come from a folder of drafts (`Drafts`), into which the files that they replace are moved.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         made/net.onnx.data -> net.onnx.data
         made/net.onnx -> net.onnx                  the new pair from here on
 
-    What was moved aside comes back when somebody writes there again (`Drafts`). A file alone takes
-    the place of an old one in one step. Each step is on the disk before the
-    next one where the system can say so (fsync), so what holds for a kill holds for a power loss.
+    After a kill, the files that were moved aside are put back by the next process that writes
+    there (`Drafts`). A single file replaces an old one in one step. Each step is flushed to the
+    disk before the next one where the system can do that (fsync), so a power loss is like a kill.
 
     Args:
         moves: drafts, from `Drafts`, and their places; the one that names the others last. A
@@ -49,19 +49,20 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
             _move_all(moves, stale)
         finally:
             _let_others_in(held)
-    finally:  # an interrupt may stop the first; who waits for this process would wait for good
+    finally:  # an interrupt may stop the first, and other processes would wait for good
         _let_others_in(held)
 
 
 def _wait_until_alone(folder: Path, held: list[int]) -> None:
-    """Wait until nobody else publishes in ``folder``, as ranks do that export the same model.
+    """Wait until no other process publishes in ``folder``, as ranks do that export one model.
 
-    Without it, one would move aside what another one has just put there. Where folders cannot be
-    locked (Windows, some NFS), they take that chance.
+    Two at once could move aside what the other has just put there. Where folders cannot be locked
+    (Windows, some NFS), nothing prevents that.
 
     Args:
         folder: where files are going to be.
-        held: is given the descriptor that holds the lock, before there is one.
+        held: receives the descriptor before it is locked, so that the caller can close it whenever
+            an interrupt strikes.
     """
     with contextlib.suppress(ImportError, OSError):
         import fcntl
@@ -71,7 +72,7 @@ def _wait_until_alone(folder: Path, held: list[int]) -> None:
 
 
 def _let_others_in(held: list[int]) -> None:
-    """Release the lock; it can be repeated from wherever it was stopped."""
+    """Release the lock; after an interrupt the call can be repeated."""
     while held:
         with contextlib.suppress(OSError):  # it was not locked
             import fcntl
@@ -92,7 +93,7 @@ def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None
                 os.replace(source, place)
             _flush_folders(path.parent for pair in phase for path in pair)
     except BaseException:
-        if os.path.lexists(last):  # else the last step was done, and all is in place
+        if os.path.lexists(last):  # otherwise the last step was made, and all is in place
             _undo(done)
         raise
 
@@ -100,7 +101,14 @@ def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None
 def _plan(
     moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]
 ) -> list[list[tuple[Path, Path]]]:
-    """Return the steps of `publish`, in three groups that are flushed one after the other."""
+    """Return the moves in up to three groups, each of which is flushed before the next one.
+
+    Example: ``net.onnx`` and its data are there, and new ones are in ``made/``::
+
+        [[net.onnx -> replaced/net.onnx],
+         [net.onnx.data -> replaced/net.onnx.data, made/net.onnx.data -> net.onnx.data],
+         [made/net.onnx -> net.onnx]]
+    """
     *others, (made, target) = moves
     aside = made.parent.with_name(REPLACED)
     removed = [(path, aside / path.name) for path in stale if os.path.lexists(path)]
@@ -119,7 +127,7 @@ def _plan(
 
 
 def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
-    """Write down what is going to be moved, for whoever finds the folder after a kill."""
+    """Write the moves to a file, for the process that finds the folder after a kill."""
     paths = [[os.path.abspath(path) for path in pair] for pair in steps]
     plan = folder / PLAN
     plan.write_bytes(json.dumps({"folder": _identity(folder), "steps": paths}).encode())
@@ -130,8 +138,8 @@ def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
 def take_back(folder: Path) -> None:
     """Take back the moves of a killed process, unless it had made the last one.
 
-    A folder that came from elsewhere, in an archive, may hold any plan. It is not followed: nobody
-    else can know the number that the disk gives a folder.
+    A folder that was unpacked from an archive may hold any plan, which is not followed: a plan must
+    name the number that the disk has given its folder, which the author of an archive cannot know.
     """
     try:
         plan = json.loads((folder / PLAN).read_bytes())
@@ -141,7 +149,7 @@ def take_back(folder: Path) -> None:
         if is_ours and os.path.lexists(made) and not os.path.lexists(target):
             _move_back(steps[:-1])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
-        return  # half written, before the first move; or another folder is gone
+        return  # the plan is half written, so nothing was moved; or its folders are gone
 
 
 def _identity(folder: Path) -> list[int]:
@@ -150,15 +158,15 @@ def _identity(folder: Path) -> list[int]:
 
 
 def _undo(done: Sequence[tuple[Path, Path]]) -> None:
-    """Move back what was moved; no step takes the place of a file, so each can be repeated.
+    """Move back what was moved; no step replaces a file, so each can be repeated.
 
     Raises:
-        OSError: if the disk refuses; says where the replaced files are, which are then kept.
+        OSError: if the disk refuses; the replaced files are then kept, and the message says where.
     """
     try:
         try:
             _move_back(done)
-        except BaseException:  # an interrupt, which comes once
+        except BaseException:  # an interrupt; a second one is not expected
             _move_back(done)
             raise
     except OSError as error:
