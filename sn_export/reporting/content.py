@@ -1,4 +1,4 @@
-"""The content of a report, as its JSON holds it, and the sentences that the pages say of it."""
+"""The content of a report, as its JSON holds it, and the sentences and numbers of its pages."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ Number = float | str | None  # in JSON NaN is null, and infinities are the texts
 
 @runtime_checkable
 class HasContent(Protocol):
-    """What `sn_export.ExportReport` and `sn_export.ParityReport` have in common."""
+    """A report with a JSON content: `sn_export.ExportReport` or `sn_export.ParityReport`."""
 
     def content(self) -> dict[str, Any]:
-        """Return what the JSON of the report holds."""
+        """Return the content of the report's JSON."""
 
 
 Report = HasContent | Mapping[str, Any]
 
 
 def as_content(report: Report) -> dict[str, Any]:
-    """Return what the JSON of a report holds.
+    """Return the content of a report's JSON.
 
     Args:
         report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content that
             was read from the JSON of one.
 
     Returns:
-        A new mapping with the key ``parity``; NaN is None and infinities are texts. Of a
-        comparison alone ``parity`` is the only key.
+        A new mapping with the key ``parity``, which is the only one for an
+        `sn_export.ParityReport`; NaN is None and infinities are texts.
 
     Raises:
         TypeError: for anything else.
@@ -56,13 +56,13 @@ def as_content(report: Report) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReportView:
-    """A report as the pages show it: its content, and what they say of it in words.
+    """The content of a report, with the sentences that every page shows.
 
     Attributes:
-        content: what the JSON holds, as `as_content` returns it.
+        content: the content of the JSON, as `as_content` returns it.
         verdict: whether the file is proved, in one line.
-        details: sentences that say more: why not, where file and model part, notes.
-        facts: pairs of a name and a text about the export.
+        details: further sentences: why an output failed, which module differs first, notes.
+        facts: names and texts about the export, such as ``("opset", "18")``.
         first: position of the first module outside tolerance in ``parity["modules"]``.
     """
 
@@ -83,8 +83,7 @@ def read_report(report: Report) -> ReportView:
 
     Raises:
         TypeError: for what is no report.
-        ValueError: for the content of a report in which something is missing or of a wrong
-            type.
+        ValueError: for content in which a key is missing or a value has a wrong type.
     """
     content = as_content(report)
     with errors_of_content():
@@ -100,7 +99,7 @@ def read_report(report: Report) -> ReportView:
 
 @contextlib.contextmanager
 def errors_of_content() -> Iterator[None]:
-    """Turn what goes wrong with content from elsewhere into a ValueError."""
+    """Raise a ValueError for every error that content with missing or wrong values can cause."""
     try:
         yield
     except KeyError as error:
@@ -110,7 +109,7 @@ def errors_of_content() -> Iterator[None]:
 
 
 def module_name(entry: Mapping[str, Any]) -> str:
-    """Return the path of a module, with the number of the call where it was called before."""
+    """Return the path of a module: ``"body.0"``, or ``"body.0 (call 2)"`` for its second call."""
     call = f" (call {entry['call'] + 1})" if entry["call"] else ""
     return f"{entry['module'] or '(the model)'}{call}"
 
@@ -121,7 +120,7 @@ def tensor_name(entry: Mapping[str, Any]) -> str:
 
 
 def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
-    """Return the metadata of a file without what the page's own tables show better."""
+    """Return the metadata of a file without the keys that have tables of their own on the page."""
     shown = ("sn_export.frozen", "sn_export.versions")
     return {key: text for key, text in metadata.items() if key not in shown}
 

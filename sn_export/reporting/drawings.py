@@ -1,7 +1,7 @@
-"""The geometry of the charts. Widths are in percent, so that a chart is as wide as its page.
+"""What a page draws: the geometry of its charts, and samples of outputs as PNG and SVG paths.
 
-Text in a drawing that is scaled to a phone would be too small to read. So nothing is scaled: x is
-in percent of the page, y in pixels.
+A chart is as wide as its page. Text in a drawing that is scaled to a phone would be too small to
+read, so no chart is scaled: x is in percent of the page, y in pixels.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .content import (
     tensor_name,
 )
 
-_LEAST = 0.8  # percent; what is not zero is seen
-_TICKS = 6
+_LEAST = 0.8  # percent: the width of the smallest bar, so that what is not zero can be seen
+_TICKS = 6  # the most on one scale
 _COLOURS = {1: 0, 3: 2, 4: 6}  # PNG's colour type by the number of channels
-_MOST = 2**22  # bytes; no report of ours holds as many in one picture
+_MOST = 2**22  # bytes of a picture: more than any that a report holds
 _TITLES = ("model", "file", "difference")
 
 
@@ -41,7 +41,7 @@ class Tick:
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar: where it starts and ends in percent, what it says, and its kind for the colour."""
+    """A bar: start and width in percent, its label, and its kind, which decides the colour."""
 
     start: float
     width: float
@@ -51,7 +51,7 @@ class Bar:
 
 @dataclass(frozen=True)
 class Row:
-    """A line of a bar chart: its label and one bar or two."""
+    """A row of a bar chart: its label, one or two bars, and a mark behind them."""
 
     label: str
     bars: tuple[Bar, ...]
@@ -68,7 +68,7 @@ class BarChart:
 
 @dataclass(frozen=True)
 class Column:
-    """A column of a histogram: place and height in percent, its range and count."""
+    """A column of a histogram: start, width and height in percent, its range and count."""
 
     start: float
     width: float
@@ -88,7 +88,7 @@ class _Histogram:
 
 @dataclass(frozen=True)
 class Columns:
-    """A histogram; ``limit`` is where the absolute tolerance lies, None if outside."""
+    """A histogram; ``limit`` is the place of the absolute tolerance in percent, None if outside."""
 
     columns: tuple[Column, ...]
     ticks: tuple[Tick, ...]
@@ -96,7 +96,7 @@ class Columns:
 
 
 def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
-    """Return sigma as stored above the true sigma, on a scale from 0; None without values."""
+    """Return a chart of each stored sigma above the true one, from 0; None without values."""
     found = [
         (tensor_name(entry), as_number(entry["sigma"]), as_number(entry["sigma_exact"]))
         for entry in frozen
@@ -128,8 +128,8 @@ def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> Bar
     """Return the largest absolute error of each module on a scale of decades; None if empty.
 
     Args:
-        modules: of the JSON, in network order.
-        first: position of the first one outside tolerance.
+        modules: the modules of the JSON, in network order.
+        first: position of the first module outside tolerance; None if there is none.
     """
     if not modules:
         return None
@@ -155,7 +155,7 @@ def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> Bar
 
 
 def strip_of(chart: BarChart) -> tuple[Column, ...]:
-    """Return the first bar of each row as a column, side by side, as an overview of many rows."""
+    """Return an overview of a chart with many rows: the first bar of each, as columns in a line."""
     width = 100 / len(chart.rows)
     return tuple(
         Column(i * width, width, bar.width, f"{row.label}: {bar.text}", 1, bar.kind)
@@ -164,7 +164,7 @@ def strip_of(chart: BarChart) -> tuple[Column, ...]:
 
 
 def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
-    """Return which stored sigma is furthest from the true one, or else which is the largest."""
+    """Return a sentence on the sigma furthest from the true one; without true ones, the largest."""
     normed = [entry for entry in frozen if math.isfinite(as_number(entry.get("sigma")))]
     off = [
         (abs(as_number(entry["sigma"]) / as_number(entry["sigma_exact"]) - 1), entry)
@@ -182,7 +182,7 @@ def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
 
 
 def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
-    """Return which module has the largest error; NaN is larger than any number."""
+    """Return a sentence on the module with the largest error; NaN is larger than any number."""
 
     def error(entry: Mapping[str, Any]) -> float:
         value = as_number(entry["max_abs"])
@@ -193,7 +193,7 @@ def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
 
 
 def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
-    """Return the errors of an output by decade, in columns as high as the count's logarithm."""
+    """Return a histogram of an output's errors by decade; the height is the count's logarithm."""
     if output["histogram"] is None:
         return None
     found, atol = _Histogram(**output["histogram"]), as_number(output["atol"])
@@ -227,7 +227,7 @@ def _ranges(found: _Histogram, first: int, last: int) -> list[tuple[str, int, st
 
 
 def _span(found: _Histogram, atol: float) -> tuple[int, int]:
-    """Return the edges around the buckets that hold something, and the tolerance."""
+    """Return the first and last edge that are drawn, around every count and the tolerance."""
     held = [i for i, count in enumerate(found.counts) if count]
     if not held:
         return (0, 0)
@@ -258,7 +258,10 @@ def _decades(low: int, high: int) -> list[Tick]:
 
 
 def _step(top: float) -> float:
-    """Return a step of 1, 2 or 5 times a power of ten that divides the scale into a few."""
+    """Return the distance of ticks on a scale from 0 to ``top``: 1, 2 or 5 times a power of ten.
+
+    Example: ``_step(1.3)`` is 0.5, for ticks at 0, 0.5, 1 and 1.5.
+    """
     power: float = 10.0 ** math.floor(math.log10(top / 4))
     for factor in (1, 2, 5):
         if top / (factor * power) <= _TICKS:
@@ -268,7 +271,7 @@ def _step(top: float) -> float:
 
 @dataclass(frozen=True)
 class View:
-    """One of the three drawings of a sample: its title, and a PNG as data, or a path of SVG."""
+    """One drawing of a sample: its title, and a PNG as a data URL or the path of an SVG."""
 
     title: str
     source: str
@@ -276,7 +279,7 @@ class View:
 
 @dataclass(frozen=True)
 class Sample:
-    """One sample as the page shows it; see `sn_export.results.Picture`."""
+    """One sample with its drawings; the other fields are those of `sn_export.results.Picture`."""
 
     kind: str
     label: str
@@ -289,10 +292,10 @@ class Sample:
 
 
 def read_samples(pictures: Iterable[Mapping[str, Any]]) -> list[Sample]:
-    """Return the samples of an output.
+    """Return the samples of an output, drawn.
 
     Args:
-        pictures: of the JSON.
+        pictures: the pictures of the output in the JSON.
 
     Raises:
         KeyError: if something is missing.
@@ -330,7 +333,7 @@ def _source(entry: Mapping[str, Any], title: str) -> str:
 
 
 def _png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
-    """Return a PNG file (RFC 2083) of 8 bits a channel, without filters."""
+    """Return the bytes of a PNG file (RFC 2083) with 8 bits a channel and no filters."""
     row = width * channels
     lines = b"".join(b"\0" + pixels[i : i + row] for i in range(0, len(pixels), row))
     header = struct.pack(">IIBBBBB", width, height, 8, _COLOURS[channels], 0, 0, 0)
@@ -342,9 +345,10 @@ def _png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
 
 
 def _path(lowest: bytes, highest: bytes, from_bottom: bool) -> str:
-    """Return a path around a wave, 256 high and a unit wide for each column.
+    """Return an SVG path around a wave, 256 high and one unit wide for each column.
 
-    ``_path(bytes([64]), bytes([128]), False)`` is ``"M0,127V192H1V127Z"``: y grows downwards.
+    Example: ``_path(bytes([64]), bytes([128]), False)`` is ``"M0,127V192H1V127Z"``, as y grows
+    downwards.
     """
     return "".join(
         f"M{x},{255 - high}V{256 if from_bottom else 256 - low}H{x + 1}V{255 - high}Z"

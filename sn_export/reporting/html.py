@@ -13,8 +13,8 @@ import markupsafe
 from ..text import escape_unprintable
 from . import content, drawings
 
-_FOLD = 12  # rows from which on a table beside its chart is closed at first
-_MANY = 20  # rows beyond which a chart is closed too, and an overview stands above it
+_FOLD = 12  # a table beside its chart with at least so many rows is closed at first
+_MANY = 20  # a chart with more rows is closed too, and has an overview above it
 
 
 def to_html(report: content.Report) -> str:
@@ -22,12 +22,12 @@ def to_html(report: content.Report) -> str:
 
     Args:
         report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content of the
-            JSON of one. In the content ``command`` (the command line) and ``files`` (from
-            `file_facts`) are shown too.
+            JSON of one. Its keys ``command`` (the command line) and ``files`` (see `file_facts`)
+            are shown too.
 
     Raises:
         TypeError: for what is no report.
-        ValueError: for JSON content in which something is missing.
+        ValueError: for JSON content in which a key is missing or a value has a wrong type.
     """
     view = content.read_report(report)
     with content.errors_of_content():
@@ -54,13 +54,13 @@ def to_html(report: content.Report) -> str:
 
 
 def inspection_to_html(inspection: Mapping[str, Any]) -> str:
-    """Return what ``sn-export inspect`` says of a checkpoint as one self-contained HTML page.
+    """Return the answer of ``sn-export inspect`` as one self-contained HTML page.
 
     Args:
-        inspection: the JSON of ``sn-export inspect --json``; ``command`` is shown too.
+        inspection: the JSON of ``sn-export inspect --json``; the key ``command`` is shown too.
 
     Raises:
-        ValueError: for content in which something is missing.
+        ValueError: for content in which a key is missing or a value has a wrong type.
     """
     with content.errors_of_content():
         layers = inspection["layers"]
@@ -107,15 +107,18 @@ def _template(name: str) -> jinja2.Template:
 
 
 def _with_breaks(text: str) -> markupsafe.Markup:
-    """Return a key that may break behind ``.``, ``_``, ``-`` and ``/``, where words end in it."""
+    """Return a key as markup that a browser may break behind ``.``, ``_``, ``-`` and ``/``.
+
+    Example: ``body.0.weight`` is ``body.<wbr>0.<wbr>weight``.
+    """
     escaped = str(markupsafe.escape(escape_unprintable(text)))
     return markupsafe.Markup(re.sub(r"(?<=[._/-])(?=.)", "<wbr>", escaped))
 
 
 def _escape(value: Any) -> Any:
-    """Return what a template is about to show, without control and bidirectional characters.
+    """Return a value for a template, with control and bidirectional characters escaped.
 
-    Jinja escapes ``<``, ``&`` and quotes itself, afterwards.
+    Jinja escapes ``<``, ``&`` and quotes afterwards.
     """
     is_text = isinstance(value, str) and not isinstance(value, markupsafe.Markup)
     return escape_unprintable(value) if is_text else value

@@ -23,7 +23,7 @@ from .content import (
 
 _ROWS = 20  # of each table; the HTML report holds all
 _AROUND = 3  # modules before and after the first one outside tolerance
-# Markup; what makes an address a link; what begins a list or a heading.
+# Letters of markup, the ends of "http:" and "www." that make a link, and the start of a list.
 _SPECIAL = re.compile(r"([\\`*_{}\[\]<>()#|~$&!]|:(?=//)|(?<=www)\.|^[-+=])", re.IGNORECASE)
 _NUMBERED = re.compile(r"^(\d+)\.")
 _LONGEST = 500  # characters of one text
@@ -37,7 +37,7 @@ def to_markdown(report: Report) -> str:
 
     Raises:
         TypeError: for what is no report.
-        ValueError: for JSON content in which something is missing.
+        ValueError: for JSON content in which a key is missing or a value has a wrong type.
     """
     view = read_report(report)
     with errors_of_content():
@@ -142,7 +142,7 @@ def _row(cells: Sequence[str]) -> str:
 
 
 def _code(text: str) -> str:
-    """Return untrusted text as code, in which nothing is a link, a tag or an end of the cell."""
+    """Return untrusted text as code, in which nothing becomes a link, a tag or another cell."""
     text = _line(text)
     longest = max((len(list(run)) for char, run in groupby(text) if char == "`"), default=0)
     fence = "`" * (longest + 1)
@@ -151,7 +151,7 @@ def _code(text: str) -> str:
 
 
 def _text(text: str) -> str:
-    """Return untrusted text as a sentence, in which every letter stands for itself."""
+    """Return untrusted text as a sentence, in which no letter is markup."""
     return _NUMBERED.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", _line(text)))
 
 

@@ -1,4 +1,4 @@
-"""Reports as files: the suffix says which kind, and a half-written one is never seen."""
+"""Write reports to files: the suffix chooses the format, and no half-written file is ever seen."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ INSPECTION_SUFFIXES = (".json", ".html")
 def save_report(report: Report, path: str | os.PathLike[str], *, command: str = "") -> Path:
     """Write a report to ``path``: JSON, HTML or Markdown by its suffix.
 
-    Size and sha256 of the ONNX file, and of its external data, are added where the report names
-    a file that is there.
+    Size and sha256 of the ONNX file and of its external data are added if the file is there.
 
     Args:
         report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content of the
@@ -36,7 +35,8 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
 
     Raises:
         TypeError: for what is no report, or no path.
-        ValueError: for another suffix, or JSON content in which something is missing.
+        ValueError: for another suffix, or JSON content in which a key is missing or a value has a
+            wrong type.
         FileNotFoundError: if the folder does not exist.
         IsADirectoryError: if ``path`` is a folder.
     """
@@ -56,10 +56,10 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
 def save_inspection(
     inspection: Mapping[str, Any], path: str | os.PathLike[str], *, command: str = ""
 ) -> Path:
-    """Write what ``sn-export inspect --json`` says of a checkpoint as a page, or as JSON.
+    """Write the answer of ``sn-export inspect --json`` as a page, or as JSON.
 
     Args:
-        inspection: that JSON, or what becomes it.
+        inspection: the content of that JSON; paths, tuples and NaN are converted.
         path: the file to write, ``.html`` or ``.json``; its folder must exist.
         command: the command line.
 
@@ -67,7 +67,8 @@ def save_inspection(
         The path.
 
     Raises:
-        ValueError: for another suffix, or content in which something is missing.
+        ValueError: for another suffix, or content in which a key is missing or a value has a
+            wrong type.
         FileNotFoundError: if the folder does not exist.
         IsADirectoryError: if ``path`` is a folder.
     """
@@ -106,12 +107,12 @@ def require_report_path(
 def file_facts(path: Path) -> dict[str, dict[str, Any]]:
     """Return ``bytes`` and ``sha256`` of an ONNX file, and of its external data if it has any.
 
-    Nothing where there is no such file.
+    Example: ``{"net.onnx": {"bytes": 812, "sha256": "9f86..."}}``; empty if the file is absent.
     """
     if not path.is_file():
         return {}
     data = side_file(path)
-    # A data file that the model does not name is left over from an earlier export.
+    # A data file whose name does not occur in the model is left over from an earlier export.
     facts, has_data = _facts(path, data.name.encode())
     found = {path.name: facts}
     if has_data and data.is_file():
