@@ -10,12 +10,11 @@ import base64
 import math
 import struct
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from .content import (
-    Number,
     as_number,
     format_deviation,
     format_error,
@@ -277,43 +276,17 @@ class View:
     source: str
 
 
-@dataclass(frozen=True)
-class Sample:
-    """One sample with its drawings; the other fields are those of `sn_export.results.Picture`."""
-
-    kind: str
-    label: str
-    width: int
-    height: int
-    low: Number
-    high: Number
-    largest: Number
-    views: tuple[View, ...]
-
-
-def read_samples(pictures: Iterable[Mapping[str, Any]]) -> list[Sample]:
-    """Return the samples of an output, drawn.
+def draw_sample(picture: Mapping[str, Any]) -> list[View]:
+    """Return the drawings of one sample: in the model, in the file, and their difference.
 
     Args:
-        pictures: the pictures of the output in the JSON.
+        picture: an `sn_export.results.Picture` of the JSON.
 
     Raises:
-        KeyError: if something is missing.
-        ValueError: if a picture has not as many bytes as its size says.
+        KeyError: if a key is missing.
+        ValueError: if a drawing has not as many bytes as the size of the picture asks for.
     """
-    return [
-        Sample(
-            entry["kind"],
-            entry["sample"],
-            entry["width"],
-            entry["height"],
-            entry["low"],
-            entry["high"],
-            entry["largest"],
-            tuple(View(title, _source(entry, title)) for title in _TITLES),
-        )
-        for entry in pictures
-    ]
+    return [View(title, _source(picture, title)) for title in _TITLES]
 
 
 def _source(entry: Mapping[str, Any], title: str) -> str:

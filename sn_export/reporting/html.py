@@ -38,9 +38,9 @@ def to_html(report: content.Report) -> str:
             fold=_FOLD,
             many=_MANY,
             pictures=[
-                (output, samples)
+                (output, [(one, drawings.draw_sample(one)) for one in output["pictures"]])
                 for output in view.parity["outputs"]
-                if (samples := drawings.read_samples(output.get("pictures", ())))
+                if output.get("pictures")
             ],
             sigma_chart=drawings.sigma_chart(view.content.get("frozen", ())),
             module_chart=drawings.module_chart(view.parity["modules"], view.first),
