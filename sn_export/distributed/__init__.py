@@ -1,4 +1,4 @@
-"""Models that outgrow one process; `freezing` knows nothing of ranks."""
+"""Models that are spread over several ranks; `freezing` knows nothing of ranks."""
 
 from .block import (
     Description,

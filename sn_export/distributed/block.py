@@ -1,4 +1,4 @@
-"""What users call, in one process or on every rank of several: blocks, lists, the plain state."""
+"""The functions that users call in one process or on every rank: blocks, lists, plain weights."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
 
 
 class Description(NamedTuple):
-    """What is known of the reparametrizations of a model.
+    """The reparametrizations of a model.
 
     Attributes:
         frozen: the tensors that are frozen.
@@ -203,13 +203,13 @@ class Description(NamedTuple):
 
 
 def describe_sharded(model: nn.Module, only: Only, sigma_exact: bool) -> Description:
-    """Return what would be frozen in a sharded model, without a warning; a collective call.
+    """List what would be frozen in a sharded model, without a warning; a collective call.
 
     Args:
         model: the model.
         only: as for `frozen_parametrizations`.
-        sigma_exact: compute the largest singular values too, of the first matrices that together
-            take seconds.
+        sigma_exact: compute the largest singular values too, of the first matrices alone if all
+            of them would take more than seconds.
     """
     unconverged: list[UnconvergedSigma] = []
     left = BUDGET
@@ -254,7 +254,7 @@ def _describe(
 
 
 def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Tensor]:
-    """Return the state dict of the plain network on rank 0, for those who save or convert it.
+    """Return the state dict of the plain network on rank 0, to be saved or loaded elsewhere.
 
     ::
 
@@ -262,8 +262,8 @@ def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Te
         if dist.get_rank() == 0:
             torch.save(state, "plain.pt")
 
-    It is called on every rank of a model under `torch.distributed.fsdp.fully_shard`; one tensor
-    after the other is gathered, so that another rank holds no more than two layers.
+    Call it on every rank of a model under `torch.distributed.fsdp.fully_shard`. Tensors are
+    gathered one after the other, so other ranks than the first hold at most two layers at a time.
 
     Args:
         model: any module, on any number of ranks. It is as before afterwards.
@@ -281,20 +281,22 @@ def gather_plain_state_dict(model: nn.Module, only: Only = None) -> dict[str, Te
 
 
 def gather_state(model: nn.Module, only: Only) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return the plain state dict, and all buffers of the plain network by name, on the first rank.
+    """Return the plain state dict and all buffers of the plain network, by name.
+
+    Both are empty on other ranks than the first. A collective call.
 
     Args:
-        model: as for `gather_plain_state_dict`; both are empty on the other ranks.
-        only: likewise.
+        model: as for `gather_plain_state_dict`.
+        only: as for `gather_plain_state_dict`.
     """
     ranks = ranks_of(sharded_units(model).values()) or [0]
     is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == ranks[0]
-    known: dict[int, Any] = {}  # of tied tensors there is one
+    known: dict[int, Any] = {}  # by id, so that tied tensors stay one
 
     def whole(value: Any) -> Any:
         if id(value) not in known:
-            tensor = value  # a module may have put anything into its state
-            if hasattr(tensor, "full_tensor"):  # a DTensor, whose import takes half a second
+            tensor = value  # anything: a module chooses its extra state
+            if hasattr(tensor, "full_tensor"):  # a DTensor; importing the class takes half a second
                 tensor = tensor.full_tensor()
             if isinstance(tensor, Tensor) and is_first:
                 tensor = tensor.detach().to("cpu", copy=True)
@@ -302,21 +304,19 @@ def gather_state(model: nn.Module, only: Only) -> tuple[dict[str, Any], dict[str
         return known[id(value)]
 
     with frozen_parametrizations(model, only), torch.no_grad():
-        # Both hold what they name until the end, so that no id stands for two.
-        state, named = (
-            model.state_dict(keep_vars=True),
-            dict(model.named_buffers(remove_duplicate=False)),
-        )
+        # Both keep every tensor alive until the end, so that no id is used twice.
+        state = model.state_dict(keep_vars=True)
+        named = dict(model.named_buffers(remove_duplicate=False))
         gathered = {name: whole(value) for name, value in state.items()}
         buffers = {name: whole(buffer) for name, buffer in named.items()}
     return (gathered, buffers) if is_first else ({}, {})
 
 
 def refuse_sharded(model: nn.Module) -> None:
-    """Raise if ``model`` is under `fully_shard`: no exporter takes shards. A local call.
+    """Raise if ``model`` is under `fully_shard`, since no exporter takes shards. A local call.
 
     Raises:
-        ExportError: with the way to a network that can be exported.
+        ExportError: if it is; the message says how such a model is exported.
         FreezeError: if it is under FullyShardedDataParallel.
     """
     if sharded_units(model):

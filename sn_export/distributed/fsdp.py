@@ -1,4 +1,4 @@
-"""What FSDP2 keeps of a sharded parameter, by the private names in `ATTRIBUTES`.
+"""The state that FSDP2 keeps for a sharded parameter, reached by the private names in `ATTRIBUTES`.
 
 `fully_shard` gives each module that it is called on a state, each state groups of parameters, and
 each parameter an ``FSDPParam``: it knows the modules that hold the parameter and under which name,
@@ -6,8 +6,8 @@ this rank's shard of it as a DTensor (``sharded_param``), and the padded memory 
 (``_sharded_param_data``), from which the whole parameter is gathered. A forward puts the gathered
 parameter into the modules and takes it out again.
 
-A frozen weight takes part in this through an ``FSDPParam`` of its own: a copy of that of the raw
-weight, with another name and another shard. The originals are not written to.
+A frozen weight has an ``FSDPParam`` of its own: a copy of that of the raw weight, with another name
+and another shard. The originals are not written to.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Unit:
     """The modules that one call of `fully_shard` gathers together.
 
     Args:
-        module: one of them; it gathers and reshards for all.
-        state: torch's state behind them.
+        module: one of the modules; it gathers and reshards for all of them.
+        state: torch's ``FSDPState`` of the modules.
     """
 
     def __init__(self, module: Any, state: Any) -> None:
@@ -37,9 +37,10 @@ class Unit:
         self._meshes: list[tuple[Any, Any]] = []
 
     def gather(self) -> None:
-        """Put the whole parameters into the modules, where they stay; a collective call.
+        """Put the whole parameters into the modules; a collective call.
 
-        A forward of one of the modules would free their memory when it is through.
+        They stay there until `reshard`. Otherwise a forward of one of the modules would free their
+        memory at its end.
         """
         for group in self.groups:
             self._meshes.append((group, group.post_forward_mesh_info))
@@ -55,17 +56,17 @@ class Unit:
             group._to_sharded()
 
     def initialise(self) -> None:
-        """Register the hooks that torch registers before the first forward."""
+        """Let torch register the hooks now that it would register before the first forward."""
         for group in self.groups:
             group.lazy_init()
 
     def trace(self) -> Callable[[], None]:
-        """Reshard, and return what takes back all that forwards leave behind from here on.
+        """Reshard, and return a function that undoes all that forwards change from here on.
 
-        That is whole parameters, also where a forward has given them memory of its own (handwritten
-        norms set the ``data`` of their vectors); the order of the units, by which a backward
-        gathers them ahead, so that ranks with other orders would wait for each other; and a forward
-        that an exception has stopped, whose end must not end a backward that still gathers.
+        Forwards change three things. Whole parameters are left in the modules, some with new
+        memory, since handwritten norms set the ``data`` of their vectors. The order of the units is
+        recorded, by which a backward gathers them in advance: ranks with different orders would
+        wait for each other. And a forward that an exception has stopped counts as not ended.
         """
         self.reshard()
         gathered = [(param, _remember_gathered(param)) for _, param in self.params()]
@@ -82,7 +83,7 @@ class Unit:
             for param, restore in gathered:
                 restore(param)
             restart()
-            context = self.state._comm_ctx  # of all units, from the first forward on
+            context = self.state._comm_ctx  # shared by all units from the first forward on
             getattr(context, "post_forward_order", [])[:] = orders.get(id(context), [])
             for group, indices, gradients in groups:
                 group._post_forward_indices[:] = indices
@@ -91,9 +92,10 @@ class Unit:
         return take_back
 
     def _remember_start(self) -> Callable[[], None]:
-        """Return what lets the first forward be the next one: the module that it runs is the root.
+        """Return a function that lets the next forward be the first one again.
 
-        A part that was exported before must not be, or no forward of the whole would run.
+        The module of the first forward becomes FSDP's root. If a part of a model were exported
+        first and stayed the root, no forward of the whole model would run.
         """
         state = self.state
         if state._is_root is not None:
@@ -129,13 +131,13 @@ class Unit:
 def units_of(model: nn.Module) -> dict[int, Unit]:
     """Return the unit that gathers the parameters of each module, by the module's id.
 
-    Modules outside every unit are absent. A unit has the modules below its own, down to those of
-    another unit.
+    A unit holds the modules that `fully_shard` was called on and those below them, except those of
+    another unit. Modules outside every unit are absent.
 
     Raises:
-        FreezeError: if torch keeps its state in a way that is not known here.
+        FreezeError: if this torch keeps its state under other private names.
     """
-    from torch.distributed.fsdp import FSDPModule  # takes a moment, and few models are sharded
+    from torch.distributed.fsdp import FSDPModule  # here: it takes a moment, and few models need it
 
     units: dict[int, Unit] = {}  # by the state
     found: dict[int, Unit] = {}
@@ -167,7 +169,8 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
 def ranks_of(units: Iterable[Unit]) -> list[int]:
     """Return the ranks that the parameters are spread over, in ascending order.
 
-    A parameter that is tensor parallel as well has a mesh of more dimensions than its unit.
+    The mesh of a parameter counts: one that is tensor parallel too has more dimensions than the
+    mesh of its unit.
     """
     ranks: set[int] = set()
     for unit in units:
@@ -180,7 +183,7 @@ def _state_of(path: str, module: Any) -> Any:
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
     missing = _find_missing("FSDPState", state)
     missing += _find_missing("FSDPStateContext", getattr(state, "_state_ctx", None))
-    for group in list(getattr(state, "_fsdp_param_groups", ()))[:1]:  # the others are like it
+    for group in list(getattr(state, "_fsdp_param_groups", ()))[:1]:  # all are of one class
         missing += _find_missing("FSDPParamGroup", group)
         for param in getattr(group, "fsdp_params", [])[:1]:
             missing += _find_missing("FSDPParam", param)
@@ -231,15 +234,15 @@ def held_by(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
     info.shared_modules = [module for module, _ in shared]
     info.shared_param_names = [name for _, name in shared]
     other._module_info = info
-    _forget_gathered(other)  # it has memory of its own for the whole parameter
+    _forget_gathered(other)  # the copy must not share memory for the whole parameter
     return other
 
 
 def gather_in_layout(param: Any, stride: tuple[int, ...]) -> None:
-    """Let the modules have the whole parameter in a layout of its own, and not row by row.
+    """Let every gather lay out the whole parameter by ``stride`` instead of row by row.
 
-    torch takes another kernel for a matrix that lies column by column, as `orthogonal` makes it,
-    and its sums are rounded otherwise.
+    For a matrix that lies column by column, as `orthogonal` makes it, torch takes another kernel,
+    whose sums are rounded in another way.
     """
     gather = param.to_unsharded
 
@@ -251,21 +254,21 @@ def gather_in_layout(param: Any, stride: tuple[int, ...]) -> None:
                 whole.shape, stride, dtype=whole.dtype, device=whole.device
             )
             laid_out.copy_(whole)
-        # Resharding takes it out of the modules, and with that its memory is free.
+        # Resharding takes this parameter out of the modules, which frees its memory.
         param._setattr_on_modules(nn.Parameter(laid_out, requires_grad=False))
 
     param.to_unsharded = to_unsharded
 
 
 def _remember_gathered(param: Any) -> Callable[[Any], None]:
-    """Return what gives the whole parameter the memory that it has now, with what is there."""
+    """Return a function that gives the whole parameter its memory of now, with the same content."""
     whole = getattr(param, "_unsharded_param", None)
     if whole is None:
         return _forget_gathered
     if hasattr(whole, "full_tensor"):  # tensor parallel: no module sets the data of a DTensor
         return lambda _: None
     memory = whole.detach()
-    # The memory of a gather is empty between two of them; only that of a forward holds anything.
+    # Memory that torch gathers into is empty between two gathers; that of a forward is not.
     content = memory.clone() if memory.untyped_storage().size() else None
 
     def restore(param: Any) -> None:
@@ -277,7 +280,7 @@ def _remember_gathered(param: Any) -> Callable[[Any], None]:
 
 
 def _forget_gathered(param: Any) -> None:
-    """Let the first gather be the next one."""
+    """Let the next gather be the first one, which allocates the memory."""
     param.all_gather_outputs = []
     param.__dict__.pop("_unsharded_param", None)
 
@@ -287,13 +290,13 @@ def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         param: an ``FSDPParam`` of the same shape.
-        value: the whole tensor, in the dtype of the forward, which mixed precision may have made
-            a coarser one than that of the parameter.
+        value: the whole tensor, in the dtype of the forward; under mixed precision that can be
+            coarser than the dtype of the parameter.
 
     Returns:
         The padded memory as one dimension, and the part that belongs to ``value`` as a DTensor.
 
-    Example: of a tensor of shape (3, 4) on two ranks, both have memory for (2, 4); the first holds
+    Example: for a tensor of shape (3, 4) on two ranks both allocate (2, 4): the first rank holds
     two rows, the second one row and a row of zeros.
     """
     raw = param._sharded_param_data
@@ -301,7 +304,7 @@ def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     rank, count = getattr(info, "shard_mesh_rank", 0), getattr(info, "shard_mesh_size", 1)
     chunks = torch.chunk(value, count, dim=dim)
     length = chunks[rank].shape[dim] if rank < len(chunks) else 0
-    if count == 1 and value.is_contiguous():  # as it is: it has memory of its own
+    if count == 1 and value.is_contiguous():  # no copy is needed: the value has its own memory
         padded = value.to(raw)
     else:
         padded = torch.empty(param.padded_sharded_param_size, dtype=raw.dtype, device=raw.device)

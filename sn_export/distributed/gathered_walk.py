@@ -1,4 +1,4 @@
-"""The walk over a sharded model: what is looked at is gathered, and errors reach every rank."""
+"""The walk over a sharded model: a module is gathered before it is examined, errors reach all."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Failure = tuple[str, str, str]  # the tensor, the reason and the remedy of a Fre
 
 
 def sharded_units(model: nn.Module) -> dict[int, Unit]:
-    """Return what `units_of` does; nothing where torch.distributed is not in use.
+    """Return the units of ``model`` as `units_of` does; none where torch.distributed is unused.
 
     Raises:
         FreezeError: if the model is under FullyShardedDataParallel, whose pieces are no tensors.
@@ -33,15 +33,15 @@ def sharded_units(model: nn.Module) -> dict[int, Unit]:
 def find_gathered(
     model: nn.Module, units: dict[int, Unit], take: Take, find: Callable[[Walk], list[Found]]
 ) -> list[Found]:
-    """Walk a sharded model with the unit of each module gathered while it is looked at.
+    """Walk a sharded model; the unit of each module is gathered while the module is examined.
 
-    Every rank goes through the same collective calls, whatever fails on one.
+    Every rank makes the same collective calls, even if something fails on one of them.
 
     Args:
         model: the model.
         units: what `units_of` returned.
         take: called for each site while its unit is gathered.
-        find: calls a walk and returns what that yields.
+        find: is given the walk, and returns the sites that it finds by it.
 
     Raises:
         FreezeError: on all ranks, if something failed on one.
@@ -54,14 +54,14 @@ def find_gathered(
     with undo_on_exit(walking.leave):
         try:
             found = find(walking)
-        except Exception as caught:  # told on every rank
+        except Exception as caught:  # raised below on every rank
             error = caught
     raise_on_all_ranks(walking.error or error, meshes_of(units), type(model).__name__)
     return found
 
 
 class _GatheredWalk:
-    """A walk that gathers the unit of a module before it is looked at."""
+    """A walk that gathers the unit of a module before the kinds examine the module."""
 
     def __init__(self, units: dict[int, Unit], take: Take) -> None:
         self._units = units
@@ -93,12 +93,12 @@ class _GatheredWalk:
     def _guard(self, call: Callable[..., Any], *args: Any) -> Any:
         try:
             return call(*args)
-        except Exception as error:  # the other ranks are on their way to the next collective call
+        except Exception as error:  # kept: the other ranks wait for the next collective call
             self.error = self.error or error
             return None
 
     def _enter(self, module: nn.Module) -> None:
-        """Gather the unit of ``module``, and those that its parametrizations are on their own."""
+        """Gather the unit of ``module``, and the units of its parametrizations."""
         inner = module._modules.get("parametrizations")
         modules = [module, *(inner.modules() if inner is not None else ())]
         units = list(dict.fromkeys(self._units[id(m)] for m in modules if id(m) in self._units))
@@ -110,28 +110,28 @@ class _GatheredWalk:
             unit.gather()
 
     def leave(self) -> None:
-        """Reshard what is gathered; can be repeated from any point where it was interrupted."""
+        """Reshard what is gathered; after an interrupt the call can be repeated."""
         for unit in self._current:
             unit.reshard()
         self._current = []
 
 
 def _may_compute(module: nn.Module) -> bool:
-    """Whether a kind may have to run ``module``, and not merely look at its names."""
+    """Whether a kind may have to run ``module``, for which its weights must be whole."""
     is_plain = type(module).__module__.startswith("torch.") and not module._forward_pre_hooks
     return not is_plain or "parametrizations" in module._modules
 
 
 def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str) -> None:
-    """Raise what failed on any rank of ``meshes``; a collective call of all of them.
+    """Raise on every rank of ``meshes`` the error of one of them; a collective call.
 
     Args:
-        error: what failed on this rank.
+        error: the error of this rank; None if nothing failed here.
         meshes: device meshes that this rank is part of, in the same order on each rank.
-        path: what is named where the error is no FreezeError.
+        path: named in place of a tensor where the error is no FreezeError.
 
     Raises:
-        FreezeError: with the lowest rank on which something failed, the same on every rank.
+        FreezeError: that of the lowest rank on which something failed, the same on every rank.
     """
     failed: dict[int, Failure] = {}
     if error is not None:
@@ -157,19 +157,19 @@ def meshes_of(units: dict[int, Unit]) -> list[Any]:
     """Return the device meshes that the parameters of ``units`` are spread over."""
     found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
     meshes: list[Any] = []
-    for mesh in found.values():  # equal ones are talked to once
+    for mesh in found.values():  # of equal meshes one is enough
         if mesh not in meshes:
             meshes.append(mesh)
     return meshes
 
 
 def refuse_flat_shards(model: nn.Module) -> None:
-    """Raise if ``model`` is under FullyShardedDataParallel (FSDP1) and its parameters are apart.
+    """Raise if ``model`` is under FullyShardedDataParallel (FSDP1) and its parameters are sharded.
 
-    Inside ``summon_full_params`` they are whole, and the network within is like any other.
+    Inside ``summon_full_params`` they are whole, and the wrapped module is like any other.
 
     Raises:
-        FreezeError: with what to do.
+        FreezeError: if they are sharded; the message says what to do.
     """
     from torch.distributed.fsdp import FullyShardedDataParallel  # takes a moment
 

@@ -1,7 +1,8 @@
-"""The first rank leads: what it calls runs on every rank, and one verdict of its own ends it.
+"""One rank leads: an action that it calls runs on every rank, until it sends a verdict.
 
-The others follow until that verdict. An error on any rank is known to all before the next step, so
-that no rank waits in a collective call that another one never reaches.
+The other ranks follow, and return or raise what the verdict says. After each action all ranks
+agree on whether one of them failed, so that no rank waits in a collective call that another rank
+never reaches.
 """
 
 from __future__ import annotations
@@ -21,9 +22,9 @@ from ..errors import ExportError, SnExportError
 
 T = TypeVar("T")
 
-_TO_COME = timedelta(minutes=5)  # for all ranks to have called
-_TO_LEAD = timedelta(days=7)  # for the first one to export and prove, while the others wait
-_TO_PART = timedelta(minutes=1)  # after the verdict
+_TO_COME = timedelta(minutes=5)  # until all ranks have called
+_TO_LEAD = timedelta(days=7)  # while the first rank exports and proves, and the others wait
+_TO_PART = timedelta(minutes=1)  # from the verdict until all ranks leave
 
 Call = Callable[..., Any]  # the name of an action and its arguments
 
@@ -35,8 +36,9 @@ class Team:
         ranks: all of them, in ascending order; the first one leads.
 
     Attributes:
-        actions: what the first rank can call, by name; the same on every rank.
-        checking: names of those that call `check` on the way, so that they can be interrupted.
+        actions: functions that the first rank can call on all, by name; the same on every rank.
+        checking: names of the actions that call `check` while they run: an interrupt reaches them
+            at once, and other actions at their end.
 
     Raises:
         ExportError: if not all ranks make their team within five minutes.
@@ -49,9 +51,9 @@ class Team:
         self._ranks = ranks
         self._is_world = len(ranks) == dist.get_world_size()
         self._failure: BaseException | None = None
-        self._exit: BaseException | None = None  # of this rank, an interrupt say: not raised yet
+        self._exit: BaseException | None = None  # an interrupt of this rank, to be raised later
         try:
-            with self._interrupts_held():  # who has come is waited for
+            with self._interrupts_held():  # otherwise a rank that has come would wait in vain
                 self._group = dist.new_group(
                     ranks, _TO_COME, "gloo", use_local_synchronization=not self._is_world
                 )
@@ -66,8 +68,8 @@ class Team:
         """Return on every rank what ``lead`` returns on the first, or raise what it raises.
 
         Args:
-            lead: called on the first rank, with a function that runs an action on all.
-            share: what the other ranks get of the result; it can be pickled.
+            lead: called on the first rank, with a function that runs an action on all ranks.
+            share: makes of the result what the other ranks return, which must be picklable.
 
         Raises:
             ExportError: if another rank was interrupted, or is gone.
@@ -81,7 +83,7 @@ class Team:
         return result
 
     def check(self) -> None:
-        """Raise if another rank failed; a collective call, for the midst of an action."""
+        """Raise if a rank has failed; a collective call, for actions that take long."""
         if self._failure is None:
             self._agree(self._exit)
         if self._failure is not None:
@@ -101,7 +103,7 @@ class Team:
         return result
 
     def _end(self, error: Exception) -> None:
-        with contextlib.suppress(RuntimeError):  # another rank is gone, and `error` says so
+        with contextlib.suppress(RuntimeError):  # a rank is gone, as `error` says
             self._say(("raised", error))
 
     def _call(self, name: str, *args: Any) -> Any:
@@ -122,7 +124,7 @@ class Team:
         return pickle.loads(content)
 
     def _act(self, name: str, args: Sequence[Any]) -> Any:
-        """Run an action here, if all ranks begin it, and agree on whether it went well."""
+        """Run an action on this rank if no rank has failed, and agree on whether it succeeded."""
         result, error = None, None
         self._failure = None
         self._agree(self._exit)
@@ -131,7 +133,7 @@ class Team:
         try:
             with contextlib.nullcontext() if name in self.checking else self._interrupts_held():
                 result = self.actions[name](*args)
-        except BaseException as caught:  # told on every rank
+        except BaseException as caught:  # every rank gets to know it below
             error = caught
             if not isinstance(caught, Exception) and self._failure is None:
                 self._exit = caught
@@ -140,7 +142,7 @@ class Team:
         return result
 
     def _agree(self, error: BaseException | None) -> None:
-        """Let every rank know of an error of this one, and remember that of the lowest rank."""
+        """Exchange errors with all ranks, and keep in ``_failure`` that of the lowest rank."""
         with self._interrupts_held():
             failed = torch.tensor([error is not None], dtype=torch.uint8)
             dist.all_reduce(failed, dist.ReduceOp.MAX, self._group)
@@ -183,7 +185,7 @@ class Team:
 
     @contextlib.contextmanager
     def _interrupts_held(self) -> Iterator[None]:
-        """Let what a Ctrl-C raises wait for the next time that all ranks agree, or for the end."""
+        """Keep what a Ctrl-C raises until all ranks agree the next time, or until the end."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -200,22 +202,22 @@ class Team:
                 self._exit = raised
 
     def _part(self) -> None:
-        """Leave the group; nobody does while another one still talks to it."""
+        """Leave the group once every rank has ended its last call in it."""
         with contextlib.suppress(RuntimeError), self._interrupts_held():
             self._group.set_timeout(_TO_PART)
             dist.barrier(self._group)
-            # torch 2.13 gives a new group of a part of the ranks the name of one that is gone, and
-            # finds its old addresses: those groups stay until the process ends.
+            # A group of a part of the ranks stays until the process ends: torch 2.13 would give its
+            # name to the next such group, which would then find the old addresses.
             if self._is_world:
                 dist.destroy_process_group(self._group)
 
 
 class _RankLeftError(BaseException):
-    """Another rank was interrupted. No exception that a model or a proof takes for an answer."""
+    """Another rank was interrupted. It is no Exception, so that no model or proof can catch it."""
 
 
 def _portable(error: BaseException, rank: int) -> Exception:
-    """Return ``error``, or one in words where it is no exception or cannot be pickled."""
+    """Return ``error``, or an ExportError with its text where it cannot be sent to other ranks."""
     if not isinstance(error, Exception):
         return ExportError(f"rank {rank} has left with {type(error).__name__}")
     try:

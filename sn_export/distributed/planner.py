@@ -15,19 +15,19 @@ from ..freezing import Found, Plan, Planner, Site, Walk, compute_value
 from .fsdp import Unit, gather_in_layout, held_by, holders, is_gathered_as, shard_of
 from .gathered_walk import find_gathered, meshes_of, raise_on_all_ranks, sharded_units
 
-# What DistributedDataParallel asks before it sends buffers; versions of torch differ in the name.
+# The attribute by which DistributedDataParallel sends buffers or not; its name depends on torch.
 _SENDS = ("broadcast_buffers", "forward_sync_buffers")
 
 
 class RankPlanner(Planner):
-    """Finds and plans on every rank; a model that is not sharded is planned as in one process.
+    """Plans a sharded model on every rank, and any other model as in one process.
 
-    Entering is a collective call for a sharded model: a unit at a time is gathered, each weight
-    in it computed, and this rank's shard kept.
+    Entering the block of a sharded model is a collective call: one unit after the other is
+    gathered, its weights are computed, and this rank keeps its shard of each.
     """
 
     def find(self, model: nn.Module, frozen: Iterable[Site]) -> list[Found]:
-        """Return the modules with their sites, and keep the shards of their values.
+        """Return the modules with their sites, and keep this rank's shards of the values.
 
         Raises:
             FreezeError: as `freezing.Selection.find`, on all ranks if on one; if the model is
@@ -44,7 +44,7 @@ class RankPlanner(Planner):
         return find_gathered(model, self._units, self._keep_shard, find)
 
     def plan(self, model: nn.Module, found: Sequence[Found]) -> Plan:
-        """Return the plan; on all ranks, or on none."""
+        """Return the plan, or raise on all ranks the error of one."""
         if not self._units:
             try:
                 plan = Plan(found, self.keep)
@@ -59,7 +59,7 @@ class RankPlanner(Planner):
         made: ShardedPlan | None = None
         try:
             made = ShardedPlan(found, self._shards, self._units)
-        except Exception as caught:  # told on every rank
+        except Exception as caught:  # raised below on every rank
             error = caught
         raise_on_all_ranks(error, meshes_of(self._units), type(model).__name__)
         assert made is not None
@@ -87,14 +87,14 @@ class RankPlanner(Planner):
 
 
 class _Shard:
-    """This rank's part of a frozen weight: a DTensor, or the whole where nothing is sharded.
+    """This rank's part of a frozen weight: a DTensor, or the whole weight if it is not sharded.
 
     Attributes:
         tensor: the part.
-        memory: its padded memory in one dimension; None where nothing is sharded.
-        param: the ``FSDPParam`` whose place it takes.
+        memory: its padded memory as one dimension; None if the weight is not sharded.
+        param: the ``FSDPParam`` that it replaces.
         raw: each ``FSDPParam`` that the weight is computed from, with its group.
-        stride: of the whole weight, where that does not lie row by row; None where it does.
+        stride: that of the whole weight, if it does not lie row by row; None if it does.
     """
 
     def __init__(
@@ -113,11 +113,11 @@ class _Shard:
 
 
 class ShardedPlan(Plan):
-    """A plan whose frozen weights are sharded in the place of the raw ones.
+    """A plan whose frozen weights are shards that take the places of the raw ones.
 
     Args:
         found: the modules with their sites.
-        shards: by the id of a site, its part of the weight.
+        shards: this rank's part of the weight of each site, by the id of the site.
         units: what `units_of` returned.
     """
 
@@ -135,7 +135,7 @@ class ShardedPlan(Plan):
             raise
 
     def settle(self) -> None:
-        """Put the shards into the modules, where a forward has left whole parameters."""
+        """Put the shards back where a forward has left whole parameters in the modules."""
         for group in self._groups.values():
             group._to_sharded()
         for original, ours in self._originals:
@@ -143,7 +143,7 @@ class ShardedPlan(Plan):
 
     def _plan_params(self, frozen: Sequence[tuple[Tensor, Site, _Shard]]) -> None:
         hidden = {id(module) for _, site, _ in frozen for module in site.hidden}
-        instead: dict[int, list[Any]] = {}  # of an FSDPParam, by its id
+        instead: dict[int, list[Any]] = {}  # what replaces an FSDPParam, by its id
         for tensor, site, shard in frozen:
             for _, param in shard.raw:
                 if id(param) not in instead:
@@ -169,7 +169,7 @@ class ShardedPlan(Plan):
         return id(module) not in hidden and name in self.edits.planned(module._parameters)
 
     def _plan_hooks(self, module: nn.Module, shard: _Shard, ours: Any) -> None:
-        """Let the state dict of ``module`` be that of shards, and a loaded one reach ``ours``."""
+        """Let ``module.state_dict`` return shards, and ``load_state_dict`` update ``ours``."""
         loaded = module._load_state_dict_post_hooks
         self.edits.remove(loaded, [param._post_load_hook_handle.id for _, param in shard.raw])
         self._plan_hook(loaded, lambda *_: ours.reset_sharded_param())
@@ -183,7 +183,7 @@ class ShardedPlan(Plan):
 
 
 def _require_dtype(site: Site, raw: Sequence[tuple[Any, Any]]) -> None:
-    """Raise if mixed precision gathers the raw weight in another dtype than its buffers have."""
+    """Raise if mixed precision gathers the raw weight in a dtype that its buffers do not have."""
     gathered = {param.unsharded_param.dtype for _, param in raw}
     for source in site.sources if raw else ():
         if source.is_floating_point() and source.dtype not in gathered:
@@ -206,7 +206,7 @@ def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
 
 
 def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError:
-    """Return ``error`` with the placement of what it is about, if that is spread over ranks."""
+    """Return ``error``, or one that names the placement if its tensor is computed from a DTensor."""
     for site in (site for _, sites in found for site in sites if site.name == error.tensor):
         for source in site.sources:
             if hasattr(source, "placements"):
@@ -221,10 +221,10 @@ def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError
 
 
 def keep_replicas_apart(found: Iterable[Found], plan: Plan) -> None:
-    """Plan that DistributedDataParallel awaits no gradients, and sends no buffers if none is left.
+    """Plan that DistributedDataParallel waits for no gradients, and sends no buffers if none stay.
 
-    A backward would wait for the gradients of raw weights, which are not there, and break the next
-    training step; torch fails where singular vectors were all the buffers that it had to send.
+    Otherwise a backward would wait for gradients of the raw weights, which get none, and break the
+    next training step. Torch fails at an empty list of buffers, as where all were singular vectors.
     """
     for module, _ in found:
         if isinstance(module, DistributedDataParallel):

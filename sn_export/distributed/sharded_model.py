@@ -1,4 +1,4 @@
-"""A sharded model as its ranks use it together for an export: described, gathered, run."""
+"""A sharded model during an export: its ranks describe, gather and run it together."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ class ShardedModel:
 
     Args:
         model: the model.
-        units: those of the model.
-        check: called on all ranks before a unit is gathered in a forward; raises on all if one
-            rank has failed.
+        units: the units of the model.
+        check: called on all ranks before a forward gathers a unit; raises on all if one rank has
+            failed.
     """
 
     def __init__(self, model: nn.Module, units: Sequence[Unit], check: Callable[[], None]) -> None:
@@ -45,10 +45,10 @@ class ShardedModel:
         self._units = units
         self._check = check
         for unit in units:
-            unit.initialise()  # now, as it registers hooks that are to stay
+            unit.initialise()  # now, since the hooks that it registers have to stay
 
     def describe(self, only: Only, sigma_exact: bool) -> Description:
-        """Return what would be frozen.
+        """List what would be frozen.
 
         Raises:
             FreezeError: as `frozen_parametrizations`, on all ranks.
@@ -56,7 +56,7 @@ class ShardedModel:
         return describe_sharded(self._model, only, sigma_exact)
 
     def gather(self, only: Only) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """Return the plain state dict, and all buffers; nothing on other ranks than the first.
+        """Return the plain state dict and all buffers; both empty on other ranks than the first.
 
         Raises:
             FreezeError: as `frozen_parametrizations`, on all ranks.
@@ -64,10 +64,10 @@ class ShardedModel:
         return gather_state(self._model, only)
 
     def run(self, inputs: InputSet, drops_weights: bool) -> Reference:
-        """Return what the model says in eval mode; it is as before afterwards.
+        """Return the outputs of the model in eval mode, and leave the model as it was.
 
         Args:
-            inputs: the same on every rank.
+            inputs: the inputs, the same on every rank.
             drops_weights: as for `run_reference`.
 
         Raises:
@@ -90,14 +90,14 @@ class ShardedModel:
 
 
 class _ShardedState(Preserved):
-    """The state of a model whose parameters FSDP takes out and puts in."""
+    """The state of a model whose parameters FSDP replaces in each forward."""
 
     def __init__(self, model: nn.Module, units: Sequence[Unit]) -> None:
         self._take_back = [unit.trace() for unit in units]
         super().__init__(model.modules(), belongings=True)
 
     def reset(self) -> None:
-        """Give the next forward pass the state that the first one had, with all units sharded."""
+        """Give the next forward the state that the first one had, with all units sharded."""
         self._settle()
         super().reset()
 
@@ -112,14 +112,15 @@ class _ShardedState(Preserved):
 
 
 class PlainNetwork:
-    """What a factory builds, first without values, and later with those of another network.
+    """The network that a factory builds, into which the values of a sharded model are loaded.
 
-    It is built on the meta device, so that no memory is taken twice. Some factories read values;
-    some handwritten norms are known by what they compute; and a tensor in a plain attribute has the
-    value that the factory gives it. Then the factory is called again, on the device it chooses.
+    It is first built on the meta device, so that its memory is not taken twice. That is not enough
+    for a factory that reads values, for handwritten norms, which are recognised by their results,
+    and for a tensor in a plain attribute, whose value the factory alone knows. Then the factory is
+    called again, and chooses the device itself.
 
     Args:
-        factory: returns the network, without its reparametrizations or with them.
+        factory: returns the network, with or without its reparametrizations.
     """
 
     def __init__(self, factory: Callable[[], nn.Module]) -> None:
@@ -138,20 +139,20 @@ class PlainNetwork:
         """Return the network with plain weights.
 
         Args:
-            selection: what is frozen; where the factory applies that too, the values replace it.
+            selection: which reparametrizations of the network the plain values replace.
             state: the plain state dict.
-            buffers: values of the buffers that are not in it, by name; more do not matter.
+            buffers: values by name of buffers that are not in it; further ones are ignored.
 
         Raises:
             ExportError: if ``state`` is not that of this network.
         """
         network, self._on_meta = self._on_meta, None
         if network is not None:
-            with contextlib.suppress(Exception):  # raised again if it has another cause
+            with contextlib.suppress(Exception):  # raised again below unless meta was the cause
                 self._fill(network, selection, state, buffers)
                 if not any(tensor.is_meta for _, tensor in _tensors(network)):
                     return network
-            del network  # its tensors go before there are others
+            del network  # frees its tensors before others are made
         network = self._real or self._build()
         self._fill(network, selection, state, buffers)
         for name, tensor in _tensors(network):
@@ -183,7 +184,7 @@ class PlainNetwork:
         plan = Plan(found, lambda _: [state[name] for name in names])
         plan.edits.apply()
         parameters = dict(network.named_parameters(remove_duplicate=False))
-        kept: dict[int, nn.Parameter] = {}  # of tied ones there is one
+        kept: dict[int, nn.Parameter] = {}  # by id of the value, so that tied parameters stay one
 
         def loaded(name: str, value: Any) -> Any:
             if name not in parameters or not isinstance(value, Tensor):
@@ -215,12 +216,12 @@ def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 class GatheredNetwork:
-    """A sharded model on its first rank, as an export needs it.
+    """The sharded model as the first rank uses it in an export.
 
     Args:
         call: runs an action of `ShardedModel` on all ranks.
-        factory: builds the network in one process.
-        only: what is frozen.
+        factory: builds the network without `fully_shard`.
+        only: what is frozen, as for `frozen_parametrizations`.
     """
 
     def __init__(self, call: Call, factory: Callable[[], nn.Module], only: Only) -> None:
@@ -230,21 +231,22 @@ class GatheredNetwork:
 
     @cached_property
     def network(self) -> nn.Module:
-        """The plain network on the CPU, gathered when it is first asked for."""
+        """The plain network on the CPU, gathered at the first access."""
         network = PlainNetwork(self._factory)
         state, buffers = self._call("gather", self._only)
         return network.load(Selection(self._only), state, buffers)
 
     def describe(self, sigma_exact: bool) -> Description:
-        """Return what is frozen, as `ShardedModel.describe` does."""
+        """List what is frozen; see `ShardedModel.describe`."""
         found: Description = self._call("describe", self._only, sigma_exact)
         return found
 
     def run(self, inputs: InputSet) -> Reference:
-        """Return what the sharded model says, on every rank.
+        """Return the outputs of the sharded model, which runs on every rank.
 
-        It is run again where it may have needed a weight that was dropped. All ranks do that after
-        they have agreed: one that began again alone would be at another unit than the others.
+        If it fails, a second run keeps all weights, since the model may have needed one that was
+        dropped. All ranks begin that run together: a rank that ran again on its own would gather
+        another unit than the others.
         """
         said: Reference
         try:
@@ -265,14 +267,14 @@ def lead_export(
 
     Args:
         model: the model.
-        factory: builds the network in one process; called on the first rank alone.
+        factory: builds the network without `fully_shard`; called on the first rank alone.
         only: what is frozen, as for `frozen_parametrizations`.
-        export: called on the first rank.
-        share: what the other ranks get of the result.
+        export: makes the result; called on the first rank alone.
+        share: makes of the result what the other ranks return.
 
     Raises:
         ExportError: if not all ranks call, or one is interrupted.
-        Exception: what ``export`` raises, on every rank.
+        Exception: on every rank, the error that ``export`` raises.
     """
     units = sharded_units(model)
     team = Team(ranks_of(units.values()))
