@@ -52,7 +52,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Find the report folder from where pytest was started: tests may change directory."""
+    """Make the report folder; a relative path starts where pytest was started."""
     given = config.getoption("--onnx-report-dir")
     if given is None:
         return
@@ -117,8 +117,11 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
 def report_name(nodeid: str, call: int = 1) -> str:
     """Return the name, without suffix, of the report of a test's n-th call.
 
-    It is readable and safe in every file system; a piece of the hash of the whole node id tells
-    tests apart whose names look the same then. Each test has its own, in whatever worker it runs.
+    It is readable, and valid in every file system. A piece of the hash of the whole node id keeps
+    tests apart whose readable names are equal, in every worker of a parallel run.
+
+    Example: ``report_name("tests/test_a.py::test_b[1]", 2)`` is
+    ``"tests_test_a_py_test_b_1-a558577d-2"``.
     """
     digest = hashlib.sha256(nodeid.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     readable = re.sub(r"[^A-Za-z0-9]+", "_", nodeid).strip("_")[-_LONGEST:].lstrip("_")

@@ -1,4 +1,4 @@
-"""The command line: it translates, nothing else."""
+"""The command ``sn-export``: it turns options into calls, and results into text or JSON."""
 
 from .app import main
 

@@ -1,4 +1,4 @@
-"""The four subcommands, each a dataclass in a file of its own, and how typer reads them."""
+"""Make typer commands of the four subcommands, each a dataclass in a file of its own."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def main() -> None:
 
 
 def add_command(name: str, command: type[Command]) -> None:
-    """Let the app read the fields of ``command`` as options, and run it.
+    """Add a subcommand whose options are the fields of the dataclass ``command``.
 
-    Typer reads functions, so it is given one whose parameters are the fields, those of the class
-    itself before those of its bases.
+    Typer reads the signature of a function, so it gets a function with one parameter for each
+    field. The fields of the class itself come before those of its bases, in ``--help`` too.
     """
     hints = get_type_hints(command, include_extras=True)
     fields = {entry.name: entry for entry in dataclasses.fields(command)}
@@ -58,7 +58,7 @@ def add_command(name: str, command: type[Command]) -> None:
                 key: parsers[key](value) if key in parsers else value
                 for key, value in written.items()
             }
-            if written.get("trust_pickle"):  # its classes may lie where those of --model do
+            if written.get("trust_pickle"):  # pickled classes may lie in the current folder
                 import_from_current_folder()
             command(**values).run()
 

@@ -1,4 +1,4 @@
-"""``sn-export check``: a file against a checkpoint, a saved case or a folder of cases."""
+"""``sn-export check``: compare a file with a checkpoint, a saved case or a folder of cases."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ class CheckCommand(ModelOptions, ProofOptions):
 
 @dataclass(frozen=True)
 class Replayed:
-    """One case of a folder: compared, or why not."""
+    """One case of a folder: its comparison, or the error that prevented it."""
 
     file: Path
     parity: ParityReport | None
@@ -192,13 +192,13 @@ class Replayed:
 
     @property
     def result(self) -> str:
-        """What came of it, in words."""
+        """The result in words."""
         if self.parity is None:
             return "cannot be compared"
         return "equal" if self.parity.passed else "NOT EQUAL"
 
     def line(self) -> str:
-        """Return what is printed of it."""
+        """Return the line that is printed."""
         if self.parity is None:
             return f"{self.result}: {self.error}"
         worst = max((output.max_abs for output in self.parity.outputs), default=0.0)
@@ -206,7 +206,7 @@ class Replayed:
         return f"{self.result}: {self.file}, {text}"
 
     def content(self) -> dict[str, Any]:
-        """Return it for JSON."""
+        """Return the entry of the JSON."""
         return {
             "path": self.file,
             "case": self.file.with_suffix(".npz"),
@@ -225,11 +225,14 @@ def _show_replayed(done: Sequence[Replayed], unequal: int, unknown: int) -> None
 
 
 def _files(folder: Path) -> list[Path]:
-    """Return the ONNX files of a folder, and where cases say that one should be."""
+    """Return the ONNX files of a folder, and for a case without one the path that it should have.
+
+    Example: for ``a.onnx``, ``b.npz`` (a case) and ``c.npz`` (none) it is ``a.onnx, b.onnx``.
+    """
     files = {path for path in folder.rglob("*.onnx") if path.is_file()}
     for path in folder.rglob("*.npz"):
         file = path.with_suffix(".onnx")
-        if file not in files and _is_case(path):  # other arrays may lie there too
+        if file not in files and _is_case(path):  # other .npz files may lie there too
             files.add(file)
     return sorted(files)
 

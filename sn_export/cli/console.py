@@ -1,4 +1,4 @@
-"""Messages, progress and tables; what is asked for on stdout, everything else on stderr."""
+"""Messages, progress and tables: the answer goes to stdout, everything else to stderr."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..results import Divergence, ParityReport
 from ..text import escape_unprintable, join_lines, to_json_values, without_frames
 
-# Typer keeps click to itself, or depends on it, by version; this class is the same in both.
+# click's UsageError: some versions of typer depend on click, and others hold a copy of it.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
 
 FAILED, BAD_INPUT, INTERRUPTED, PIPE_CLOSED = 1, 2, 130, 141
-_WIDE = 160  # columns where there is no terminal to ask
+_WIDE = 160  # columns of a table where stdout is no terminal
 
 
 @contextlib.contextmanager
@@ -35,13 +35,13 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
         yield
     except typer.Exit:
         raise
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise typer.Exit(PIPE_CLOSED) from None
     except KeyboardInterrupt:
         print_note("interrupted")
         raise typer.Exit(INTERRUPTED) from None
-    except (Exception, SystemExit) as error:  # the latter by a network's own code
+    except (Exception, SystemExit) as error:  # a network's own code may call sys.exit
         if debug:
             traceback.print_exc()
         else:
@@ -65,15 +65,15 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 def as_text(content: Mapping[str, Any]) -> str:
-    """Return JSON; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
+    """Return JSON text; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
     return json.dumps(to_json_values(content), indent=2, allow_nan=False)
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """Yield a function that shows what is being done; it is silent without a terminal.
+    """Yield a function that shows the current step; without a terminal it shows nothing.
 
-    What a model prints meanwhile goes to stderr: stdout is for the answer.
+    Output of the model meanwhile goes to stderr, since stdout is for the answer alone.
     """
     with contextlib.redirect_stdout(sys.stderr):
         if not sys.stderr.isatty():
@@ -82,18 +82,18 @@ def progress() -> Iterator[Callable[[str], None]]:
         from rich.console import Console
         from rich.text import Text
 
-        # The real stderr: exporters run with a replaced one.
+        # The stderr of now: exporters run with a replaced one.
         with Console(file=sys.stderr).status("") as status:
 
             def show(text: str) -> None:
-                status.update(Text(escape_unprintable(text)))  # no text, which is read as markup
+                status.update(Text(escape_unprintable(text)))  # rich reads a str as markup
 
             with _follow_log(show):
                 yield show
 
 
 def print_notes_of_checkpoint(notes: Iterable[str]) -> None:
-    """Print on stdout what had to be done to load a checkpoint."""
+    """Print on stdout the notes of how a checkpoint was loaded."""
     for note in notes:
         print_line(f"checkpoint: {note}")
 
@@ -106,7 +106,7 @@ def print_warnings(notes: Iterable[str]) -> None:
 
 @contextlib.contextmanager
 def collect_warnings() -> Iterator[list[str]]:
-    """Yield a list that the texts of sn_export's own warnings go to; others are shown as ever."""
+    """Yield a list that collects the texts of sn_export's warnings; others are shown as usual."""
     notes: list[str] = []
     with warnings.catch_warnings():
         show = warnings.showwarning
@@ -123,7 +123,7 @@ def collect_warnings() -> Iterator[list[str]]:
 
 
 def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table on stdout; its cells and title are shown as they are, escaped."""
+    """Print a table on stdout; markup in cells and title is shown, not interpreted."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
@@ -148,7 +148,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
 
 
 def number(value: float) -> str:
-    """Return a number as tables show it."""
+    """Return a number with six digits, or ``-`` for NaN."""
     return "-" if math.isnan(value) else f"{value:.6g}"
 
 
@@ -185,9 +185,8 @@ def _message(error: BaseException) -> str:
 
 def run(app: typer.Typer, name: str) -> int:
     """Run the command line and return its exit code; without arguments it shows its help."""
-    if isinstance(
-        sys.stdout, io.TextIOWrapper
-    ):  # a terminal may lack a letter, and that is no error
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # A letter that the terminal's encoding lacks is no reason to fail.
         sys.stdout.reconfigure(errors="backslashreplace")
     arguments = sys.argv[1:] or ["--help"]
     try:
@@ -238,9 +237,12 @@ def _of_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
 def show_parity(
     parity: ParityReport, with_modules: bool = False, told: Collection[str] = ()
 ) -> None:
-    """Print the comparison of each output, and of the modules where it fails or they are wanted.
+    """Print the comparison of each output, and that of the modules if it failed or on request.
 
-    Its notes follow, but for those that were ``told`` already.
+    Args:
+        parity: the comparison.
+        with_modules: print all modules, also where the comparison passed.
+        told: notes that were printed before, and are left out.
     """
     table(
         f"parity with onnxruntime over {parity.samples} input sets",
@@ -269,7 +271,7 @@ def show_parity(
 
 
 def _show_modules(divergence: Divergence, is_all: bool) -> None:
-    """Print all modules, or those around the first one to differ; the report has them all."""
+    """Print all modules, or those around the first one to differ."""
     modules = divergence.modules
     bad = next((i for i, entry in enumerate(modules) if not entry.passed), len(modules))
     if divergence.first or is_all:

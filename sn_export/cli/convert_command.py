@@ -1,4 +1,4 @@
-"""``sn-export convert``: a checkpoint spelled differently, without the code of a model."""
+"""``sn-export convert``: write a checkpoint in another spelling, without the code of a model."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class ConvertCommand(CheckpointOptions):
     ]
 
     def run(self) -> None:
-        """Convert, and say what was done."""
+        """Convert, and print what was changed and written."""
         require_checkpoint(self.checkpoint)
         with progress() as show:
             from ..checkpoints import convert_checkpoint

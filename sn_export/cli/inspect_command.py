@@ -1,4 +1,4 @@
-"""`sn-export inspect`: what a checkpoint holds, without the code of a model."""
+"""``sn-export inspect``: list what a checkpoint or an ONNX file holds, without model code."""
 
 from __future__ import annotations
 
@@ -152,7 +152,9 @@ def _content(found: Any) -> dict[str, Any]:
 
 
 def inspect_onnx(path: Path, as_json: bool) -> None:
-    """Print inputs, outputs, opset, sizes, what made the file, and its frozen layers.
+    """Print inputs, outputs, opset, sizes, the producer of the file, and its frozen layers.
+
+    The weights are not read.
 
     Raises:
         UsageError: if it is no ONNX file.

@@ -1,7 +1,4 @@
-"""``MODULE:FACTORY``: import the code of a network, call it, and load a checkpoint into it.
-
-The tensors of ``--input`` and ``--input-file`` are made here too.
-"""
+"""Build the network of ``--model MODULE:FACTORY``, load a checkpoint into it, make its inputs."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def draw_example(shapes: Iterable[InputShape]) -> InputSet:
     for one in shapes:
         try:
             value = _random(one.shape, getattr(torch, one.dtype), generator)
-        except RuntimeError as error:  # for want of memory
+        except RuntimeError as error:  # too little memory
             raise UsageError(f"--input {one.text}: torch cannot draw it: {error}") from error
         if one.name is None:
             args.append(value)
@@ -45,7 +42,7 @@ def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generat
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return torch.randn(shape, dtype=wide, generator=generator).to(dtype)
-    # 0 and 1 are an index into anything; other values have to come from --input-file.
+    # 0 and 1 are valid as indices and as flags; other values have to come from --input-file.
     return torch.randint(0, 2, shape, generator=generator).to(dtype)
 
 
@@ -66,7 +63,11 @@ class Inputs:
     def dynamic_shapes(
         self, model: nn.Module, dims: Mapping[str, dict[int, str]]
     ) -> dict[str, dict[int, str] | None] | None:
-        """Return ``--dynamic`` as `torch.export` takes it: an entry for each input, or None."""
+        """Return ``--dynamic`` as `torch.export` takes it; None if nothing is dynamic.
+
+        Example: ``{"x": {0: "batch"}}`` is ``{"x": {0: "batch"}, "mask": None}`` for the inputs x
+        and mask.
+        """
         if not dims:
             return None
         called = self.example.method or model.forward
@@ -81,10 +82,10 @@ class Inputs:
 
 
 def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
-    """Return the inputs that ``--input`` and ``--input-file`` give; one of them does.
+    """Return the inputs of ``--input`` and ``--input-file``, of which at least one is given.
 
     Raises:
-        UsageError: if a file is none of numpy's.
+        UsageError: if a file is no .npz of numeric arrays.
     """
     own = tuple(_from_file(path) for path in files)
     return Inputs(draw_example(shapes), own) if shapes else Inputs(own[0], own[1:])
@@ -104,13 +105,13 @@ def _from_file(path: Path) -> InputSet:
 def prepare_model(
     options: ModelOptions, checkpoint: Path, factory: str, show: Callable[[str], None]
 ) -> tuple[nn.Module, Inputs, Loaded]:
-    """Return what is called, with the checkpoint in it, the inputs, and how it went in.
+    """Return the module to call, with the checkpoint loaded, its inputs, and notes of the loading.
 
     Args:
-        options: how to read the checkpoint, and what of the network is called.
+        options: how to read the checkpoint, and which module and method to call.
         checkpoint: the file or folder.
         factory: ``MODULE:FACTORY``.
-        show: is told each step.
+        show: shows the user each step.
     """
     device = _require_device(options.device)
     inputs = gather(options.shapes, options.input_files).to(device)
@@ -133,7 +134,7 @@ def prepare_model(
 
 
 def _require_device(text: str) -> torch.device:
-    """Return the device, if tensors with values can be on it.
+    """Return the device of ``--device``, if torch can make tensors with values on it.
 
     Raises:
         UsageError: if torch knows no such device, or has none.
@@ -148,7 +149,7 @@ def _require_device(text: str) -> torch.device:
 
 
 def _find_module(option: str, model: nn.Module, path: str | None) -> nn.Module:
-    """Return the module that an option names below ``model``; the model itself for None."""
+    """Return the module at ``path`` below ``model``, which an option names; ``model`` for None."""
     found: Any = model
     for name in path.split(".") if path is not None else ():
         found = getattr(found, name, None)

@@ -1,6 +1,6 @@
-"""``sn-export onnx``: a checkpoint, a network, a proved file.
+"""``sn-export onnx``: load a checkpoint into a network, export that, and prove the file.
 
-Its report files are checked before the long work begins, and written after it.
+Whether reports can be written is checked before the long work, and not only after it.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ DynamicDims = dict[str, dict[int, str]]  # names of dimensions by input and posi
 
 
 def require_apart(outputs: Mapping[str, Path | None], inputs: Mapping[str, Iterable[Path]]) -> None:
-    """Raise where two outputs are one file, or one is an input.
+    """Raise if two outputs are one file, or an output is also an input.
 
     Args:
-        outputs: files to write by what they are called in messages; None for those not asked for.
-        inputs: files to read, likewise.
+        outputs: files to write, by their names in messages; None for those not asked for.
+        inputs: files to read, by their names in messages.
 
     Raises:
         UsageError: naming both.
@@ -97,13 +97,13 @@ def write_report(
     """Write a report, with the command line that asked for it.
 
     Args:
-        content: of its JSON.
-        path: the file; None for none.
-        written: the ONNX file that is already in place, for the message.
-        of_checkpoint: whether it is what ``inspect`` says, and not that of an export.
+        content: the content of its JSON.
+        path: the file; None for no report.
+        written: the ONNX file that is already in its place, for the message.
+        of_checkpoint: whether the content is from ``inspect``, not from an export.
 
     Raises:
-        UsageError: if the disk is full, say.
+        UsageError: if it cannot be written, as when the disk is full.
     """
     if path is None:
         return
@@ -251,7 +251,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
             raise typer.Exit(FAILED)
 
     def _require_possible(self) -> None:
-        """Raise for a file that cannot be read or written; it needs no torch."""
+        """Raise if a file cannot be read or written; torch is not imported for that."""
         self.require_files(self.checkpoint)
         require_apart(
             {
@@ -274,7 +274,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         from ..exporting import export_onnx
 
         is_index = self.checkpoint.name.endswith(".index.json")
-        has_source = self.checkpoint.is_file() and not is_index  # others do not hold the weights
+        has_source = self.checkpoint.is_file() and not is_index  # one file holds all weights
         options = self.keywords_of(export_onnx) | {
             "per_module": self.per_module or is_pictured(self.report),
             "sigma_exact": is_pictured(self.report),

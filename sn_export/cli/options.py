@@ -1,8 +1,8 @@
-"""Options: each is declared here or in its command, once, with its name, help, type and parser.
+"""Options that several commands share, each declared once with its name, help, type and parser.
 
-A command is a dataclass, and an option of it is a field. The name of the field is that of the
-keyword that it becomes, so that `Command.keywords_of` hands it on without naming it again. Nothing
-here imports torch: ``--help`` and messages about what was written come at once.
+A command is a dataclass, and each of its options a field. A field has the name of the keyword that
+it is passed as, so that `Command.keywords_of` passes it on without naming it again. Nothing here
+imports torch, so ``--help`` and messages about wrong options come at once.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ _DTYPES = (
 
 @dataclass(frozen=True)
 class Parsed:
-    """An option whose value is made from what is written.
+    """Marks a field whose value is parsed from the text of the option.
 
     Attributes:
-        written: the type that typer reads.
-        parse: makes the value of it; raises a UsageError for what cannot be understood.
-        default: what counts as written where the option is not given; ``...`` where it must be.
+        written: the type that typer reads, such as ``list[str]``.
+        parse: returns the value of the field; raises a UsageError for text without a meaning.
+        default: parsed if the option is not given; ``...`` if it must be given.
     """
 
     written: Any
@@ -134,7 +134,7 @@ def parse_names(option: str, texts: list[str]) -> list[str] | None:
 
 
 def parse_factory(text: str | None) -> str | None:
-    """Return ``--model`` if it is MODULE:FACTORY, names with dots on both sides."""
+    """Return ``--model`` if it has the form ``pkg.nets:critic``; None if it was not given."""
     if text is not None:
         module, colon, factory = text.partition(":")
         if not (module and colon and factory):
@@ -150,7 +150,7 @@ def parse_factory(text: str | None) -> str | None:
 
 
 def parse_inputs(texts: list[str]) -> tuple[InputShape, ...]:
-    """Return the shapes that ``--input`` gives; those without a name come first."""
+    """Return the shapes that ``--input`` gives; positional ones must come first."""
     shapes: list[InputShape] = []
     for text in texts:
         one = _parse_input(text)
@@ -173,7 +173,7 @@ def _parse_input(text: str) -> InputShape:
     if dtype not in _DTYPES:
         raise UsageError(f"--input {text}: dtype must be one of {', '.join(_DTYPES)}")
     sizes = () if match["shape"] == "scalar" else tuple(map(int, match["shape"].split("x")))
-    count = math.prod(max(size, 1) for size in sizes)  # beside a 0 no size may be too large either
+    count = math.prod(max(size, 1) for size in sizes)  # a size beside a 0 counts too
     if count > _MOST:
         raise UsageError(
             f"--input {text}: an input must have at most {_MOST} elements, not {count}"
@@ -189,7 +189,7 @@ class Command:
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False
 
     def run(self) -> None:
-        """Do it."""
+        """Run the command."""
         raise NotImplementedError
 
     def keywords_of(self, function: Callable[..., Any]) -> dict[str, Any]:
@@ -270,7 +270,7 @@ class ProofOptions(Command):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelOptions(CheckpointOptions):
-    """The network that a checkpoint is loaded into, and what it is called with."""
+    """The network that a checkpoint is loaded into, and the inputs that it is called with."""
 
     shapes: Annotated[
         tuple[InputShape, ...],

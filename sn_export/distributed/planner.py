@@ -206,7 +206,7 @@ def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
 
 
 def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError:
-    """Return ``error``, or one that names the placement if its tensor is computed from a DTensor."""
+    """Return ``error``, or one that names the placement where the tensor comes from a DTensor."""
     for site in (site for _, sites in found for site in sites if site.name == error.tensor):
         for source in site.sources:
             if hasattr(source, "placements"):
