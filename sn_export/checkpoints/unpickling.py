@@ -181,7 +181,8 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
             raise ForbiddenPickleError(f"set entries of {describe_value(target)}")
 
     def _dict(self) -> None:
-        self.append(dict(_pairs(self.pop_mark())))
+        pairs = self.pop_mark()  # which puts another stack in the place of this one
+        self.append(dict(_pairs(pairs)))
 
     def _add_items(self) -> None:
         values = self.pop_mark()
@@ -190,7 +191,8 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
         self.stack[-1].update(map(as_key, values))
 
     def _frozenset(self) -> None:
-        self.append(frozenset(map(as_key, self.pop_mark())))
+        values = self.pop_mark()
+        self.append(frozenset(map(as_key, values)))
 
     def _bytearray(self) -> None:
         size = int.from_bytes(self.read(8), "little")
