@@ -145,6 +145,44 @@ def test_kill_at_any_step_leaves_the_old_files_or_the_new_ones(tmp_path: Path, s
         assert sum(counts.values()) > 5
 
 
+_KILLED = """
+import os, sys
+from pathlib import Path
+from sn_export.files import Drafts, publish
+
+moves, left, real = [], int(sys.argv[2]), os.replace
+
+def replace(source, place):
+    global left
+    left -= 1
+    if left < 0:
+        os._exit(9)
+    real(source, place)
+
+os.replace = replace
+with Drafts() as drafts:
+    for name in "ab":
+        moves.append((drafts.open(Path(sys.argv[1], name)), Path(sys.argv[1], name)))
+        moves[-1][0].write_text(f"new {name}")
+    publish(moves)
+"""
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_what_a_killed_process_moved_is_taken_back(tmp_path: Path, moved: int) -> None:
+    """By the next that writes beside it, which then publishes its own; done is done."""
+    _write(tmp_path, "ab")
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    program = [sys.executable, "-c", _KILLED, tmp_path, str(moved)]
+    ran = subprocess.run(program, env=environment, check=False)
+    assert ran.returncode == (9 if moved < 4 else 0)
+    _publish(tmp_path, "c")
+    state = OLD if moved < 4 else NEW
+    assert _contents(tmp_path) == {"a": state["a"], "b": state["b"], "c": NEW["c"]}
+    _publish(tmp_path, "ab")
+    assert _contents(tmp_path) == NEW
+
+
 def _link(path: Path, to: Path | str) -> Path:
     path.symlink_to(to)
     return path

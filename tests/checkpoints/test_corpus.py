@@ -185,6 +185,11 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda path: path.write_bytes(b"\x1f\x8b\x08"),
         "a gzip archive; unpack it first",
     ),
+    "zstd": (
+        lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd\x04"),
+        "a zstd archive; unpack it first",
+    ),
+    "7z": (lambda path: path.write_bytes(b"7z\xbc\xaf\x27\x1c"), "a 7z archive; unpack it first"),
     "onnx": (
         lambda path: path.write_bytes(b"\x08\x08\x12\x07pytorch"),
         "an ONNX file, which holds a graph; give the checkpoint that it was made from",
@@ -216,6 +221,13 @@ def test_what_trust_reads(kind: str, tmp_path: Path) -> None:
     assert "w" in found.tensors or "weight" in found.tensors
 
 
+def test_an_onnx_file_by_its_name(tmp_path: Path) -> None:
+    """Its first field may be followed by another than a producer; then its name tells."""
+    path = tmp_path / "a.onnx"
+    path.write_bytes(b"\x08\x08\x3a\x00")
+    assert _message(path).startswith("'a.onnx' is an ONNX file, which holds a graph; give the ")
+
+
 def test_the_first_format_of_torch(tmp_path: Path) -> None:
     """Torch unpacks it to disk, so that it is refused, although it begins as a pickle does."""
     name = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".decode("latin-1")
@@ -235,7 +247,10 @@ def test_the_first_format_of_torch(tmp_path: Path) -> None:
         ["model.safetensors"],
         ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
         ["pytorch_model.bin", "training_args.bin"],
-        ["any.pth"],
+        ["adapter_model.safetensors", "other.safetensors"],
+        ["adapter_model.bin", "training_args.bin"],
+        ["diffusion_pytorch_model.bin", "training_args.bin"],
+        *([f"any{suffix}"] for suffix in (".bin", ".pt", ".pth", ".ckpt")),
     ],
 )
 def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -88,6 +89,33 @@ def test_a_square_weight_whose_dim_cannot_be_told(tmp_path: Path) -> None:
     )
     (found,) = inspect_checkpoint(tmp_path / "a.pt", dims={"weight": 0}).layers
     assert found.sigma == find_spectral_norm(layer)[0].sigma
+
+
+@pytest.mark.parametrize("kernel", [(), (3,)])
+def test_the_exact_sigma_of_a_weight_whose_dim_cannot_be_told(
+    kernel: tuple[int, ...], tmp_path: Path
+) -> None:
+    """It is known where all dims that fit agree on it, as those of a matrix do."""
+    weight = torch.randn(4, 4, *kernel)
+    vectors = {"weight_u": torch.randn(4), "weight_v": torch.randn(weight[0].numel())}
+    torch.save({"weight_orig": weight, **vectors}, tmp_path / "a.pt")
+    (found,) = inspect_checkpoint(tmp_path / "a.pt").layers
+    assert found.dim is None
+    assert math.isnan(found.sigma_exact) == bool(kernel)
+    assert found.meaning == found.note and "say which with --dim weight=0" in found.note
+
+
+@pytest.mark.parametrize(
+    ("length", "meaning"),
+    [
+        (2.0, "sigma is too large, and the weight in eval mode 4 times too small"),
+        (0.5, "sigma is too small, and the weight in eval mode 4 times too large"),
+    ],
+)
+def test_vectors_that_are_no_unit_vectors(length: float, meaning: str, tmp_path: Path) -> None:
+    """What their lengths do to the weight in use is said."""
+    vector = torch.tensor([length, 0.0])
+    assert _layer(tmp_path, weight_u=vector, weight_v=vector).note.endswith(meaning)
 
 
 def test_a_checkpoint_from_before_v(tmp_path: Path) -> None:

@@ -172,11 +172,15 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -
 
 
 class Orthogonal(nn.Module):
-    """Square, tall, wide, batched and complex weights that torch keeps orthogonal."""
+    """Square, tall, wide, batched and complex weights that torch keeps orthogonal.
+
+    Of the batched ones, one has squares, and one is square in the dimensions before its last.
+    """
 
     def __init__(self, name: str | None) -> None:
         super().__init__()
         shapes = {"square": (4, 4), "tall": (5, 3), "wide": (3, 5), "convolution": (2, 3, 4, 2)}
+        shapes |= {"squares": (2, 3, 3), "batch": (4, 4, 2)}
         for key, shape in shapes.items():
             self.register_parameter(key, nn.Parameter(torch.randn(shape)))
         if name != "householder":
@@ -244,8 +248,8 @@ def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
     state = Orthogonal(None).state_dict()
     torch.save(state, tmp_path / "a.pt")
     assert _message(tmp_path, "hook", orthogonal_map="cayley") == (
-        "cannot spell 'square', 'tall', 'wide', 'convolution', 'complex' as hook: torch has no "
-        "hook for orthogonality"
+        "cannot spell 'square', 'tall', 'wide', 'convolution', 'squares' and 2 more as hook: torch "
+        "has no hook for orthogonality"
     )
     assert _message(tmp_path, "plain", orthogonal_map="householder") == (
         "torch cannot make 'complex' orthogonal by householder: The householder parametrization "

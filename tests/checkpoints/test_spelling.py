@@ -87,15 +87,19 @@ def test_the_order_of_keys_does_not_matter(order: random.Random, kind: Kind) -> 
         assert all(torch.equal(value, wanted[name]) for name, value in result.items())
 
 
+@pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
-def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind) -> None:
+def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind, name: str) -> None:
     """Keys, their order and the versions torch notes are what the other network would save."""
-    model = trained(Critic(kind), torch.randn(4, 3, 8, 8))
-    result = respell(_state(model.state_dict()), to)
-    wanted = Critic(to).state_dict()
-    assert list(result.entries) == list(wanted)
-    assert result.versions == wanted._metadata
+    build, _ = NETWORKS[name]
+    result = respell(_state(build(kind).state_dict()), to)
+    wanted = build(to).state_dict()
+    assert result.entries.keys() == wanted.keys()
+    if name != "lstm":  # of several tensors of one module the parts stay together
+        assert list(result.entries) == list(wanted)
+    assert result.versions == wanted._metadata  # type: ignore[attr-defined]
+    assert list(result.versions or ()) == list(wanted._metadata)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -170,14 +174,25 @@ def test_a_dim_that_cannot_be_told_is_asked_for() -> None:
     assert len(_respelled(state, "parametrization")) == 4  # where the dim does not matter
 
 
-def test_a_dim_that_does_not_fit_is_refused() -> None:
+@pytest.mark.parametrize("dim", [1, -1, 2, -3])
+def test_a_dim_that_does_not_fit_is_refused(dim: int) -> None:
     """A dim from the caller has to fit the shapes."""
     state = _linear("hook", 4, 3).state_dict()
     with pytest.raises(CheckpointError) as caught:
-        _respelled(state, "plain", weight=1)
+        _respelled(state, "plain", weight=dim)
     assert str(caught.value) == (
-        "'weight' [4, 3] with u of 4 elements has dim 0, got --dim weight=1"
+        f"'weight' [4, 3] with u of 4 elements has dim 0, got --dim weight={dim}"
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_dim_may_be_counted_from_the_end(kind: Kind) -> None:
+    """As torch itself takes it."""
+    state = _linear(kind).state_dict()
+    first, last = (_respelled(state, "plain", weight=dim)["weight"] for dim in (0, 1))
+    assert torch.equal(_respelled(state, "plain", weight=-2)["weight"], first)
+    assert torch.equal(_respelled(state, "plain", weight=-1)["weight"], last)
+    assert not torch.equal(first, last)
 
 
 def _broken(change: Callable[[dict[str, Any]], Any], kind: Kind = "hook") -> str:

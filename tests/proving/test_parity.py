@@ -227,6 +227,25 @@ def test_default_tolerances(identity: Identity, dtype: torch.dtype) -> None:
     assert not _compare(identity, [(says, outside)]).passed
 
 
+@pytest.mark.parametrize("place", ["parameter", "buffer"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_coarsest_dtype_of_the_network_decides(
+    identity: Identity, dtype: torch.dtype, place: str
+) -> None:
+    """Outputs in float32 of a network that computes in half precision have no more than that."""
+    says, model = torch.tensor([64.0, 0.0]), Recalling()
+    value = torch.ones(1, dtype=dtype)
+    if place == "parameter":
+        model.register_parameter(place, nn.Parameter(value))
+    else:
+        model.register_buffer(place, value)
+    model._answers = iter([says])
+    (output,) = check_parity(model, identity(torch.float32), says).outputs
+    name = "float32" if dtype == torch.float64 else str(dtype).removeprefix("torch.")
+    rtol, scaled = DEFAULT_TOLERANCES[name]
+    assert (output.rtol, output.atol) == (rtol, 64 * scaled)
+
+
 def test_scale_is_each_inputs_own(identity: Identity) -> None:
     """A large output of one input does not loosen the bound of another."""
     assert not _compare(identity, [([1e6, 0.0], [1e6, 0.0]), ([1.0, 0.0], [1.0, 0.5])]).passed

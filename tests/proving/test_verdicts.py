@@ -215,6 +215,26 @@ def test_a_function_that_the_file_writes_with_other_operators(tmp_path: Path, sc
         assert not check_parity(nn.LogSigmoid(), path, x).passed  # one per cent is no rounding
 
 
+class Added(nn.Module):
+    """LogSigmoid of one input, and another input."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return their sum."""
+        return nn.functional.logsigmoid(a) + b
+
+
+def test_operators_are_asked_under_the_names_of_the_file(tmp_path: Path) -> None:
+    """A file that calls each input as the model calls the other is judged by the right ones."""
+    x, names = torch.linspace(-1, 1, 64) * 8.5, ["b", "a"]
+    path = tmp_path / "net.onnx"
+    with pytest.warns(PrecisionLostWarning):
+        report = export_onnx(
+            Added(), (x, torch.zeros(64)), path, exporter="torchscript", input_names=names
+        )
+    rounding = report.parity.outputs[0].rounding
+    assert rounding is not None and rounding.ratio > 10 and rounding.operators_ratio <= 4
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_a_file_that_computes_float64_in_float32(tmp_path: Path, exporter: Any) -> None:
     """ONNX has no Celu in float64: what float32 can do is asked of the file, and it is said."""
