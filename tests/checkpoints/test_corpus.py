@@ -244,7 +244,7 @@ def test_the_first_format_of_torch(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "names",
     [
-        ["model.safetensors"],
+        ["model.safetensors", "other.safetensors"],
         ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
         ["pytorch_model.bin", "training_args.bin"],
         ["adapter_model.safetensors", "other.safetensors"],
