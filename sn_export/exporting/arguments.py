@@ -1,4 +1,4 @@
-"""What `sn_export.export_onnx` is given: refused before anything runs, or one `Request`."""
+"""The arguments of `sn_export.export_onnx`: refused before anything runs, or one `Request`."""
 
 from __future__ import annotations
 
@@ -54,17 +54,17 @@ class Source(Protocol):
 
     @property
     def run(self) -> Callable[[InputSet], Reference] | None:
-        """Runs the reference where that is another model; None for the network itself."""
+        """Runs the model that the reference comes from; None where that is the network itself."""
 
     def describe(self, sigma_exact: bool) -> Description:
-        """Return what is frozen, with the largest singular values where those are asked for."""
+        """Return what is frozen; with ``sigma_exact``, the largest singular values too."""
 
 
 class OwnNetwork:
-    """The network that the caller has, within torch's wrappers.
+    """The caller's own network, taken out of torch's wrappers.
 
     Args:
-        model: what the caller gave, within torch's wrappers.
+        model: the network, without torch's wrappers.
         only: what is frozen, as `frozen_parametrizations` takes it.
     """
 
@@ -75,11 +75,11 @@ class OwnNetwork:
         self._only = only
 
     def describe(self, sigma_exact: bool) -> Description:
-        """Return what is frozen; the block itself warns."""
+        """Return the tensors that are frozen, and warn of nothing: the block does that."""
         frozen = tuple(describe_sites(self.network, self._only))
         try:
             unconverged = find_unconverged(self.network, frozen)
-        except SnExportError:  # it sits where it cannot be read
+        except SnExportError:  # spectral norm that cannot be read, as in a ScriptModule
             unconverged = ()
         frozen = with_exact_sigma(self.network, frozen) if sigma_exact else frozen
         return Description(frozen, unconverged)
@@ -92,14 +92,14 @@ def export_from(
     only: Only,
     export: Callable[[Source], ExportReport],
 ) -> ExportReport:
-    """Return what ``export`` does: of the model itself, or of what the ranks of a sharded one hold.
+    """Return what ``export`` returns, given the model itself or the network gathered from ranks.
 
     Args:
-        network: within torch's wrappers.
+        network: the model, without torch's wrappers.
         method: the method of it to export, or None.
         factory: builds the network of a sharded model in one process; not called for others.
         only: what is frozen, as `frozen_parametrizations` takes it.
-        export: called once, of a sharded model on its first rank.
+        export: called once; for a sharded model on the first rank alone.
 
     Raises:
         TypeError: if the factory cannot be called.
@@ -133,7 +133,7 @@ class Call:
     own: Sequence[InputSet]
 
     def on_cpu(self) -> Call:
-        """Return it with all tensors on the CPU, where a gathered network is."""
+        """Return the call with all tensors on the CPU, where a gathered network is."""
         return Call(self.example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in self.own])
 
 
@@ -155,13 +155,14 @@ class Request:
         call: the inputs.
         dims: the dimensions that may vary.
         input_names: names in the file by the names in the forward's signature, in its order.
-        output_names: names that the user wants for the first outputs; of all, once it has run.
+        output_names: names that the user wants for the first outputs; once the example has run,
+            the names of all.
         frozen_kinds: what is frozen, as `frozen_parametrizations` takes it.
         run: runs the reference where that is another model than ``model``; else None.
         per_module: whether modules are compared though all outputs pass.
         keep_programs: whether torch's programs are kept in the report.
         verbose: whether torch may print, log and warn.
-        frozen: what is frozen in this model, once it has no lazy modules.
+        frozen: the tensors that are frozen; known once lazy modules are initialised.
         note: a sentence on spectral norms that are far from converged, or nothing.
     """
 
@@ -210,10 +211,10 @@ def require_call(
         args: as `export_onnx` is given them.
         kwargs: likewise.
         inputs: likewise.
-        draws: what random numbers the model draws.
+        draws: how the model draws random numbers, as `export_onnx` takes it.
 
     Raises:
-        TypeError: if they are no arguments of a call, or hold tensors that no exporter sees.
+        TypeError: for what is no argument of a call, or holds tensors that no exporter sees.
         ValueError: for a tensor in ``inputs`` that the example does not have.
     """
     keywords = {} if kwargs is None else as_kwargs(kwargs, "kwargs")
@@ -246,7 +247,7 @@ def require_dims(
 
 
 def _translate_axes(example: InputSet, axes: Any, input_names: Any) -> dict[str, Any]:
-    """Return ``dynamic_axes`` as ``dynamic_shapes``, without the names that are no arguments.
+    """Return ``dynamic_axes`` as ``dynamic_shapes``; names of outputs are left out.
 
     With the input name ``image`` of ``forward(x)``::
 

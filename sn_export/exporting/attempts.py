@@ -43,8 +43,8 @@ from .references import extend_references
 _logger = logging.getLogger("sn_export")
 _CALLER = 6  # stack level of whoever calls export_onnx, from `warn_of_made`
 
-Failure = tuple[Exporter, ExportError | ParityError]  # what an exporter ended with
-Finding = tuple[type[Warning], str]  # what is to be warned of, and how
+Failure = tuple[Exporter, ExportError | ParityError]  # an exporter, and how it failed
+Finding = tuple[type[Warning], str]  # the category of a warning, and its text
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,10 @@ class Made:
     """A file that was proved, not published yet.
 
     Attributes:
-        draft: where it lies.
-        report: what is said of it.
-        case: the inputs and outputs of its proof, where those were asked for.
-        failures: what the exporters before ended with.
+        draft: the file, beside its place.
+        report: its report.
+        case: the inputs and outputs of its proof, where the user wants them saved.
+        failures: the exporters that were tried before, with their errors.
     """
 
     draft: Path
@@ -68,8 +68,8 @@ def make_proved_file(request: Request, proof: Proof, drafts: Drafts) -> Made:
     """Return the first file that an exporter makes and that is proved.
 
     Args:
-        request: which exporters are tried, and what they are asked for.
-        proof: what each file is held against.
+        request: which exporters are tried, and what is asked of them.
+        proof: proves each file.
         drafts: keeps the files until they are published.
 
     Raises:
@@ -133,7 +133,8 @@ def _write(
     """Export the frozen model to ``draft``, and leave it as it was."""
     release = proof.freezing.release
     try:
-        # No name holds the block: whatever strikes as it is left, it ends before the state around.
+        # No variable holds the block, so that it ends before the state around it is put back,
+        # even if an interrupt strikes as it is left.
         with disk_errors_as(ExportError, request.target), proof.freezing.block():
             release()  # the block looks at its weights, on entering and on leaving
             return write_onnx(request, proof.references[0], exporter, metadata, draft, release)
@@ -164,7 +165,7 @@ def _describe_export(
 
 
 def _with_cause(error: ParityError, proof: Proof) -> ParityError:
-    """Say so where no exporter is to blame: the model itself differs under the same conditions."""
+    """Add the cause where the model itself, not an exporter, gives other outputs when frozen."""
     found = error.divergence
     if found is None or not found.is_deterministic:
         return error
@@ -210,12 +211,12 @@ def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
 
 
 def warn_of_made(request: Request, made: Made, example: Reference, left_out: str) -> None:
-    """Warn of what is to be known of a file, though it is proved.
+    """Warn of what a user should know about a file, though it is proved.
 
     Args:
         request: what was asked for.
         made: the file.
-        example: what the model said to the example.
+        example: the model's outputs for the example.
         left_out: a sentence on random inputs that were left out; empty if none was.
     """
     report = made.report
@@ -232,7 +233,7 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
 
 
 def _folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> Iterator[Finding]:
-    """Yield what to say of weights that were folded in the file, since the block left them."""
+    """Yield warnings of weights that the block left, so that the file holds folded values."""
     weights = [entry.name for entry in folded if entry.is_weight]
     known = {info.name for info in describe_sites(model, None)} if weights else set()
     if left := [name for name in weights if name in known]:
@@ -254,7 +255,7 @@ def _folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> It
 
 
 def _traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
-    """Yield where the forward decides by values, if an exporter that takes no such was tried."""
+    """Yield a warning if dynamo failed because the forward decides by the values of a tensor."""
     samples = made.report.parity.samples
     for _, error in made.failures:
         where = traced_decision(error, request.model, request.call.example.method)

@@ -106,8 +106,8 @@ def export_onnx(
     then as after any forward, also where the export fails later.
 
     Args:
-        model: the model, in train or eval mode, with or without spectral norm. Of
-            `torch.compile`, DataParallel and DistributedDataParallel the network inside is taken.
+        model: the model, in train or eval mode, with or without spectral norm. The network within
+            `torch.compile`, DataParallel and DistributedDataParallel is taken.
             A bound method of a module, such as ``net.decode``, is exported in place of its forward:
             called directly, without the hooks of ``net`` itself. Names in the file and in the
             report are those in ``net``.
@@ -268,8 +268,8 @@ def _export(request: Request, origin: Source, sigma_exact: bool) -> ExportReport
 def _one_at_a_time() -> Iterator[None]:
     """Let the exports of other threads wait.
 
-    It is no lock: the interrupt that keeps one from its release would stop all later exports of
-    other threads. Taking a turn is one atomic operation, and ending it can be repeated.
+    This is no lock: an interrupt could keep a lock from its release, and the exports of all other
+    threads would wait for ever. Taking a turn is one atomic operation; ending it can be repeated.
     """
     turn = (threading.get_ident(), object())
 

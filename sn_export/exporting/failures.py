@@ -87,13 +87,13 @@ class _Place:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What an exporter failed with.
+    """Why an exporter failed.
 
     Attributes:
         text: the error.
         place: where in the user's model: ``; in 'body.1' (Branching); at net.py:7: if y.sum():``.
         advice: what to try.
-        is_at_line: whether the place has a line of the user's.
+        is_at_line: whether the place names a line of the user's code.
     """
 
     text: str
@@ -107,11 +107,11 @@ class Explanation:
 
 
 class TorchExporterError(ExportError):
-    """An exporter of torch's failed.
+    """One of torch's exporters failed.
 
     Attributes:
         what: the exporter and the model, for a sentence.
-        explanation: what it failed with.
+        explanation: why it failed.
     """
 
     def __init__(self, what: str, explanation: Explanation) -> None:
@@ -167,9 +167,9 @@ def explain_failure(
 
     Args:
         error: what the exporter raised.
-        model: the model; its modules are told by their paths.
+        model: the model; its modules are named by their paths.
         method: the method of it that is exported in place of its forward.
-        other: what ``exporter`` could be instead, if there is anything.
+        other: another value of ``exporter`` to try; None if there is none.
         inputs: the names of the tensors that it was given, in their order.
     """
     chain = list(_causes(error))
@@ -199,7 +199,7 @@ def traced_decision(
     """Return where the forward decides by the values of a tensor, if that is what failed.
 
     Args:
-        error: what the exporter raised, or is the cause of.
+        error: what the exporter raised, or an error that has that as its cause.
         model: as for `explain_failure`.
         method: as for `explain_failure`.
     """
@@ -290,9 +290,9 @@ def _find_place_of_node(node: Any, model: nn.Module) -> _Place | None:
         lines = _RANGE.finditer(str(node.sourceRange()))
     else:
         return None
-    # torch.fx tells the outermost call first, TorchScript last.
+    # torch.fx lists the outermost call first, TorchScript last.
     calls = [*lines][:: -1 if isinstance(node, torch.fx.Node) else 1]
-    # What called the exporter is not the model's.
+    # Beyond the first call of this package are those that led to the exporter.
     below = itertools.takewhile(lambda call: not call["file"].startswith(_OURS), calls)
     users = [call for call in below if _is_of_user(call["file"])]
     place = _Place()

@@ -78,7 +78,7 @@ def fold_initializers(
     """
     graph = model.graph
     sources = Sources(state)
-    # First, for what follows gives names of its own.
+    # First, since folding gives names to initializers itself.
     folded = [
         _rename(graph, value, names, sources)
         for value in list(graph.initializers.values())
@@ -267,7 +267,7 @@ def _replace(
     if cone.result.is_graph_output():
         _keep_output(graph, cone.result, value)
     cone.result.replace_all_uses_with(value)
-    # Asked before the initializers go.
+    # Before the initializers are removed.
     names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
     _remove_unused(graph, cone)
     return _register(graph, value, names, sources, cone)

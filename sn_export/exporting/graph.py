@@ -40,7 +40,7 @@ def strip_traces(model: ir.Model) -> None:
 
 
 def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]) -> None:
-    """Give a graph's inputs and outputs these names; whatever else has one gets another.
+    """Give a graph's inputs and outputs these names; any other value of that name gets another.
 
     With ``inputs=["x"]`` and ``outputs=["y"]`` a graph ``input.1 -> Conv -> 5``, in which the
     result of an inner node is called ``x``, becomes ``x -> Conv -> y`` with ``x_1`` inside.
@@ -104,7 +104,7 @@ def _separate_outputs(graph: ir.Graph) -> None:
 def widen_indices(graph: ir.Graph) -> None:
     """Cast indices in int32 to int64, the only type that some operators take.
 
-    The dynamo exporter writes ``index_put`` with int32 indices so, as in an inverse STFT::
+    The dynamo exporter writes int32 indices for ``index_put``, which an inverse STFT needs::
 
         ScatterND(x, indices, y)  ->  ScatterND(x, Cast(indices, to=INT64), y)
     """
@@ -120,12 +120,12 @@ def widen_indices(graph: ir.Graph) -> None:
 
 
 def set_opset(model: ir.Model, wanted: int | None) -> None:
-    """Give a model the opset that was asked for, where that takes no other operators.
+    """Give a model the opset that was asked for, if none of its operators changes with it.
 
     The dynamo exporter writes opset 18 where an older one is asked for.
 
     Raises:
-        ExportError: if an operator of the model is another one in that opset.
+        ExportError: if an operator of the model has another definition in that opset.
     """
     found = model.opset_imports.get("", 0)
     if wanted is None or found == wanted:
@@ -153,7 +153,7 @@ def _since(name: str, opset: int) -> int:
 def require_opset(
     opset: int | None, exporters: Sequence[Exporter]
 ) -> tuple[int | None, tuple[Exporter, ...]]:
-    """Return an opset, or None, with those of the exporters that make it.
+    """Return the opset, or None for torch's default, with the exporters that make it.
 
     Raises:
         TypeError: if it is no integer.
@@ -176,7 +176,7 @@ def require_opset(
 
 
 def exporters_of(opset: int | None) -> tuple[Exporter, ...]:
-    """Return the exporters that make files of this opset; all for None."""
+    """Return the exporters that make files of an opset; all of them for None."""
     return tuple(name for name in EXPORTERS if opset is None or opset in opsets_of(name))
 
 

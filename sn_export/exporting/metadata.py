@@ -61,7 +61,7 @@ def file_metadata(
         frozen: the tensors under spectral norm.
         source: the checkpoint that the weights came from.
         metadata: the user's own keys.
-        draws: what random numbers the forward drew.
+        draws: how the forward drew random numbers.
 
     Returns:
         Text by key: ``sn_export.exporter``; ``sn_export.versions``, a JSON object;

@@ -28,15 +28,15 @@ _INLINE_LIMIT = 2**31 - 2**26
 
 @dataclass(frozen=True)
 class Written:
-    """What `write_onnx` made.
+    """A file that `write_onnx` wrote.
 
     Attributes:
         opset: version of the default opset.
         folded: what was folded because it depends on initializers alone.
-        program: torch's ONNXProgram, of the dynamo exporter alone.
+        program: torch's ONNXProgram; None by the TorchScript exporter.
         inputs: the inputs of the file.
-        declared: the shapes that it declares of its outputs; none of an output without one.
-        notes: what onnx's checker says against it, though it is a valid file.
+        declared: the shape that it declares for each output; empty where it declares none.
+        notes: objections of onnx's checker, though the file is valid.
     """
 
     opset: int
@@ -47,7 +47,7 @@ class Written:
     notes: tuple[str, ...] = ()
 
     def without_program(self) -> Written:
-        """Return it without the program, whose weights are freed."""
+        """Return the record without torch's program, whose weights are freed."""
         if self.program is not None:
             _free(self.program.model)
         freed = replace(self, program=None)
@@ -71,7 +71,7 @@ def write_onnx(
         exporter: which of torch's exporters.
         metadata: what is written to ``metadata_props``.
         path: the file.
-        release: called whenever weights have been read, to free the memory that took.
+        release: called whenever weights have been read, to free the memory that this took.
 
     Raises:
         ExportError: if torch cannot export it, with torch's error as its cause; if it wrote
@@ -109,7 +109,7 @@ def _sizes_of(value: ir.Value) -> tuple[int | str, ...]:
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    # In the order of the state dict, module by module, with buffers that it leaves out.
+    # In the order of the state dict, and with the buffers that a state dict leaves out.
     return {
         qualified(path, name): tensor
         for path, module in model.named_modules(remove_duplicate=False)
@@ -139,9 +139,9 @@ def _free(model: ir.Model) -> None:
 
 
 def _check(model: onnx.ModelProto) -> tuple[str, ...]:
-    """Return what onnx's inference of shapes says against a valid model: it is no proof.
+    """Return objections of onnx's shape inference to a valid model; they may be wrong.
 
-    Of an average pool with ``ceil_mode``, onnx infers one element more than torch and onnxruntime
+    For an average pool with ``ceil_mode``, onnx infers one element more than torch and onnxruntime
     compute.
     """
     try:

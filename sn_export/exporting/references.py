@@ -1,4 +1,4 @@
-"""What the unfrozen model says, which every file is held against, and the plan of that proof."""
+"""The outputs of the unfrozen model, and the proof that holds every file against them."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def run_references(
         state: the model's; which parameters the forward writes is known after the example.
 
     Returns:
-        The request with the names of all outputs, and the opset of the network's dtype where the
-        user leaves it open. What the model said, the example first. A sentence on random inputs
-        that were left out, since the model does not take them.
+        The request with the names of all outputs, and the opset for the network's dtype where the
+        user leaves it open; the references, that of the example first; a sentence on random inputs
+        that were left out because the model does not take them, or an empty one.
 
     Raises:
         SnExportError: if it rejects an input.
@@ -90,7 +90,7 @@ def run_references(
 def plan_proof(
     request: Request, state: Preserved, run: Run, references: list[Reference], left_out: str
 ) -> Proof:
-    """Return what files are held against.
+    """Return the proof that every file has to pass.
 
     Args:
         request: what `run_references` returned.
@@ -118,7 +118,7 @@ def plan_proof(
 
 
 def extend_references(proof: Proof, request: Request, program: Any) -> None:
-    """Add what the model says at the first sizes that torch's program leaves out.
+    """Add references at the first sizes that torch's program leaves out.
 
     They count for the proof of this file and of the next one.
     """
@@ -130,12 +130,12 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
 class Spill:
     """Keeps large weights in files that are mapped: only what is read of them takes memory.
 
-    A mapping is private, and its file is gone from the disk with the weight.
+    Such a file has no name: its room on the disk is free again when the weight is freed.
 
     Args:
-        model: what the weights are of. Only past 512 MB of parameters are there files, and only
-            on systems that let an open file be deleted.
-        folder: where they lie; a disk with room for the ONNX file.
+        model: whose weights they are. There are files only past 512 MB of parameters, and only on
+            systems that let an open file be deleted.
+        folder: on a disk with room for the ONNX file.
     """
 
     def __init__(self, model: nn.Module, folder: Path) -> None:
@@ -144,12 +144,12 @@ class Spill:
         self._kept: list[Tensor] = []
 
     def keep(self, values: Iterable[Tensor]) -> list[Tensor]:
-        """Return tensors of the same bits, in files; one after the other is in memory.
+        """Return tensors of the same bits, in files; no more than one value at a time is in memory.
 
         Small weights stay in memory, and what is not on the CPU or not contiguous; so does what
         the folder has no room for.
         """
-        self._kept = []  # of one block at a time: those of an earlier one go with their weights
+        self._kept = []  # of this block alone: the files of an earlier one go with its weights
         return list(map(self._keep, values))
 
     def _keep(self, value: Tensor) -> Tensor:

@@ -47,7 +47,7 @@ from .arguments import Request
 from .failures import TorchExporterError, explain_failure
 from .graph import exporters_of
 
-# What a module shares with its model, so that weights keep their names; the rest, as hooks, is new.
+# What a `_Call` shares with its model, so that weights keep their names; the rest is new.
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
 _parsed: weakref.WeakKeyDictionary[TracedOnnxFunction, Any] = weakref.WeakKeyDictionary()
@@ -80,9 +80,9 @@ def run_exporter(
 
 
 def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None:
-    """Return what to try where this exporter fails: of dynamo the other one, of that both.
+    """Return what to try where an exporter fails: after dynamo torchscript, after that both.
 
-    So advice comes to an end. None where both are tried, or the other one has not this opset.
+    So advice comes to an end. None where both were tried, or one alone makes this opset.
     """
     if len(request.exporters) > 1 or len(exporters_of(request.opset_version)) < 2:
         return None
@@ -149,9 +149,9 @@ def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
     """Return the call of a module that takes the tensors of the example, and returns tensors.
 
     Args:
-        model: it is called by that module, and exported itself where that is the same.
+        model: exported itself where its forward takes and returns tensors alone.
         reference: the example; every call has the structure and the constants of its inputs, and
-            returns what is a tensor in its result.
+            returns the tensors of its result.
     """
     example = reference.inputs.clone()
     tensors = dict(example.named_tensors())
@@ -162,7 +162,7 @@ def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
 
 
 class _Call(nn.Module):
-    """A model that is called in one way, with its own parameters, buffers and children."""
+    """Calls a model in one way; its parameters, buffers and children are those of the model."""
 
     def __init__(
         self,
@@ -181,7 +181,7 @@ class _Call(nn.Module):
 
         def forward(*args: Tensor) -> tuple[Tensor, ...]:
             full = example.map(lambda tensor: args[position[id(tensor)]])
-            # By their places: while a model is traced, sizes are tensors too.
+            # By their paths: while a model is traced, sizes are tensors too.
             found = dict(paths_of_tensors(full.call(model)))
             return tuple(found[path] for path in paths)
 
@@ -191,7 +191,12 @@ class _Call(nn.Module):
 
 
 def _signature(names: Iterable[str]) -> inspect.Signature:
-    """Return that of ``def forward(x, pair_0)`` for these names; of no keyword: ``input_1``."""
+    """Return the signature of a forward with these parameters.
+
+    A name that Python does not take is replaced::
+
+        _signature(["x", "pair_0", "lambda"])  # (x, pair_0, input_2)
+    """
     fitting = (
         name if name.isidentifier() and not keyword.iskeyword(name) else f"input_{index}"
         for index, name in enumerate(names)
@@ -217,7 +222,7 @@ def _is_flat(model: nn.Module, example: InputSet) -> bool:
 
 @undoing
 def quiet(verbose: bool) -> Iterator[None]:
-    """Keep prints, logs and warnings inside, unless ``verbose``."""
+    """Discard what is printed, logged and warned of, unless ``verbose``."""
     if verbose:
         yield
         return
@@ -239,7 +244,7 @@ def quiet(verbose: bool) -> Iterator[None]:
     with undo_on_exit(undo):
         warnings.simplefilter("ignore")
         for logger in loggers:
-            if logger.isEnabledFor(logging.ERROR):  # by itself, not by the one above it
+            if logger.isEnabledFor(logging.ERROR):  # it may have a level of its own
                 logger.setLevel(logging.CRITICAL)
         if output:
             nowhere = os.open(os.devnull, os.O_WRONLY)

@@ -83,7 +83,7 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
 
 
 def describe_site(site: Site) -> SpectralNormInfo | ParametrizationInfo:
-    """Return what `describe_sites` has for one tensor."""
+    """Return the record of `describe_sites` for one tensor."""
     return site.describe() if site.group == "spectral_norm" else site.outline(compute_value(site))
 
 
@@ -116,7 +116,7 @@ def add_exact_sigma(
     matrices: Mapping[str, Tensor],
     budget: float,
 ) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
-    """Return ``infos`` as `with_exact_sigma` does, given the weight matrices by name."""
+    """Return what `with_exact_sigma` returns, given the weight matrices by name."""
     found = _exact_sigmas(matrices, budget)
     return tuple(
         replace(info, sigma_exact=found.get(info.name))
@@ -131,8 +131,8 @@ def find_unconverged(
 ) -> tuple[UnconvergedSigma, ...]:
     """Return the tensors whose stored sigma is far below the true one.
 
-    So it is where power iteration never ran: the vectors are as drawn, and what is divided by a
-    sigma that is next to nothing is huge.
+    That happens where power iteration never ran: the vectors are as drawn, sigma is near zero, and
+    the weight that is divided by it is huge.
 
     Args:
         model: any module. It is not changed; no power iteration of its own is run.
@@ -148,7 +148,7 @@ def find_unconverged(
 def unconverged_among(
     infos: Iterable[SpectralNormInfo | ParametrizationInfo], matrices: Mapping[str, Tensor]
 ) -> tuple[UnconvergedSigma, ...]:
-    """Return what `find_unconverged` does, given the weight matrices by name."""
+    """Return what `find_unconverged` returns, given the weight matrices by name."""
     stored = {
         info.name: info.sigma
         for info in infos

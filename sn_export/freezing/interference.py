@@ -78,8 +78,9 @@ def complaints(plan: Plan) -> list[str]:
 def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> None:
     """Plan to make the modules of ``edited`` plain again, so that the block can be undone.
 
-    Freezing is that already, with the frozen weight for a value: hooks, buffers, parameters
-    and the class go. Only torch's own are looked for, since nothing here may run foreign code.
+    Freezing them once more does that, with the frozen weight as the value: it takes away hooks,
+    buffers, parameters and the class. Only torch's kinds are looked for, since no foreign code may
+    run here.
 
     Args:
         edits: where to plan.
@@ -99,16 +100,16 @@ def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> Non
 
 
 def _is_state_hook(entry: Any, tensor: str) -> bool:
-    """Whether ``entry`` is what torch's norms register on the state dict for ``tensor``."""
+    """Whether ``entry`` is a hook that torch's norms put on the state dict for ``tensor``."""
     owner = owner_of_state_hook(entry)
     is_spectral = isinstance(owner, SpectralNorm) and owner.name == tensor
     return is_spectral or is_weight_norm_state_hook(entry, tensor)
 
 
 def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeight]) -> None:
-    """See that parametrizations of other tensors, made or removed inside the block, stay so.
+    """Keep parametrizations of other tensors as they are, if they came or went inside the block.
 
-    They changed the class and the dictionary of chains of a module whose own will be put back.
+    They share the class and the dictionary of chains with a tensor that is put back.
 
     Args:
         edits: those of the block.

@@ -67,10 +67,10 @@ class Plan:
         )
 
     def settle(self) -> None:
-        """Bring the model into the state in which the edits were applied, before it is looked at.
+        """Bring the containers of the model into the state in which the edits left them.
 
-        For subclasses whose models change their own containers while they run. It is called
-        before anything is undone, and again if an interrupt stops it.
+        Subclasses do so for models that change their own containers while they run. It is called
+        before anything is undone, and once more if an interrupt stops it.
         """
 
 

@@ -93,10 +93,10 @@ def _refuse_scripted(path: str, module: torch.jit.ScriptModule) -> None:
 
 
 class Callers:
-    """What the code of a network calls, asked when there is a hook to ask it for.
+    """What the code of a network calls; the code is read only where a site has a hook.
 
     Args:
-        model: the network that is frozen; what is outside of it calls nothing.
+        model: the network that is frozen; code outside of it is not read.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -104,7 +104,7 @@ class Callers:
         self._reads: dict[str, dict[tuple[nn.Module, str], nn.Module]] = {}
 
     def mark(self, site: Site) -> None:
-        """Say of ``site`` why its hook never runs, if that is so."""
+        """Set ``site.unapplied`` to a reason, if the hook of ``site`` never runs."""
         caller = site.caller
         if caller is None:
             return
@@ -192,7 +192,7 @@ def _is_called(module: nn.Module) -> bool:
 
 
 def _has_raw_weight(module: nn.Module, tensor: str) -> bool | None:
-    """Whether the weight of a layer is its raw parameter still; None where it has none of both."""
+    """Whether the weight of a layer is still its raw parameter; None where it lacks either."""
     raw, weight = module._parameters.get(f"{tensor}_orig"), module.__dict__.get(tensor)
     if raw is None or is_lazy(raw) or not isinstance(weight, Tensor):
         return None

@@ -1,4 +1,4 @@
-"""Sigma as it is stored, and as it is; neither runs a power iteration."""
+"""Sigma as the stored vectors estimate it, and exactly; no power iteration moves the vectors."""
 
 from __future__ import annotations
 

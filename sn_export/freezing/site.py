@@ -56,7 +56,7 @@ class Site(ABC):
 
     @property
     def keeps_raw_name(self) -> bool:
-        """Whether the raw parameter has the name of the weight, so that others may read it raw."""
+        """Whether the raw parameter has the name of the weight: other code may read it raw."""
         return False
 
     @property
@@ -65,7 +65,7 @@ class Site(ABC):
         return not self.unapplied
 
     def value_in_use(self) -> Tensor:
-        """Return the tensor that stands there now, as a forward reads it that sets it not anew."""
+        """Return the tensor that stands there now, which a forward reads if nothing computes it."""
         in_use: Tensor = getattr(self.module, self.tensor)
         return in_use.detach().clone()
 
@@ -123,7 +123,7 @@ class Site(ABC):
         )
 
     def follow_mode(self, training: bool) -> None:  # noqa: B027
-        """Take over a train/eval mode that the module was given while frozen."""
+        """Give hidden submodules the train/eval mode that the module got while it was frozen."""
 
 
 Found = tuple[nn.Module, list[Site]]
@@ -156,5 +156,5 @@ def require_module(model: M) -> M:
 
 
 def owner_of_state_hook(entry: Any) -> Any:
-    """Return the pre-hook that a hook on the state dict serves, as torch keeps it; else None."""
+    """Return the pre-hook that a hook on the state dict belongs to, if it is one of torch's."""
     return getattr(getattr(entry, "hook", entry), "fn", None)

@@ -120,7 +120,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
 
 
 class _Pair(NamedTuple):
-    """What could be a vector, what could be its matrix, and the names in the code of both."""
+    """A possible singular vector, its possible matrix, and the names in the code of both."""
 
     vector: str
     state: Tensor

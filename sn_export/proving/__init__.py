@@ -1,4 +1,4 @@
-"""Hold two sets of outputs against each other; it knows nothing of freezing."""
+"""Run a file in onnxruntime, and hold its outputs against those of the model."""
 
 from .cases import Case, check_case, opened_case, write_case
 from .dynamic_sizes import references_beyond, resized_references

@@ -33,7 +33,7 @@ from .session import DEFAULT_PROVIDERS
 from .tolerances import ProofSettings
 
 _FORMAT, _VERSION = "sn_export.case", 1
-# What each dtype is stored as.
+# The dtype in the file, by that of the tensor.
 _STORED: dict[str, type[np.generic]] = {
     "bfloat16": np.uint16,
     "bool": np.bool_,
@@ -49,7 +49,7 @@ _STORED: dict[str, type[np.generic]] = {
 
 @dataclass(frozen=True)
 class Case:
-    """Input sets and what the model said.
+    """Input sets, and what the model returned for them.
 
     Attributes:
         inputs: names of the file's inputs.
@@ -58,7 +58,7 @@ class Case:
         atol: absolute tolerance of each output, in units of the output, likewise.
         sets: label, inputs and outputs of each input set.
         proof_dtype: dtype of the copy that was run in the place of the file.
-        draws: the random numbers that the model drew: see `sn_export.running.draws`.
+        draws: how the model drew random numbers: see `sn_export.running.draws`.
     """
 
     inputs: tuple[str, ...]

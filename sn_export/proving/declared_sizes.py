@@ -79,7 +79,7 @@ def correct_declared_sizes(
     declared: Sequence[Sequence[object]] | None = None,
     leaves_open: bool = True,
 ) -> tuple[str, ...]:
-    """Rewrite what a proved file says of its outputs where another size was seen throughout.
+    """Correct the sizes that a proved file declares for its outputs to those that were seen.
 
     The TorchScript exporter declares what onnx infers: for an average pool with ``ceil_mode`` that
     is one more than torch and onnxruntime compute. A size that varies between the input sets is
@@ -91,18 +91,18 @@ def correct_declared_sizes(
 
     Args:
         path: the file; its external data is neither read nor written.
-        references: the input sets of the proof, with the outputs of model and file.
-        declared: the shapes that the file declares, where that is known. The file is read only
-            where one of them has another size than was seen.
-        leaves_open: whether a size that varies is left open. It is an error where another
-            exporter may declare it: dynamo fixes the length of a GRU at its first call in a
-            process and not later, and a model has the same file at every call.
+        references: the input sets of the proof, with the outputs, which model and file share.
+        declared: the shapes that the file declares, where the caller knows them. Then the file is
+            read only if one of them has another size than was seen.
+        leaves_open: whether a size that varies is left open; else it is an error, and another
+            exporter may do better. Dynamo fixes the length of a GRU at its first call in a
+            process and not later, and the same model has to give the same file.
 
     Returns:
         A sentence for each dimension that was corrected.
 
     Raises:
-        ExportError: if it has fixed a dimension that varies, and that is not left open.
+        ExportError: if the file fixes a dimension that varies, without ``leaves_open``.
     """
     if declared is not None and all(
         len(shape) == one.outputs[number].ndim
@@ -143,7 +143,7 @@ def correct_declared_sizes(
 
 
 def _correct_rank(output: onnx.ValueInfoProto, shapes: Sequence[Sequence[int]]) -> list[str]:
-    """Declare the shape that was seen where another number of dimensions is declared."""
+    """Declare the shape that was seen, if the file declares another number of dimensions."""
     shape, rank = output.type.tensor_type.shape, len(shapes[0])
     declared = len(shape.dim)
     if declared == rank or not output.type.tensor_type.HasField("shape"):

@@ -1,4 +1,4 @@
-"""Where a file and its model part: the first module whose output differs.
+"""Where a file diverges from its model: the first module whose output differs.
 
 Every module's output is recorded by a hook on one side, and made an output of a copy of the file
 on the other, for one input set. It holds every activation of that input set, on both sides.
@@ -44,7 +44,7 @@ _OTHER_NOISE = (
     "It draws what draws='zeros' does not replace: whole numbers, or by something else than "
     "torch's functions"
 )
-_IDLE = (nn.Identity, Dropouts)  # what hands on its input in eval mode
+_IDLE = (nn.Identity, Dropouts)  # they return their input in eval mode
 
 
 def locate(
@@ -56,7 +56,7 @@ def locate(
     settings: ProofSettings,
     failed: bool = True,
 ) -> Divergence:
-    """Compare every module's output on ``inputs``, and say where the file and the model part.
+    """Compare every module's output on ``inputs``, and say where the file diverges.
 
     Args:
         model: the model, held by ``state``.
@@ -69,7 +69,7 @@ def locate(
     """
     try:
         calls, again = trace(model, state, inputs), trace(model, state, inputs)
-    except SnExportError as error:  # it did run, to be compared: it depends on what came before
+    except SnExportError as error:  # it ran once already: it depends on what ran before
         return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
     file = onnx.load(path, load_external_data=False)
     named = module_values(model, file, {call.module for call in calls})
@@ -121,15 +121,15 @@ def _describe_before(
     compared: Sequence[ModuleParity],
     given: Collection[Tensor],
 ) -> str:
-    """Return what is to be added where the cause may lie before the first module to differ.
+    """Return an addition to the reason, if the cause may lie before the first module to differ.
 
     Args:
         bad: that module.
-        entering: how what it is given compares; None where the file has no such value.
+        entering: how its inputs compare; None where the file has no value for them.
         model: the model.
         calls: every call of a module.
-        compared: those that have a value in the file.
-        given: the inputs.
+        compared: the calls that have a value in the file.
+        given: the inputs of the model.
     """
     idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
     before = _hidden_before(bad, calls, compared, given)
@@ -188,7 +188,7 @@ def _hidden_before(
     compared: Sequence[ModuleParity],
     given: Collection[Tensor],
 ) -> list[str]:
-    """Return the modules that ran since the last one that agrees and have no value to compare."""
+    """Return the modules without a value to compare that ran after the last that agrees."""
     known = {(entry.module, entry.call) for entry in compared}
     end = next(i for i, c in enumerate(calls) if (c.module, c.number) == (bad.module, bad.call))
     hidden: list[str] = []
@@ -196,7 +196,7 @@ def _hidden_before(
         call = calls[index]
         if (call.module, call.number) in known:
             break
-        # One that does nothing, as dropout, hands on what it was given.
+        # A module that returns its input, such as dropout, hides nothing.
         before = [*given, *(output for earlier in calls[:index] for output in earlier.outputs)]
         if not all(any(_same(output, one) for one in before) for output in call.outputs):
             hidden.insert(0, call.module)

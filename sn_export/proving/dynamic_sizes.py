@@ -33,9 +33,9 @@ def resized_references(
 ) -> list[Reference]:
     """Run the model at the smallest, an odd and a larger size of its dynamic dimensions.
 
-    All dimensions change together; where the model rejects that, each one alone. Then those change
-    alone that were as large as another one throughout: a network may take height and width for one
-    number as long as they are equal.
+    All dimensions change together; where the model rejects that, each one alone. Then a dimension
+    that was as large as another one in all runs so far changes alone: a network may take height and
+    width for one number as long as they are equal.
 
     Args:
         example: the example input, bound.
@@ -58,7 +58,7 @@ def resized_references(
     for name, group in units.items():
         others = [other for key, other in units.items() if key != name]
         if any(tried.has_equal(group[0], other[0]) for other in others):
-            # The larger first. A size of 1 may be broadcast, which is no size of its own.
+            # The larger sizes first, and never 1: that may be broadcast, and says nothing.
             any(tried.run(units, {name: size}) for size in reversed(_sizes(group)) if size > 1)
     for root, group in groups.items():
         error = tried.errors.get(root)
@@ -105,11 +105,11 @@ def references_beyond(
 
 
 class _Tried:
-    """What the model said at other sizes, and what it rejected.
+    """The sizes at which the model was run, and those that it rejected.
 
     Attributes:
-        references: what it said.
-        errors: what it rejected last, by the name of what varied.
+        references: what it returned at other sizes than the example's.
+        errors: why it rejected a size last, by the name of what varied.
     """
 
     def __init__(
@@ -123,7 +123,7 @@ class _Tried:
         self._done: dict[frozenset[tuple[str, int]], bool] = {}
 
     def run(self, groups: Groups, sizes: Mapping[str, int]) -> bool:
-        """Run the model at ``sizes``, unless those are the example's or done; False if it fails."""
+        """Run the model once at ``sizes``, if those are not the example's; False if it fails."""
         others = {name: size for name, size in sizes.items() if size != _now(groups[name])}
         key = frozenset(others.items())
         if not others or key in self._done:
@@ -141,11 +141,11 @@ class _Tried:
         return True
 
     def varies(self, group: Sequence[DynamicDim]) -> bool:
-        """Whether the dimensions had another size than in the example."""
+        """Whether the dimensions had another size than in the example in some run."""
         return any(shape.get(group[0].place) != group[0].size for shape in self._shapes)
 
     def has_equal(self, one: DynamicDim, other: DynamicDim) -> bool:
-        """Whether two dimensions had the same size throughout."""
+        """Whether two dimensions had the same size in every run."""
         return all(shape.get(one.place) == shape.get(other.place) for shape in self._shapes)
 
 
@@ -186,7 +186,7 @@ def _now(group: Sequence[DynamicDim]) -> int:
 
 
 def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
-    """Return what can vary alone: the dimensions of a name together, each one without a name."""
+    """Return what can vary alone: dimensions of one name together, any other by itself."""
     units: dict[str, Sequence[DynamicDim]] = {}
     for root, group in groups.items():
         if group[0].is_named or len(group) == 1:
@@ -207,7 +207,7 @@ class _Resizer:
     def run(
         self, groups: Groups, sizes: Mapping[str, int], run: Callable[[InputSet], Reference]
     ) -> Reference:
-        """Run the model at other sizes, on random values or else on such near the example.
+        """Run the model at other sizes, on random values, or on values near the example.
 
         Raises:
             SnExportError: if it rejects both.
@@ -218,7 +218,7 @@ class _Resizer:
             return run(self.of(groups, sizes, near=True))
 
     def of(self, groups: Groups, sizes: Mapping[str, int], near: bool = False) -> InputSet:
-        """Return an input set; what ``sizes`` does not name stays as it is."""
+        """Return an input set of other sizes; what ``sizes`` does not name keeps its own."""
         wanted = {
             dim.place: dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
         }

@@ -1,6 +1,6 @@
 """ONNX files with their weights in the file or in one side file.
 
-A file whose weights fill the memory runs piece after piece, each with its own weights alone.
+A file whose weights would fill the memory runs piece after piece, each with its weights alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ..text import quote_name
 # onnx-ir does that by itself before 1.1.
 _PAGE = 2**16
 _PACKS_DENSELY = "alignment" in inspect.signature(ir.save).parameters
-_ARGUMENT = 256  # elements; no more are in what an operator wants to know before it runs
+_ARGUMENT = 256  # elements at most in shapes, axes and the like, which operators read first
 _PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
 
 
@@ -45,7 +45,7 @@ def save(
         model: a graph with its weights.
         path: the file.
         outside: whether there is a side file.
-        release: called whenever a weight has been read, to free what that took.
+        release: called whenever a weight has been read, to free the memory that this took.
 
     Returns:
         The model without its weights, which are among its inputs.
@@ -79,7 +79,7 @@ def _weights(model: ir.Model) -> dict[str, Any]:
         if (tensor := value.const_value) is not None
         and tensor.size > _ARGUMENT
         and tensor.dtype != ir.DataType.STRING
-        and tensor.nbytes >= tensor.size  # what is smaller than a byte is packed
+        and tensor.nbytes >= tensor.size  # elements smaller than a byte are packed
         and not value.is_graph_input()
     }
 
@@ -176,7 +176,7 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
 def require_data_inside(path: Path) -> None:
     """Raise if an ONNX file names data outside of its folder, by a path or behind a link.
 
-    onnxruntime has refused that itself since 1.24 alone.
+    onnxruntime refuses that itself only since 1.24.
 
     Raises:
         ExportError: naming the data.
@@ -219,7 +219,8 @@ class Pieces:
     onnxruntime would fuse across the border of two pieces runs unfused.
 
     Args:
-        whole: a session with the file, which answers for it; it has not read the weights yet.
+        whole: a session with the whole file, for its names, and for runs that cannot be cut; it has
+            not read the weights yet.
         path: the file.
         open_piece: makes a session of a model's bytes, with its external data beside ``path``.
     """
@@ -250,7 +251,7 @@ class Pieces:
                 return self._at_once(outputs, feed)  # a sequence has no type of its own
             try:
                 session = self._open(_model(self._file, piece, given).SerializeToString())
-            except ExportError:  # it needs what is beyond its borders
+            except ExportError:  # it cannot be loaded without the nodes around it
                 return self._at_once(outputs, feed)
             results = session.run_with_ort_values(piece.makes, given)
             del session  # and with it the weights
@@ -266,7 +267,7 @@ class Pieces:
 
 @dataclass
 class _Piece:
-    """Consecutive nodes, with the weights they read, and what passes their borders."""
+    """Consecutive nodes, the weights they read, and the values that they take and make."""
 
     nodes: list[NodeProto] = field(default_factory=list)
     weights: dict[str, TensorProto] = field(default_factory=dict)
@@ -316,7 +317,7 @@ def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelPr
     graph.name = file.graph.name
     graph.node.extend(piece.nodes)
     graph.initializer.extend(piece.weights.values())
-    declared = {entry.name: entry for entry in file.graph.input}  # which sizes the file takes
+    declared = {entry.name: entry for entry in file.graph.input}  # with the sizes that vary
     for name, value in given.items():
         made = onnx.helper.make_tensor_value_info(name, value.element_type(), value.shape())
         graph.input.append(declared.get(name, made))

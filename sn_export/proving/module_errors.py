@@ -1,7 +1,4 @@
-"""What every module returns while the model runs, held against the values of a file.
-
-Hooks record it, and are gone afterwards.
-"""
+"""The outputs of every module, recorded by hooks while the model runs, and how a file compares."""
 
 from __future__ import annotations
 
@@ -23,8 +20,8 @@ from .module_scopes import ModuleValues
 from .output_errors import RunningErrors
 from .tolerances import DEFAULT_TOLERANCES, largest
 
-_SAMPLED = 4096  # elements that tell most values apart
-_CLOSE = 1e-3  # of the largest value: what is nearer than that is compared in full
+_SAMPLED = 4096  # elements that are enough to tell most values apart
+_CLOSE = 1e-3  # of the largest value: values whose samples are nearer are compared in full
 
 
 @dataclass(frozen=True)
@@ -57,7 +54,7 @@ class Strictness:
         return cls(defaults[0] if rtol is None else rtol, defaults[1] if scaled is None else scaled)
 
     def relaxed(self, scaled_atol: float, dtype: str) -> Strictness:
-        """Return these tolerances with an absolute one that is at least so large."""
+        """Return the tolerances with an absolute one of at least ``scaled_atol``."""
         default = DEFAULT_TOLERANCES[dtype][1] if self.scaled_atol is None else self.scaled_atol
         return replace(self, scaled_atol=max(default, scaled_atol))
 
@@ -103,7 +100,7 @@ def compare_calls(
             if heir is not None:  # fused with a module that comes later, whose output this is
                 results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
                 continue
-            is_astray = True  # from here on values differ anyway
+            is_astray = True  # all later values differ anyway
         results[index] = found
     unmatched = [call.module for index, call in enumerate(calls) if index not in results]
     return [results[index] for index in sorted(results)], unmatched
@@ -137,7 +134,7 @@ def nearest(
             groups[values[name].shape, values[name].dtype][1].append(name)
     compared = []
     for outputs, found in groups.values():
-        # Outputs that nothing reads are not in the file: then each value has its output.
+        # The file lacks outputs that nothing reads: then each value is paired, not each output.
         if len(found) < len(outputs):
             pairs = [(outputs[_nearest(values[name], outputs)], name) for name in found]
         else:

@@ -126,7 +126,7 @@ class _Scopes:
                 self._read[parts[:end]].update(weights.intersection(node.input))
 
     def of(self, node: onnx.NodeProto) -> list[nn.Module]:
-        """Return them from the metadata of the dynamo exporter, or the name of the other."""
+        """Return the modules of a node, from dynamo's metadata or from its name by TorchScript."""
         for entry in node.metadata_props:
             if entry.key == _SCOPES:
                 return _from_metadata(self._model, entry.value)
@@ -156,7 +156,7 @@ class _Scopes:
     ) -> list[tuple[str, nn.Module]]:
         """Return the module at ``relative``, directly or below modules that are passed over.
 
-        Where there are several, what is read tells; where that does not, none is named.
+        Of several it is the one whose weights are read; where that does not decide, none.
         """
         if base not in self._bases:
             self._bases[base] = [(base, module), *self._over(base, module)]
@@ -190,7 +190,7 @@ def _child(model: nn.Module, path: str) -> nn.Module | None:
 
 
 def using_modules(value: ir.Value) -> list[str]:
-    """Return the paths of the modules whose nodes read ``value``, as the exporter tells them."""
+    """Return the paths of the modules whose nodes read ``value``, as the exporter names them."""
     return list(dict.fromkeys(_module_of(node) for node in value.consumers()))
 
 

@@ -241,7 +241,7 @@ def _larger(left: float, right: float) -> float:
 
 
 def _count_by_decade(errors: NDArray[np.float64]) -> NDArray[np.int64]:
-    """Return how many errors are in each decade of the histogram, what is beyond in its ends.
+    """Return how many errors are in each decade of the histogram; its ends count all beyond.
 
     A comparison with every edge takes a tenth of the time of a search among the edges.
     """
@@ -300,10 +300,10 @@ class Spread:
         self.kept = []
 
     def quantile(self, permille: int) -> float:
-        """Return the smallest error that so many of a thousand do not exceed; 0 if none came."""
+        """Return the smallest error that ``permille`` of a thousand errors do not exceed, or 0."""
         usual = int(self.counts.sum())
         total = self.zeros + usual + self.infinite + self.nan
-        rank = -(-total * permille // 1000)  # the how-manieth of all errors in order
+        rank = -(-total * permille // 1000)  # the position among all errors, in order
         if rank <= self.zeros:
             return 0.0
         rank -= self.zeros

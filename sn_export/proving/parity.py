@@ -146,8 +146,8 @@ def compare(
         session: that of `proof_session` with the same settings. The file's inputs are matched as
             by `named_inputs`.
         path: the file.
-        references: the input sets, with what the model said.
-        settings: how.
+        references: the input sets, with what the model returned.
+        settings: how the file is run, and with which tolerances.
 
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
@@ -276,7 +276,7 @@ def locate_divergence(
             strictness = Strictness(0.0, moved)
     try:
         divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))
-    except Exception as error:  # what cannot be told must not hide what is known
+    except Exception as error:  # a search that fails must not hide what is known already
         reason = f"cannot tell where: {type(error).__name__}: {error}"
         divergence = Divergence((), None, reason, sample=chosen.inputs.label)
     return replace(report, divergence=divergence)

@@ -54,7 +54,7 @@ _WIDER = {
 
 
 def widened(value: Any) -> Any:
-    """Return a tensor of low precision in float64, such a dtype as float64, all else as it is."""
+    """Return a tensor of low precision in float64; for such a dtype float64; all else as it is."""
     if isinstance(value, Tensor):
         wide = _WIDER.get(value.dtype)
         return value if wide is None else value.to(wide)
@@ -62,7 +62,7 @@ def widened(value: Any) -> Any:
 
 
 class InFloat64(TorchDispatchMode):
-    """Gives every operator its arguments in float64, whatever they are and it asks for.
+    """Gives every operator float64 in the place of each narrower dtype that it is given or names.
 
     Tensors that the operator writes to, and those that it returns a view of, stay in their dtype:
     a copy would take the writing.

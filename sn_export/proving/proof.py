@@ -36,7 +36,7 @@ _SAME = 1e-3  # of the largest output: far above what other kernels make, far be
 
 
 class Proved(NamedTuple):
-    """What a proof gives: the comparison, and its inputs and outputs where those were asked for."""
+    """What a proof returns: the comparison, and its case where that is kept."""
 
     parity: ParityReport
     case: Case | None
@@ -44,19 +44,20 @@ class Proved(NamedTuple):
 
 @dataclass(frozen=True)
 class Proof:
-    """What files are held against.
+    """All that a file is held against.
 
     Attributes:
         model: the unfrozen model.
-        state: what puts it back after a forward pass.
-        run: runs it for the reference, or another one that it is to reproduce.
-        references: what it said, for each input set; more may be added between two proofs.
+        state: puts the model back after a forward pass.
+        run: runs the model that the references come from: this one, or the one that it was
+            gathered from.
+        references: the input sets with the model's outputs; more may be added between two proofs.
         freezing: how the model is frozen, as for the export.
         dims: the dimensions that may vary.
         settings: how files are run and held against the model.
         per_module: whether modules are compared though all outputs pass.
         keeps_case: whether inputs and outputs are kept.
-        notes: what is to be known of every proof.
+        notes: sentences for the report of every proof.
     """
 
     model: nn.Module
@@ -86,8 +87,9 @@ class Proof:
             is_last: whether no other exporter is tried after this one.
 
         Raises:
-            ExportError: if onnxruntime cannot run it, or it has fixed a dimension that was named,
-                or that varies in an output where another exporter is left, or made one of two.
+            ExportError: if onnxruntime cannot run the file; if it fixes a dimension that the user
+                named, or one of an output that varies while another exporter is left to try; or if
+                it has made one dimension of two.
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
@@ -96,7 +98,7 @@ class Proof:
         require_dynamic(shapes, self.dims)
         runnable = self._runnable(shapes)
         parity = compare(self.model, self.freezing, session, draft, runnable, self.settings)
-        self.state.reset()  # outside of the block, whose weights it does not know
+        self.state.reset()  # outside of the block: the state knows nothing of its weights
         parity = replace(parity, notes=(*parity.notes, *self.notes))
         keeps = self.keeps_case and parity.passed
         case = _case_of(self.model, session, runnable, self.settings, parity) if keeps else None
@@ -184,10 +186,10 @@ def _outputs_for_example(
         with within(), torch.no_grad():
             found = paths_of_tensors(given.call(proof.model))
         return [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
-    except Exception:  # then an exporter has failed as well, and said so
+    except Exception:  # an exporter has failed on it as well, and its error says so
         return []
     finally:
-        proof.state.reset()  # outside of a block, whose weights it does not know
+        proof.state.reset()  # outside of the block: the state knows nothing of its weights
 
 
 def _close(one: Tensor, other: Tensor) -> bool:

@@ -78,14 +78,14 @@ def require_providers(providers: Sequence[str]) -> None:
 def open_session(
     path: Path, providers: Sequence[str], content: bytes | None = None, *, at_once: bool = False
 ) -> Any:
-    """Return an onnxruntime session, or what runs a file piece after piece as one does.
+    """Return an onnxruntime session, or `Pieces`, which run a large file as a session does.
 
     Args:
         path: the file. Past 512 MB of external data it is run in `Pieces`.
         providers: execution providers, in order of preference.
         content: a model to run in the place of the file, without graph optimisations; its
             external data is looked for beside ``path``.
-        at_once: run no file in pieces, which are read from it whenever it runs.
+        at_once: never in pieces: those are read at each run, when the file may be gone.
 
     Raises:
         TypeError: if the providers are no sequence.
@@ -175,7 +175,7 @@ def run_session(
     label: str,
     outputs: Sequence[str] | None = None,
 ) -> list[Tensor | None]:
-    """Return the file's outputs, all or those named; None for what is no tensor of numbers.
+    """Return the outputs of a file, all or those named; None for one that holds no numbers.
 
     Raises:
         ExportError: if onnxruntime cannot run the inputs, which ``label`` describes.

@@ -80,7 +80,7 @@ def measure_rounding(
         model: the unfrozen model; it is left as it was.
         freezing: makes a block that freezes it: float64 then has the same weights as the model
             and the file, not others that were computed in float64.
-        references: the input sets, with what the model said.
+        references: the input sets, with what the model returned.
         run_file: gives the outputs of the file for one of them.
         positions: which outputs; they are floating.
         coarsest: no unit of rounding is smaller than that of this dtype.
@@ -143,8 +143,8 @@ def measure_operators(
 def _run_in_float64(run: Callable[..., list[Tensor]]) -> list[Tensor]:
     """Return the outputs in float64, where random numbers play no part.
 
-    They are others than those of the model, even from the same state of the generators. A forward
-    may draw them and multiply them with a scale of 0.
+    In float64 other numbers are drawn than for the model, even from the same state of the
+    generators. They play no part where the forward multiplies them with a scale of 0.
     """
     exact = InFloat64()
     truth = run(exact, in_float64=True)
@@ -162,7 +162,7 @@ def _frozen(model: nn.Module, freezing: Freezing) -> Iterator[Preserved]:
     with contextlib.ExitStack() as stack:
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # all that is to be warned of has been
+                warnings.simplefilter("ignore")  # the block is the proof's, not the user's
                 stack.enter_context(freezing.block())
         except FreezeError as error:
             raise NoTruthError(str(error)) from error

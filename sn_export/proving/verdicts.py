@@ -74,7 +74,7 @@ def judge(
         freezing: how it is frozen.
         path: the file.
         references: the input sets that were compared.
-        settings: how.
+        settings: how the file was run, and with which tolerances.
         run_file: gives the outputs of the file for one of them.
     """
     asked = [
@@ -196,12 +196,12 @@ def unconverged_note(model: nn.Module) -> str:
     """Return a sentence on the layers whose stored sigma is far below the true one, or nothing."""
     try:
         return describe_unconverged(find_unconverged(model))
-    except SnExportError:  # it sits where it cannot be read
+    except SnExportError:  # spectral norm that cannot be read, as in a ScriptModule
         return ""
 
 
 def describe_unconverged(found: Sequence[UnconvergedSigma]) -> str:
-    """Return that sentence on what `find_unconverged` returned."""
+    """Return a sentence on what `find_unconverged` returned, or nothing."""
     if not found:
         return ""
     return (

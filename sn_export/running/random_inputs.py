@@ -29,7 +29,7 @@ class RandomReferences(NamedTuple):
     """What came of the random inputs.
 
     Attributes:
-        references: of the inputs that the model takes, with what it said.
+        references: of the inputs that the model takes, with what it returned.
         left_out: how many were left out.
         reason: why, for the last of them; empty if there are none.
     """
@@ -50,7 +50,7 @@ def random_references(
     out.
 
     Args:
-        first: the example, with what the model said.
+        first: the example, with what the model returned.
         count: how many.
         run: runs the model, and raises a `SnExportError` where it rejects an input.
     """

@@ -74,7 +74,7 @@ def is_named_as_bounded(class_name: str) -> bool:
 
 @lru_cache(4096)
 def mentions_sigma(names: frozenset[str]) -> bool:
-    """Whether code that uses ``names`` computes a largest singular value, as it says."""
+    """Whether code that uses ``names`` computes a largest singular value, by its names."""
     return any(map(_SIGMA.fullmatch, names))
 
 
@@ -177,15 +177,15 @@ def _has_factors(weight: Tensor, value: Tensor) -> bool:
 
 @dataclass(frozen=True)
 class Candidate:
-    """A raw weight with what may be its singular vectors; no family decides without `confirm`.
+    """A raw weight, and what may be its singular vectors; `confirm` decides.
 
     Attributes:
         tensor: name of the weight in the plain network.
         raw: name of the parameter that the optimizer trains.
         weight: that parameter.
         state: names of what could be singular vectors and sigma.
-        is_certain: whether vectors by their names fit the matrix of a weight that is missing. Then
-            the code may do more than to divide.
+        is_certain: whether tensors named as vectors fit the matrix of a weight that the layer
+            lacks. Then any tensor of its shape is accepted: the code may do more than divide.
     """
 
     tensor: str
@@ -226,12 +226,12 @@ class Candidate:
 
 
 def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[Candidate]:
-    """Yield the weights that ``layer`` lacks and has the raw parameter of.
+    """Yield a candidate for each weight that ``layer`` lacks and has the raw parameter of.
 
     Args:
         layer: where to look.
-        operators: take vectors by their names alone, too. Those of a convolution as an operator
-            have the sizes of its input and output.
+        operators: accept vectors by their names alone, too. The vectors of a convolution as an
+            operator have the sizes of its input and output.
     """
     for raw, value in layer._parameters.items():
         tensor = plain_name(raw)
@@ -253,6 +253,6 @@ def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[Candi
 
 
 def _is_flat(name: str, entry: Tensor) -> bool:
-    """Whether ``entry`` is named as a vector and is one, or one image; no low-rank factor."""
+    """Whether ``entry`` is named as a vector, and is a vector or one image: no low-rank factor."""
     is_single = entry.ndim == 1 or (entry.ndim > 1 and entry.shape[0] == 1)
     return is_named_as_vector(name) and is_single and not entry.requires_grad

@@ -9,8 +9,8 @@ stands for the modules that it may be::
     y = F.linear(x, layer.weight)         # reads (blocks.0.out, weight), (blocks.1.out, weight)
     for block in self.blocks: y = block(y)  # calls blocks.0, blocks.1
 
-Branches and the order of statements play no part. Of a module that is handed to code that cannot
-be read it is not known whether it is called.
+Branches and the order of statements play no part. Where a module is handed to code that cannot be
+read, it is not known whether that code calls it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 
 _NONE: Modules = frozenset()
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-# Of a tensor: what can be read without a use of its values.
+# Attributes of a tensor that say nothing of its values.
 _METADATA = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad"}
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "id", "print", "str", "bool", "super"}
 _PASSING = {"enumerate", "zip", "list", "tuple", "dict", "reversed", "iter", "next", "sorted"}
@@ -55,7 +55,7 @@ class ChildUses:
 
     Args:
         owners: the modules whose methods are evaluated.
-        from_forward: start at forward alone, not at every method that an entry could be.
+        from_forward: start at forward alone, not at every method that a user may call.
     """
 
     def __init__(self, owners: Iterable[nn.Module], from_forward: bool = False) -> None:
@@ -68,7 +68,7 @@ class ChildUses:
                 self.run_method(function, owner, 0)
 
     def run_method(self, function: FunctionType, owner: nn.Module, depth: int) -> Modules:
-        """Evaluate a method that is given nothing but its owner, whatever it calls that."""
+        """Evaluate a method that is given nothing but its owner, under whatever name."""
         code = function.__code__
         own = code.co_varnames[: min(code.co_argcount, 1)]
         return self.run(function, owner, dict.fromkeys(own, frozenset({owner})), depth)
@@ -95,7 +95,7 @@ class ChildUses:
         elif module is not reader:
             key = (module, name)
             if key not in self.reads or any(module is child for child in reader._modules.values()):
-                self.reads[key] = reader  # rather the parent than one above it
+                self.reads[key] = reader  # the parent rather than a module above it
 
     def call(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         """Note that the code of ``owner`` calls ``modules``."""
@@ -106,7 +106,7 @@ class ChildUses:
         self.handed.update(_with_entries(modules, owner))
 
     def _skim(self, function: FunctionType, owner: nn.Module) -> None:
-        """Note what the compiled code does with children: ``self.child.name``, or anything."""
+        """Note what compiled code does with children: it reads ``self.child.name``, or may call."""
         instructions = list(dis.get_instructions(function))
         for this, following in pairwise(instructions):
             child = owner._modules.get(this.argval) if isinstance(this.argval, str) else None
@@ -435,7 +435,7 @@ class _Evaluation:
 
 
 def _methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
-    """Yield what may run in a forward: all methods but those that build; of torch's forward."""
+    """Yield what may run in a forward: all methods but those that build; forward alone of torch."""
     yield from functions(cls.__mro__, "forward")
     for base in () if from_forward else cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, entry in vars(base).items():
@@ -464,7 +464,7 @@ def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | No
 
 
 def _with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
-    """Yield ``modules``, and what is called with them: entries of containers, children of self."""
+    """Yield ``modules``, the entries of containers among them, and the children of ``owner``."""
     for module in modules:
         yield module
         if module is owner or isinstance(module, _CONTAINERS):

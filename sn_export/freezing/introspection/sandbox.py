@@ -1,4 +1,4 @@
-"""Run a module's own code on copies of everything that it might write, and on inputs made for it.
+"""Run a module's own code on copies of all that it might write, and on inputs made for it.
 
 A `Probe` runs a subclass of one of torch's layers, and sees what weight it hands to torch.
 """
@@ -69,7 +69,7 @@ class AbsorbingArgument:
     A forward that reshapes or scales its input gets past that with it.
     """
 
-    __iter__ = None  # it would go on for ever
+    __iter__ = None  # by __getitem__ it would go on for ever
 
     def _itself(self, *_: object, **__: object) -> AbsorbingArgument:
         return self
@@ -95,7 +95,7 @@ class AlwaysEqualArgument(AbsorbingArgument):
 
 @undoing
 def copied_attributes(holder: Any) -> Iterator[None]:
-    """Let a hook's object write its attributes, the tensors among them too, and put them back."""
+    """Let ``holder``, such as a hook, write its attributes and their tensors; put all back."""
     attributes: dict[str, Any] = getattr(holder, "__dict__", {})
     content = attributes.copy()
     with undo_on_exit(lambda: restore_container(attributes, content)):

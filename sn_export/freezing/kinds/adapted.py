@@ -23,15 +23,15 @@ T = TypeVar("T")
 class AdaptedSite(Site):
     """A tensor that an adapter knows of."""
 
-    __slots__ = ("adapter", "answer", "owner", "told")
+    __slots__ = ("adapter", "given_name", "owner")
 
     def __init__(
         self, path: str, module: nn.Module, tensor: str, adapter: SpectralNormAdapter
     ) -> None:
         super().__init__(path, module, tensor)
         self.adapter = adapter
-        self.owner = module  # the adapter's; the weight may belong into a child of it
-        self.told = tensor
+        self.owner = module  # of the adapter; the weight may belong into a child of it
+        self.given_name = tensor  # by the adapter; the tensor may be registered under another
 
     @property
     def kind(self) -> str:  # type: ignore[override]
@@ -40,7 +40,7 @@ class AdaptedSite(Site):
 
     @property
     def sources(self) -> Iterable[Tensor]:
-        """All that the module holds; only the adapter knows more."""
+        """All tensors of the module, since only the adapter knows which of them count."""
         return (*self.owner.parameters(), *self.owner.buffers())
 
     def value(self) -> Tensor:
@@ -48,7 +48,7 @@ class AdaptedSite(Site):
         value = self._call(
             "value",
             lambda: compute_in_sandbox(
-                lambda: self.adapter.value(self.owner, self.told), self.owner.modules()
+                lambda: self.adapter.value(self.owner, self.given_name), self.owner.modules()
             ),
         )
         if not isinstance(value, Tensor):
@@ -58,13 +58,13 @@ class AdaptedSite(Site):
         return value.detach().clone()
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
-        """Let the adapter freeze, make edits of what it changed, and take it back for now."""
+        """Let the adapter freeze, plan what it changed as edits, and put all back for now."""
         owner = self.owner
         modules = list(owner.modules())
         snapshot = _Snapshot(modules, self._error)
         with undo_on_exit(snapshot.restore):
             snapshot.advance(edits)
-            self._call("freeze", lambda: self.adapter.freeze(owner, self.told, frozen))  # type: ignore[arg-type]
+            self._call("freeze", lambda: self.adapter.freeze(owner, self.given_name, frozen))  # type: ignore[arg-type]
             edits.before_undoing(self._restore)
             self._locate(frozen)
             snapshot.plan(edits)
@@ -72,7 +72,7 @@ class AdaptedSite(Site):
     def _restore(self) -> None:
         snapshot = _Snapshot(list(self.owner.modules()), self._error)
         with undo_on_exit(snapshot.restore):
-            self._call("restore", lambda: self.adapter.restore(self.owner, self.told))
+            self._call("restore", lambda: self.adapter.restore(self.owner, self.given_name))
 
     def _locate(self, frozen: Tensor) -> None:
         for path, module in self.owner.named_modules():
@@ -95,7 +95,7 @@ class AdaptedSite(Site):
             raise self._error(f"{method} raised {type(error).__name__}: {error}") from error
 
     def _error(self, reason: str) -> FreezeError:
-        return _error(self.path, self.told, self.adapter, reason)
+        return _error(self.path, self.given_name, self.adapter, reason)
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; only the adapter knows sigma."""

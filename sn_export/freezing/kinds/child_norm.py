@@ -6,8 +6,8 @@
         def forward(self, x):
             return self._conv_forward(x, self.sn(self.weight), self.bias)
 
-The child may be torch's own link, called by hand. It is listened to while the forward runs: all
-that the forward does with the weight has to be that.
+The child may be torch's own link, called by hand. Its calls are recorded while the forward runs: that
+must hand the weight to the child, and do nothing else with it.
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
 def _confirm(
     module: nn.Module, code: Code, candidate: Candidate, child: str, helper: nn.Module
 ) -> Tensor | None:
-    """Return what the child makes of the weight, if forward hands it over and no more."""
+    """Return what the child makes of the weight, if forward does nothing else with that."""
     methods = ["forward", *(member.name for member in code.iter_used(code.forward))]
     reads, uses = (
         sum(times_read(type(module), method, name) for method in methods)

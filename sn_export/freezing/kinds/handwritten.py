@@ -23,7 +23,7 @@ from ..site import Site
 
 @dataclass(frozen=True)
 class Answer:
-    """What a module said when it was asked.
+    """What a module's own code gave when it was run.
 
     Attributes:
         raw: name of the parameter that the optimizer trains.
@@ -46,7 +46,7 @@ class HandwrittenSite(Site):
     ) -> None:
         super().__init__(path, module, tensor)
         self.answer = answer
-        self.owner = owner  # of the code
+        self.owner = owner  # the module whose code it is
 
     @property
     def sources(self) -> Iterable[Tensor]:
@@ -62,7 +62,7 @@ class HandwrittenSite(Site):
 
     @property
     def keeps_raw_name(self) -> bool:
-        """So it is with what the module's own forward normalises."""
+        """True where the module's own forward normalises the parameter ``weight`` itself."""
         return self.answer.raw == self.tensor
 
     def value(self) -> Tensor:
@@ -70,7 +70,7 @@ class HandwrittenSite(Site):
         return self.answer.value if self.is_applied else self.value_in_use()
 
     def take_away(self, edits: Edits) -> None:
-        """Plan to remove what the weight is computed from, and the one that code has set."""
+        """Plan to remove what the weight is computed from, and the weight that code has set."""
         module = self.module
         for container in (module._parameters, module._buffers):
             edits.remove(container, (self.answer.raw, *self.answer.state))
@@ -128,12 +128,12 @@ class Override(NamedTuple):
 
 
 class Frozen:
-    """Marks the instances whose own spectral norm stands still."""
+    """Marks the instances whose own spectral norm is frozen."""
 
     _sn_export_overrides: tuple[type, tuple[Override, ...]]
 
     def __init_subclass__(cls) -> None:
-        """Keep the news from registries in the user's ``__init_subclass__``."""
+        """Do not call the user's ``__init_subclass__``, which may keep a registry of classes."""
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copy and pickle by the user's class, since this one has no importable name."""

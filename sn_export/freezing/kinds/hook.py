@@ -56,11 +56,11 @@ class HookSite(Site):
 
     @property
     def caller(self) -> nn.Module:
-        """The module, whose pre-hook it is."""
+        """The module itself: its call runs the pre-hook."""
         return self.module
 
     def value(self) -> Tensor:
-        """Ask the hook, never the module: its attribute is old after load_state_dict."""
+        """Call the hook's method; the attribute of the module is old after load_state_dict."""
         if self.unapplied:
             return self.value_in_use()
         if len(self.module._forward_pre_hooks) > 1:
@@ -87,7 +87,7 @@ class HookSite(Site):
 
     def _compute(self) -> Tensor:
         """Call the hook's own method for the tensor."""
-        _ = self.sources  # complete, or it says what is missing
+        _ = self.sources  # raises an error that names what is missing
         value: Tensor = getattr(self.hook, self.method)(self.module)
         return value
 
@@ -125,7 +125,7 @@ class SpectralNormSite(HookSite):
     raw = ("_orig", "_u", "_v")
 
     def _compute(self) -> Tensor:
-        """As of every hook, but without a power iteration."""
+        """Call the method of the hook, without a power iteration."""
         weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
         return weight
 
@@ -133,7 +133,7 @@ class SpectralNormSite(HookSite):
         return type(self.hook) is SpectralNorm
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
-        """As of every hook, and the sigma that subclasses with soft normalisation keep."""
+        """Plan as for every hook, and take away the sigma that soft normalisation keeps."""
         super().plan(edits, frozen)
         if type(self.hook) is not SpectralNorm:
             edits.remove(self.module._buffers, (self.tensor + "_sigma",))

@@ -7,10 +7,10 @@
         def forward(self, x):
             return F.conv2d(x, self.W_(), self.bias, ...)
 
-Names vary: what counts is an own matrix, state that fits its singular vectors, and something that
-forward reads and that, when asked, is the matrix times a number. Where no method says so, a
-subclass of one of torch's layers is run on a probe, and the weight that it hands to torch's
-function is the answer (`Probe`).
+Names vary. What counts is a matrix of the module's own, state that fits its singular vectors, and
+a method or property that forward uses and that gives the matrix times a number. Where there is
+none, a subclass of one of torch's layers is run on a probe, and the weight that it hands to torch's
+function is taken (`Probe`).
 """
 
 from __future__ import annotations
@@ -146,7 +146,7 @@ def _method_site(
 
 
 def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
-    # Those of a convolution as an operator have the sizes of its input and output.
+    # The vectors of a convolution as an operator have the sizes of its input and output.
     return tuple(
         name
         for name, tensor in small_state(module)

@@ -99,7 +99,7 @@ def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
 
 
 def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) -> bool:
-    """Whether ``module``, which is ``link`` or within it, is what makes that a spectral norm."""
+    """Whether ``module``, which is ``link`` or a module within it, is a spectral norm."""
     if isinstance(module, SpectralNormLink):
         return True
     code = code_of(type(module))
@@ -108,7 +108,7 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     vectors = {} if not mentions_norm(code.names) else _select_vectors(small_state(module))
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
-    # Where the vectors are kept at length one by parametrizations, its own code need not do it.
+    # Parametrizations may keep the vectors at length one; then the code need not normalise.
     inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
     vectors |= _select_vectors((name, t) for name, t in inner if not t.requires_grad)
     if not vectors and (module is not link or not mentions_sigma(code.names)):
@@ -124,7 +124,7 @@ def _select_vectors(state: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
-    """Whether one could be a singular vector of ``weight``, or of each matrix of a batch."""
+    """Whether a vector could be a singular one of ``weight``, or of each matrix of a batch."""
     if weight.ndim < 2:
         return False
     if any(fits(name, vector, weight) for name, vector in vectors.items()):
@@ -141,14 +141,14 @@ def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
 def _divides(module: nn.Module, link: nn.Module, weight: Tensor, is_whole: bool) -> bool:
     """Whether ``module`` divides what it is given by a number, or each matrix of it by its own.
 
-    It is listened to while ``link`` runs, which may hand it the weight in another shape, and may
-    be given sigma by it and divide itself.
+    Its calls are recorded while ``link`` runs, which may hand it the weight in another shape, or
+    take sigma from it and divide itself.
 
     Args:
-        module: is asked.
-        link: is run, and holds it.
+        module: the module whose calls are recorded.
+        link: what is run; it holds ``module``.
         weight: what ``link`` is given.
-        is_whole: whether a factor for each row or column is too little, as of weight norm.
+        is_whole: whether the factor has to be one number; weight norm has one for each row.
     """
     calls: list[tuple[Any, Any]] = []
     original = module.forward

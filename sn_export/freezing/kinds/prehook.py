@@ -7,7 +7,7 @@
         def __call__(self, module, inputs):
             setattr(module, self.name, self.compute_weight(module))
 
-Like wrappers they are told by what stands in the layer, and by what has been set once they ran.
+Like wrappers they are recognised by what the layer holds, and by the weight that they set when run.
 Those of i-ResNet take the norm of a convolution as an operator, and assert the input's shape.
 """
 
@@ -40,7 +40,7 @@ class PrehookSite(HandwrittenSite):
 
     @property
     def caller(self) -> nn.Module:
-        """The module, whose pre-hook it is."""
+        """The module itself: its call runs the pre-hook."""
         return self.module
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
@@ -85,7 +85,7 @@ def _confirm(module: nn.Module, missing: Candidate, key: int) -> Tensor | None:
     marker = torch.empty(0)
 
     def run(*inputs: object) -> Tensor | None:
-        module.__dict__[missing.tensor] = marker  # what an earlier forward left tells nothing
+        module.__dict__[missing.tensor] = marker  # not what an earlier forward left
         hook(module, inputs, {}) if takes_kwargs else hook(module, inputs)
         value = getattr(module, missing.tensor, None)
         return value.clone() if isinstance(value, Tensor) and value is not marker else None
@@ -97,7 +97,7 @@ def _confirm(module: nn.Module, missing: Candidate, key: int) -> Tensor | None:
     value = missing.confirm(run, modules, holder)
     if value is not None or not hasattr(hook, "compute_weight"):
         return value
-    # One that asserts the shape of its input; should it do more with that, the two differ.
+    # A hook that asserts the shape of its input; if it does more with it, the two differ.
     value = missing.confirm(lambda: run(AlwaysEqualArgument()), modules, holder)
     alone = missing.confirm(ask, modules, holder)
     return value if value is not None and alone is not None and same_bits(value, alone) else None

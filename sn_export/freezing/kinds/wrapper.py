@@ -115,10 +115,10 @@ def _has_hook(layer: nn.Module, tensor: str) -> bool:
 
 @dataclass
 class _Call:
-    """What was seen of the call of a layer by its wrapper."""
+    """How a wrapper called its layer."""
 
     way: How = "forward"
-    is_all: bool = False  # the wrapper hands on its arguments and the result, and no more
+    is_all: bool = False  # the wrapper does no more than hand on its arguments and the result
 
 
 def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> WrapperSite | None:
@@ -126,7 +126,7 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
     value = candidate.confirm(lambda: _run(wrapper, layer, call), [wrapper, layer.module])
     overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
     if not call.is_all:
-        # The forward does more than that, so it has to stay; without the methods that set it.
+        # The forward does more than that, so it stays; the methods that set the weight do not.
         setters = _setters(code, candidate)
         overrides = tuple(Override(m.name, "nothing") for m in setters)
         if value is None:
