@@ -305,7 +305,7 @@ def _notes_before_v(reading: _Reading) -> tuple[str, ...]:
 
 def _remember(model: nn.Module) -> Callable[[], None]:
     """Return a function that gives the model every object and value back that it has now."""
-    containers = Preserved(model.modules(), belongings=True).containers
+    containers = Preserved(model.modules(), with_objects=True).containers
     values: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
     for _, content in containers:
         for value in content.values() if isinstance(content, dict) else content:

@@ -94,7 +94,7 @@ class _ShardedState(Preserved):
 
     def __init__(self, model: nn.Module, units: Sequence[Unit]) -> None:
         self._take_back = [unit.trace() for unit in units]
-        super().__init__(model.modules(), belongings=True)
+        super().__init__(model.modules(), with_objects=True)
 
     def reset(self) -> None:
         """Give the next forward the state that the first one had, with all units sharded."""
@@ -211,7 +211,7 @@ def _unfitting(reason: str) -> ExportError:
 def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_parameters()
     yield from network.named_buffers()
-    held = Preserved(network.modules(), belongings=True).tensors
+    held = Preserved(network.modules(), with_objects=True).tensors
     yield from ((f"a tensor of shape {tuple(t.shape)} in an attribute", t) for t in held)
 
 

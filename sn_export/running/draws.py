@@ -28,7 +28,7 @@ def require_draws(draws: Any) -> str | None:
 
 
 def drawing(draws: str | None) -> AbstractContextManager[Any]:
-    """Return a context in which random numbers are drawn so."""
+    """Return a context in which random numbers are drawn in that way."""
     return nullcontext() if draws is None else ZeroDraws()
 
 
@@ -52,7 +52,7 @@ class ZeroDraws(TorchFunctionMode):
     =====================================================  ==========================
 
     Whole numbers (``randint``, ``multinomial``, ``randperm``) are drawn as ever, so that a model
-    which draws them is found not to be deterministic.
+    that draws them is found not to be deterministic.
     """
 
     def __torch_function__(

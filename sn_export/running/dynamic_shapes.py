@@ -30,7 +30,7 @@ class DynamicDim:
     Attributes:
         tensor: name of the input tensor, as `InputSet.named_tensors` gives it.
         position: index of the dimension, from 0.
-        root: what it varies with; dimensions of one root vary together.
+        root: name of what it varies with; dimensions of one root vary together.
         size: its size in the example.
         spec: the entry of ``dynamic_shapes``.
     """
@@ -53,7 +53,7 @@ class DynamicDim:
 
     @property
     def is_promised(self) -> bool:
-        """Whether the user names it; ``Dim.AUTO`` leaves it to the exporter."""
+        """Whether the user asks for it; ``Dim.AUTO`` leaves it to the exporter."""
         return _hint(self.spec) != "AUTO"
 
     @property
@@ -177,7 +177,7 @@ def _require_known(name: str, is_known: bool, arguments: Mapping[str, Any]) -> N
 def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
     """Return the dynamic dimensions of each tensor in ``value``, by its id.
 
-    Not by its name: ``a[0]`` and an argument ``a_0`` have the same until they are told apart.
+    Not by name: ``a[0]`` and an argument ``a_0`` have the same name until one gets a number.
     """
     if spec is None:
         return {}
@@ -286,7 +286,7 @@ def _require_one_size(dim: DynamicDim, others: Sequence[DynamicDim]) -> None:
 
 
 def _hint(entry: Any) -> str:
-    """Return AUTO, DYNAMIC or STATIC for what is no `torch.export.Dim` of its own."""
+    """Return AUTO, DYNAMIC or STATIC for such a hint, and another text for anything else."""
     kind = getattr(entry, "type", entry)  # an enumeration of its own before torch 2.7
     return str(getattr(kind, "name", ""))
 

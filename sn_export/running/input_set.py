@@ -29,7 +29,7 @@ class Binding:
     Attributes:
         places: the place in the call by name of the argument, in the order of the signature.
         collector: name of the signature's ``**kwargs``, if it has such.
-        collected: name of the argument by each keyword that ``**kwargs`` takes in; another than
+        collected: name of the argument by each keyword that ``**kwargs`` takes in; it differs from
             the keyword where a parameter has that name.
     """
 
@@ -59,11 +59,11 @@ class InputSet:
     draws: str | None = None
 
     def bind(self, model: nn.Module, method: MethodType | None = None) -> InputSet:
-        """Return the set with the names of what is called, and its keywords in that order.
+        """Return the set with the names of its arguments, and its keywords in their order.
 
         Args:
-            model: called as it is, so that the names are those of its forward,
-            method: but for this method of it.
+            model: the names are those of the arguments of its forward,
+            method: or of this method, if it is called in place of the model.
         """
         method = method or self.method
         binding = _bind(method or model.forward, self)
@@ -72,7 +72,7 @@ class InputSet:
         return replace(self, kwargs=kwargs, binding=binding, method=method)
 
     def call(self, model: nn.Module) -> Any:
-        """Return what ``model``, or its method, says to the arguments; it may write to them."""
+        """Return what ``model``, or its method, returns for the arguments; it may write to them."""
         with drawing(self.draws):
             return (self.method or model)(*self.args, **self.kwargs)
 

@@ -65,7 +65,7 @@ def unseen_tensors(value: Any) -> list[tuple[Path, str]]:
 
 
 def entries_of(value: Any) -> list[tuple[str, Any]] | None:
-    """Return what a container holds, by key, index or field; None of what is no container."""
+    """Return what a container holds, by key, index or field; None if it is no container."""
     if _is_unregistered(value):
         return [*_own_entries(value).items()]
 
@@ -85,7 +85,7 @@ def entries_of(value: Any) -> list[tuple[str, Any]] | None:
 
 
 def is_plain(value: Any) -> bool:
-    """Whether both exporters take it as it is: tensors and None in containers of Python."""
+    """Whether both exporters take a value as it is: tensors and None in Python's containers."""
     if value is None or isinstance(value, Tensor):
         return True
     if type(value) in (dict, OrderedDict):
@@ -114,7 +114,7 @@ def output_names(paths: Iterable[Path]) -> list[str]:
 
 
 def make_distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
-    """Return the names, each with a number behind it that is there already.
+    """Return the names; a name that is taken already gets a number.
 
     ::
 
@@ -173,7 +173,7 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _further_attributes(value: Any) -> dict[str, Any]:
-    """Return what an unregistered container holds beside its entries, but what it caches."""
+    """Return the attributes of an unregistered container that are neither entries nor cached."""
     return {
         name: item
         for name, item in getattr(value, "__dict__", {}).items()

@@ -1,4 +1,4 @@
-"""What a module holds that is neither a tensor nor a container: numpy arrays, plain objects."""
+"""The numpy arrays and plain objects that modules hold beside tensors and containers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ _LONG = 100_000  # entries of a container in a plain object; a longer one is dat
 class PlainObjects:
     """The numpy arrays and plain objects among the things that modules hold.
 
-    Plain objects are looked into, and the containers in them; objects in those are not. Once
-    the bytes to copy pass 512 MB, and of containers past 100 000 entries, what comes is left alone.
+    The attributes of plain objects are remembered, and the containers in them; objects in those
+    containers are not. The rest is left alone once the bytes to copy pass 512 MB, and so are
+    containers of more than 100 000 entries.
 
     Args:
-        things: what stands in attributes and containers of modules, but tensors and containers.
+        things: what attributes and containers of modules hold, without tensors and containers.
         seen: ids of the containers that are remembered elsewhere; those found here are added.
 
     Attributes:
         containers: the ``__dict__`` of each plain object, and every dict, list, set and deque
             within, each with a copy of what is in it.
-        tensors: those in plain objects, but parameters.
+        tensors: those in plain objects, without parameters.
         arrays: those that can be written, wherever they are.
     """
 
@@ -59,7 +60,7 @@ class PlainObjects:
                 self._keep(thing)
 
     def _entries(self, container: Any) -> Iterable[Any]:
-        """Remember the container, and return what is in it; nothing at the second time."""
+        """Remember a container, and return what is in it; nothing if it is remembered already."""
         if id(container) in self._seen:
             return ()
         self._seen.add(id(container))

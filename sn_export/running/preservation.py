@@ -28,9 +28,9 @@ _UNCHANGING = frozenset({bool, int, float, str, type(None)})  # most of what mod
 def preserved_globals() -> Iterator[None]:
     """Put back the random states of torch (all devices), numpy and python, and torch's grad mode.
 
-    Grad mode, since an interrupt may strike where a ``with torch.no_grad()`` has ended and its
-    ``__exit__`` was not called yet. Hooks for all modules that torch itself registers are removed:
-    where an export fails, torch 2.9 leaves one behind.
+    Grad mode is among them since an interrupt may strike where a ``with torch.no_grad()`` has ended
+    and its ``__exit__`` was not called yet. Hooks for all modules that torch itself registers
+    inside are removed: where an export fails, torch 2.9 leaves one behind.
     """
     grad = torch.is_grad_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
@@ -68,7 +68,7 @@ class Preserved:
             are not called, since overrides of them may fuse or fold weights. Modules that stand
             in their attributes and lists without being registered are remembered too; as
             ``model.eval()`` does, `begin` leaves these in their mode.
-        belongings: also remember numpy arrays, and the attributes of plain objects, that the
+        with_objects: also remember numpy arrays, and the attributes of plain objects, that the
             modules hold. Arrays are restored in place. Past 512 MB the rest of the arrays, and
             of the tensors in such objects, is left alone.
         left: modules that keep what happens to them.
@@ -77,7 +77,7 @@ class Preserved:
     def __init__(
         self,
         modules: Iterable[nn.Module],
-        belongings: bool = False,
+        with_objects: bool = False,
         left: Iterable[nn.Module] = (),
     ) -> None:
         modules = list(modules)
@@ -103,7 +103,7 @@ class Preserved:
                         known.add(id(inner))
                         seen.add(id(inner._buffers))
                         self._modules.append(inner)
-        objects = PlainObjects(others if belongings else (), seen)
+        objects = PlainObjects(others if with_objects else (), seen)
         self._containers += objects.containers
         self._attributes += objects.tensors
         self._arrays = objects.arrays
@@ -135,7 +135,7 @@ class Preserved:
     def containers(self) -> list[tuple[Any, Any]]:
         """Every dict, list, set and deque that the modules reach, each with its old content.
 
-        With ``belongings`` those of plain objects, too.
+        With ``with_objects`` those of plain objects, too.
         """
         return [*self._containers, *self._originals]
 
@@ -214,7 +214,7 @@ class Preserved:
 
 
 def set_by_hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
-    """Yield the attributes that torch's hooks set anew on each call: module and name."""
+    """Yield module and name of each attribute that a hook of torch's sets anew at each call."""
     for module in modules:
         for hook in module._forward_pre_hooks.values():
             if isinstance(hook, (SpectralNorm, WeightNorm)):
@@ -259,7 +259,7 @@ class Guarded:
 def preserved(model: nn.Module) -> Iterator[Preserved]:
     """Hold ``model`` in eval mode and leave it, and the global RNG, as they were."""
     with preserved_globals():
-        state = Preserved(model.modules(), belongings=True)
+        state = Preserved(model.modules(), with_objects=True)
         with undo_on_exit(state.restore):
             state.guard_parameters()
             state.begin()
@@ -275,7 +275,7 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
         parameters: whether that may happen to their parameters too.
     """
     with preserved_globals():
-        state = Preserved(modules, belongings=True)
+        state = Preserved(modules, with_objects=True)
         with undo_on_exit(state.restore):
             if parameters:
                 state.guard_parameters()

@@ -26,7 +26,7 @@ _NO_ARITHMETIC = (torch.uint16, torch.uint32, torch.uint64)
 
 
 class RandomReferences(NamedTuple):
-    """What came of the random inputs.
+    """What the model returned for random inputs, and how many were left out.
 
     Attributes:
         references: of the inputs that the model takes, with what it returned.
@@ -83,12 +83,12 @@ def left_out_note(drawn: RandomReferences) -> str:
 def run_usable(
     first: Reference, inputs: InputSet, run: Callable[[InputSet], Reference]
 ) -> Reference:
-    """Return what the model says for drawn inputs.
+    """Return what the model returns for drawn inputs, if it can be compared.
 
     Raises:
-        SnExportError: if it rejects them; if it gives NaN or infinities where it gives none for
-            the example: nothing can be compared then; or if a mask hides a whole row of an
-            attention, where the formula, and so the file, has NaN.
+        SnExportError: if the model rejects them; if it gives NaN or infinities where it gives none
+            for the example; or if a mask hides a whole row of an attention, for which the formula,
+            and so the file, has NaN.
     """
     reference = run(inputs)
     if not _is_finite_as(first, reference):
@@ -139,7 +139,7 @@ class _HiddenRows(TorchDispatchMode):
         """Run one operator, and look at its mask."""
         kwargs = dict(kwargs or {})
         given = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
-        # Each kernel has an operator of its own; without one it is this softmax, of what is masked.
+        # Each kernel of attention has an operator; without a kernel it is this softmax.
         key = "self" if func is SAFE_SOFTMAX else "attn_mask"
         mask = given.get(key, given.get("attn_bias"))
         if isinstance(mask, Tensor):

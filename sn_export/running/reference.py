@@ -157,8 +157,8 @@ def _describe_failures(model: nn.Module, inputs: InputSet) -> Iterator[None]:
 def initialise_lazy(model: nn.Module, inputs: InputSet) -> None:
     """Run ``model`` once in eval mode where lazy modules of it never ran, so that they have shapes.
 
-    They, and the random numbers that they draw, are as after any forward; all else in the model is
-    put back.
+    Afterwards the lazy modules, and the random numbers that they draw, are as after any forward;
+    all else in the model is put back.
 
     Raises:
         SnExportError: if the model rejects the inputs, or does not call one of them.
@@ -189,7 +189,7 @@ def initialise_lazy(model: nn.Module, inputs: InputSet) -> None:
 
 
 def _never_ran(module: Any) -> bool:
-    return "_initialize_hook" in vars(module)  # which its first call removes
+    return "_initialize_hook" in vars(module)  # its first call removes the hook
 
 
 def _place_of(error: BaseException, model: nn.Module) -> str:
@@ -212,7 +212,7 @@ def _run(model: nn.Module, state: Preserved, inputs: InputSet, drops: bool | Non
         try:
             with _drop_weights(model):
                 return _call(model, inputs)
-        except Exception:  # it may need one of them later
+        except Exception:  # the forward may read a weight again
             state.reset()
     return _call(model, inputs)
 
@@ -248,7 +248,7 @@ def no_fused_attention() -> Iterator[None]:
 
 
 def _method_behind(thing: Any) -> MethodType | None:
-    """Return a bound method of a module; of one that `torch.compile` returned the original."""
+    """Return a bound method of a module, the original where `torch.compile` wrapped it."""
     thing = getattr(thing, "_torchdynamo_orig_callable", thing)
     is_method = isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module)
     return thing if is_method else None

@@ -78,7 +78,7 @@ class Copies:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self.of: dict[int, Tensor] = {}  # id of an original -> its copy
         self._pairs: list[tuple[Tensor, Tensor]] = []  # a copy, and what it is a copy of
-        self._views: list[tuple[Tensor, Tensor]] = []  # a copy, and the memory that it belongs on
+        self._views: list[tuple[Tensor, Tensor]] = []  # a copy, and the memory that it lies on
         originals = {id(tensor): tensor for tensor in tensors}
         for group in _group_by_memory(originals.values()):
             if len(group) > 1:
@@ -114,7 +114,7 @@ class Copies:
 
 
 def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
-    """Return those that share a byte with one of ``fixed``, or with another that does."""
+    """Return the ``tensors`` that share a byte with one of ``fixed``, directly or by another."""
     aliases = {id(alias): alias for alias in (tensor.detach() for tensor in fixed)}
     others = {id(tensor): tensor for tensor in tensors}
     return [
@@ -129,7 +129,7 @@ def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Ten
 def is_in_place(tensor: Tensor, memory: Tensor) -> bool:
     """Whether ``tensor`` still lies on ``memory``, with its dtype and shape.
 
-    What is not dense has no memory of its own to lie on: it does.
+    True for a tensor that is not dense, since that has no memory of its own.
     """
     if not (is_dense(tensor) and is_dense(memory)):
         return True

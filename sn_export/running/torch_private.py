@@ -132,7 +132,7 @@ def parametrize_cache() -> dict[tuple[int, str], Tensor | None]:
 
 
 def set_version(tensor: Tensor, version: int) -> None:
-    """Set what autograd counts the in-place writes to ``tensor`` by."""
+    """Set the counter of in-place writes to ``tensor``, which autograd checks."""
     setter: Any = torch._C._autograd._unsafe_set_version_counter
     if torch.__version__ >= "2.7":  # compared as versions
         setter((tensor,), (version,))

@@ -235,11 +235,11 @@ def test_how_far_objects_are_looked_into() -> None:
     outer.inner, outer.network, outer.data = inner, network, [0] * 200_000
     model = nn.Identity()
     model.outer = outer
-    remembered = {id(c) for c, _ in Preserved([model], belongings=True).containers}
+    remembered = {id(c) for c, _ in Preserved([model], with_objects=True).containers}
     assert id(vars(outer)) in remembered
     assert not remembered & {id(vars(inner)), id(vars(network)), id(outer.data)}
     model.inner = inner
-    assert id(vars(inner)) in {id(c) for c, _ in Preserved([model], belongings=True).containers}
+    assert id(vars(inner)) in {id(c) for c, _ in Preserved([model], with_objects=True).containers}
 
 
 def test_no_more_is_copied_than_512_megabytes(monkeypatch: pytest.MonkeyPatch) -> None:

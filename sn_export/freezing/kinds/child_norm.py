@@ -6,8 +6,8 @@
         def forward(self, x):
             return self._conv_forward(x, self.sn(self.weight), self.bias)
 
-The child may be torch's own link, called by hand. Its calls are recorded while the forward runs: that
-must hand the weight to the child, and do nothing else with it.
+The child may be torch's own link, called by hand. Its calls are recorded while the forward runs,
+which must hand the weight to the child, and do nothing else with it.
 """
 
 from __future__ import annotations
