@@ -103,7 +103,7 @@ class Explanation:
 
     def __str__(self) -> str:
         """Return all of it on one line."""
-        return f"{self.text}{self.place}{describe_advice('. ', self.advice)}"
+        return f"{self.text}{self.place}{_describe_advice(self.advice)}"
 
 
 class TorchExporterError(ExportError):
@@ -119,10 +119,10 @@ class TorchExporterError(ExportError):
         self.what, self.explanation = what, explanation
 
 
-def describe_advice(before: str, advice: Iterable[str]) -> str:
-    """Return ``before`` and the pieces of advice, each once, or nothing."""
+def _describe_advice(advice: Iterable[str]) -> str:
+    """Return a sentence with the pieces of advice, each once, or nothing."""
     pieces = dict.fromkeys(advice)
-    return f"{before}What to try: {'; or '.join(pieces)}" if pieces else ""
+    return f". What to try: {'; or '.join(pieces)}" if pieces else ""
 
 
 def describe_failures(errors: Sequence[Exception]) -> str:
@@ -136,7 +136,7 @@ def describe_failures(errors: Sequence[Exception]) -> str:
     """
     ordered = sorted(errors, key=_is_vague)
     known = [error for error in ordered if isinstance(error, TorchExporterError)]
-    advice = describe_advice(". ", (one for error in known for one in error.explanation.advice))
+    advice = _describe_advice(one for error in known for one in error.explanation.advice)
     lines: dict[str, None] = {}
     places: set[str] = set()
     for error in ordered:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..freezing import plain_name
 from ..proving import using_modules
-from ..running import is_dense
+from ..running import is_dense, make_distinct
 from ..text import qualified
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
@@ -174,7 +174,7 @@ def plain_path(raw: str) -> str:
     return qualified(module, plain_name(tensor.removesuffix("_v") or tensor))
 
 
-def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) -> str:
+def folded_name(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:
     """Return a free name for a folded value.
 
     Args:
@@ -192,14 +192,8 @@ def folded_name(raw: str | None, users: Sequence[str], taken: Container[str]) ->
         if user is not None and not _is_within(module, user):
             wanted = qualified(user, tensor)
     candidates = [wanted, qualified(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
-    return next(name for name in (*candidates, *_add_number(wanted, taken)) if name not in taken)
-
-
-def _add_number(name: str, taken: Container[str]) -> Iterable[str]:
-    number = 1
-    while f"{name}_{number}" in taken:
-        number += 1
-    return [f"{name}_{number}"]
+    free = (name for name in candidates if name not in taken)
+    return next(free, None) or make_distinct([wanted], taken)[0]
 
 
 def _is_within(module: str, parent: str) -> bool:

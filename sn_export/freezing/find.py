@@ -15,7 +15,7 @@ from .kinds import SPECTRAL_NORM
 from .plan import compute_value
 from .selection import Only, Selection, walk
 from .sigma import exact_sigma, exact_sigma_cost, least_sigma
-from .site import Found, Kind, Site, require_module
+from .site import Found, Site, require_module
 from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds
@@ -95,7 +95,6 @@ def with_exact_sigma(
     model: nn.Module,
     infos: Sequence[SpectralNormInfo | ParametrizationInfo],
     budget: float = BUDGET,
-    kinds: Iterable[Kind] = SPECTRAL_NORM,
 ) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
     """Return ``infos`` with the largest singular value of each weight matrix.
 
@@ -106,9 +105,8 @@ def with_exact_sigma(
         infos: what `find_spectral_norm` returned.
         budget: multiplications for all tensors together. What does not fit keeps None, as do
             tensors whose sigma is no norm of a matrix, and those on the meta device.
-        kinds: the implementations of spectral norm to look for.
     """
-    return add_exact_sigma(infos, _matrices(model, kinds), budget)
+    return add_exact_sigma(infos, _matrices(model), budget)
 
 
 def add_exact_sigma(
@@ -142,7 +140,7 @@ def find_unconverged(
         FreezeError: as `find_spectral_norm`.
     """
     infos = describe_sites(model) if infos is None else infos
-    return unconverged_among(infos, _matrices(model, SPECTRAL_NORM))
+    return unconverged_among(infos, _matrices(model))
 
 
 def unconverged_among(
@@ -166,10 +164,10 @@ def unconverged_among(
     )
 
 
-def _matrices(model: nn.Module, kinds: Iterable[Kind]) -> dict[str, Tensor]:
-    """Return the weight matrices that have a norm, by the names of their tensors."""
+def _matrices(model: nn.Module) -> dict[str, Tensor]:
+    """Return the weight matrices under spectral norm that have a norm, by name of the tensor."""
     found = {}
-    for _, sites in walk(model, kinds):
+    for _, sites in walk(model, SPECTRAL_NORM):
         for site in sites:
             found.update(norm_matrix(site))
     return found

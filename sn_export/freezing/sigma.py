@@ -12,7 +12,8 @@ _SMALL = 2**31  # multiplications
 _BLOCK = 2**20  # elements
 _EVERY, _ITERATIONS = 10, 300
 _RESIDUAL = 1e-6
-_FEW, _NEAR = 4, 4 / 3
+_FEW, _MOST = 4, 8  # power iterations; each reads the matrix twice
+_NEAR = 4 / 3
 
 
 def stored_sigma(matrix: Tensor, u: Tensor, v: Tensor) -> float:
@@ -137,7 +138,7 @@ def _leading_vector(tall: Tensor, scale: float) -> Tensor:
     return torch.mv(known.mT, vectors[:, -1].to(dtype))
 
 
-def least_sigma(matrix: Tensor, known: float = 0.0, rounds: int = 8) -> float:
+def least_sigma(matrix: Tensor, known: float = 0.0) -> float:
     """Return a bound that the largest singular value of ``matrix`` is not below, in little time.
 
     It is the estimate of a few power iterations from a start of their own: for the weights of
@@ -146,8 +147,7 @@ def least_sigma(matrix: Tensor, known: float = 0.0, rounds: int = 8) -> float:
     Args:
         matrix: shape ``(h, w)``, any floating or complex dtype, on any device but meta.
         known: another estimate. The iterations end after four where theirs is not far above it:
-            those that are left add less to it than that.
-        rounds: how many iterations; each reads the matrix twice.
+            the other four add less to it than that.
 
     Returns:
         The bound, but for rounding; NaN where an element is not finite.
@@ -155,7 +155,7 @@ def least_sigma(matrix: Tensor, known: float = 0.0, rounds: int = 8) -> float:
     wide = matrix.detach().to(torch.complex64 if matrix.is_complex() else torch.float32)
     draws = torch.Generator().manual_seed(0)
     v = torch.randn(wide.shape[1], generator=draws).to(wide)
-    for done in range(rounds):
+    for done in range(_MOST):
         product = torch.mv(wide, v / v.norm())
         if done >= _FEW and (bound := float(product.norm())) <= _NEAR * known:
             return bound

@@ -156,12 +156,9 @@ class RunningErrors:
             "samples=0 proves the file on the example and on inputs=[...] of your own"
         )
 
-    def _within(self) -> str:
-        bounds = f"atol {self.applied_atol:.3g} + rtol {self.applied_rtol:.3g}"
-        return f"every element is within {bounds} of the model"
-
     def result(self) -> OutputParity:
         """Return the errors so far."""
+        bounds = f"atol {self.applied_atol:.3g} + rtol {self.applied_rtol:.3g}"
         return OutputParity(
             name=self.name,
             shape=self.shape,
@@ -184,7 +181,7 @@ class RunningErrors:
             worst_expected=self.worst_values[0],
             worst_got=self.worst_values[1],
             histogram=self.spread.histogram() if self.elements else None,
-            verdict=self._reason() or self._within(),
+            verdict=self._reason() or f"every element is within {bounds} of the model",
             pictures=tuple(self.pictures),
         )
 

@@ -26,8 +26,9 @@ RAW_SUFFIXES = ("_bar", "_orig", "_raw", "_org", "_original", "_parameter", "_pa
 ITERATIONS = ("power_iterations", "n_power_iterations", "num_iters", "num_itrs", "n_iter", "Ip")
 
 _VECTOR = re.compile(r"(^|_)(u|v|us|vs|u_?hat|v_?hat|u_?vec|v_?vec|left|right|singular\w*)_?\d*$")
-# A vector of one element fits any critic's last layer, so there the name has to say it.
-_TELLING = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
+# Vectors, singular values or sigma, such as `sv0` and `sn_u`. A single element fits the last layer
+# of any critic, so its name has to be one of these.
+_STATE = re.compile(r"(^|_)(u|v|us|vs|sn|sv|svs|left|right|singular|spectral|sigma)(\d*$|_)")
 # SN, but not SNN, which are spiking networks; "Spectral" alone is a Fourier layer.
 _CLASS = re.compile(r"[Ss]pectral_?[Nn]orm|(^|_)SN(?=[A-MO-Z_0-9]|$)|^sn_|[a-z]SN$")
 # Layers of the literature that bound their norm without vectors: SLL, AOL and their kin.
@@ -55,11 +56,6 @@ def plain_name(raw: str) -> str:
 def is_named_as_vector(name: str) -> bool:
     """Whether ``name`` is what people call singular vectors: ``u``, ``weight_v``, ``sn_u0``."""
     return bool(_VECTOR.search(name))
-
-
-def is_named_as_state(name: str) -> bool:
-    """Whether ``name`` is what people call singular vectors, values or sigma: ``sv0``, ``sn_u``."""
-    return bool(_TELLING.search(name))
 
 
 def is_named_as_norm(class_name: str) -> bool:
@@ -119,7 +115,7 @@ def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
     length = max(tensor.shape)
     sizes = {rows for rows in weight.shape}
     sizes |= {weight.numel() // rows for rows in weight.shape}
-    return length in sizes and (length > 1 or is_named_as_state(name))
+    return length in sizes and (length > 1 or bool(_STATE.search(name)))
 
 
 def proportion(raw: Tensor, value: Tensor) -> float | None:

@@ -41,13 +41,13 @@ def compute_in_sandbox(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     modules = list(modules)
 
     def on_copies() -> T:
-        copies: dict[int, Tensor] = {}
+        copies: dict[int, nn.Parameter] = {}
         for module in modules:
             parameters = module._parameters
             for name, parameter in parameters.items():
                 if parameter is not None and not is_lazy(parameter):
-                    copy = copies.setdefault(id(parameter), _copy(parameter))
-                    parameters[name] = copy  # type: ignore[assignment]
+                    copy = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+                    parameters[name] = copies.setdefault(id(parameter), copy)
         return run()
 
     with torch.inference_mode(False), torch.no_grad():
@@ -102,10 +102,6 @@ def copied_attributes(holder: Any) -> Iterator[None]:
         tensors = {name: t for name, t in content.items() if isinstance(t, Tensor)}
         attributes.update({name: t.detach().clone() for name, t in tensors.items()})
         yield
-
-
-def _copy(parameter: Tensor) -> Tensor:
-    return nn.Parameter(parameter.detach().clone(), requires_grad=parameter.requires_grad)
 
 
 _FUNCTIONS: dict[type[nn.Module], tuple[Callable[..., Any], int]] = {

@@ -117,7 +117,7 @@ class ChainSite(Site):
         owner = class_with_property(current, name)
         assert owner is not None  # `value` has seen it
         if edits.planned(lists._modules):
-            plain = without_property(owner, name)
+            plain = changed_class(owner, (name,), {}, owner.__bases__)
         else:
             edits.remove(module._modules, ("parametrizations",))
             plain = owner.__bases__[0]
@@ -217,15 +217,10 @@ def with_base(cls: type, old: type, new: type) -> type:
     return changed_class(cls, (), {}, bases)
 
 
-def without_property(cls: type, name: str) -> type:
-    """Return ``cls`` without one parametrized property, for one instance alone."""
-    return changed_class(cls, (name,), {}, cls.__bases__)
-
-
 def changed_class(
     cls: type, without: Iterable[str], added: dict[str, Any], bases: tuple[type, ...]
 ) -> type:
-    """Return ``cls`` with other properties and bases, for one instance alone.
+    """Return ``cls`` for one instance alone: without some properties, with others, on ``bases``.
 
     It is made from `nn.Module` and given its bases afterwards: making a subclass of the user's
     class would run its ``__init_subclass__``, which may keep a registry.

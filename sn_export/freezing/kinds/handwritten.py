@@ -8,7 +8,7 @@ normalise return the frozen weight. The user's class is shared, and stays as it 
 from __future__ import annotations
 
 import copyreg
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -176,43 +176,19 @@ def _attribute(cls: type, override: Override) -> Any:
         return property(lambda self: getattr(self, target))
     if how == "base":
         return getattr(torch_base(cls), name)
-    return _set_name(name, _FUNCTIONS[how](target, getattr(cls, name)))
+    original = getattr(cls, name)
 
+    def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if how == "nothing":
+            return None
+        held = getattr(self, target)
+        if how == "call":
+            return held(*args, **kwargs)
+        if how == "forward":
+            return held.forward(*args, **kwargs)
+        if how == "argument" and held is not next(iter((*args, *kwargs.values())), None):
+            return original(self, *args, **kwargs)
+        return held
 
-def _set_name(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-    function.__name__ = name
-    return function
-
-
-def _method(target: str, _: Any) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(self, target)
-
-
-def _argument(target: str, original: Any) -> Callable[..., Any]:
-    def normalise(self: Any, weight: Any, *args: Any, **kwargs: Any) -> Any:
-        if weight is getattr(self, target):
-            return weight
-        return original(self, weight, *args, **kwargs)
-
-    return normalise
-
-
-def _do_nothing(target: str, original: Any) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: None
-
-
-def _call(target: str, original: Any) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(self, target)(*args, **kwargs)
-
-
-def _forward(target: str, original: Any) -> Callable[..., Any]:
-    return lambda self, *args, **kwargs: getattr(self, target).forward(*args, **kwargs)
-
-
-_FUNCTIONS: dict[str, Callable[[str, Any], Callable[..., Any]]] = {
-    "method": _method,
-    "argument": _argument,
-    "nothing": _do_nothing,
-    "call": _call,
-    "forward": _forward,
-}
+    replacement.__name__ = name
+    return replacement
