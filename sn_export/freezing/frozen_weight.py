@@ -20,6 +20,7 @@ from .site import Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
+_PLAIN = (Tensor, nn.Parameter)
 _SAMPLED_WHOLE = 4096  # bytes; larger weights are sampled
 _CHUNKS, _CHUNK = 16, 256  # number and bytes of the samples
 
@@ -32,17 +33,14 @@ class FrozenWeight:
         tensor: the plain `torch.nn.Parameter` (or buffer) that stands there.
     """
 
-    __slots__ = ("_content", "_device", "_dtype", "_version", "site", "tensor")
+    __slots__ = ("_state", "site", "tensor")
 
     def __init__(self, site: Site, value: Tensor) -> None:
         self.site = site
         if value.requires_grad:
             value = value.detach()
         self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
-        self._dtype = value.dtype
-        self._device = value.device
-        self._version = value._version
-        self._content = _content(value)
+        self._state = _state(value)
 
     def change(self) -> Literal["moved", "edited"] | None:
         """Return what was done to the weight since, if anything.
@@ -57,28 +55,31 @@ class FrozenWeight:
             now = module._buffers.get(name)
         if now is None:
             return "edited"
-        if now.dtype != self._dtype or now.device != self._device:
+        state = _state(now)
+        if state[:2] != self._state[:2]:
             return "moved"
-        unchanged = (
-            now is self.tensor and now._version == self._version and _content(now) == self._content
-        )
-        return None if unchanged else "edited"
+        return None if now is self.tensor and state == self._state else "edited"
 
 
-def _content(tensor: Tensor) -> tuple[int, bytes]:
-    """Return where ``tensor`` lies in memory, and what is there."""
+_State = tuple[torch.dtype, torch.device, int, int, bytes]
+
+
+def _state(tensor: Tensor) -> _State:
+    """Return dtype, device, version and address of ``tensor``, and the bytes that are there."""
+    dtype, device, version = tensor.dtype, tensor.device, tensor._version
     try:
         start = tensor.data_ptr()
     except RuntimeError:  # tensor subclasses without memory of their own
-        return 0, b""
-    if not tensor.is_cpu or type(tensor) not in (Tensor, nn.Parameter):
-        return start, b""
+        return dtype, device, version, 0, b""
+    if not tensor.is_cpu or type(tensor) not in _PLAIN:
+        return dtype, device, version, start, b""
     # A frozen weight is always dense, so its bytes are contiguous in some order.
     size = tensor.nbytes
     if size <= _SAMPLED_WHOLE:
-        return start, ctypes.string_at(start, size)
+        return dtype, device, version, start, ctypes.string_at(start, size)
     places = ((size - _CHUNK) * i // (_CHUNKS - 1) for i in range(_CHUNKS))  # both ends too
-    return start, b"".join(ctypes.string_at(start + place, _CHUNK) for place in places)
+    content = b"".join(ctypes.string_at(start + place, _CHUNK) for place in places)
+    return dtype, device, version, start, content
 
 
 class Residence:
@@ -121,7 +122,7 @@ def _went_and_came(now: Tensor, memory: Tensor) -> bool:
     """Whether ``now`` is what is left of ``memory`` after ``half().float()`` and the like."""
     if is_lazy(now) or now.is_meta or not now.is_floating_point():
         return False
-    if type(now) not in (Tensor, nn.Parameter) or _is_on(now, memory):
+    if type(now) not in _PLAIN or _is_on(now, memory):
         return False
     parts, others = dense_parts(now.detach()), dense_parts(memory)
     # By way of two dtypes: rounded twice is not always rounded once.

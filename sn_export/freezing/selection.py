@@ -151,8 +151,12 @@ class Callers:
         return self._reads[tensor]
 
     @cached_property
+    def _all(self) -> list[nn.Module]:
+        return list(self._model.modules())
+
+    @cached_property
     def _owners(self) -> list[nn.Module]:
-        return [module for module in self._model.modules() if module._modules]
+        return [module for module in self._all if module._modules]
 
     @cached_property
     def _uses(self) -> ChildUses:
@@ -172,7 +176,7 @@ class Callers:
         """The layers whose hook has set the weight, and all modules around them."""
         queue = [
             module
-            for module in self._model.modules()
+            for module in self._all
             if module._forward_pre_hooks
             for name in module._parameters
             if name.endswith("_orig")

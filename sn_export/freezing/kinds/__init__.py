@@ -47,8 +47,10 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
 
 def _is_of_torch(hook: object) -> bool:
     """Whether ``hook`` is torch's own, as fully_shard's is, or a subclass of its spectral norm."""
+    if isinstance(hook, SpectralNorm):
+        return True
     module = getattr(hook, "__module__", None) or ""  # of the function's code, or of the class
-    return isinstance(hook, SpectralNorm) or module.startswith("torch.")
+    return module.startswith("torch.")
 
 
 SPECTRAL_NORM: tuple[Kind, ...] = (find_handwritten, find_hooks, find_parametrizations)

@@ -29,10 +29,10 @@ class HookSite(Site):
     raw: ClassVar[tuple[str, ...]]  # suffixes of what it is computed from
     method: ClassVar[str]  # of the hook, which computes it
 
-    def __init__(self, path: str, module: nn.Module, tensor: str, key: int) -> None:
+    def __init__(self, path: str, module: nn.Module, tensor: str, key: int, hook: Any) -> None:
         super().__init__(path, module, tensor)
         self.key = key
-        self.hook: Any = module._forward_pre_hooks[key]
+        self.hook = hook
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -100,12 +100,10 @@ class HookSite(Site):
         module, name = self.module, self.tensor
         edits.remove(module._forward_pre_hooks, (self.key,))
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            if hooks:
-                edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
+            edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
         raw = [name + suffix for suffix in self.raw]
-        edits.remove(module._parameters, raw)
-        if module._buffers:
-            edits.remove(module._buffers, raw)
+        for container in (module._parameters, module._buffers):
+            edits.remove(container, raw)
         edits.remove(module.__dict__, (name,))
         plan_registration(edits, module, name, frozen)
 
@@ -194,7 +192,7 @@ class PruningSite(HookSite):
 def find_hooks(path: str, module: nn.Module) -> list[HookSite]:
     """Return the sites of `torch.nn.utils.spectral_norm` in ``module``."""
     return [
-        SpectralNormSite(path, module, hook.name, key)  # type: ignore[attr-defined]
+        SpectralNormSite(path, module, hook.name, key, hook)  # type: ignore[attr-defined]
         for key, hook in module._forward_pre_hooks.items()
         if isinstance(hook, SpectralNorm) or _is_copy_of_spectral_norm(hook, module)
     ]
@@ -205,9 +203,9 @@ def find_weight_hooks(path: str, module: nn.Module) -> list[HookSite]:
     sites: list[HookSite] = []
     for key, hook in module._forward_pre_hooks.items():
         if isinstance(hook, BasePruningMethod):
-            sites.append(PruningSite(path, module, hook._tensor_name, key))
+            sites.append(PruningSite(path, module, hook._tensor_name, key, hook))
         elif isinstance(hook, WeightNorm) or _is_copy_of_weight_norm(hook, module):
-            sites.append(WeightNormSite(path, module, hook.name, key))  # type: ignore[attr-defined]
+            sites.append(WeightNormSite(path, module, hook.name, key, hook))  # type: ignore[attr-defined]
     return sites
 
 
