@@ -1,4 +1,4 @@
-"""Checkpoints: read safely, spelled differently, inspected and converted, without model code."""
+"""Checkpoints: read them safely, load, inspect and convert them."""
 
 from .content import Checkpoint, StateDict
 from .convert import Conversion, convert_checkpoint

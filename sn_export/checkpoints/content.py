@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and which part of it is the state dict that is wanted."""
+"""The content of a checkpoint, and the search for the state dict in it that a caller wants."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from ..text import describe_type, format_count, quote_name, quote_names, shorten
 from .lazy_tensors import LazyTensors, is_tensor
 from .pickle_globals import Global, Unread
 
-_DEPTH = 6
-_MOST = 100  # state dicts that are looked for, and items of a list that are looked into
-# Where several fit equally badly, what these names hold is the network.
+_DEPTH = 6  # of keys that lead to a state dict
+_MOST = 100  # state dicts that are returned, and items of a list that are searched
+# If no state dict fits, the one under such a key is taken for the network.
 _USUAL = ("state_dict", "model_state_dict", "model", "net", "network", "params")
 
 
@@ -30,8 +30,9 @@ class StateDict:
 
     Attributes:
         path: keys that lead to it from the root of the checkpoint.
-        tensors: names and tensors; extra states may be anything.
-        versions: what `torch.nn.Module.state_dict` notes for each module, if it is there.
+        tensors: tensors by name; the value of an extra state may be anything.
+        versions: the versions of the modules that `torch.nn.Module.state_dict` adds as
+            ``_metadata``; None if they were not saved.
     """
 
     path: tuple[str, ...]
@@ -50,11 +51,11 @@ class Checkpoint:
 
     Attributes:
         path: the file or folder.
-        format: of the file.
+        format: the format of the file.
         content: everything in it; tensors of safetensors and distributed checkpoints are read
-            when they are asked for.
+            when they are accessed.
         file_metadata: texts in the header of a safetensors file.
-        notes: what was left unread, in words.
+        notes: sentences about what was left unread.
     """
 
     path: Path
@@ -66,7 +67,8 @@ class Checkpoint:
     def state_dicts(self) -> list[StateDict]:
         """Return the state dicts in the checkpoint, at most a hundred.
 
-        An optimizer's state is left out. One that stands under several keys is returned under each.
+        An optimizer's state is left out. A state dict that is stored under several keys is returned
+        once for each.
         """
         return list(islice(_search(self.content, (), {}), _MOST))
 
@@ -80,10 +82,10 @@ class Checkpoint:
         """Return the state dict under ``key``, or the one that fits.
 
         Args:
-            key: keys that lead to it, joined by dots; None to find it.
-            fits: tells whether a state dict is what the caller wants.
+            key: keys that lead to it, joined by dots; None to search for it.
+            fits: whether a state dict is one that the caller wants.
             wanted: the same in words, for the message: ``"fits Critic"``.
-            describe: returns what the message says of a candidate beside its number of tensors.
+            describe: returns a remark on a candidate, which the message shows.
 
         Raises:
             CheckpointError: if there is none, or several fit.
@@ -128,14 +130,12 @@ class Checkpoint:
 def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterator[StateDict]:
     """Yield the state dicts in ``node``.
 
-    Not every path can be walked: twenty mappings, each of which is twice in the one before, have
-    a million of them.
-
     Args:
-        node: what may hold some.
+        node: any value of a checkpoint.
         path: keys that led to it.
-        barren: the objects, by identity, in which there are none, and the least length of a path
-            to each; they are not looked into again.
+        barren: the length of the shortest path to each object, by its id, that holds no state
+            dict. These objects are not searched again: twenty mappings, each of which is stored
+            twice in the one before, have a million paths.
     """
     mapping = as_mapping(node)
     if mapping is None or "param_groups" in mapping or len(path) > _DEPTH:
@@ -156,9 +156,9 @@ def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterato
 
 
 def as_mapping(node: Any) -> Mapping[Any, Any] | None:
-    """Return ``node`` as a mapping with texts for keys, or None if it can hold no state dict.
+    """Return ``node`` as a mapping with str keys, or None if it can hold no state dict.
 
-    A module becomes its state dict, and a list the mapping of its numbers: ``[a]`` is ``{"0": a}``.
+    A module becomes its state dict, and a list a mapping of its positions: ``[a]`` is ``{"0": a}``.
     """
     if isinstance(node, nn.Module):  # pickled whole, and trusted
         return node.state_dict()
@@ -177,7 +177,10 @@ def _inner(node: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _under(node: Any, key: str) -> Iterator[StateDict]:
-    """Yield the state dict that the keys in ``key`` lead to; a key may itself have dots."""
+    """Yield each state dict that ``key`` can lead to: a single key may itself have dots.
+
+    Example: ``"net.0"`` leads to ``{"net": {"0": state}}`` and to ``{"net.0": state}``.
+    """
     places: list[tuple[Any, tuple[str, ...], str]] = [(node, (), key)]
     while places:
         node, path, rest = places.pop()
@@ -201,7 +204,7 @@ def _is_state_dict(node: Mapping[Any, Any]) -> bool:
 
 
 def describe_candidates(states: Iterable[StateDict], describe: Callable[[StateDict], str]) -> str:
-    """Return the key of each state dict, its number of tensors, and what ``describe`` says.
+    """Return the key of each state dict, with its number of tensors and the text of ``describe``.
 
     Example::
 
@@ -229,18 +232,18 @@ def _describe(content: Any) -> str:
 
 
 def _is_array(value: Any) -> bool:
-    """Whether a value is an array of numpy, or stands for one that was left unread."""
+    """Whether a value is an array of numpy, or the placeholder of one that was left unread."""
     if isinstance(value, Unread):
         return value.name.startswith("numpy.") and value.name.endswith(("_reconstruct", "buffer"))
     return type(value).__name__ == "ndarray"
 
 
 def require_read(content: Any, what: str) -> None:
-    """Raise if something in ``content`` was left unread, so that it cannot be written again.
+    """Raise if a value in ``content`` was left unread, since it cannot be written again.
 
     Args:
-        content: everything in a checkpoint.
-        what: it, for the message.
+        content: the content of a checkpoint, or a part of it.
+        what: its name in the message.
 
     Raises:
         CheckpointError: naming the class or function.
@@ -266,7 +269,7 @@ def require_read(content: Any, what: str) -> None:
 
 
 def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:
-    """Return ``node`` with ``value`` where ``path`` leads; nothing in ``node`` is changed.
+    """Return a copy of ``node`` with ``value`` at ``path``; ``node`` itself is not changed.
 
     Example::
 
@@ -289,9 +292,9 @@ def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:
 
 
 def read_all(node: Any) -> Any:
-    """Return ``node`` with every tensor in memory."""
+    """Return ``node`` with every lazy tensor read into memory."""
     if isinstance(node, LazyTensors):
-        # Cloned, not to be torn by whoever writes the file.
+        # Cloned: the file may be written to while its mapped memory is read.
         tensors = {name: node[name].clone() for name in node.specs}
         return tensors | {name: read_all(value) for name, value in node.others.items()}
     if type(node) is dict:

@@ -38,9 +38,9 @@ from .lazy_tensors import (
     Spec,
     as_shape,
     damaged,
+    is_count,
     require_covered,
 )
-from .pickle_globals import is_count
 from .torch_file import read_pickle, read_torch_part
 
 _METADATA = ".metadata"

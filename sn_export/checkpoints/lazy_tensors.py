@@ -1,7 +1,7 @@
-"""Tensors that are read one at a time when they are asked for, whole or in pieces.
+"""Tensors that are read when they are accessed, one at a time, whole or in pieces.
 
-Where the pieces of a tensor lie is checked before any is read: a piece that is absent would
-leave memory as it happened to be, and that would pass for a weight.
+The places of all pieces of a tensor are checked before one is read: where a piece is absent, the
+memory would keep what it happened to hold, and that would be taken for a weight.
 """
 
 from __future__ import annotations
@@ -9,37 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
 from ..text import format_count, quote_name
-from .pickle_globals import is_shape
 
+MOST_DIMS = 64  # the most that torch computes with
 _ALIGNMENT = 64  # of torch's CPU allocator
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What is known of a tensor without reading it."""
+    """Dtype and shape of a tensor, which are known without reading it."""
 
     dtype: torch.dtype
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Size of the values."""
+        """Number of bytes of the values."""
         return math.prod(self.shape) * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One value of a state dict to be: what it will be, and how to get it when it is needed.
+    """A value of a state dict that will be written, and is read or computed only then.
 
     Attributes:
-        spec: dtype and shape; None for what is no dense tensor, such as an extra state.
+        spec: its dtype and shape; None if it is no dense tensor, as an extra state.
         read: returns the value.
     """
 
@@ -52,7 +52,7 @@ class LazyTensors(Mapping[str, Any]):
 
     Attributes:
         specs: dtype and shape of each tensor.
-        others: what is no tensor, such as an extra state or a nested mapping.
+        others: values that are no tensors, such as an extra state or a nested mapping.
     """
 
     def __init__(
@@ -84,9 +84,9 @@ class Piece:
     """A block of a tensor.
 
     Attributes:
-        start: where it begins in the tensor.
-        shape: its own shape.
-        read: returns it.
+        start: index in the tensor of its first element.
+        shape: shape of the block.
+        read: returns the block.
     """
 
     start: tuple[int, ...]
@@ -113,10 +113,10 @@ class Sharded:
 
 
 def require_covered(sharded: Sharded, name: str, what: str) -> Sharded:
-    """Return ``sharded`` if its pieces are its whole, each element once.
+    """Return ``sharded`` if each of its elements is in exactly one piece.
 
-    Pieces inside the tensor that do not overlap cover it exactly where they have as many
-    elements as it has.
+    That is so if the pieces lie inside of the tensor, do not overlap, and have as many elements as
+    the tensor.
 
     Raises:
         CheckpointError: if an element is in no piece, or in several.
@@ -129,7 +129,7 @@ def require_covered(sharded: Sharded, name: str, what: str) -> Sharded:
                 what,
                 f"a piece of {quote_name(name)} ends outside of its shape {list(shape)}",
             )
-    # Along the dimension that is cut most, few pieces lie beside each other.
+    # Sorted along the dimension with the most cuts, a piece can overlap few of those before it.
     cut = max(range(len(shape)), key=lambda d: len({p.start[d] for p in pieces}), default=None)
     if cut is not None:
         pieces.sort(key=lambda piece: piece.start[cut])
@@ -156,25 +156,37 @@ def _overlap(one: Piece, other: Piece) -> bool:
     )
 
 
+def is_count(value: Any) -> TypeGuard[int]:
+    """Whether ``value`` is a size or a number of elements."""
+    return type(value) is int and value >= 0
+
+
+def is_shape(value: Any) -> bool:
+    """Whether ``value`` is a list of sizes, or of offsets, that torch can take."""
+    return (
+        isinstance(value, (tuple, list)) and len(value) <= MOST_DIMS and all(map(is_count, value))
+    )
+
+
 def as_shape(value: Any) -> tuple[int, ...] | None:
-    """Return sizes or offsets from a file, or None if these are none."""
+    """Return a value from a file as a tuple of sizes or offsets; None if it is no such list."""
     return tuple(value) if is_shape(value) else None
 
 
 def damaged(what: str, reason: str) -> CheckpointError:
-    """Return the error about a folder whose records or files cannot be right."""
+    """Return the error for a folder whose files contradict each other or are not all there."""
     return CheckpointError(f"{what} is damaged or incomplete: {reason}")
 
 
 def is_tensor(tensors: Mapping[str, Any], name: str) -> bool:
-    """Whether ``tensors[name]`` is a tensor; nothing is read to tell it."""
+    """Whether ``tensors[name]`` is a tensor; it is not read."""
     if isinstance(tensors, LazyTensors):
         return name in tensors.specs
     return isinstance(tensors[name], Tensor)
 
 
 def spec_of(tensors: Mapping[str, Any], name: str) -> Spec:
-    """Return dtype and shape of one tensor, without reading it where that is possible."""
+    """Return dtype and shape of one tensor; a lazy one is not read."""
     if isinstance(tensors, LazyTensors):
         return tensors.specs[name]
     tensor = tensors[name]
@@ -211,17 +223,17 @@ def require_finite(key: str, tensor: Tensor) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite numbers; no copy is made, as `torch.isfinite` makes three."""
+    """Whether all values are finite; unlike `torch.isfinite`, no copy is made."""
     if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         return True
     values = _values(tensor)
     parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
-    # NaN and infinities show in the least and the largest value.
+    # If a value is NaN or infinite, so is the smallest or the largest one.
     return not parts.numel() or all(map(math.isfinite, map(float, torch.aminmax(parts))))
 
 
 def _values(tensor: Tensor) -> Tensor:
-    """Return the stored values of a sparse tensor, and float8 as what can be compared."""
+    """Return the values that are stored, of a sparse tensor too; float8 as float32, to compare."""
     values = tensor.detach()
     if values.layout is not torch.strided:
         values = values._values() if values.layout is torch.sparse_coo else values.values()
@@ -229,9 +241,9 @@ def _values(tensor: Tensor) -> Tensor:
 
 
 def aligned(tensor: Tensor) -> Tensor:
-    """Return ``tensor`` where torch would allocate it.
+    """Return ``tensor``, copied if its memory is not aligned as torch's own.
 
-    Values in a file can lie at any address, and there torch's products take another path,
-    whose last bits differ from those of the network.
+    Values in a mapped file can lie at any address. For such memory torch's matrix products take
+    another path, whose last bits differ from those of the network.
     """
     return tensor if tensor.data_ptr() % _ALIGNMENT == 0 else tensor.clone()

@@ -1,7 +1,7 @@
-"""The one closed list of what a pickle may name, for every format, and what each name does.
+"""The closed list of names that a pickle may call, for every format, and what each of them does.
 
-Nothing here is imported or looked up by a name in a file. Where torch's own functions rebuild a
-tensor, they are called with arguments that were checked before.
+Nothing is imported or looked up by a name from a file. Torch's own functions rebuild tensors, and
+their arguments are checked before they are called.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, TypeGuard
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,29 +20,30 @@ from torch.distributed.checkpoint import metadata as dcp
 
 from ..running import checkpoint_records, rebuild
 from ..text import describe_type, format_count, quote_name
+from .lazy_tensors import is_count, is_shape
 
-MOST_DIMS = 64  # the most that torch computes with
-# A tensor may be larger than its storage, as after expand(); a few bytes must not become 4 TB.
+# A tensor may have so many elements although its storage has fewer, as after expand(). Without a
+# limit a few bytes could become 4 TB once the tensor is copied.
 _EXPANDED = 2**24
 _StorageInfo, _MemoryFormat = checkpoint_records()
 
 
 class ForbiddenPickleError(pickle.UnpicklingError):
-    """A pickle wants what is not on the list; the text says what: ``"call 'posix.mkdir'"``."""
+    """A pickle wants to do what the list forbids, which the text says: ``"call 'posix.mkdir'"``."""
 
 
 class DamagedPickleError(pickle.UnpicklingError):
-    """A pickle hands one of the listed functions what no writer writes; the text says what."""
+    """A pickle holds what no writer writes, which the text says: ``"a set of no elements"``."""
 
 
 @dataclass(frozen=True, eq=False)
 class Global:
-    """What stands on the stack, and in the content, in the place of a class or function.
+    """A class or function that a pickle names: this record replaces it on the stack and in content.
 
     Attributes:
         name: its qualified name.
-        call: what REDUCE does with it.
-        new: what NEWOBJ and NEWOBJ_EX do with it.
+        call: what REDUCE calls; None if it cannot be called.
+        new: what NEWOBJ and NEWOBJ_EX call; None if no object of it can be made.
     """
 
     name: str
@@ -52,7 +53,7 @@ class Global:
 
 @dataclass(eq=False)
 class Unread:
-    """A harmless value that was left unread, since reading it would import its package.
+    """A placeholder of a value that was left unread, since its package would have to be imported.
 
     Attributes:
         name: qualified name of its class.
@@ -62,10 +63,11 @@ class Unread:
 
 
 def call_global(target: Any, how: str, args: Any, kwargs: Any) -> Any:
-    """Return what ``target.call`` or ``target.new`` makes of arguments from a file.
+    """Call ``target.call`` or ``target.new``, as ``how`` says, with arguments from a file.
 
     Raises:
-        ForbiddenPickleError: if ``target`` is no `Global` that can be called so.
+        ForbiddenPickleError: if ``target`` is no `Global`, or has no such function.
+        DamagedPickleError: if the arguments are no tuple, or do not suit the function.
     """
     function = getattr(target, how) if type(target) is Global else None
     if function is None:
@@ -76,15 +78,15 @@ def call_global(target: Any, how: str, args: Any, kwargs: Any) -> Any:
 
 
 def describe_value(value: Any) -> str:
-    """Return a value of a file for a message: by its name or type, never by its own text."""
+    """Return a text for a message: the name of a `Global`, or the type of any other value."""
     return quote_name(value.name) if type(value) is Global else describe_type(value)
 
 
 def as_key(value: Any) -> Any:
-    """Return ``value`` if its hash is cheap.
+    """Return ``value`` if it is allowed as a key: its hash must be cheap.
 
-    That of a tuple is computed anew each time: sixty tuples, each of which holds the one before
-    twice, take a few bytes in a file and years to be hashed.
+    The hash of a tuple is not cached. Sixty tuples, each of which holds the one before twice, take
+    a few bytes in a file and years to hash.
     """
     inner = value if type(value) in (tuple, torch.Size) else (value,)
     if not all(type(one) in _KEYS for one in inner):
@@ -96,18 +98,6 @@ _KEYS = (
     *(str, bytes, int, float, complex, bool, type(None), torch.dtype),
     *(Global, Unread, dcp.MetadataIndex),
 )
-
-
-def is_count(value: Any) -> TypeGuard[int]:
-    """Whether ``value`` is a size or a number of elements."""
-    return type(value) is int and value >= 0
-
-
-def is_shape(value: Any) -> bool:
-    """Whether ``value`` is a list of sizes, or of offsets, that torch can take."""
-    return (
-        isinstance(value, (tuple, list)) and len(value) <= MOST_DIMS and all(map(is_count, value))
-    )
 
 
 def _require(is_sound: bool, what: str) -> None:
@@ -127,7 +117,7 @@ def _require_held(storage: Any, size: Any, stride: Any) -> None:
 
 
 def _flags(metadata: Any) -> dict[str, bool]:
-    """Return whether a tensor is to be conjugated or negated when it is read."""
+    """Return the flags of a tensor that is stored conjugated or negated: ``{"conj": True}``."""
     given = metadata if type(metadata) is dict else {}
     return {name: True for name in ("conj", "neg") if given.get(name) is True}
 
@@ -143,7 +133,7 @@ def _tensor(
     dtype: Any = None,
 ) -> Tensor:
     _require_held(storage, size, stride)
-    # Hooks are code: torch writes none, and none is taken.
+    # Hooks are code. Torch writes none, so the empty dictionary replaces whatever is there.
     known: Any = (storage, offset, size, stride, requires_grad is True, OrderedDict())
     if dtype is None:
         return rebuild._rebuild_tensor_v2(*known, _flags(metadata))  # type: ignore[no-any-return]
@@ -165,11 +155,6 @@ def _quantized(
     return result
 
 
-def _sparse(layout: Any, data: Any) -> Tensor:
-    result: Tensor = rebuild._rebuild_sparse_tensor(layout, data)
-    return result
-
-
 def _meta(dtype: Any, size: Any, stride: Any, requires_grad: Any) -> Tensor:
     _require(is_shape(size) and is_shape(stride), "a tensor whose shape is no list of sizes")
     return torch.empty_strided(size, stride, dtype=dtype, device="meta")
@@ -188,7 +173,7 @@ def _parameter(data: Any, requires_grad: Any = True, *rest: Any) -> torch.nn.Par
 
 
 def _of_type(function: Any, kind: Any, args: Any, state: Any) -> Any:
-    """Return a tensor that has attributes of its own; these are left out."""
+    """Return a tensor that was saved with attributes; the attributes are left out."""
     value = call_global(function, "call", args, {})
     if type(kind) is not Global or kind.name not in (_TENSOR, _PARAMETER):
         raise ForbiddenPickleError(f"make {describe_value(kind)}")
@@ -267,9 +252,10 @@ def _memory_format(value: Any) -> Any:
 
 
 def _enum_member(kind: Any, name: Any) -> Any:
-    """Return a member of an enumeration as Python 3.11.0 to 3.11.3 writes it, by its name.
+    """Return a member of an enumeration, which Python 3.11.0 to 3.11.3 pickles by its name.
 
-    They write ``getattr(Class, "NAME")``, where others write ``Class(value)``. Nothing else is got.
+    They write ``getattr(Class, "NAME")``, and other versions ``Class(value)``. Any other call of
+    getattr is refused.
     """
     members: Mapping[str, Any] = _ENUMS.get(kind.name, {}) if type(kind) is Global else {}
     if type(name) is not str or name not in members:
@@ -278,7 +264,7 @@ def _enum_member(kind: Any, name: Any) -> Any:
 
 
 def _restore_versions(target: OrderedDict[Any, Any], state: Any) -> None:
-    """Give a state dict the versions of its modules, the one attribute that torch sets."""
+    """Set the versions of the modules on a state dict, the one attribute that torch gives it."""
     versions = state.get("_metadata") if type(state) is dict else None
     if type(versions) in (dict, OrderedDict):
         target._metadata = versions  # type: ignore[attr-defined]
@@ -321,9 +307,8 @@ BUILDERS: dict[type[Any], Callable[[Any, Any], None]] = {
     Unread: lambda target, state: None,
 }
 _FACTORIES: dict[str, type[Any]] = {
-    "collections.OrderedDict": OrderedDict,
-    **{f"builtins.{kind.__name__}": kind for kind in (dict, list, set, tuple, str, bytes)},
-    **{f"builtins.{kind.__name__}": kind for kind in (int, float, complex, bool)},
+    f"{kind.__module__}.{kind.__name__}": kind
+    for kind in (OrderedDict, dict, list, set, tuple, str, bytes, int, float, complex, bool)
 }
 _MEMORY_FORMAT = "torch.distributed.checkpoint.metadata._MEM_FORMAT_ENCODING"
 _ENUMS = {_MEMORY_FORMAT: _MemoryFormat.__members__}
@@ -334,7 +319,7 @@ _CALLED: dict[str, Callable[..., Any]] = {
     "torch._utils._rebuild_parameter": _parameter,
     "torch._utils._rebuild_parameter_with_state": _parameter,
     "torch._utils._rebuild_qtensor": _quantized,
-    "torch._utils._rebuild_sparse_tensor": _sparse,
+    "torch._utils._rebuild_sparse_tensor": rebuild._rebuild_sparse_tensor,
     "torch._utils._rebuild_meta_tensor_no_storage": _meta,
     "torch._utils._rebuild_device_tensor_from_cpu_tensor": _from_device,
     "torch._tensor._rebuild_from_type_v2": _of_type,

@@ -1,4 +1,4 @@
-"""Reading checkpoints from disk; nothing in a file is run unless the caller trusts it."""
+"""Read checkpoints from disk; code in a file is run only if the caller trusts the file."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ from .torch_file import read_torch_file
 
 _SAFETENSORS, _INDEX = ".safetensors", ".index.json"
 _TORCH = (".bin", ".pt", ".pth", ".ckpt")
-# How Hugging Face's libraries call the weights, beside which they write other files.
+# The names that Hugging Face's libraries give to files of weights, beside other files.
 _USUAL = (
     *("model.safetensors", "diffusion_pytorch_model.safetensors", "adapter_model.safetensors"),
     *("pytorch_model.bin", "diffusion_pytorch_model.bin", "adapter_model.bin"),
 )
-# What compressed arrays may unpack to, in bytes, or times the size of their file.
+# Compressed arrays may unpack to so many bytes, or to so many times the size of their file.
 _UNPACKED, _RATIO = 2**28, 100
-# How other files begin, what they are, and what to do.
+# The first bytes of other files, what these are, and what the user can do.
 _OTHERS = (
     (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
     (b"\x89HDF", "an HDF5 file, as Keras writes it"),
@@ -65,17 +65,17 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
     Known are torch's zip and legacy formats, ``.safetensors``, numpy's ``.npz``, shards of
     ``.safetensors`` or ``.bin`` with an index (the index, or the folder it is in), folders with
     one such file, and those of `torch.distributed.checkpoint`, safetensors of several ranks among
-    them. What a file is shows in its first bytes, not in its name.
+    them. The format of a file is decided by its first bytes, not by its name.
 
     Args:
         path: the file or folder.
         trust_pickle: let pickled Python objects be built, which runs whatever code the
             file's author put there. Without it only tensors and plain data are read, and
-            `Checkpoint.notes` says what else there was.
+            `Checkpoint.notes` names what was left unread.
 
     Raises:
-        CheckpointError: if there is nothing, or nothing that can be read without running
-            code from it.
+        CheckpointError: if there is no file or folder, or it is no checkpoint, or it cannot be
+            read without running code from it.
     """
     source = Path(path)
     if source.is_dir():
@@ -109,10 +109,11 @@ def _is_npz(path: Path) -> bool:
 
 
 def read_npz(path: Path) -> dict[str, Tensor]:
-    """Return the arrays in the file that `numpy.savez` wrote, as tensors of the same dtypes.
+    """Return the arrays of a file that `numpy.savez` wrote, as tensors of the same dtypes.
 
     Raises:
-        ValueError: if it is none, an array is no numbers, or it unpacks to too much.
+        ValueError: if it is no such file, an array holds no numbers, or the arrays would unpack
+            from a few bytes to more than memory should hold.
     """
     try:
         with open_regular(path) as file:
@@ -132,7 +133,7 @@ def _as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tens
 
 
 def _describe_excess(file: BinaryIO) -> str:
-    """Return to how much a few bytes would unpack, if that is more than memory should hold."""
+    """Return ``"unpacks from 900 to 4000000000 bytes"`` if that is too much; otherwise ``""``."""
     with zipfile.ZipFile(file) as archive:
         unpacked = sum(entry.file_size for entry in archive.infolist())
     packed = file.seek(0, os.SEEK_END)
@@ -226,10 +227,10 @@ def _read_safetensors_of(folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def _choose_file(folder: Path, files: list[Path]) -> Path:
-    """Return the file of weights; raise a CheckpointError if it could be another.
+    """Return the one file of weights; raise a CheckpointError if there may be several.
 
-    Accelerate writes the networks of one training as ``model.safetensors``,
-    ``model_1.safetensors`` and so on.
+    Accelerate writes several networks of one training as ``model.safetensors``,
+    ``model_1.safetensors`` and so on, so these count as several.
     """
     usual = [path for path in files if path.name in _USUAL]
     stems = {f"{path.stem}_{number}" for path in usual for number in range(1, len(files))}
@@ -264,18 +265,14 @@ def _several(folder: Path, files: Sequence[Path]) -> CheckpointError:
 
 
 def _notes(unread: Iterable[str]) -> tuple[str, ...]:
-    names = sorted({_readable(name) for name in unread})
+    # Of numpy these are private functions that rebuild arrays, which nobody knows by name.
+    names = sorted({"numpy" if name.startswith("numpy.") else name for name in unread})
     if not names:
         return ()
     return (
         f"left unread: {quote_names(names)}, which weights do not need; --trust-pickle "
         "reads them, and lets the file run any code as you",
     )
-
-
-def _readable(name: str) -> str:
-    """Return what a person calls the class of a value: numpy's are made by helpers."""
-    return "numpy" if name.startswith("numpy.") else name
 
 
 def read_sharded_safetensors(folder: Path, paths: Iterable[Path]) -> LazyTensors | None:

@@ -16,8 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import open_regular, require_regular
 from ..text import join_lines, quote_name, quote_names
-from .lazy_tensors import Entry, LazyTensors, Spec
-from .pickle_globals import MOST_DIMS
+from .lazy_tensors import MOST_DIMS, Entry, LazyTensors, Spec
 
 # In the header of each rank's file that HuggingFaceStorageWriter did not consolidate.
 SHARDING_INFO = "DCP_SHARDING_INFO"

@@ -1,4 +1,4 @@
-"""Files of `torch.save`, read by `torch.load` with our own unpickler in the place of Python's."""
+"""Read files of `torch.save` by `torch.load`, with an unpickler that runs no code of the file."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
     """Return what `torch.save` or `torch.jit.save` wrote; large tensors are mapped, not read.
 
     Args:
-        path: a regular file that begins as a zip archive or a pickle does.
+        path: a regular file whose first bytes are those of a zip archive or a pickle.
         trust_pickle: let the file run code.
         unread: receives the names of the classes and functions that were left unread.
 
     Raises:
-        CheckpointError: if it is of another kind, damaged, or wants to run code.
+        CheckpointError: if it is of another kind, is damaged, or wants to run code.
     """
     with open_regular(path) as file:
         kind = _require_torch(file, quote_name(path), trust_pickle)
@@ -54,11 +54,11 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
 
 
 def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[str]) -> Any:
-    """Return what `torch.save` wrote into a part of another file.
+    """Return what `torch.save` wrote into a part of a larger file.
 
     Args:
-        file: the part; it can be read from and sought in.
-        what: the part and the file, for messages.
+        file: the part as a file of its own.
+        what: names part and file in messages.
         trust_pickle: let it run code.
         unread: receives the names of the classes and functions that were left unread.
 
@@ -72,7 +72,7 @@ def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[s
 
 
 def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any:
-    """Return the value of the bare pickle ``name`` of ``what``, in which there are no tensors.
+    """Return the value of ``file``, a pickle without tensors: the file ``name`` in ``what``.
 
     Raises:
         CheckpointError: if it is damaged, or wants to run code.
@@ -96,7 +96,7 @@ def _torch_load(
         module = _restricted_module(unread, size)
 
     def read() -> Any:
-        # Invariants: the indices of a sparse tensor may lie outside of it.
+        # Checked, since a file may give a sparse tensor indices that lie outside of it.
         invariants: Any = torch.sparse.check_sparse_tensor_invariants
         with invariants():
             return torch.load(
@@ -107,7 +107,7 @@ def _torch_load(
 
 
 def _restricted_module(unread: set[str], room: int) -> Any:
-    """Return what `torch.load` takes for a module such as pickle, bound to one file."""
+    """Return a stand-in for the module pickle, as `torch.load` takes one, for one file."""
 
     class Unpickler(RestrictedUnpickler):
         def __init__(self, file: BinaryIO, *, encoding: str = "ASCII") -> None:
@@ -122,7 +122,7 @@ def _restricted_module(unread: set[str], room: int) -> Any:
 def _load(read: Callable[[], Any], what: str, content: str, trust_pickle: bool) -> Any:
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickle, which is dealt with here
+            warnings.simplefilter("ignore")  # torch's warnings about pickle: the list is closed
             return read()
     except CheckpointError:
         raise
@@ -195,7 +195,7 @@ def _require_torch(file: BinaryIO, what: str, trust_pickle: bool) -> str:
 
 
 def _is_tar(file: BinaryIO) -> bool:
-    """Whether torch would take the file for its first format, which it unpacks to disk."""
+    """Whether the file is a tar archive: torch's first format, which it would unpack to disk."""
     file.seek(0)
     try:
         tarfile.open(fileobj=file, mode="r:").close()

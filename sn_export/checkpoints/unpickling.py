@@ -1,12 +1,11 @@
 """A stack machine for pickles that can reach nothing but the names of one closed list.
 
-A pickle is a program. Its dangerous instructions are those that find a class or function by name
-(GLOBAL, STACK_GLOBAL, EXT, INST), that call one (REDUCE, NEWOBJ, OBJ) and that hand an object
-its state (BUILD), which sets attributes on whatever is on the stack. Here a name is looked up in
-`pickle_globals` and nowhere else, and what comes onto the stack is a `Global`: a record that only
-this machine can call, never the class, function or module itself. So no order of instructions
-reaches anything else. Every format is read by it: torch's zip and legacy files, shards of them,
-and what torch.distributed.checkpoint writes.
+A pickle is a program. Its dangerous instructions find a class or function by name (GLOBAL,
+STACK_GLOBAL, EXT, INST), call one (REDUCE, NEWOBJ, OBJ), or hand an object its state (BUILD), which
+sets attributes on whatever is on the stack. This machine looks up a name in the list alone, and
+puts a `Global` on the stack: a record that only the machine can call, never the class, function or
+module itself. So no order of instructions reaches anything else. The machine reads every format:
+torch's zip and legacy files, shards of them, and the folders of torch.distributed.checkpoint.
 """
 
 from __future__ import annotations
@@ -21,6 +20,7 @@ from typing import Any, BinaryIO, ClassVar, NoReturn
 import torch
 from torch.serialization import StorageType
 
+from .lazy_tensors import is_count
 from .pickle_globals import (
     BUILDERS,
     GLOBALS,
@@ -31,10 +31,9 @@ from .pickle_globals import (
     as_key,
     call_global,
     describe_value,
-    is_count,
 )
 
-# They need a class, a registry or a buffer that no writer of checkpoints asks for.
+# Instructions that no writer of checkpoints uses; they need a class, a registry or a buffer.
 _CODE = ("INST", "OBJ", "EXT1", "EXT2", "EXT4", "PERSID", "NEXT_BUFFER", "READONLY_BUFFER")
 _Machine: Any = pickle._Unpickler  # the one in Python, whose instructions can be replaced
 
@@ -45,7 +44,7 @@ _CONSTANTS = {
     if isinstance(value, (torch.dtype, torch.layout, torch.memory_format, torch.qscheme))
 }
 
-# Classes of values that surround weights and hold none, and functions that make such values.
+# Classes of values without weights that often stand beside them, and functions that make these.
 _HARMLESS = re.compile(
     "|".join(
         (
@@ -71,13 +70,13 @@ _HARMLESS = re.compile(
 def find_global(module: str, name: str, unread: set[str]) -> Any:
     """Return what stands for ``module.name`` on the stack; nothing is imported.
 
-    What is not on the list can be mentioned, as the class of an activation is among
-    hyper-parameters, but not called.
+    A name that is not on the list may stand in the content, as the class of an activation does
+    among hyper-parameters, but cannot be called.
 
     Args:
-        module: the module as the file has it, which may be that of Python 2.
-        name: the qualified name in it.
-        unread: receives the names of what was left unread.
+        module: name of the module in the file, which may be that of Python 2.
+        name: qualified name in the module.
+        unread: receives the name if it is not on the list.
     """
     module, name = NAME_MAPPING.get((module, name), (module, name))
     module = IMPORT_MAPPING.get(module, module)
@@ -89,7 +88,7 @@ def find_global(module: str, name: str, unread: set[str]) -> Any:
     if module == "torch" and name in _CONSTANTS:
         return _CONSTANTS[name]
     if (module, name) == ("torch.storage", "UntypedStorage"):
-        return torch.UntypedStorage  # only ever compared, in the identity of a storage
+        return torch.UntypedStorage  # only compared, as the type in the identity of a storage
     full = f"{module}.{name}"
     if not _HARMLESS.fullmatch(full):
         unread.add(full)
@@ -107,7 +106,8 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
 
     Attributes:
         unread: receives the names of the classes and functions that were left unread.
-        room: bytes that storages may still take: those of the file, since none is compressed.
+        room: bytes that storages may still take: as many as the file has, since storages are not
+            compressed.
     """
 
     unread: set[str]
@@ -127,7 +127,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
         self._storages: set[str] = set()
 
     def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for ``module.name``; nothing is imported, and nothing is asked."""
+        """Return what stands for ``module.name``; nothing is imported."""
         if type(module) is not str or type(name) is not str:
             raise DamagedPickleError("a name that is no text")
         return find_global(module, name, self.unread)
@@ -175,7 +175,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
 
     def _set_all(self, target: Any, pairs: list[Any]) -> None:
         if type(target) in (dict, OrderedDict, Counter, defaultdict):
-            for key, item in _pairs(pairs):  # update() of a Counter would count them
+            for key, item in _pairs(pairs):  # not by update(): that of a Counter adds
                 target[key] = item
         elif type(target) is not Unread:
             raise ForbiddenPickleError(f"set entries of {describe_value(target)}")
@@ -196,18 +196,18 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
 
     def _bytearray(self) -> None:
         size = int.from_bytes(self.read(8), "little")
-        self.append(bytearray(self.read(size)))  # not made before the bytes are there
+        self.append(bytearray(self.read(size)))  # read() fails first if the file is shorter
 
     def _persistent(self) -> None:
         identity = self.stack.pop()
         if type(identity) is tuple and len(identity) == 4 and type(identity[1]) is Global:
-            # A module's class, with its source beside it, as torch wrote before its zip format.
+            # The class of a module with its source, as torch wrote before its zip format.
             raise ForbiddenPickleError(f"call {describe_value(identity[1])}")
         self._require_storage(identity)
         self.append(self.persistent_load(identity))
 
     def _require_storage(self, identity: Any) -> None:
-        """Raise unless ``identity`` is that of a storage which the file can hold."""
+        """Raise unless ``identity`` describes a storage that is no larger than the file."""
         sound = type(identity) is tuple and len(identity) in (5, 6) and identity[:1] == ("storage",)
         if not sound:
             raise ForbiddenPickleError(f"load {describe_value(identity)} as a persistent object")
@@ -224,7 +224,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
             self._storages.add(key)
             self.room -= numel * (kind.dtype.itemsize if isinstance(kind, StorageType) else 1)
         if self.room < 0:
-            raise EOFError  # told as of every file that was cut off
+            raise EOFError  # reported like any truncated file
 
     def _forbid(self, instruction: str) -> NoReturn:
         raise ForbiddenPickleError(f"use the pickle instruction {instruction}")
