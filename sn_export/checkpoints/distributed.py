@@ -1,4 +1,4 @@
-"""Folders of torch.distributed.checkpoint, read and written by one process, tensor by tensor."""
+"""Read and write folders of torch.distributed.checkpoint in one process, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -55,10 +55,10 @@ def is_distributed(folder: Path) -> bool:
 def read_distributed(folder: Path, trust_pickle: bool, unread: set[str]) -> Any:
     """Return the content of a distributed checkpoint, nested as it was saved.
 
-    Tensors are read when they are asked for; everything else is read at once.
+    Tensors are read when they are accessed; everything else is read at once.
 
     Args:
-        folder: it holds '.metadata' and the files that this names.
+        folder: the folder with '.metadata' and the files that this names.
         trust_pickle: let pickled values run code.
         unread: receives the names of the classes and functions that were left unread.
 
@@ -96,7 +96,7 @@ def _read_metadata(folder: Path, what: str, trust_pickle: bool) -> Metadata:
 
 
 class _Files:
-    """The files of a folder, and where in them each piece is."""
+    """The files of a folder, with the place of each piece in them."""
 
     def __init__(self, folder: Path, what: str, places: Mapping[Any, Any]) -> None:
         self._folder = folder.resolve()
@@ -105,10 +105,11 @@ class _Files:
         self._sizes: dict[Path, int] = {}
 
     def require(self, index: MetadataIndex, least: int = 1) -> None:
-        """Raise unless the piece of ``index`` is in a file of the folder, whole.
+        """Raise unless a file of the folder holds the whole piece of ``index``.
 
         Raises:
-            CheckpointError: naming the file.
+            CheckpointError: naming the file, if it is absent or too short, or if the piece has
+                fewer bytes than ``least``.
         """
         path, offset, length = self._place(index)
         name = quote_name(path.relative_to(self._folder))
@@ -130,7 +131,7 @@ class _Files:
 
     @contextmanager
     def open(self, index: MetadataIndex) -> Iterator[BinaryIO]:
-        """Yield one piece as a file of its own, which is not read into memory for that."""
+        """Yield one piece as a file of its own, without reading it into memory."""
         self.require(index)
         path, offset, length = self._place(index)
         with open_regular(path) as file, io.BufferedReader(_Part(file, offset, length)) as part:
@@ -157,7 +158,7 @@ class _Files:
 
 
 class _Part(io.RawIOBase):
-    """A part of a file, read as if it were all of it."""
+    """A part of a file that reads like a whole file."""
 
     def __init__(self, file: BinaryIO, start: int, size: int) -> None:
         self._file, self._start, self._size = file, start, size
@@ -195,7 +196,7 @@ def _sharded(files: _Files, name: str, entry: TensorStorageMetadata) -> Sharded:
             raise damaged(files.what, f"a piece of {quote_name(name)} has no place")
         index, spec = MetadataIndex(name, start), Spec(dtype, size)
         if spec.nbytes:
-            # The bytes are there uncompressed, and so bound what will be in memory.
+            # Values are stored uncompressed, so the file must have as many bytes as the tensor.
             files.require(index, spec.nbytes)
         pieces.append(Piece(start, size, partial(_read_piece, files, index, spec)))
     return require_covered(Sharded(Spec(dtype, shape), tuple(pieces)), name, files.what)
@@ -204,8 +205,8 @@ def _sharded(files: _Files, name: str, entry: TensorStorageMetadata) -> Sharded:
 def _read_piece(files: _Files, index: MetadataIndex, spec: Spec) -> Tensor:
     if not math.prod(spec.shape):
         return torch.empty(spec.shape, dtype=spec.dtype)
-    # Not by torch's FileSystemReader: it unpickles a piece with a list of its own, into a second
-    # tensor of the same size. Here one list decides for every format, and a piece is read once.
+    # Torch's FileSystemReader unpickles with a list of its own, and copies into a second tensor.
+    # Here the one closed list decides for every format, and a piece is in memory once.
     what = f"{files.what}: {quote_name(index.fqn)}"
     with files.open(index) as part:
         value = read_torch_part(part, what, False, set())
@@ -240,16 +241,16 @@ def _nest(leaves: Mapping[str, Any], paths: Any, what: str) -> Any:
 
 
 class _Node(dict[Any, Any]):
-    """A mapping that paths go through; a saved value is never of this class."""
+    """A mapping on the way to a value. Its class tells it from a mapping that is a saved value."""
 
 
 def _finish(node: _Node) -> Any:
-    """Return a list where the keys number its items, or a mapping that reads its tensors later."""
+    """Return ``node`` as a list if its keys are 0, 1, 2 ..., or as a mapping with lazy tensors."""
     values = {k: _finish(v) if isinstance(v, _Node) else v for k, v in node.items()}
     tensors = {str(k): v for k, v in values.items() if isinstance(v, Sharded)}
     if not tensors and values and set(values) == set(range(len(values))):
         return [values[i] for i in range(len(values))]
-    if not tensors:  # of a list of which some items hold nothing, the numbers are kept as keys
+    if not tensors:  # keys may be numbers still: those of a list with items that hold nothing
         return {str(k): v for k, v in values.items()}
     others = {str(k): v for k, v in values.items() if not isinstance(v, Sharded)}
     specs = {name: tensor.spec for name, tensor in tensors.items()}
@@ -265,16 +266,16 @@ def write_distributed(
 ) -> None:
     """Write a folder that `torch.distributed.checkpoint.load` reads, on any number of ranks.
 
-    Torch plans with tensors on the meta device, and each value is made when it is written. Every
-    tensor has a file of its own: torch keeps all that it writes into one file in memory until
-    that is closed.
+    Torch plans with tensors on the meta device, and each value is made just before it is written.
+    Every tensor has a file of its own, since torch keeps in memory whatever it writes to a file
+    until that file is closed.
 
     Args:
-        folder: where to write; it is made.
-        content: everything that is to be in it. Tensors that are read lazily stay so.
-        path: where in it ``entries`` stand, in the place of the state dict there.
-        entries: the values of the state dict.
-        written: called with the name of each of them that is written.
+        folder: the folder to make.
+        content: the content of the checkpoint. Its lazy tensors are read one at a time.
+        path: keys in ``content`` of the state dict that ``entries`` replace.
+        entries: the values of the new state dict.
+        written: called with the name of each entry once it is made.
 
     Raises:
         CheckpointError: if a value cannot be computed.
@@ -287,18 +288,18 @@ def write_distributed(
     state = planner.outline_all(replace_at(content, path, outlined))
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is one process, which is meant so
+            warnings.simplefilter("ignore")  # torch warns that there is one process, as intended
             writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
-            # An older torch, such as 2.6, saves alone only where no ranks are there.
+            # An older torch, such as 2.6, decides itself by whether there are ranks.
             alone = {"no_dist": True} if "no_dist" in signature(save).parameters else {}
             save(state, storage_writer=writer, planner=planner, **alone)
-    except CheckpointException as error:  # it wraps what was raised
+    except CheckpointException as error:  # torch's wrapper of the real error
         raised = next(iter(error.failures.values()))[0]
         raise find_disk_error(raised) or raised from error
 
 
 class _LazyPlanner(DefaultSavePlanner):
-    """Plans with outlines of tensors, and makes each value when it is asked for."""
+    """Plans with outlines, tensors without values, and makes each value when torch writes it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -306,7 +307,7 @@ class _LazyPlanner(DefaultSavePlanner):
         self._last: Tensor | None = None
 
     def outline(self, entry: Entry, written: Callable[[], None] = lambda: None) -> Any:
-        """Return a tensor without values in the place of ``entry``; other values as they are."""
+        """Return an outline of ``entry``, or its value if that is no tensor."""
         if entry.spec is None:
             return entry.read()
         outline = torch.empty(entry.spec.shape, dtype=entry.spec.dtype, device="meta")
@@ -320,7 +321,7 @@ class _LazyPlanner(DefaultSavePlanner):
         return outline
 
     def outline_all(self, node: Any) -> Any:
-        """Return ``node`` with outlines in the place of tensors that are read lazily."""
+        """Return ``node`` with an outline for each lazy tensor."""
         if isinstance(node, LazyTensors):
             tensors = {
                 name: self.outline(Entry(spec, partial(node.__getitem__, name)))
@@ -332,13 +333,13 @@ class _LazyPlanner(DefaultSavePlanner):
         return list(map(self.outline_all, node)) if type(node) is list else node
 
     def lookup_object(self, index: MetadataIndex) -> Any:
-        """Return the value of ``index``."""
+        """Return the value of ``index``; torch calls this for each value that it writes."""
         value = super().lookup_object(index)
         outline, read = self._reads.get(id(value), (None, None))
         if read is None or outline is not value:
             return value
         if self._last is not None and self._last.untyped_storage().resizable():
-            # It is written, and torch's loop holds it in a variable until it has the next one.
+            # The last value is written, but torch's loop still refers to it: free its memory.
             self._last.untyped_storage().resize_(0)
         self._last = read()
         return self._last

@@ -288,7 +288,7 @@ def read_sharded_safetensors(folder: Path, paths: Iterable[Path]) -> LazyTensors
     Raises:
         CheckpointError: if a file is damaged, or a tensor not covered by its pieces.
     """
-    files = SafetensorsFiles(list(paths))
+    files = SafetensorsFiles(paths)
     places = {path: texts.get(SHARDING_INFO) for path, texts in files.texts.items()}
     if not any(places.values()):
         return None

@@ -1,4 +1,4 @@
-"""Which tensors of a state dict are reparametrized, as its keys and shapes say."""
+"""Find the reparametrized tensors of a state dict by its keys and shapes."""
 
 from __future__ import annotations
 
@@ -28,27 +28,27 @@ UNKNOWN_MAP = (
 )
 _PARTS = {"original", "0._u", "0._v"}  # of spectral norm alone
 _HOOK = re.compile(r"(?P<name>.*[^.])(?P<part>_orig|_[gv])", re.DOTALL)
-# What stands beside a raw weight: the wrapper of SAGAN code, BigGAN's mixin and its kin.
+# Names beside a raw weight under handwritten spectral norm: BigGAN's mixin, and similar code.
 _BESIDE = (("u0", "sv0"), ("sn_u", "sn_sigma"))
 
 
 @dataclass(frozen=True)
 class Reparametrization:
-    """One tensor that a state dict holds as the parts which torch computes it from.
+    """A tensor that a state dict stores as the parts from which torch computes it.
 
     Attributes:
         module: qualified name of the module, ``""`` for the root.
         tensor: name of the tensor in it.
-        group: what computes it; ``"parametrization"`` where the keys do not say.
+        group: the kind of reparametrization; ``"parametrization"`` if the keys do not tell it.
         spelling: torch's old hooks (``weight_orig``, ``weight_g``), or its parametrizations.
         shape: shape of the tensor.
-        keys: key of each part. Spectral norm has ``weight``, ``u``, ``v`` (absent before torch
-            kept it) and then ``normalised``; weight norm ``g`` and ``v``; pruning ``weight``
-            and ``mask``; others, and what is incomplete, the ends of their keys, such as
-            ``original`` and ``0.base``.
+        keys: key of each part. Spectral norm has ``weight``, ``u`` and ``v``; old versions of torch
+            saved ``normalised`` too, the weight in use, and the oldest ones no ``v``. Weight norm
+            has ``g`` and ``v``, pruning ``weight`` and ``mask``. Other kinds, and incomplete ones,
+            have the ends of their keys, such as ``original`` and ``0.base``.
         blocked: why its value cannot be known without the model's code; empty if it can.
-        orthogonal_map: by which of torch's maps it is kept orthogonal, where that is known.
-        links: of a chain of several parametrizations each, as if it were alone; the ``weight`` of
+        orthogonal_map: torch's map that keeps it orthogonal, if it is known.
+        links: for a chain of several parametrizations, each of them on its own; the ``weight`` of
             all but the first is the value of those before, under ``name``. Empty otherwise.
     """
 
@@ -88,9 +88,8 @@ def find_reparametrizations(
     ``conv.weight``.
 
     Args:
-        tensors: the state dict; of one that is read lazily no value is read.
-        versions: what `torch.nn.Module.state_dict` notes for each module, if it is there. It
-            tells of links that hold no tensor.
+        tensors: the state dict; lazy tensors are not read.
+        versions: versions of the modules, see `StateDict`. They list links without tensors too.
     """
     found: dict[str, Reparametrization | None] = {}
     chains: dict[str, dict[str, str]] = {}
@@ -98,7 +97,7 @@ def find_reparametrizations(
         if match := _CHAIN.fullmatch(key):
             name = qualified(match["module"] or "", match["tensor"])
             chains.setdefault(name, {})[match["part"]] = key
-            found.setdefault(name)  # in its place; what it is shows when all its keys are known
+            found.setdefault(name)  # reserves the place: what it is takes all of its keys to tell
         elif match := _HOOK.fullmatch(key):
             recognise = _hook_of_orig if match["part"] == "_orig" else _weight_norm_hook
             if (
@@ -112,12 +111,13 @@ def find_reparametrizations(
 
 
 def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]:
-    """Return the dims of a weight norm whose parts have these shapes; none if there is none.
+    """Return every dim that a weight norm can have whose parts have these shapes.
 
-    ``(8, 1, 1)`` and ``(8, 4, 3)`` have dim 0, ``()`` and ``(8, 4, 3)`` have ``dim=None``, which
-    is one norm for the whole tensor. Several fit where v has several dimensions of size 1.
+    ``(8, 1, 1)`` and ``(8, 4, 3)`` have dim 0; ``()`` and ``(8, 4, 3)`` have ``dim=None``, one norm
+    for the whole tensor. Several dims fit if v has several dimensions of size 1, and none if these
+    are not the shapes of a weight norm.
     """
-    if 0 in v:  # torch's kernel divides by their number, which ends the process
+    if 0 in v:  # torch's kernel would divide by 0, which ends the process
         return []
     if math.prod(g) == 1 and len(g) != len(v):  # torch 0.3 kept a number as [1]
         return [None] if len(g) < 2 and v else []
@@ -161,7 +161,7 @@ def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | 
 
 
 def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
-    """Return the weight norm with ``<name>_g`` or ``<name>_v``; others may be called so too."""
+    """Return the weight norm with ``<name>_g`` or ``<name>_v``; None if they are something else."""
     module, _, tensor = name.rpartition(".")
     keys = {part: f"{name}_{part}" for part in ("g", "v") if f"{name}_{part}" in tensors}
     if any(f"{name}{end}" in tensors for end in ("", "_orig", "_bar", "_g_orig", "_v_orig")):
@@ -199,11 +199,18 @@ def _weight_norm(
 def _chain(
     tensors: Mapping[str, Any], name: str, parts: Keys, versions: Mapping[str, Any]
 ) -> Reparametrization:
-    """Return what a list of torch's parametrizations is, by the ends of its keys."""
+    """Return the reparametrization that a list of torch's parametrizations makes of one tensor.
+
+    Args:
+        tensors: the state dict.
+        name: qualified name of the tensor.
+        parts: key of each part by its end, such as ``0._u``.
+        versions: versions of the modules.
+    """
     module, _, tensor = name.rpartition(".")
     path = qualified(module, f"parametrizations.{tensor}")
     links = _find_links(tensors, module, tensor, parts)
-    # A link without tensors shows in the versions only.
+    # A link without tensors appears in the versions only.
     if len(links) == 1 and f"{path}.1" not in versions:
         return links[0]
     spec = float_spec(tensors, parts.get("original", ""))
@@ -212,7 +219,8 @@ def _chain(
     group: Group = "spectral_norm" if norms else "parametrization"
     if links and f"{path}.{len(links)}" not in versions:
         reasons = [link.blocked for link in links if link.blocked]
-        blocked = min(reasons, key=UNKNOWN_MAP.__eq__, default="")  # that can be told, so last
+        # An unknown map is named last, since the user can tell it.
+        blocked = min(reasons, key=UNKNOWN_MAP.__eq__, default="")
         keys = {**links[0].keys, **{end: parts[end] for end in norms if end[0] != "0"}}
         shape = links[0].shape
         return Reparametrization(
@@ -230,9 +238,9 @@ def _chain(
 def _find_links(
     tensors: Mapping[str, Any], module: str, tensor: str, parts: Keys
 ) -> list[Reparametrization]:
-    """Return the links of a chain, if all are torch's own; nothing if one may be another.
+    """Return the links of a chain if torch's own classes explain all of its keys; otherwise none.
 
-    Torch puts weight norm and orthogonality in the first place only, and spectral norm in any::
+    Torch's weight norm and orthogonality can be the first link only, its spectral norm any link::
 
         original0, original1, 1._u, 1._v  # spectral norm of what weight norm makes
     """
@@ -259,7 +267,7 @@ def _find_links(
         blocked = _unreadable(tensors, vectors if links else keys)
         keys = dict(parts) if blocked and not links else keys
         links.append(make(group="spectral_norm", shape=shape, keys=keys, blocked=blocked))
-        raw = name  # what follows is made of the value so far, which has no key
+        raw = name  # the weight of the next link is the value so far, which has no key of its own
     return [] if left else links
 
 
@@ -297,7 +305,7 @@ def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
 
 
 def handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:
-    """Return the keys of the weights that look to be under a handwritten spectral norm.
+    """Return the keys of the weights that seem to be under a handwritten spectral norm.
 
     Known are ``weight_bar`` with ``weight_u``; ``weight`` with ``weight_u`` but without the
     ``weight_orig`` of torch's hook; and ``weight`` with ``u0`` and ``sv0``, with ``sn_u`` and

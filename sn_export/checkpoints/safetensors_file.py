@@ -1,11 +1,11 @@
-"""Safetensors files, read and written one tensor at a time, whole or in shards with an index."""
+"""Read and write safetensors one tensor at a time: single files, and shards with an index."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..files import open_regular, require_regular
 from ..text import join_lines, quote_name, quote_names
 from .lazy_tensors import MOST_DIMS, Entry, LazyTensors, Spec
 
-# In the header of each rank's file that HuggingFaceStorageWriter did not consolidate.
+# A key in the header of the files of single ranks, as HuggingFaceStorageWriter writes them.
 SHARDING_INFO = "DCP_SHARDING_INFO"
 DTYPES = {
     "BOOL": torch.bool,
@@ -42,24 +42,24 @@ DTYPES = {
     "U64": torch.uint64,
 }
 
-# Pages that were read stay mapped, and count as memory, until the file is closed.
+# A file is opened anew after so many bytes: what was read stays mapped until it is closed.
 _REOPEN_AFTER = 2**26
-_INDEX_BYTES = 2**27
+_INDEX_BYTES = 2**27  # more of an index is not read
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-# Within one size, safetensors' own writer puts larger codes first.
+# The order of dtypes in a file of safetensors' own writer, which puts the last one first.
 _RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
-_PIECE = 2**24
+_PIECE = 2**24  # bytes that are written at once
 
 
 class SafetensorsFiles:
     """Safetensors files, one of which is open at a time.
 
     Attributes:
-        texts: what the header of each holds beside the tensors.
-        specs: dtype and shape of each tensor of each.
+        texts: the metadata in the header of each file.
+        specs: dtype and shape of each tensor of each file.
     """
 
-    def __init__(self, paths: Iterator[Path] | list[Path]) -> None:
+    def __init__(self, paths: Iterable[Path]) -> None:
         self.texts: dict[Path, Mapping[str, str]] = {}
         self.specs: dict[Path, dict[str, Spec]] = {}
         self._open: tuple[Path, Any] | None = None
@@ -82,7 +82,7 @@ def read_safetensors(path: Path) -> tuple[LazyTensors, Mapping[str, str]]:
     """Return the tensors of one file, and the texts in its header.
 
     Raises:
-        CheckpointError: if it is damaged, or one rank's part of a checkpoint.
+        CheckpointError: if it is damaged, or holds the part of one rank.
     """
     files = SafetensorsFiles([path])
     if SHARDING_INFO in files.texts[path]:
@@ -100,7 +100,7 @@ def read_safetensors_index(index: Path) -> tuple[LazyTensors, Mapping[str, str]]
         CheckpointError: if the index or a shard is damaged or absent.
     """
     places = read_index(index)
-    files = SafetensorsFiles(list(dict.fromkeys(places.values())))
+    files = SafetensorsFiles(dict.fromkeys(places.values()))
     for name, path in places.items():
         if name not in files.specs[path]:
             raise lacking(path, name)
@@ -134,21 +134,19 @@ def read_index(index: Path) -> dict[str, Path]:
     return files
 
 
-def _require_shards(index: Path, paths: Iterable[Path]) -> None:
+def _require_shards(index: Path, paths: Collection[Path]) -> None:
     """Raise if a shard that ``index`` lists is absent, or a folder, pipe or device."""
-    missing = {path for path in paths if not os.path.isfile(path)}  # also for an impossible name
-    absent = sorted(path.name for path in missing if not os.path.exists(path))
-    if absent:
-        raise CheckpointError(
-            f"{quote_name(index)} lists shards that are absent: {quote_names(absent)}"
-        )
-    if missing:
-        names = quote_names(sorted(path.name for path in missing))
-        raise CheckpointError(f"{quote_name(index)} lists what is no regular file: {names}")
+    # os.path also takes a name that is impossible, such as one that is too long.
+    for is_sound, fault in (
+        (os.path.exists, "shards that are absent"),
+        (os.path.isfile, "what is no regular file"),
+    ):
+        if wrong := sorted({path.name for path in paths if not is_sound(path)}):
+            raise CheckpointError(f"{quote_name(index)} lists {fault}: {quote_names(wrong)}")
 
 
 def lacking(path: Path, name: str) -> CheckpointError:
-    """Return the error about a shard in which a tensor of its index is not."""
+    """Return the error for a shard that lacks a tensor which its index lists for it."""
     return CheckpointError(f"{quote_name(path)} lacks {quote_name(name)}, which its index promises")
 
 
@@ -156,7 +154,7 @@ def _spec(handle: Any, path: Path, name: str) -> Spec:
     try:
         part = handle.get_slice(name)
         code, shape = part.get_dtype(), tuple(part.get_shape())
-    except Exception as error:  # of a dtype that safetensors itself does not know
+    except Exception as error:  # for a dtype that safetensors itself does not know
         raise CheckpointError(
             f"{quote_name(path)}: safetensors cannot read {quote_name(name)}: "
             f"{join_lines(str(error))}"
@@ -193,22 +191,22 @@ def write_safetensors(
     max_shard_size: int | None,
     written: Callable[[str], None],
 ) -> list[Path]:
-    """Write ``entries`` into ``folder`` and return the files made.
+    """Write ``entries`` into ``folder`` and return the files, an index last.
 
-    One file ``name``; or, if ``max_shard_size`` bytes do not hold them,
-    ``<stem>-00001-of-00003.safetensors`` and so on, and ``<name>.index.json``. A tensor
+    They are written to one file ``name``. If they take more than ``max_shard_size`` bytes, they are
+    written to ``<stem>-00001-of-00003.safetensors`` and so on, with ``<name>.index.json``. A tensor
     larger than that has a shard of its own. Only one tensor is in memory at any time.
 
     Args:
         folder: where to write.
         name: name of the file, ending in ``.safetensors``.
         entries: the tensors.
-        texts: what the headers hold beside them.
+        texts: the metadata for the headers.
         max_shard_size: in bytes; None for one file.
         written: called with the name of each tensor that is written.
 
     Raises:
-        CheckpointError: if something is no tensor, or of a dtype unknown to safetensors.
+        CheckpointError: if an entry is no dense tensor, or has a dtype that safetensors lacks.
         OSError: if it cannot be written.
     """
     specs = {key: _require_storable(key, entry) for key, entry in entries.items()}
@@ -334,14 +332,15 @@ def _write(
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for key in ordered:
-            _write_bytes(file, read_entry(key, entries[key], specs[key]))
+            _write_bytes(file, _read_entry(key, entries[key], specs[key]))
             written(key)
 
 
-def read_entry(key: str, entry: Entry, spec: Spec) -> Tensor:
-    """Return the tensor that ``entry`` promises; raise a CheckpointError if it is another.
+def _read_entry(key: str, entry: Entry, spec: Spec) -> Tensor:
+    """Return the tensor of ``entry``; raise a CheckpointError if it has another dtype or shape.
 
-    The caller must not keep it in a variable: the next one is made while that still holds it.
+    The caller must not assign it to a variable, which would keep it in memory while the next
+    tensor is made.
     """
     value: Tensor = entry.read()
     if Spec(value.dtype, tuple(value.shape)) != spec:
