@@ -1,4 +1,4 @@
-"""From one spelling to another, file to file; what is not reparametrized stays as it is."""
+"""Convert a file from one spelling to another; what is not reparametrized stays as it is."""
 
 from __future__ import annotations
 
@@ -61,10 +61,10 @@ class Conversion:
     Attributes:
         files: the files written, or the folder.
         key: where in the checkpoint the state dict is.
-        found: every reparametrized tensor that was to be respelled.
-        changed: those that were spelled differently.
-        notes: what else there is to say, such as keys that look like handwritten spectral norm,
-            or what ``only`` left as it was.
+        found: every reparametrized tensor that was chosen to be respelled.
+        changed: those of them whose spelling was another one.
+        notes: further remarks, such as keys that look like handwritten spectral norm, or tensors
+            that ``only`` left as they were.
     """
 
     files: tuple[Path, ...]
@@ -95,9 +95,8 @@ def convert_checkpoint(
         convert_checkpoint("critic.pt", "plain.safetensors", "plain", weights_only=True)
 
     A plain network that loads the result computes, bit for bit, what the reparametrized
-    network computes in eval mode. From safetensors and distributed folders to safetensors and
-    folders one tensor at a time is in memory. Files appear together once all are written, or none
-    does.
+    network computes in eval mode. Between safetensors and distributed folders one tensor at a time
+    is in memory. All files appear together once they are written, or none of them.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
@@ -108,18 +107,18 @@ def convert_checkpoint(
         only: respell spectral norm or weight norm alone, and leave others as they are.
         key: where in the checkpoint the state dict is, if several are reparametrized.
         weights_only: write the state dict alone, and leave out what else is there.
-        dims: dims by name of the tensor, where the file cannot tell.
-        orthogonal_map: what torch's orthogonal parametrizations in the file were made with, which
-            no file says. ``"default"`` is what torch takes if it is not told:
-            ``"matrix_exp"`` for square or complex weights, ``"householder"`` for others.
-        max_shard_size: bytes for each safetensors file; with more of them there is an index. The
-            shards of an index that it replaces go with it.
+        dims: dims by name of the tensor, which the file alone does not tell.
+        orthogonal_map: the map of torch's orthogonal parametrizations, which no file holds.
+            ``"default"`` is torch's default: ``"matrix_exp"`` for square or complex weights,
+            ``"householder"`` for others.
+        max_shard_size: bytes of each safetensors file at most; several files have an index. The
+            shards of an index that is replaced are removed.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor written and how many there will be.
 
     Raises:
-        CheckpointError: if the checkpoint cannot be read or written, or not all of it be
-            spelled so; it names what cannot. What was at ``target`` is untouched then.
+        CheckpointError: if the checkpoint cannot be read or written, or a tensor has no such
+            spelling, which the message names. What was at ``target`` is unchanged then.
     """
     destination = Path(target)
     is_folder = _require_target(destination, Path(path), max_shard_size)
@@ -188,8 +187,8 @@ def _respell_all(
     """Return ``state`` with all of ``found`` spelled as ``to``.
 
     Raises:
-        CheckpointError: if one cannot be, or there is handwritten spectral norm, so that the file
-            would not be what was asked for.
+        CheckpointError: if one has no such spelling, or there is handwritten spectral norm, which
+            would stay in the file.
     """
     try:
         result = respell(state, to, dims, found)
@@ -211,7 +210,8 @@ def _chosen_sites(
 ) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
     """Return the sites that are to be respelled, and the others.
 
-    A chain in which ``only`` is one link of several kinds is to be respelled, and cannot be.
+    A chain with links of several kinds, of which ``only`` is one, is returned among the first and
+    blocked, since a part of a chain cannot be respelled.
     """
     chosen, left = list[Reparametrization](), list[Reparametrization]()
     for site in find_reparametrizations(state.tensors, state.versions):
@@ -225,10 +225,10 @@ def _chosen_sites(
 def _with_map(
     found: tuple[Reparametrization, ...], orthogonal_map: OrthogonalMap | None
 ) -> tuple[Reparametrization, ...]:
-    """Return ``found``, the orthogonal ones with the map that makes them so.
+    """Return ``found`` with the map set on its orthogonal sites.
 
     Raises:
-        CheckpointError: if there are none.
+        CheckpointError: if a map is given and no site needs one.
     """
     if orthogonal_map is None:
         return found
@@ -255,7 +255,7 @@ def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str
 
 
 def _advise_only(found: Sequence[Reparametrization]) -> str:
-    """Return how to convert a part of what was found, and leave the rest as it is."""
+    """Return a half-sentence on the options that convert a part of what was found, or ``""``."""
     possible = sorted({site.group for site in found if not site.blocked} & _LOOKED_FOR.keys())
     options = " or ".join(f"--only {name}" for name in possible)
     return f"; to leave that as it is: {options}" if options else ""
@@ -267,7 +267,7 @@ def _notes(
     tensors: Mapping[str, Any],
     dims: Mapping[str, int],
 ) -> tuple[str, ...]:
-    """Return notes on vectors of another length, on dims that were taken, and on what was left."""
+    """Return notes on vectors that are no unit vectors, on assumed dims, and on tensors left."""
     notes = notes_on_lengths(found, tensors) + notes_on_dims(found, tensors, dims)
     by_label: dict[str, list[str]] = {}
     for site in left:
@@ -286,7 +286,7 @@ def _write(
     max_shard_size: int | None,
     written: Callable[[str], None],
 ) -> list[Path]:
-    """Write what ``target`` is by its suffix, or a folder of the kind that was read.
+    """Write the format that the suffix of ``target`` names, or a folder of the kind that was read.
 
     Returns:
         The files written, or the folder.
@@ -320,7 +320,7 @@ def _content(
     for name, entry in result.entries.items():
         tensors[name] = entry.read()
         if isinstance(state.tensors, LazyTensors) and entry.spec is not None:
-            tensors[name] = tensors[name].clone()  # not to be torn by whoever writes the file
+            tensors[name] = tensors[name].clone()  # the file may be written to while it is mapped
         written(name)
     if result.versions is not None:
         tensors._metadata = result.versions  # type: ignore[attr-defined]
@@ -336,7 +336,7 @@ def _save(content: Any, path: Path) -> None:
     try:
         with path.open("wb") as file:
             torch.save(content, file)
-    except RuntimeError as error:  # torch's C++ writer fails once more on its way out
+    except RuntimeError as error:  # torch's C++ writer hides the error of the disk by a second one
         raise find_disk_error(error) or error from None
 
 

@@ -17,21 +17,21 @@ from .content import StateDict
 from .lazy_tensors import LazyTensors, is_tensor, spec_of
 from .reparametrizations import find_reparametrizations
 
-# What DistributedDataParallel, torch.compile and FSDP put into names, anywhere in them.
+# What DistributedDataParallel, torch.compile and FSDP put into names, in any place.
 _WRAPPER = re.compile(
     r"(?:(?<=\.)|^)(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\."
 )
-_TRIED = 20
-_NEAR = 0.75
+_TRIED = 20  # names from which prefixes are guessed
+_NEAR = 0.75  # similarity of two names from which one may be a misspelt other
 
 
 @dataclass(frozen=True)
 class Fitted:
-    """A state dict under the names of a model.
+    """A state dict whose names were made those of a model.
 
     Attributes:
-        state: it.
-        notes: what was done for that, in words.
+        state: the state dict.
+        notes: sentences about what was changed.
     """
 
     state: StateDict
@@ -39,7 +39,10 @@ class Fitted:
 
 
 def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Return the keys of each tensor of the plain network: several where it is reparametrized."""
+    """Return the keys of each tensor of the plain network, several if it is reparametrized.
+
+    Example: ``{"weight": ["weight_g", "weight_v"], "bias": ["bias"]}`` for weight norm.
+    """
     sites = {
         key: site.name for site in find_reparametrizations(tensors) for key in site.keys.values()
     }
@@ -50,10 +53,10 @@ def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
 
 
 def measure_overlap(state: StateDict, wanted: Mapping[str, Any]) -> tuple[int, int]:
-    """Return how many tensors of a model a state dict has, under some prefix.
+    """Count the tensors of a model that a state dict has, under the best prefix.
 
     Returns:
-        The number of those of the same name, and how many of these have the same shape too.
+        The number of tensors with the same name, and of those with the same shape too.
     """
     have, want = plain_names(state.tensors), plain_names(wanted)
     found = []
@@ -75,18 +78,18 @@ def fit_names(
 ) -> Fitted:
     """Return ``state`` without the prefixes that keep its names from fitting a model.
 
-    Names that fit are not touched. Otherwise what wrappers put into names goes
-    (``module.``, ``_orig_mod.``), then one common prefix, such as the attribute that a
-    Lightning module keeps the network in; what has another prefix is left out.
+    Names that fit are not changed. Otherwise the parts that wrappers put into names are removed
+    (``module.``, ``_orig_mod.``), then one common prefix, such as the attribute in which a
+    Lightning module keeps the network. Tensors with another prefix are left out.
 
     Args:
         state: the state dict.
         wanted: the model's own state dict.
-        model: what to call it in messages.
-        prefix: the common prefix, where several fit.
+        model: name of the model in messages.
+        prefix: the common prefix; None to find it.
 
     Raises:
-        CheckpointError: if several prefixes fit, or ``prefix`` is none.
+        CheckpointError: if several prefixes fit, or no name starts with ``prefix``.
     """
     have, want = plain_names(state.tensors), set(plain_names(wanted))
     if prefix is None and want <= set(have):
@@ -94,10 +97,10 @@ def fit_names(
     readings = _readings(have)
     if prefix is None:
         scores = [_best_prefix(names.values(), want, model) for names in readings]
-        # Of two that cover as much, the one that leaves nothing behind that is not wanted.
+        # Of two that cover as many names, the one with fewer others under its prefix.
         best = max(range(len(scores)), key=lambda i: (scores[i][1], -scores[i][2]))
         names, (prefix, covered, _) = readings[best], scores[best]
-        # Where nothing fits, what wrappers add still goes: the model may know its own old names.
+        # If nothing fits, the wrappers' parts are removed still: the model may know its old names.
         if len(want & set(have)) >= covered and (covered or readings[0] == readings[1]):
             return Fitted(state)
     else:
@@ -137,15 +140,15 @@ def _reading_with(readings: list[dict[str, str]], prefix: str, want: set[str]) -
 
 @dataclass(frozen=True)
 class Refusal:
-    """What a model said when it was to load a state dict.
+    """What a model reported when it loaded, or refused, a state dict.
 
     Attributes:
-        missing: its keys that the state dict lacks.
-        unexpected: keys of the state dict that it does not know.
-        error: what was raised; empty if it loaded the rest all the same.
+        missing: keys of the model that the state dict lacks.
+        unexpected: keys of the state dict that the model does not know.
+        error: the error that it raised; empty if it loaded the rest.
         have: the state dict.
         want: the model's own state dict.
-        renamed: the state dict as the model's own hooks made it, where that can be seen.
+        renamed: the state dict after the model's own pre-hooks; None if that was not seen.
     """
 
     missing: tuple[str, ...]
@@ -182,7 +185,7 @@ class Refusal:
         return len(self.unexpected) == len(self.have)
 
     def notes(self) -> tuple[str, ...]:
-        """Return what was left out, in words."""
+        """Return sentences about the keys that were left out."""
         notes = []
         if self.missing:
             notes.append(
@@ -206,7 +209,7 @@ def describe_refusal(refusal: Refusal, checkpoint: str, model: str) -> str:
 
 
 def _suggestion(refusal: Refusal) -> str:
-    """Return what would make a state dict fit; nothing unless it would."""
+    """Return a sentence on a change that would make the state dict fit; ``""`` if none is known."""
     have, want = refusal.have, refusal.want
     plain_have, plain_want = plain_names(have), plain_names(want)
     if plain_have.keys() == plain_want.keys():
@@ -238,7 +241,7 @@ def _suggestion(refusal: Refusal) -> str:
 
 
 def _other_groups(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
-    """Return in what two networks differ that have the same tensors once they are plain."""
+    """Return a sentence on reparametrizations that one of two otherwise equal networks has."""
     ours = {site.name: site.label for site in find_reparametrizations(have)}
     theirs = {site.name: site.label for site in find_reparametrizations(want)}
     for label in dict.fromkeys(theirs.values()):
@@ -260,7 +263,10 @@ def _renamed_start(
     have: Mapping[str, Any],
     want: Mapping[str, Any],
 ) -> str:
-    """Return a suggestion where most unknown names fit once their first parts are others."""
+    """Return a suggestion if most unknown names fit once their first parts are replaced.
+
+    Example: ``gen.0.weight`` and ``gen.1.weight`` fit with ``body.`` in the place of ``gen.``.
+    """
     unknown = {
         name: _largest(have, keys) for name, keys in plain_have.items() if name not in plain_want
     }
@@ -286,7 +292,10 @@ def _renamed_start(
 
 
 def _starts(name: str, wanted: str) -> tuple[str, str]:
-    """Return the leading parts in which two names differ, up to the parts at their ends."""
+    """Return the leading parts in which two names differ.
+
+    Example: for ``gen.0.weight`` and ``body.main.0.weight`` they are ``gen.`` and ``body.main.``.
+    """
     parts, others = name.split("."), wanted.split(".")
     while parts and others and parts[-1] == others[-1]:
         parts, others = parts[:-1], others[:-1]
@@ -294,13 +303,13 @@ def _starts(name: str, wanted: str) -> tuple[str, str]:
 
 
 def _largest(tensors: Mapping[str, Any], keys: Iterable[str]) -> Any:
-    """Return the shape of the largest of the parts of one tensor, which is that of the tensor."""
+    """Return the shape of the largest part of a tensor, which is the shape of the tensor itself."""
     shapes = [shape for key in keys if (shape := _shape(tensors, key)) is not None]
     return max(shapes, key=math.prod, default=None)
 
 
 def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
-    """Return the shape of a tensor, which is not read for that; None for anything else."""
+    """Return the shape of a tensor without reading it; None for anything else."""
     if key not in tensors or not is_tensor(tensors, key):
         return None
     known = isinstance(tensors, LazyTensors) or not is_lazy(tensors[key])
@@ -308,15 +317,18 @@ def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
 
 
 def _readings(names: Iterable[str]) -> list[dict[str, str]]:
-    """Return the names without what wrappers add, and as they are: a network may say 'module'."""
+    """Return the names without the wrappers' parts, and as they are: 'module' may be a name."""
     return [{name: _WRAPPER.sub("", name) for name in names}, {name: name for name in names}]
 
 
 def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple[str, int, int]:
-    """Return the prefix under which most wanted names are, how many, and how many others are."""
+    """Return the prefix that most wanted names have, their number, and that of other names with it.
+
+    Example: ``(["net.a", "net.b", "step"], {"a"})`` is ``("net.", 1, 1)``.
+    """
     have = set(names)
     candidates = {""}
-    # A prefix that fits all names fits the first few; one of those may be misspelled.
+    # A prefix that fits all names fits the first few; several are tried, as one may be misspelt.
     for w in sorted(want)[:_TRIED]:
         candidates.update(name.removesuffix(w) for name in have if name.endswith("." + w))
     covered = {p: sum(p + w in have for w in want) for p in candidates}

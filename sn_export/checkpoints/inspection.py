@@ -1,4 +1,4 @@
-"""What the reparametrizations in a checkpoint are like, without model code."""
+"""Inspect the reparametrizations in a checkpoint, without model code."""
 
 from __future__ import annotations
 
@@ -36,22 +36,21 @@ class StoredLayer:
     Attributes:
         module: qualified name of the module, ``""`` for the root.
         tensor: name of the tensor in it.
-        kind: for spectral norm its spelling, as `sn_export.find_spectral_norm` says it; for others
-            the group, as `sn_export.find_parametrizations` does: ``"weight_norm"``,
-            ``"orthogonal"``, ``"pruning"``, or ``"parametrization"`` for a chain that the keys
-            do not tell.
+        kind: for spectral norm its spelling, as in `sn_export.find_spectral_norm`; for others the
+            group, as in `sn_export.find_parametrizations`: ``"weight_norm"``, ``"orthogonal"``,
+            ``"pruning"``, or ``"parametrization"`` for a chain whose links the keys do not tell.
         shape: its shape.
         dtype: its dtype, such as ``"float32"``.
-        dim: the dimension that became the rows of its matrix, or that g of a weight norm has
-            a value for each entry of; None if there is none, or it cannot be told.
-        sigma: ``u^H W v`` from the stored vectors, which the weight is divided by; NaN if
-            unknown, and for others than spectral norm.
+        dim: for spectral norm the dimension of the rows of its matrix, for weight norm the one
+            along which g has a value for each entry; None if there is none, or it is unknown.
+        sigma: ``u^H W v`` of the stored vectors, by which the weight is divided; NaN if unknown,
+            and for other groups than spectral norm.
         sigma_exact: the largest singular value; NaN if unknown.
-        note: why something is unknown, or what else there is to say; may be empty.
+        note: why something is unknown, or a further remark; may be empty.
         key: where in the checkpoint its state dict is.
         group: ``"spectral_norm"``, or the kind of another.
         spelling: ``"hook"`` or ``"parametrization"``.
-        keys: the keys of its parts, by what they are: ``{"g": "conv.weight_g", ...}``.
+        keys: the keys of its parts: ``{"g": "conv.weight_g", "v": "conv.weight_v"}``.
     """
 
     module: str
@@ -70,17 +69,17 @@ class StoredLayer:
 
     @property
     def shortfall(self) -> float:
-        """How far the power iteration is from converged: ``1 - sigma / sigma_exact``."""
+        """How far the power iteration is from convergence: ``1 - sigma / sigma_exact``."""
         return 1 - self.sigma / self.sigma_exact if self.sigma_exact else math.nan
 
     @property
     def norm_in_use(self) -> float:
-        """Spectral norm of the weight in use, 1 if converged; re-applying divides by it."""
+        """Spectral norm of the weight in use: 1 if converged. Applied again, it divides by this."""
         return self.sigma_exact / self.sigma if self.sigma else math.nan
 
     @property
     def meaning(self) -> str:
-        """What removing spectral norm and applying it again would do; of others, their parts."""
+        """What removing spectral norm and applying it again would do; for others, the parts."""
         if self.group != "spectral_norm":
             made = f"made of {quote_names(self.keys)}"
             return f"{made}; {self.note}" if self.note else made
@@ -103,9 +102,9 @@ class Inspection:
         path: the checkpoint.
         format: ``"torch"``, ``"safetensors"``, ``"distributed"`` or ``"numpy"``.
         key: where in it the state dict is; ``""`` for the root, or for several.
-        layers: one for each tensor that is reparametrized.
-        tensors: number of entries in the state dict, or in all that were looked at.
-        notes: what else there is to say, such as keys that look like handwritten spectral norm.
+        layers: one entry for each reparametrized tensor.
+        tensors: number of entries in the state dict, or in all that were inspected.
+        notes: further remarks, such as keys that look like handwritten spectral norm.
     """
 
     path: Path
@@ -124,12 +123,12 @@ def inspect_checkpoint(
     trust_pickle: bool = False,
     progress: Callable[[str, int], None] = lambda name, total: None,
 ) -> Inspection:
-    """Return what the reparametrizations in a checkpoint are like.
+    """List the reparametrizations in a checkpoint, with their sigma as stored and exact.
 
     Args:
         path: the checkpoint, see `read_checkpoint`.
         key: where in the checkpoint the state dict is; None for all that have such tensors.
-        dims: dims by name of the tensor, where the file cannot tell.
+        dims: dims by name of the tensor, which the file alone does not tell.
         trust_pickle: see `read_checkpoint`.
         progress: called with the name of each tensor and how many there are.
 
@@ -200,7 +199,7 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
 def _measure(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[int | None, float, float, str]:
-    """Return dim, sigma and exact sigma of a spectral norm, and what is to be said of them."""
+    """Return dim, sigma and exact sigma of a spectral norm, and a remark, which may be empty."""
     if broken := _broken(site.keys.values(), tensors):
         return None, math.nan, math.nan, broken
     try:
@@ -224,7 +223,7 @@ def _measure(
 def _weight_norm_dim(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[int | None, str]:
-    """Return the dim of a weight norm, and what is to be said of it."""
+    """Return the dim of a weight norm, and a remark, which may be empty."""
     try:
         dim = decide_weight_norm_dim(site, tensors, dims)
     except CheckpointError as error:
@@ -233,7 +232,7 @@ def _weight_norm_dim(
 
 
 def _broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
-    """Return which of some tensors, read one at a time, is not finite, or nothing."""
+    """Return a sentence on the first tensor that is not finite, or ``""``; reads one at a time."""
     for key in keys:
         try:
             require_finite(key, tensors[key])
@@ -243,7 +242,7 @@ def _broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
 
 
 def _exact_for_all(norm: TorchNorm) -> float:
-    """Return the largest singular value where all dims that fit agree on it."""
+    """Return the largest singular value if it is the same for all dims that fit; otherwise NaN."""
     try:
         dims = fitting_dims(norm)
     except CheckpointError:

@@ -1,8 +1,8 @@
-"""The kinds of reparametrizations beside spectral norm, chains among them, and the table of all.
+"""The kinds of reparametrizations: weight norm, orthogonality, pruning, chains, and their table.
 
-Each asks torch's own class for the weight in use: weight norm for ``g * v / ||v||``, the norms
-taken over all dimensions but one; an orthogonal weight for the map of a raw matrix, times a base; a
-pruned one for the raw weight times its mask.
+Each kind lets torch's own class compute the weight in use. For weight norm that is ``g * v /
+||v||``, with norms over all dimensions but one; for an orthogonal weight the map of a raw matrix,
+times a base; for a pruned one the raw weight times its mask.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def stored_parts(
 
 @dataclass(frozen=True)
 class Kind:
-    """How one group is spelled; each function takes the site, the state dict and known dims.
+    """The spellings of one group; the functions take the site, the state dict and known dims.
 
     Attributes:
         hook: ends of the keys under torch's hook, such as ``("_g", "_v")``.
@@ -53,7 +53,8 @@ class Kind:
         plain_value: returns the weight that an eval-mode forward uses, as torch computes it.
         parts: returns an `Entry` for each end.
         decide_dim: returns the dim, or raises a CheckpointError if a given one does not fit.
-        refuse: returns why the other of torch's spellings would be another network, or nothing.
+        refuse: returns why torch's other spelling would compute something else; ``""`` if it
+            computes the same. It takes no dims.
     """
 
     hook: tuple[str, ...]
@@ -65,7 +66,7 @@ class Kind:
 
 
 def _fitting_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
-    """Return the dims that the shape of g has room for; several if v has dimensions of size 1."""
+    """Return the dims that the shape of g allows; several if v has dimensions of size 1."""
     return weight_norm_dims(spec_of(tensors, site.keys["g"]).shape, site.shape)
 
 
@@ -74,11 +75,11 @@ def decide_weight_norm_dim(
 ) -> int | None:
     """Return the dim of one site; None for one norm of the whole tensor.
 
-    Where several fit, as for a convolution of one channel, they differ in the last bits of the
-    result only. Then it is 0, which torch takes by default, unless ``dims`` says otherwise.
+    If several fit, as for a convolution of one channel, their results differ in the last bits
+    alone. Then the dim is 0, torch's default, unless ``dims`` gives another one.
 
     Raises:
-        CheckpointError: if ``dims`` names one that does not fit, or several fit and 0 does not.
+        CheckpointError: if the one in ``dims`` does not fit, or several fit and 0 does not.
     """
     fitting = _fitting_dims(site, tensors)
     either = " or ".join(map(str, fitting))
@@ -102,7 +103,7 @@ def decide_weight_norm_dim(
 def notes_on_dims(
     sites: Sequence[Reparametrization], tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[str, ...]:
-    """Return a sentence about weight norms whose dim was taken to be torch's default."""
+    """Return a sentence about weight norms whose dim could be another than the default, taken."""
     taken = [
         site.name
         for site in sites
@@ -167,7 +168,7 @@ def _make_orthogonal(
 
 
 def _map_of(site: Reparametrization, raw: Tensor) -> str:
-    """Return the map of one weight; the one that torch takes by default goes by its shape."""
+    """Return the name of the map of one weight; for ``"default"`` torch's choice by its shape."""
     assert site.orthogonal_map is not None  # else the site would be blocked
     if site.orthogonal_map != "default":
         return site.orthogonal_map
@@ -197,9 +198,9 @@ def _prune(site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[st
 def last_link(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[Reparametrization, Mapping[str, Any]]:
-    """Return the last link of a chain, and its tensors, the value of the links before among them.
+    """Return the last link of a chain, and its tensors: its ``weight`` is the value of the others.
 
-    Any other site is returned as it is.
+    A site that is no chain is returned as it is.
 
     Raises:
         CheckpointError: if that value cannot be computed.

@@ -1,4 +1,4 @@
-"""Load a checkpoint into a model that may spell its reparametrizations, or names, differently."""
+"""Load a checkpoint into a model whose names or reparametrizations may be spelled differently."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Loaded:
 
     Attributes:
         key: where in the checkpoint the state dict is.
-        notes: what had to be done, in words; empty if it fitted as it was.
-        warnings: what is wrong with the values, such as singular vectors that were averaged.
-        missing: keys of the model that the checkpoint lacks, where that was allowed: they have
-            the values that the model was built with.
-        unexpected: keys of the checkpoint that the model does not know, where that was allowed.
+        notes: sentences about what was changed; empty if it fitted as it was.
+        warnings: sentences about wrong values, such as singular vectors that were averaged.
+        missing: keys of the model that the checkpoint lacks, if that was allowed; they keep the
+            values that the model was built with.
+        unexpected: keys of the checkpoint that the model does not know, if that was allowed.
     """
 
     key: str
@@ -46,14 +46,14 @@ class Loaded:
     warnings: tuple[str, ...] = ()
 
     def metadata(self) -> dict[str, str]:
-        """Return what a file made of the model says of it: lists of keys in JSON, if there are."""
+        """Return metadata for an exported file: missing and unexpected keys as JSON, if any."""
         lists = {"missing_keys": self.missing, "unexpected_keys": self.unexpected}
         return {f"checkpoint.{name}": json.dumps(keys) for name, keys in lists.items() if keys}
 
 
 @dataclass(frozen=True)
 class _Reading:
-    """One way to read a state dict: as it is, under other names, in another spelling."""
+    """A state dict as it is, or under other names, or in another spelling."""
 
     state: StateDict
     notes: tuple[str, ...] = ()
@@ -74,20 +74,20 @@ def load_checkpoint(
 ) -> Loaded:
     """Load a checkpoint into ``model``, whose own ``load_state_dict`` decides what fits.
 
-    It is asked strictly: with the state dict as it is, then under the names of the model, then
-    in its spelling. So pre-hooks and overrides that bring old keys up to date have the first word.
+    It is called strictly, first with the state dict as it is, then under the names of the model,
+    then in its spelling too. So hooks and overrides of the model that update old keys act first.
 
     Args:
         model: the model. It is changed only if everything fits.
         checkpoint: as `read_checkpoint` returned it.
-        key: where in the checkpoint the state dict is; found where only one fits.
-        prefix: start of the names that are meant; found where only one fits.
-        dims: dims by name of the tensor, where neither file nor model can tell.
-        strict: False to load what fits, although keys are missing or unknown.
+        key: where in the checkpoint the state dict is; None to take the only one that fits.
+        prefix: start of the names to load; None to take the only one that fits.
+        dims: dims by name of the tensor, which neither file nor model tells.
+        strict: False to load what fits although keys are missing or unknown.
 
     Raises:
-        CheckpointError: if keys are missing or unknown (unless ``strict`` is False) or of
-            another shape, values are NaN or infinite, or a dim in ``dims`` is not possible.
+        CheckpointError: if keys are missing or unknown (unless ``strict`` is False), a tensor has
+            another shape, a value is NaN or infinite, or a dim in ``dims`` does not fit.
     """
     what = type(model).__name__
     wanted: dict[str, Any] = model.state_dict()
@@ -133,22 +133,23 @@ def _load_nearest(
     path: str,
     advice: str,
 ) -> tuple[_Reading, Refusal]:
-    """Load what fits of the reading that is nearest to fitting.
+    """Load what fits of the reading with the fewest problems.
 
     Args:
         model: the model.
-        refused: the readings, and what the model said of each.
-        strict: False to load what fits, although keys are missing or unknown.
-        path: of the checkpoint, for the message.
-        advice: what to say of other state dicts in it.
+        refused: the readings, each with the model's refusal.
+        strict: False to load what fits although keys are missing or unknown.
+        path: path of the checkpoint, for the message.
+        advice: a sentence on other state dicts in it, for the message.
 
     Returns:
-        The reading, and what of it did not fit.
+        The reading, and its refusal.
 
     Raises:
-        CheckpointError: if that is not allowed, nothing fits, or a shape is another.
+        CheckpointError: if keys may not be missing or unknown, nothing fits, or a shape differs.
     """
-    passed = [one for one in refused if one[1].is_passed]  # by an override of the model
+    # A model with a load_state_dict of its own may load a part, and raise nothing.
+    passed = [one for one in refused if one[1].is_passed]
     reading, refusal = min(passed or refused, key=lambda one: one[1].problems)
     if refusal.is_unused or not (passed or not strict):
         raise CheckpointError(describe_refusal(refusal, path, type(model).__name__) + advice)
@@ -161,7 +162,7 @@ def _load_nearest(
 def _ask(
     model: nn.Module, state: StateDict, wanted: Mapping[str, Any], strict: bool = True
 ) -> Refusal:
-    """Let the model load ``state``, and return what it says of that."""
+    """Let the model load ``state``, and return what it reports."""
     tensors: OrderedDict[str, Any] = OrderedDict(state.tensors)
     if state.versions is not None:
         tensors._metadata = state.versions  # type: ignore[attr-defined]
@@ -170,20 +171,20 @@ def _ask(
     with _listening(model, said):
         try:
             model.load_state_dict(OrderedDict(tensors), **({} if strict else {"strict": False}))
-        except Exception as raised:  # a network's own code can raise anything
+        except Exception as raised:  # the network's own code can raise anything
             error = " ".join(f"{raised}".split()) or type(raised).__name__
     missing, unexpected = said.missing, said.unexpected
-    if missing is None or unexpected is None:  # an override that asks the children alone
+    if missing is None or unexpected is None:  # an override called load_state_dict of children
         missing = [key for key in wanted if key not in tensors] if error else []
         unexpected = [key for key in tensors if key not in wanted] if error else []
-    # Torch's hook of spectral norm names keys of old checkpoints, and some twice.
+    # Torch's hook of spectral norm also reports keys of old checkpoints, and some twice.
     missing = [key for key in dict.fromkeys(missing) if key in wanted]
     return Refusal(tuple(missing), tuple(unexpected), error, tensors, wanted, said.renamed)
 
 
 @dataclass
 class _Said:
-    """What a model says while it loads; None for what it does not say."""
+    """What a model reports while it loads; None for what it does not report."""
 
     missing: list[str] | None = None
     unexpected: list[str] | None = None
@@ -192,7 +193,7 @@ class _Said:
 
 @contextmanager
 def _listening(model: nn.Module, said: _Said) -> Iterator[None]:
-    """Fill ``said`` when ``model`` loads: its last pre-hook sees the keys that the others made."""
+    """Fill ``said`` when ``model`` loads; the last pre-hook sees the keys that others renamed."""
     if isinstance(model, torch.jit.ScriptModule):  # takes no such hooks
         yield
         return
@@ -223,9 +224,10 @@ def _readings(
     dims: Mapping[str, int],
     refused: list[tuple[_Reading, Refusal]],
 ) -> Iterator[_Reading]:
-    """Yield the readings of ``state``, the nearest to the file first; each is made when asked.
+    """Yield the readings of ``state``, those nearest to the file first.
 
-    What was ``refused`` so far tells the keys that the model's own hooks made.
+    Each is made only when the model has refused the one before. The last refusal in ``refused``
+    holds the keys as the model's own pre-hooks renamed them.
     """
     if prefix is None:
         yield _Reading(state)
@@ -245,7 +247,7 @@ def _readings(
 def _in_spelling_of(
     model: nn.Module, wanted: Mapping[str, Any], reading: _Reading, dims: Mapping[str, int]
 ) -> _Reading | None:
-    """Return ``reading`` in the model's spelling; None if it is spelled so already."""
+    """Return ``reading`` in the model's spelling; None if it has that spelling already."""
     tensors, sites = reading.state.tensors, reading.sites()
     own = {site.name: site for site in find_reparametrizations(wanted)}
     to: dict[str, Spelling] = {}
@@ -280,7 +282,7 @@ def _in_spelling_of(
 def _require_usable(
     model: nn.Module, reading: _Reading, left_out: Refusal, dims: Mapping[str, int]
 ) -> None:
-    """Raise a CheckpointError for values that no network can use, and for impossible dims."""
+    """Raise a CheckpointError for values that no network can use, and for dims that do not fit."""
     if not reading.notes:
         require_fitting(dims, reading.sites(), reading.state.tensors)
     for name, value in reading.state.tensors.items():

@@ -20,7 +20,7 @@ from .lazy_tensors import MOST_DIMS, Entry, LazyTensors, Spec
 
 # A key in the header of the files of single ranks, as HuggingFaceStorageWriter writes them.
 SHARDING_INFO = "DCP_SHARDING_INFO"
-DTYPES = {
+_DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
     "I8": torch.int8,
@@ -45,9 +45,9 @@ DTYPES = {
 # A file is opened anew after so many bytes: what was read stays mapped until it is closed.
 _REOPEN_AFTER = 2**26
 _INDEX_BYTES = 2**27  # more of an index is not read
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
 # The order of dtypes in a file of safetensors' own writer, which puts the last one first.
-_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+_RANK = {dtype: rank for rank, dtype in enumerate(_DTYPES.values())}
 _PIECE = 2**24  # bytes that are written at once
 
 
@@ -159,7 +159,7 @@ def _spec(handle: Any, path: Path, name: str) -> Spec:
             f"{quote_name(path)}: safetensors cannot read {quote_name(name)}: "
             f"{join_lines(str(error))}"
         ) from error
-    if code not in DTYPES:
+    if code not in _DTYPES:
         raise CheckpointError(
             f"{quote_name(path)}: {quote_name(name)} has the dtype {quote_name(code)}, which is "
             "not supported"
@@ -169,7 +169,7 @@ def _spec(handle: Any, path: Path, name: str) -> Spec:
             f"{quote_name(path)}: {quote_name(name)} has {len(shape)} dimensions, and torch "
             f"knows at most {MOST_DIMS}"
         )
-    return Spec(DTYPES[code], shape)
+    return Spec(_DTYPES[code], shape)
 
 
 def _open(path: Path) -> Any:

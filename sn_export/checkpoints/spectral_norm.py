@@ -1,4 +1,4 @@
-"""Spectral norm in a state dict: its dim, its vectors, and the weight that torch makes of them."""
+"""Spectral norm in a state dict: its dim, its vectors, and the weight that torch computes."""
 
 from __future__ import annotations
 
@@ -16,26 +16,27 @@ from ..text import dtype_name, format_count, quote_names
 from .lazy_tensors import Entry, Spec, aligned, is_finite, require_finite, spec_of
 from .reparametrizations import Reparametrization
 
-# After a training step u = normalize(W v) or v = normalize(W^H u) held exactly, and a step of
-# the optimizer later still nearly; along a wrong dim the two are strangers.
+# In training mode a forward sets u = normalize(W v) and v = normalize(W^H u), and a step of the
+# optimizer changes W a little. So along the right dim one of the two nearly holds, and along a
+# wrong one both fail. The right dim has a residual below _NEAR, _CLEARER times below the others.
 _NEAR = 0.1
 _CLEARER = 10.0
 _UNIT = 1e-4  # how far from 1 the length of a vector may be in float32
 
 
 class TorchNorm:
-    """The tensors of one spectral norm, to ask torch about: whatever it computes is the truth.
+    """The tensors of one spectral norm, of which torch's own classes compute what is asked for.
 
     Raises:
-        CheckpointError: if they are of dtypes that torch does not multiply.
+        CheckpointError: if they have dtypes that torch does not multiply.
 
     Attributes:
-        site: where they are from.
-        parts: all of them, by the names in ``site.keys``.
+        site: the tensor that they are parts of.
+        parts: all parts, by the names in ``site.keys``.
         weight: the raw weight.
         u: the left vector.
-        v: the right vector; None where it must be solved for, as torch does on loading.
-        normalised: the weight that a checkpoint from before v holds beside them.
+        v: the right vector; None if it was not saved, and torch solves for it on loading.
+        normalised: the weight in use, which old versions of torch saved beside them.
     """
 
     def __init__(self, site: Reparametrization, tensors: Mapping[str, Any]) -> None:
@@ -73,7 +74,7 @@ class TorchNorm:
             ) from error
 
     def right_vector(self, dim: int) -> Tensor:
-        """Return v; where the checkpoint has none, the one that torch solves for on loading."""
+        """Return v, or the one that torch solves for on loading if the checkpoint is so old."""
         if self.v is not None and self.normalised is None:
             return self.v
         state = {"weight_orig": self.weight, "weight_u": self.u, "weight": self.normalised}
@@ -143,7 +144,7 @@ def make_vectors(
 
 
 def describe_difference(site: Reparametrization, tensors: Mapping[str, Any]) -> str:
-    """Return why torch's other spelling would be another network; empty if it is the same."""
+    """Return why torch's other spelling would compute something else; ``""`` if it does not."""
     if len(site.shape) == 1:
         return "torch's parametrization treats a vector in another way than its hook does"
     if spec_of(tensors, site.keys["weight"]).dtype.is_complex:
@@ -152,7 +153,7 @@ def describe_difference(site: Reparametrization, tensors: Mapping[str, Any]) -> 
 
 
 def zero_sigma(name: str) -> CheckpointError:
-    """Return the error about a weight that cannot be divided by its sigma."""
+    """Return the error for a weight that cannot be divided by its sigma."""
     return CheckpointError(
         f"sigma of '{name}' is 0 or too small to divide by, so its normalised weight would "
         "not be finite"
@@ -160,12 +161,12 @@ def zero_sigma(name: str) -> CheckpointError:
 
 
 def length_of_vectors(site: Reparametrization, tensors: Mapping[str, Any]) -> float:
-    """Return the product of the lengths of u and v; 1 if both are unit vectors as torch keeps them.
+    """Return the product of the lengths of u and v, which is 1 if both are unit vectors.
 
-    Sigma is ``u^H W v`` and so too small by this factor where it is less than 1.
+    Torch keeps unit vectors. Sigma is ``u^H W v``, so it is off by this factor.
     """
     product = 1.0
-    # Where v is solved for, torch chooses its length to suit sigma.
+    # If torch solves for v, it chooses the length of v to suit sigma.
     names = ("u", "v") if "normalised" not in site.keys else ("u",)
     for key in (site.keys[part] for part in names if part in site.keys):
         vector = tensors[key]
@@ -176,7 +177,7 @@ def length_of_vectors(site: Reparametrization, tensors: Mapping[str, Any]) -> fl
 
 
 def describe_length(length: float) -> str:
-    """Return what a length other than 1 means for the network."""
+    """Return a sentence on what a product of lengths other than 1 means for the network."""
     too = ("small", "large") if length < 1 else ("large", "small")
     factor = max(length, 1 / length) if length else math.inf
     return (
@@ -206,15 +207,16 @@ def notes_on_lengths(
 def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
     """Return the dim of one site.
 
-    By the shapes of u and v, and where several dims fit, as for square weights, by the one
-    for which the vectors are each other's image under the weight.
+    The shapes of u and v decide. If several dims fit, as for square weights, it is the one along
+    which the weight maps the vectors to each other.
 
     Args:
         norm: the tensors of the site.
         dims: dims that the caller knows, by qualified name of the tensor.
 
     Raises:
-        CheckpointError: if no dim fits, or several do and the vectors cannot tell.
+        CheckpointError: if no dim fits, the one in ``dims`` does not, or several fit and the
+            vectors do not tell which.
     """
     fitting = fitting_dims(norm)
     site = norm.site
@@ -240,7 +242,7 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
 
 
 def fitting_dims(norm: TorchNorm) -> list[int]:
-    """Return the dims for which u and v have the lengths of rows and columns.
+    """Return the dims for which u has as many elements as rows, and v as many as columns.
 
     Raises:
         CheckpointError: if there is none.
@@ -262,14 +264,13 @@ def fitting_dims(norm: TorchNorm) -> list[int]:
 
 
 def _residual(norm: TorchNorm, dim: int) -> float:
-    """Return how far the vectors are from each other's images under the weight, 0 if they are."""
+    """Return how far the weight is from mapping the vectors to each other; 0 if it does."""
     matrix = norm.matrix(dim)
     u = norm.u
     with torch.no_grad():
         if norm.normalised is not None or norm.v is None:
-            # Of the right dim ``W^H u`` is as long as the sigma that the stored weight was
-            # divided by.
-            assert norm.normalised is not None  # one of the two is always there
+            # Along the right dim the length of ``W^H u`` is sigma, by which the weight was divided.
+            assert norm.normalised is not None  # a site has v or this weight, or is blocked
             sigma = norm.weight.norm() / norm.normalised.norm()
             length = torch.linalg.vector_norm(torch.mv(matrix.mH, u))
             return float((length / sigma - 1).abs())
@@ -279,7 +280,7 @@ def _residual(norm: TorchNorm, dim: int) -> float:
 
 
 def _distance(vector: Tensor, image: Tensor) -> float:
-    """Return how far apart two directions are; averaged vectors are no unit vectors."""
+    """Return the distance of two directions; vectors that were averaged are no unit vectors."""
     one, other = (part / torch.linalg.vector_norm(part) for part in (vector, image))
     distance = float(torch.linalg.vector_norm(one - other))
     return distance if math.isfinite(distance) else math.inf

@@ -1,4 +1,4 @@
-"""Hook, parametrization and plain: one network spelled three ways, without model code."""
+"""Respell a state dict: as hook, as parametrization or plain, without model code."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Respelled:
     """A state dict in another spelling; values are read and computed one at a time.
 
     Attributes:
-        entries: what it holds, by key, in the order of a network that is spelled so.
-        versions: the versions that `torch.nn.Module.state_dict` would note.
-        changed: the sites that were spelled differently before.
+        entries: its values by key, in the order of a network with that spelling.
+        versions: the versions of the modules of such a network, see `StateDict`.
+        changed: the sites whose spelling was changed.
     """
 
     entries: Mapping[str, Entry]
@@ -41,18 +41,18 @@ def respell(
     """Return ``state`` with its reparametrizations spelled as ``to``, bit for bit the same network.
 
     ``{"weight_g": g, "weight_v": v}`` as a parametrization is
-    ``{"parametrizations.weight.original0": g, "parametrizations.weight.original1": v}``. Nothing
-    but the reparametrized tensors changes. A plain weight is the one that an eval-mode forward
-    uses, computed by torch's own classes.
+    ``{"parametrizations.weight.original0": g, "parametrizations.weight.original1": v}``. Only the
+    reparametrized tensors change. A plain weight is the one that an eval-mode forward uses,
+    computed by torch's own classes.
 
     Args:
-        state: the state dict; its tensors may be read lazily.
+        state: the state dict; its tensors may be lazy.
         to: the spelling, or one for each qualified name; a tensor that is not named stays.
-        dims: dims by qualified name, where the file cannot tell.
-        sites: what `find_reparametrizations` found, with what the caller knows beside that.
+        dims: dims by qualified name, which the file alone does not tell.
+        sites: the sites of ``state`` that may change; None for all that are found.
 
     Raises:
-        CheckpointError: if a site is incomplete or cannot be spelled so; it names each. Errors
+        CheckpointError: if sites are incomplete or have no such spelling; it names each. Errors
             in values are raised when these are read.
     """
     tensors = state.tensors
@@ -84,7 +84,7 @@ def respell(
 def require_fitting(
     dims: Mapping[str, int], sites: Sequence[Reparametrization], tensors: Mapping[str, Any]
 ) -> None:
-    """Raise a CheckpointError for a ``--dim`` that is not possible, also where none is needed."""
+    """Raise a CheckpointError for a ``--dim`` that does not fit, also where none is needed."""
     require_known(dims, sites)
     for site in sites:
         if site.name in dims:
@@ -92,7 +92,7 @@ def require_fitting(
 
 
 def require_known(dims: Mapping[str, int], sites: Sequence[Reparametrization]) -> None:
-    """Raise a CheckpointError for a ``--dim`` of a tensor that is not there, or has none."""
+    """Raise a CheckpointError for a ``--dim`` of a tensor that is absent, or has no dim."""
     names = [site.name for site in sites if site.group in _WITH_DIM and not site.blocked]
     for name in dims:
         if name not in names:
@@ -107,7 +107,7 @@ def _require_possible(
     wanted: Mapping[str, Spelling],
     tensors: Mapping[str, Any],
 ) -> None:
-    """Raise a CheckpointError that names every site which cannot be spelled as it is wanted."""
+    """Raise a CheckpointError that names every site which does not have the wanted spelling."""
     refused: dict[tuple[str, str], list[str]] = {}
     for site in changed:
         to = wanted[site.name]
@@ -131,7 +131,11 @@ def _require_possible(
 def _entries(
     site: Reparametrization, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> dict[str, Entry]:
-    """Return what stands for one site in the new spelling, by key."""
+    """Return the parts of one site in the new spelling, by key.
+
+    Example: the spectral norm of ``conv.weight`` as a hook has the keys ``conv.weight_orig``,
+    ``conv.weight_u`` and ``conv.weight_v``.
+    """
     kind = kind_of(site)
     if to == "plain":
         raw = next(part for part in ("weight", "original", "v") if part in site.keys)
@@ -151,7 +155,7 @@ def _in_order(
     wanted: Mapping[str, Spelling],
     spelled: dict[str, dict[str, Entry]],
 ) -> dict[str, Entry]:
-    """Return all entries in the order of a network that is spelled so, whatever theirs was."""
+    """Return all entries in the order in which a network with the new spelling has them."""
     gone = {key for site in changed for key in site.keys.values()}
     firsts = dict(zip((site.name for site in changed), spelled, strict=True))
     early = {
@@ -159,7 +163,7 @@ def _in_order(
     }
     entries: dict[str, Entry] = {}
     for key in tensors:
-        # Where the raw weight stands before its bias, as in a sorted file, it is there already.
+        # A plain weight comes before its bias; nothing is left to add if its parts came earlier.
         entries.update(spelled.pop(early.get(key, ""), {}))
         entries.update(spelled.pop(key, {}))
         if key not in gone:
@@ -172,7 +176,7 @@ def _kept(tensors: Mapping[str, Any], key: str) -> Entry:
 
 
 def _successor(site: Reparametrization) -> str:
-    # A plain network's weight stands before its bias; a normalised one's was added last.
+    # In a plain network the weight comes before its bias, under spectral norm after it.
     name = site.tensor.replace("weight", "bias")
     return qualified(site.module, name) if name != site.tensor else ""
 
@@ -202,7 +206,7 @@ def _versions(
 
 
 def _insert(versions: dict[str, Any], module: str, paths: list[str]) -> None:
-    """Add ``paths`` behind everything in ``module``, where its last child would stand."""
+    """Add ``paths`` behind every path in ``module``, as its last child."""
     known = list(versions)
     inside = [
         i for i, path in enumerate(known) if not module or f"{path}.".startswith(f"{module}.")
