@@ -46,12 +46,11 @@ def escape_unprintable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
-def quote_name(name: object, most: int = 1000) -> str:
+def quote_name(name: object) -> str:
     """Return a name or path in quotes and escaped, without the middle of a very long one."""
     text = str(name)
-    if len(text) > most:
-        half = most // 2
-        text = f"{text[:half]}...{text[-half:]}"
+    if len(text) > 1000:
+        text = f"{text[:500]}...{text[-500:]}"
     return f"'{escape_unprintable(text)}'"
 
 

@@ -38,7 +38,7 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
         CheckpointError: if it is of another kind, is damaged, or wants to run code.
     """
     with open_regular(path) as file:
-        kind = _require_torch(file, quote_name(path), trust_pickle)
+        kind = _recognise(file, quote_name(path), trust_pickle)
         size = os.fstat(file.fileno()).st_size
     what, source = quote_name(path), os.fspath(path)
     if kind == "script":
@@ -65,7 +65,7 @@ def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[s
     Raises:
         CheckpointError: if it is damaged, or wants to run code.
     """
-    _require_torch(file, what, False)
+    _recognise(file, what, False)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
     return _torch_load(file, what, size, trust_pickle, unread, False)
@@ -149,31 +149,40 @@ def _describe_failure(error: Exception, what: str, content: str, trust_pickle: b
     return f"{what} is damaged or truncated: torch cannot read {content}"
 
 
-def _require_torch(file: BinaryIO, what: str, trust_pickle: bool) -> str:
+def _recognise(file: BinaryIO, what: str, trust_pickle: bool) -> str:
     """Return ``"zip"``, ``"script"``, ``"legacy"`` or, if trusted, ``"pickle"``.
 
     Raises:
         CheckpointError: if the file is damaged, or sound and of another kind.
     """
-    size = file.seek(0, os.SEEK_END)
     file.seek(0)
     head = file.read(64)
-    if not head.startswith(b"PK"):
-        if _MAGIC in head or len(head) < 16:
-            return "legacy" if not _is_tar(file) else _refuse_tar(what)
-        if trust_pickle:
-            return "pickle"
-        raise CheckpointError(
-            f"{what} is a plain pickle, not a file of torch.save: load it where it comes from, "
-            "and torch.save the state dict in it; --trust-pickle reads it, and lets it run any "
-            "code as you"
-        )
+    if head.startswith(b"PK"):
+        return _recognise_archive(file, what, trust_pickle)
+    if _MAGIC in head or len(head) < 16:
+        if _is_tar(file):
+            raise CheckpointError(
+                f"{what} is a tar archive, as torch.save wrote before 0.1.10; torch.load and "
+                "torch.save it again where it comes from"
+            )
+        return "legacy"
+    if trust_pickle:
+        return "pickle"
+    raise CheckpointError(
+        f"{what} is a plain pickle, not a file of torch.save: load it where it comes from, "
+        "and torch.save the state dict in it; --trust-pickle reads it, and lets it run any "
+        "code as you"
+    )
+
+
+def _recognise_archive(file: BinaryIO, what: str, trust_pickle: bool) -> str:
     try:
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        size = format_count(file.seek(0, os.SEEK_END), "byte")
         raise CheckpointError(
-            f"{what} is damaged or truncated: torch cannot read its {format_count(size, 'byte')}"
+            f"{what} is damaged or truncated: torch cannot read its {size}"
         ) from error
     names = [entry.filename for entry in entries]
     if any(name.endswith("constants.pkl") for name in names):
@@ -202,13 +211,6 @@ def _is_tar(file: BinaryIO) -> bool:
     except (tarfile.TarError, OSError, ValueError):
         return False
     return True
-
-
-def _refuse_tar(what: str) -> str:
-    raise CheckpointError(
-        f"{what} is a tar archive, as torch.save wrote before 0.1.10; torch.load and torch.save "
-        "it again where it comes from"
-    )
 
 
 def _describe_archive(names: Sequence[str]) -> str:

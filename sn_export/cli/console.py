@@ -60,13 +60,8 @@ def print_line(text: str) -> None:
 
 
 def print_json(content: Mapping[str, Any]) -> None:
-    """Print JSON on stdout."""
-    print(as_text(content))
-
-
-def as_text(content: Mapping[str, Any]) -> str:
-    """Return JSON text; NaN becomes null and an infinity a string, as in `ExportReport.to_json`."""
-    return json.dumps(to_json_values(content), indent=2, allow_nan=False)
+    """Print JSON on stdout; NaN becomes null and an infinity a string, as in a report."""
+    print(json.dumps(to_json_values(content), indent=2, allow_nan=False))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -195,8 +196,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        parents = {name[: i if i >= 0 else None] for i in _dots(name)}
-        if error.name not in parents:
+        if error.name not in accumulate(name.split("."), "{}.{}".format):  # a, a.b, a.b.c
             raise UsageError(f"importing '{name}' raised {error}") from error
         there = ", ".join(_modules(Path.cwd())) or "none"
         raise UsageError(
@@ -204,10 +204,6 @@ def _import(name: str) -> ModuleType:
         ) from error
     except (Exception, SystemExit) as error:
         raise UsageError(f"importing '{name}' raised {type(error).__name__}: {error}") from error
-
-
-def _dots(name: str) -> list[int]:
-    return [i for i, letter in enumerate(name) if letter == "."] + [-1]
 
 
 def _modules(folder: Path) -> list[str]:

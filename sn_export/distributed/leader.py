@@ -13,7 +13,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -174,14 +174,11 @@ class Team:
             with self._interrupts_held():
                 dist.broadcast_object_list(heard, self._ranks[0], self._group)
         except RuntimeError as error:
-            self._raise_gone(error)
+            raise ExportError(
+                f"rank {self._ranks[0]}, which exports for all, cannot be reached any more: {error}"
+            ) from error
         message: tuple[str, Any] = heard[0]
         return message
-
-    def _raise_gone(self, error: RuntimeError) -> NoReturn:
-        raise ExportError(
-            f"rank {self._ranks[0]}, which exports for all, cannot be reached any more: {error}"
-        ) from error
 
     @contextlib.contextmanager
     def _interrupts_held(self) -> Iterator[None]:
