@@ -1,4 +1,4 @@
-"""What is written on the command line, and the messages for what cannot be understood.
+"""The parsers of options, and the messages for options without a meaning.
 
 It calls the parsers inside `cli`: they run before a model is built, and a command line cannot
 show what they return.
@@ -36,7 +36,7 @@ def _message(function: Callable[..., Any], *args: Any) -> str:
 
 
 def test_shapes_become_inputs() -> None:
-    """Positional and named shapes, of the dtype asked for, the same values every time."""
+    """Positional and named shapes give inputs of the dtype asked for, the same ones each time."""
     inputs = draw_example(parse_inputs(["2x3x8x8", "1x4:int64", "x=5:bfloat16", "t=scalar"]))
     first, second = inputs.args
     assert (first.shape, first.dtype) == ((2, 3, 8, 8), torch.float32)
@@ -48,7 +48,7 @@ def test_shapes_become_inputs() -> None:
 
 
 def test_bad_shapes() -> None:
-    """What is no shape, no dtype, or out of order."""
+    """A text that is no shape, an unknown dtype and a wrong order are each refused."""
     for text in ("2x3x", "2,3", "x=", "-1x3", "a b=3", "2x3:float32:x"):
         assert _message(parse_inputs, [text]) == (
             f"--input must be [NAME=]SHAPE[:DTYPE] such as 2x3x8x8 or x=1x77:int64, got '{text}'"
@@ -66,7 +66,7 @@ def test_bad_shapes() -> None:
 
 
 def test_shapes_that_are_too_large() -> None:
-    """Past 2**31 elements nothing is drawn, also where a size beside a 0 fits no integer."""
+    """More than 2**31 elements are refused, also where a size beside a 0 fits no integer."""
     for text, count in (
         ("99999999x3x8x8", 99999999 * 192),
         ("x=999999999999999999999x3:int8", 999999999999999999999 * 3),
@@ -79,7 +79,7 @@ def test_shapes_that_are_too_large() -> None:
 
 
 def test_a_shape_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The input is named for which torch finds none."""
+    """If torch finds no memory for an input, the message names the option."""
 
     def randn(*args: object, **options: object) -> None:
         raise RuntimeError("you tried to allocate 9 bytes")
@@ -91,7 +91,7 @@ def test_a_shape_that_memory_does_not_hold(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_sizes() -> None:
-    """Decimal and binary units."""
+    """A size may have a decimal or a binary unit."""
     texts = ["700", "500MB", "2GiB", "1.5 kb", "1TB"]
     sizes = [700, 500_000_000, 2 * 2**30, 1500, 10**12]
     assert [parse_size(text) for text in texts] == sizes
@@ -102,7 +102,7 @@ def test_sizes() -> None:
 
 
 def test_dims() -> None:
-    """A name, which may itself hold dots, and a number."""
+    """--dim is the name of a tensor, which may hold dots, and a number."""
     assert parse_dims(["body.0.weight=1", "w=-1"]) == {"body.0.weight": 1, "w": -1}
     for text in ("w", "w=", "=1", "w=x"):
         assert _message(parse_dims, [text]) == (
@@ -112,7 +112,7 @@ def test_dims() -> None:
 
 
 def test_tolerances() -> None:
-    """One number for all outputs, or numbers by name or position."""
+    """A tolerance is one number for all outputs, or a number for each name or position."""
     assert parse_tolerance("--rtol", []) is None
     assert parse_tolerance("--rtol", ["1e-3"]) == 1e-3
     named = parse_tolerance("--atol", ["score=1e-3", "1=0", "a=b=2"])
@@ -129,7 +129,7 @@ def test_tolerances() -> None:
 
 
 def test_dynamic_dimensions() -> None:
-    """Several of one input, none of another, and an input that does not exist."""
+    """Dimensions are named for each input; an input that does not exist is refused."""
     dims = parse_dynamic(["x:0=batch", "x:2=width"])
     assert dims == {"x": {0: "batch", 2: "width"}}
     for text in ("x=0", "x:0=", "x:0=a b", "x:0=1", "x:-1=a"):
@@ -153,7 +153,7 @@ class _Two(torch.nn.Module):
 
 
 def test_names_of_inputs_and_outputs() -> None:
-    """Names with commas between, or the option several times; an empty one is refused."""
+    """Names are separated by commas or given one by one; an empty name is refused."""
     assert parse_names("--input-names", []) is None
     assert parse_names("--input-names", ["x, y", "z"]) == ["x", "y", "z"]
     for text in ("", "x,", ",x", " "):
@@ -163,7 +163,7 @@ def test_names_of_inputs_and_outputs() -> None:
 
 
 def test_model_kwargs() -> None:
-    """A JSON object, and nothing else."""
+    """--model-kwargs is a JSON object; any other text is refused."""
     assert parse_kwargs('{"ch": 64}') == {"ch": 64}
     assert _message(parse_kwargs, "[1]") == "--model-kwargs must be a JSON object, got '[1]'"
     assert _message(parse_kwargs, "{ch: 1}").startswith(
@@ -172,7 +172,7 @@ def test_model_kwargs() -> None:
 
 
 def test_inputs_from_files(tmp_path: Path) -> None:
-    """Unnamed arrays are positional arguments, others keyword arguments."""
+    """Unnamed arrays of an .npz are positional arguments, named ones keyword arguments."""
     np.savez(tmp_path / "a.npz", np.ones((2, 3), np.float32))
     np.savez(tmp_path / "b.npz", x=np.zeros(3))
     inputs = gather((), [tmp_path / "a.npz", tmp_path / "b.npz"])
@@ -183,7 +183,7 @@ def test_inputs_from_files(tmp_path: Path) -> None:
 
 
 def test_bad_input_files(tmp_path: Path) -> None:
-    """One that is none of numpy's, one that would run code."""
+    """A file that numpy did not write, or that would run code, is refused."""
     path = tmp_path / "a.npz"
     path.write_text("garbage")
     assert _message(gather, (), [path]).startswith(f"'{path}' is no .npz of numeric arrays: ")
@@ -192,14 +192,14 @@ def test_bad_input_files(tmp_path: Path) -> None:
 
 
 def test_factories() -> None:
-    """A function or a class, with arguments."""
+    """A factory is a function or a class, and may take arguments."""
     assert isinstance(build_model("cli_networks:Critic", {}), Critic)
     assert build_model("cli_networks:critic", {"ch": 6}).body[0].out_channels == 6
     assert type(critic()) is type(build_model("cli_networks:critic", {"kind": "hook"}))
 
 
 def test_factories_that_cannot_be_named() -> None:
-    """What is not MODULE:FACTORY, or has a path in the place of a module."""
+    """A text that is not MODULE:FACTORY, or a path instead of a module, is refused."""
     assert parse_factory("pkg.nets:Critic.build") == "pkg.nets:Critic.build"
     for text in ("nets", "nets:", ":critic"):
         assert _message(parse_factory, text) == (
@@ -213,7 +213,7 @@ def test_factories_that_cannot_be_named() -> None:
 
 
 def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to be wrong says what exists, or what was raised."""
+    """Each message for a wrong factory says which names exist, or what was raised."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nets_of_a_test.py").write_text("import no_such_package\n")
     (tmp_path / "exits_of_a_test.py").write_text("raise SystemExit(3)\n")

@@ -52,7 +52,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_onnx_proves_and_writes(run: Run) -> None:
-    """Exit code 0, both tables, a plain graph, and nothing else in the folder."""
+    """A proved export has exit code 0, two tables and a plain graph, and leaves one file."""
     ran = run(*ONNX)
     assert (ran.code, ran.err) == (0, "")
     assert "body.3.weight   hook   4x4x3x3   float32   0" in ran.out
@@ -65,7 +65,7 @@ def test_onnx_proves_and_writes(run: Run) -> None:
 
 
 def test_onnx_json(run: Run) -> None:
-    """JSON alone on stdout, the same in the report file, with what had to be done."""
+    """--json prints JSON alone on stdout, the same as in the report, with notes of the loading."""
     torch.save({"state_dict": prefixed(trained_critic().state_dict(), "module.")}, "a.pt")
     ran = run(*ONNX, "--json", "--report", "r.json", "--samples", "1", "--dynamic", "x:0=n")
     content = json.loads(ran.out)
@@ -96,7 +96,7 @@ def test_onnx_options(run: Run) -> None:
 
 
 def test_what_is_no_onnx_file_is_not_replaced(run: Run) -> None:
-    """A file that is something else stays, unless it is forced; an ONNX file is replaced."""
+    """A file of another kind is replaced with --force alone, an ONNX file always."""
     Path("o.onnx").write_text("somebody's notes")
     ran = run(*ONNX)
     assert (ran.code, ran.out, ran.err) == (
@@ -111,7 +111,7 @@ def test_what_is_no_onnx_file_is_not_replaced(run: Run) -> None:
 
 
 def test_names_and_providers(run: Run) -> None:
-    """Inputs and outputs have the names asked for, and the providers ran the file."""
+    """The file has the names asked for, and the providers asked for ran it."""
     ran = run(*ONNX, "--input-names", "image", "--output-names", "score",
               "--providers", "CPUExecutionProvider", "--json", "--dynamic", "x:0=n")  # fmt: skip
     assert ran.code == 0, ran.err
@@ -125,7 +125,7 @@ def test_names_and_providers(run: Run) -> None:
 
 
 def test_onnx_with_real_inputs(run: Run) -> None:
-    """Token indices come from a file, are the example, and are named like the arguments."""
+    """Inputs from a file are the example, with the names of the arguments."""
     model = trained(Tokens(), torch.randint(0, 7, (4, 5))).eval()
     torch.save(model.state_dict(), "t.pt")
     np.savez("in.npz", ids=np.arange(6).reshape(2, 3), scale=np.ones((2, 1), np.float32))
@@ -137,7 +137,7 @@ def test_onnx_with_real_inputs(run: Run) -> None:
 
 
 def test_onnx_parity_failure(run: Run) -> None:
-    """Exit code 1, the table and one message, and the old file is untouched."""
+    """A failed proof has exit code 1, the table and one message, and the old file stays."""
     assert run(*ONNX).code == 0
     old = Path("o.onnx").read_bytes()
     ran = run(*ONNX, "--rtol", "0", "--atol", "0")
@@ -162,7 +162,7 @@ def test_onnx_parity_failure(run: Run) -> None:
 
 
 def test_tolerance_of_one_output(run: Run) -> None:
-    """A tolerance by the output's name decides, in an export and when a case is replayed."""
+    """A tolerance by the name of an output decides in an export and in the replay of a case."""
     assert run(*ONNX, "--atol", "output=0", "--rtol", "0=0").code == 1
     assert run(*ONNX, "--atol", "output=1", "--save-case", "o.npz").code == 0
     replay = ("check", "o.onnx", "--case", "o.npz")
@@ -172,7 +172,7 @@ def test_tolerance_of_one_output(run: Run) -> None:
 
 
 def test_proof_dtype_of_a_case(run: Run) -> None:
-    """A case, alone or in a folder, is replayed in the dtype that is asked for."""
+    """A case, alone or in a folder, is replayed in the dtype asked for."""
     assert run(*ONNX, "--save-case", "o.npz").code == 0
     for what in (("o.onnx", "--case", "o.npz"), (".",)):
         ran = run("check", *what, "--proof-dtype", "float32", "--json")
@@ -183,7 +183,7 @@ def test_proof_dtype_of_a_case(run: Run) -> None:
 
 
 def test_draws_of_a_network_with_noise(run: Run) -> None:
-    """Without its noise it is proved, checked and replayed; with it, what to do is said."""
+    """With --draws zeros noise is proved, checked and replayed; without, the message names it."""
     noisy = ["--model", "cli_networks:NoisyCritic", "--input", "2x3x8x8"]
     export = ["onnx", "a.pt", *noisy, "-o", "o.onnx", "--save-case", "o.npz"]
     zeros = "note: draws='zeros': every random number of the forward is 0"
@@ -267,7 +267,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input(name: str, run: Run) -> None:
-    """Exit code 2, exactly one message on stderr, no traceback, nothing on disk."""
+    """Bad input has exit code 2 and one message on stderr, without a traceback or a file."""
     arguments, message = BAD[name]
     if arguments[0] == "onnx" and "-o" not in arguments:
         arguments = [*arguments, "-o", "o.onnx"]
@@ -277,7 +277,7 @@ def test_bad_input(name: str, run: Run) -> None:
 
 
 def test_inputs_that_the_model_rejects(run: Run) -> None:
-    """The model's own error is shown."""
+    """If the model rejects the inputs, its own error is shown."""
     ran = run("onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2x4", "-o", "o.onnx")
     assert ran.code == 2
     start = "sn-export: the model fails on the example input: RuntimeError: "
@@ -295,7 +295,7 @@ class Layer(torch.nn.Linear):
 
 
 def test_frames_of_torch_are_not_shown(run: Run) -> None:
-    """Of an error with a trace of C++ its own line is left, and --debug has the rest."""
+    """The C++ frames of an error are shown with --debug alone."""
     Path("long_of_a_test.py").write_text(_TOO_LONG)
     torch.save(torch.nn.Linear(3, 2).state_dict(), "l.pt")
     arguments = ("onnx", "l.pt", "--model", "long_of_a_test:Layer", "--input", "2x3",
@@ -312,7 +312,7 @@ def test_frames_of_torch_are_not_shown(run: Run) -> None:
 def test_errors_of_any_kind_are_told_without_frames(
     kind: type[Exception], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Those that nobody expected too."""
+    """The C++ frames of an unexpected error are not shown either."""
     with pytest.raises(typer.Exit), errors_as_messages(debug=False):
         raise kind(f"no such size\n{FRAMES}")
     told = capsys.readouterr().err
@@ -321,7 +321,7 @@ def test_errors_of_any_kind_are_told_without_frames(
 
 
 def test_a_network_that_exits(run: Run) -> None:
-    """It has not run, so nothing was proved: never code 0."""
+    """If the network's code calls sys.exit(0), the exit code is not 0: nothing was proved."""
     torch.save(exits().state_dict(), "e.pt")
     ran = run("onnx", "e.pt", "--model", "cli_networks:exits", "--input", "2x3", "-o", "o.onnx")
     assert ran.code == 2
@@ -330,7 +330,7 @@ def test_a_network_that_exits(run: Run) -> None:
 
 
 def test_debug_shows_the_traceback(run: Run) -> None:
-    """The same exit code, with where it happened."""
+    """--debug shows the traceback, with the same exit code."""
     ran = run("inspect", "no.pt", "--debug")
     assert ran.code == 2
     assert ran.err.startswith("Traceback (most recent call last):")
@@ -338,7 +338,7 @@ def test_debug_shows_the_traceback(run: Run) -> None:
 
 
 def test_inspect(run: Run) -> None:
-    """A table for people, JSON with the promised names for machines."""
+    """inspect prints a table, and with --json the promised names."""
     ran = run("inspect", "a.pt")
     assert ran.code == 0
     assert ran.out.startswith("a.pt (torch): 20 entries, 4 tensors under spectral norm\n")
@@ -350,7 +350,7 @@ def test_inspect(run: Run) -> None:
 
 
 def test_inspect_of_an_onnx_file(run: Run) -> None:
-    """It says what the file takes, gives and is, and which layers were frozen with which sigma."""
+    """Of an ONNX file inspect shows inputs, outputs, producer, and frozen layers with sigma."""
     options = ("--dynamic", "x:0=n", "--external-data", "always", "--metadata", "run=42")
     made = json.loads(run(*ONNX, *options, "--json").out)
     found = json.loads(run("inspect", "o.onnx", "--json").out)
@@ -373,7 +373,7 @@ def test_inspect_of_an_onnx_file(run: Run) -> None:
 
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x08\xff", b"PK\x03\x04"])
 def test_inspect_of_a_broken_onnx_file(content: bytes, run: Run) -> None:
-    """One message, that it is none; what is asked of state dicts is refused."""
+    """A broken ONNX file, or an option for state dicts, ends in one message."""
     Path("o.onnx").write_bytes(content)
     ran = run("inspect", "o.onnx")
     assert (ran.code, ran.out) == (2, "")
@@ -384,7 +384,7 @@ def test_inspect_of_a_broken_onnx_file(content: bytes, run: Run) -> None:
 
 
 def test_inspect_shows_metadata_escaped(run: Run) -> None:
-    """A file of others may say anything there, also under our keys."""
+    """Metadata of a foreign file is shown escaped, also under the keys of sn_export."""
     long = f'{{"a": {"9" * 400}}}'
     for text in ("[1]", '{"a": "b"}', '{"a": [1]}', long, "[" * 100_000, "\x1b[31m"):
         model = onnx.ModelProto(ir_version=8, graph=onnx.GraphProto(name="g"))
@@ -401,7 +401,7 @@ def test_inspect_shows_metadata_escaped(run: Run) -> None:
 
 
 def test_inspect_without_numbers(run: Run) -> None:
-    """What is not a number is null in JSON, which stays valid."""
+    """NaN and infinities do not make the JSON invalid."""
     state = dict(trained_critic().state_dict())
     state["head.weight_u"] = state["head.weight_u"] * torch.nan
     torch.save(state, "n.pt")
@@ -411,7 +411,7 @@ def test_inspect_without_numbers(run: Run) -> None:
 
 
 def test_convert(run: Run) -> None:
-    """It says what it did, and a plain network loads the file."""
+    """convert says what it changed, and a plain network loads the file."""
     ran = run("convert", "a.pt", "--to", "plain", "-o", "b.pt")
     assert (ran.code, ran.err) == (0, "")
     assert ran.out == "respelled 4 spectral norms as plain\nwrote b.pt\n"
@@ -424,7 +424,7 @@ def test_convert(run: Run) -> None:
 
 
 def test_what_does_not_fit_is_listed_without_strict(run: Run) -> None:
-    """The command goes on, lists the keys, and the file says in its metadata which they were."""
+    """With --no-strict the keys that do not fit are listed, in the metadata of the file too."""
     state = dict(trained_critic().state_dict())
     del state["head.weight_u"]
     torch.save(state | {"extra": torch.ones(2)}, "part.pt")
@@ -445,7 +445,7 @@ def _check(run: Run, *more: str) -> Ran:
 
 
 def test_check(run: Run) -> None:
-    """0 for the checkpoint it was made from, 1 for another."""
+    """check gives 0 for the checkpoint that the file was made from, and 1 for another one."""
     assert run(*ONNX).code == 0
     ran = _check(run)
     assert (ran.code, ran.err) == (0, "")
@@ -463,7 +463,7 @@ def _edited(change: Callable[[Any], Any]) -> None:
 
 
 def test_check_names_the_first_module(run: Run) -> None:
-    """A weight altered in the file is told by its module, in the table and in JSON."""
+    """If a weight in the file was changed, table and JSON name its module."""
     assert run(*ONNX).code == 0
 
     def alter(model: Any) -> None:
@@ -483,7 +483,7 @@ def test_check_names_the_first_module(run: Run) -> None:
 
 
 def test_check_what_cannot_be_compared(run: Run) -> None:
-    """2 where the file is broken, of an unknown opset, or has other inputs or shapes."""
+    """A broken file, an unknown opset, and other inputs or shapes have exit code 2."""
     assert run(*ONNX).code == 0
     ran = run("check", "o.onnx", "a.pt", "--model", "cli_networks:critic", "--input", "2x3x9x9")
     assert ran.code == 2
@@ -504,7 +504,7 @@ def test_check_what_cannot_be_compared(run: Run) -> None:
 
 
 def test_check_an_output_of_another_shape(run: Run) -> None:
-    """An output of another shape has no elements to compare."""
+    """An output of another shape has exit code 2, since no elements can be compared."""
     torch.save(torch.nn.Linear(3, 4).state_dict(), "l.pt")
     torch.save(torch.nn.Linear(3, 5).state_dict(), "m.pt")
     four = ["--model", "torch.nn:Linear", "--input", "2x3", "--model-kwargs"]
@@ -518,7 +518,7 @@ def test_check_an_output_of_another_shape(run: Run) -> None:
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["onnx", "--help"]])
 def test_help_and_version_do_not_import_torch(arguments: list[str]) -> None:
-    """They answer at once: neither torch nor onnx nor numpy is imported."""
+    """--help and --version import neither torch nor onnx nor numpy."""
     code = (
         "import sys\n"
         "from sn_export.cli import main\n"
@@ -593,7 +593,7 @@ _HANDLED = {
 
 @pytest.mark.parametrize("command", _HANDLED)
 def test_every_option_arrives(command: type[Any]) -> None:
-    """An option that a command does not handle itself is a keyword of what the command calls.
+    """Each option is used by its command, or is a keyword of what the command calls.
 
     It reaches inside, since an option with a misspelt name would be read and then dropped.
     """
@@ -609,7 +609,7 @@ def test_every_option_arrives(command: type[Any]) -> None:
 
 
 def test_defaults_are_those_of_export_onnx(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where an option is not given, the command exports as the function does.
+    """An option that is not given has the default of export_onnx.
 
     It reaches inside: both state their defaults for their readers.
     """
@@ -625,7 +625,7 @@ def test_defaults_are_those_of_export_onnx(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_progress_is_for_terminals_alone(tmp_path: Path) -> None:
-    """On a terminal the steps are shown on stderr; stdout holds JSON alone all the same."""
+    """On a terminal the steps are shown on stderr, and stdout holds JSON alone."""
     torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
     reader, terminal = pty.openpty()
     ran = subprocess.run(
@@ -643,7 +643,7 @@ def test_progress_is_for_terminals_alone(tmp_path: Path) -> None:
 
 
 def test_pipes_in_a_folder_of_cases(run: Run) -> None:
-    """Nobody writes into them: they are no cases, and no reason to wait."""
+    """Pipes in a folder are no cases, and are not waited for."""
     os.mkfifo("pipe.npz")
     ran = run("check", ".")
     assert (ran.code, ran.err) == (
@@ -653,7 +653,7 @@ def test_pipes_in_a_folder_of_cases(run: Run) -> None:
 
 
 def test_inputs_that_unpack_to_more(run: Run) -> None:
-    """A few kilobytes of an archive do not become gigabytes of inputs."""
+    """A small archive that would unpack to gigabytes of inputs is refused."""
     with zipfile.ZipFile("x.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("x.npy", bytes(2**28 + 1))
     ran = run("onnx", "a.pt", "--model", "cli_networks:critic", "--input-file", "x.npz", "-o", "o")
@@ -665,7 +665,7 @@ def test_inputs_that_unpack_to_more(run: Run) -> None:
 
 
 def test_a_whole_module_of_the_current_folder(run: Run, tmp_path: Path) -> None:
-    """With --trust-pickle its class is looked for where that of --model is."""
+    """With --trust-pickle the class of a pickled module is found in the current folder."""
     Path("own_nets.py").write_text("from torch import nn\nclass Net(nn.Linear): pass\n")
     code = "import torch, own_nets; torch.save(own_nets.Net(2, 2), 'whole.pt')"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path)

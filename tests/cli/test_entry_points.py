@@ -1,4 +1,4 @@
-"""What of a network is loaded, and what is called: --network, --submodule, --method."""
+"""The options --network, --submodule and --method: which module is loaded and which is called."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _OF_CRITIC = ("a.pt", "--model", "cli_networks:Scored", "--network", "critic")
     ],
 )
 def test_part(run: Run, options: tuple[str, ...], shape: str, first: str) -> None:
-    """The checkpoint goes into the attribute; what is called is exported, and checked, by name."""
+    """The checkpoint goes into --network; --submodule and --method are exported and checked."""
     options = (*_OF_CRITIC, *options, "--input", shape)
     ran = run("onnx", *options, "-o", "o.onnx", "--exporter", "torchscript")
     assert (ran.code, ran.err) == (0, "")
@@ -40,7 +40,7 @@ def test_part(run: Run, options: tuple[str, ...], shape: str, first: str) -> Non
 
 
 def test_part_that_is_not_there(run: Run) -> None:
-    """Exit code 2 and one message with what there is."""
+    """A module or method that is absent has exit code 2, and the message lists those there."""
     for options, message in (
         (("--method", "nope"), "--method='nope' is not there in Scored; it has features, forward"),
         (("--submodule", "nope"), "--submodule nope: there is no such module in Scored; it has "),
@@ -57,7 +57,7 @@ def test_part_that_is_not_there(run: Run) -> None:
 
 
 def test_networks_agree() -> None:
-    """The wrapper of these tests gives another answer than its critic."""
+    """The wrapper of these tests gives another answer than its critic, so a mix-up would show."""
     model, x = Scored().eval(), torch.randn(2, 3, 8, 8)
     assert isinstance(model.critic, Critic)
     assert not torch.equal(model(x), model.critic(x))

@@ -1,4 +1,4 @@
-"""What files say is shown escaped: tests look at the bytes that reach the terminal.
+"""Texts from files are shown escaped: the tests look at the bytes that reach the terminal.
 
 `print_note` and `table` are called inside, with texts that no file system takes for a name.
 """
@@ -26,7 +26,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("kind", HOSTILE)
 def test_nothing_unprintable_is_left(kind: str) -> None:
-    """The text is printable, can be encoded, is one line, and is not escaped a second time."""
+    """An escaped text is printable, encodable and one line; escaping it again changes nothing."""
     escaped = escape_unprintable(HOSTILE[kind])
     assert escaped.isprintable()
     assert escaped.encode().decode() == escaped
@@ -36,12 +36,12 @@ def test_nothing_unprintable_is_left(kind: str) -> None:
 
 @pytest.mark.parametrize("text", READABLE)
 def test_readable_text_stays(text: str) -> None:
-    """Letters of any script, markup and backslashes are shown as they are."""
+    """Letters of any script, markup and backslashes are shown unchanged."""
     assert escape_unprintable(text) == text
 
 
 def test_quotes_and_lines() -> None:
-    """Names are escaped within their quotes, very long ones shortened, and breaks closed up."""
+    """Names in quotes are escaped and shortened, and several lines become one."""
     assert quote_name("a\nb") == r"'a\nb'"
     assert quote_names(["a\x1b", Path("b")]) == r"'a\x1b', 'b'"
     assert quote_name("x" * 5000) == f"'{'x' * 500}...{'x' * 500}'"
@@ -51,7 +51,7 @@ def test_quotes_and_lines() -> None:
 @pytest.mark.parametrize("kind", HOSTILE)
 @pytest.mark.parametrize("command", ["inspect", "convert", "onnx"])
 def test_keys_of_a_checkpoint(command: str, kind: str, run: Run) -> None:
-    """A hostile key reaches neither stdout nor stderr raw, in tables, notes and errors."""
+    """A hostile key is escaped in tables, notes and errors."""
     weights = {"weight_orig": torch.eye(3, 2), "weight_u": torch.ones(3), "weight_v": torch.ones(2)}
     state = {f"{HOSTILE[kind]}.{key}": value for key, value in weights.items()}
     state[f"{HOSTILE[kind]}.weight_bar"] = state[f"{HOSTILE[kind]}.weight_u"]
@@ -68,14 +68,14 @@ def test_keys_of_a_checkpoint(command: str, kind: str, run: Run) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in HOSTILE if kind not in ("nul", "surrogate")])
 def test_names_of_files(kind: str, run: Run) -> None:
-    """A hostile file name is shown escaped as well."""
+    """A hostile file name is escaped too."""
     ran = run("inspect", HOSTILE[kind].replace("/", "_") + ".pt")
     assert ran.code == 2
     _require_clean(ran.out + ran.err)
 
 
 def test_markup_and_emoji_codes(capsys: pytest.CaptureFixture[str]) -> None:
-    """Cells and titles are text, which rich neither styles nor replaces."""
+    """Markup and emoji codes in cells and titles are shown as text."""
     table("[red]title[/red] :smile:", ["a"], [["[bold]b[/bold] :smile: [/]"], ["\x1b[1m"]])
     assert capsys.readouterr().out.splitlines() == [
         "[red]title[/red] :smile:",
@@ -88,13 +88,13 @@ def test_markup_and_emoji_codes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_note_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
-    """No text can begin a line that seems to be the tool's own."""
+    """A note is one line, so no text of a file can imitate a line of the tool."""
     print_note("a\nsn-export: b")
     assert capsys.readouterr().err == "sn-export: a\\nsn-export: b\n"
 
 
 def test_names_that_safetensors_cannot_hold(run: Run) -> None:
-    """A name that is no text in UTF-8 ends in a message, and no file is there."""
+    """A name that UTF-8 cannot hold ends in a message, and no file is written."""
     weights = {"weight_orig": torch.eye(3, 2), "weight_u": torch.ones(3), "weight_v": torch.ones(2)}
     torch.save({f"a\udc80.{key}": value for key, value in weights.items()}, "b.pt")
     ran = run("convert", "b.pt", "--to", "plain", "-o", "c.safetensors")

@@ -1,4 +1,4 @@
-"""Places where a command cannot write: one message, exit code 2, nothing changed."""
+"""Places where a command cannot write: exit code 2, one message, and nothing is changed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ENDS: dict[str, tuple[Callable[[Path], object], str]] = {
 @pytest.mark.parametrize("command", COMMANDS)
 @pytest.mark.parametrize("end", ENDS)
 def test_no_file_can_be_there(run: Run, command: str, end: str) -> None:
-    """Each command says the same of each kind of place, before the long work."""
+    """Every command refuses each kind of place with the same message, before the long work."""
     arguments, suffix = COMMANDS[command]
     make, reason = ENDS[end]
     target = Path(f"end{suffix}")
@@ -48,7 +48,7 @@ def test_no_file_can_be_there(run: Run, command: str, end: str) -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_name_that_is_too_long(run: Run, command: str) -> None:
-    """A name that the disk does not take is refused in the words of the disk."""
+    """A name that is too long is refused with the words of the disk."""
     arguments, suffix = COMMANDS[command]
     target = Path("x" * 256 + suffix)
     ran = run(*arguments, target)

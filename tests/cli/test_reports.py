@@ -1,4 +1,4 @@
-"""What ``sn-export onnx`` keeps beside the file: reports, cases, metadata, notes.
+"""What ``sn-export onnx`` writes beside the file: reports, cases, metadata and notes.
 
 `collect_warnings` is called inside, with warnings that no network gives on demand.
 """
@@ -34,7 +34,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 @pytest.mark.parametrize("suffix", ["html", "md", "json"])
 @pytest.mark.parametrize("failed", [False, True], ids=["passed", "failed"])
 def test_report(suffix: str, failed: bool, run: Run) -> None:
-    """Of each kind, saved where the proof failed too, with the command line in it."""
+    """A report of each format is written with the command line, also if the proof failed."""
     ran = run(*ONNX, "--report", f"r.{suffix}", *(EXACT if failed else ()))
     assert ran.code == int(failed)
     assert names() == (["a.pt"] if failed else ["a.pt", "o.onnx"]) + [f"r.{suffix}"]
@@ -52,7 +52,7 @@ def test_report(suffix: str, failed: bool, run: Run) -> None:
 
 
 def test_pictured_reports_have_true_sigma(run: Run) -> None:
-    """It is computed where a report is to be looked at, and modules are compared."""
+    """A report for people has the true sigma and compares the modules."""
     ran = run(*ONNX, "--report", "r.html", "--json")
     content = json.loads(ran.out)
     assert all(one["sigma_exact"] > 0 for one in content["frozen"])
@@ -60,7 +60,7 @@ def test_pictured_reports_have_true_sigma(run: Run) -> None:
 
 
 def test_per_module(run: Run) -> None:
-    """The table of modules is shown though all are equal."""
+    """--per-module shows the table of modules although all are equal."""
     ran = run(*ONNX, "--per-module")
     assert ran.code == 0
     assert "modules in network order" in ran.out
@@ -68,7 +68,7 @@ def test_per_module(run: Run) -> None:
 
 
 def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The proved file stays, and the message says so."""
+    """If the report cannot be written, the proved file stays, and the message says so."""
 
     def full(*args: Any, **options: Any) -> Path:
         raise OSError(28, "No space left on device")
@@ -84,7 +84,7 @@ def test_a_report_that_cannot_be_written(run: Run, monkeypatch: pytest.MonkeyPat
 
 
 def test_metadata_and_source(run: Run) -> None:
-    """Keys of one's own, and the hash of the checkpoint."""
+    """The file has the metadata asked for and the hash of the checkpoint."""
     ran = run(*ONNX, "--metadata", "run=42", "--metadata", "formula=a=b")
     assert ran.code == 0
     found = {entry.key: entry.value for entry in onnx.load("o.onnx").metadata_props}
@@ -93,7 +93,7 @@ def test_metadata_and_source(run: Run) -> None:
 
 
 def test_shards_have_no_single_source(run: Run) -> None:
-    """The hash of an index would say nothing of the weights, so there is none."""
+    """The hash of an index says nothing about the weights, so the file has no hash."""
     shards = {"one.safetensors": ["head."], "two.safetensors": ["body."]}
     state = trained_critic().state_dict()
     index: dict[str, str] = {}
@@ -160,7 +160,7 @@ BAD: dict[str, tuple[list[str], str]] = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_refused_before_anything_runs(name: str, run: Run) -> None:
-    """Exit code 2, one message, and no model is imported: there is none of this name."""
+    """Bad options have exit code 2 and one message before the model is imported."""
     np.savez("in.npz", np.zeros((2, 3, 8, 8), np.float32))
     Path("folder.md").mkdir()
     before = {path: path.read_bytes() for path in Path.cwd().iterdir() if path.is_file()}
@@ -172,7 +172,7 @@ def test_refused_before_anything_runs(name: str, run: Run) -> None:
 
 
 def test_suspects_and_folded_weights(run: Run) -> None:
-    """What the block does not know is told on stderr, and in JSON, which is alone on stdout."""
+    """Suspects and folded weights are in the JSON and in notes on stderr."""
     torch.save(Unknown().state_dict(), "u.pt")
     arguments = ["onnx", "u.pt", "--model", "cli_networks:Unknown", "--input", "2x3"]
     ran = run(*arguments, "-o", "u.onnx", "--json")
@@ -194,7 +194,7 @@ _WARNINGS = [name for name in sn_export.__all__ if name.endswith("Warning")]
 
 @pytest.mark.parametrize("name", _WARNINGS)
 def test_every_warning_of_ours_is_a_note(name: str) -> None:
-    """It is kept once, also where warnings are errors, as in the tests; others are not kept."""
+    """A warning of sn_export is kept once, also where warnings are errors; others are not kept."""
     with collect_warnings() as notes:
         for _ in range(2):
             warnings.warn("told", getattr(sn_export, name), stacklevel=1)
@@ -214,7 +214,7 @@ class Layer(nn.Linear):
 
 
 def test_what_is_left_out_of_the_file_is_a_note(run: Run) -> None:
-    """An output that no exporter sees is told in one line on stderr, and in JSON."""
+    """An output that no exporter sees is named in one note on stderr, and in the JSON."""
     Path("object_of_a_test.py").write_text(_WITH_AN_OBJECT)
     torch.save(torch.nn.Linear(3, 2).state_dict(), "l.pt")
     ran = run("onnx", "l.pt", "--model", "object_of_a_test:Layer", "--input", "2x3",
@@ -227,7 +227,7 @@ def test_what_is_left_out_of_the_file_is_a_note(run: Run) -> None:
 
 
 def test_what_the_model_prints_is_no_answer(run: Run) -> None:
-    """Prints of the factory and of the forward go to stderr."""
+    """Prints of factory and forward go to stderr."""
     torch.save(Unknown().state_dict(), "u.pt")
     arguments = ["onnx", "u.pt", "--model", "cli_networks:chatty", "--input", "2x3"]
     ran = run(*arguments, "-o", "u.onnx", "--json")
@@ -237,7 +237,7 @@ def test_what_the_model_prints_is_no_answer(run: Run) -> None:
 
 
 def test_exporters_tried_before(run: Run) -> None:
-    """Where the first exporter cannot, it is said why the file is the other's."""
+    """If the first exporter fails, a note gives its error."""
     torch.save(Unknown().state_dict(), "u.pt")
     arguments = ["onnx", "u.pt", "--model", "cli_networks:untraceable", "--input", "2x3"]
     ran = run(*arguments, "-o", "u.onnx", "--json")

@@ -1,4 +1,4 @@
-"""torch's own names of FSDP2's shards, which stand in one file: they are there, or it is said.
+"""The private names by which FSDP2's shards are reached, all in one file.
 
 It reaches inside for the names themselves.
 """
@@ -14,7 +14,7 @@ from sn_export.distributed.fsdp import units_of
 
 
 def test_a_state_that_is_not_known_is_refused() -> None:
-    """A torch that keeps its shards elsewhere gives a FreezeError that says so, and its version.
+    """If torch has moved a name, the FreezeError gives the name and the version of torch.
 
     No process group is needed to ask, so this reaches inside the wing.
     """

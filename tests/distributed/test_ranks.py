@@ -1,4 +1,4 @@
-"""Models on several ranks: torchrun starts them on loopback, and each case of theirs is a test."""
+"""Models on several ranks, which torchrun starts on loopback; each case is a test."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SECONDS = 240  # for all cases together; torch waits for a lost rank for 60
 
 @pytest.fixture(scope="session")
 def results(tmp_path_factory: pytest.TempPathFactory) -> functools.partial[dict[str, list[str]]]:
-    """What failed by case, once for each number of ranks in a run of the tests."""
+    """Return the failures by case; each number of ranks runs once in a run of the tests."""
     folder = tmp_path_factory.getbasetemp()
     if os.environ.get("PYTEST_XDIST_WORKER"):
         folder = folder.parent  # which the workers share
@@ -77,14 +77,14 @@ def _torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
     "case, ranks", [(case, 2) for case in rank_cases.CASES] + [(case, 4) for case in ON_FOUR]
 )
 def test_ranks(case: str, ranks: int, results: functools.partial[dict[str, list[str]]]) -> None:
-    """Each case, of which `rank_cases` says what it holds, passes on every rank."""
+    """Each case of `rank_cases`, whose docstring says what it holds, passes on every rank."""
     found = results(ranks)
     assert case in found, f"the ranks ended before '{case}'"
     assert not found[case], "\n".join(found[case])
 
 
 def test_recipe(tmp_path: Path) -> None:
-    """The script of the page on sharded models exports, and saves what a plain network loads."""
+    """The script of the page on sharded models exports, and a plain network loads what it saves."""
     script, model, state = SUPPORT.parent.parent / "recipes" / "sharded.py", "a.onnx", "plain.pt"
     done = _torchrun(2, str(script), str(tmp_path / model), str(tmp_path / state))
     assert done.returncode == 0, done.stderr[-4000:]
