@@ -1,4 +1,4 @@
-"""The pytest plugin: what the fixture does in somebody else's test files."""
+"""The pytest plugin: what the fixture does in the test files of a user."""
 
 from __future__ import annotations
 
@@ -52,19 +52,19 @@ def _run(
 
 
 def test_entry_point() -> None:
-    """The package tells pytest where the plugin is."""
+    """The package declares the plugin to pytest."""
     root = Path(__file__).resolve().parent.parent
     text = (root / "pyproject.toml").read_text()
     assert '[project.entry-points.pytest11]\nsn_export = "sn_export.pytest_plugin"\n' in text
 
 
 def test_exporters_are_those_of_export_onnx() -> None:
-    """The option takes what the function takes; it cannot be asked without importing torch."""
+    """--onnx-exporter takes the exporters of export_onnx, without importing torch."""
     assert set(EXPORTERS) == {"auto", *get_args(Exporter)}
 
 
 def test_it_exports_proves_and_restores(pytester: pytest.Pytester) -> None:
-    """The report comes back, the file is in tmp_path, the model is as it was."""
+    """The fixture returns the report, writes to tmp_path, and restores the model."""
     result = _run(
         pytester,
         """
@@ -87,7 +87,7 @@ def test_it_exports_proves_and_restores(pytester: pytest.Pytester) -> None:
 
 
 def test_failure_is_an_assertion_with_the_report(pytester: pytest.Pytester) -> None:
-    """The message says which output differs and by how much; no line of the plugin is shown."""
+    """A failed proof names output and error, and shows no line of the plugin."""
     result = _run(
         pytester,
         """
@@ -109,7 +109,7 @@ def test_failure_is_an_assertion_with_the_report(pytester: pytest.Pytester) -> N
 
 
 def test_no_line_of_the_package_is_shown(pytester: pytest.Pytester) -> None:
-    """What goes wrong is the message, whatever went wrong, with the line of the test."""
+    """Any failure shows the message and the line of the test, no line of the package."""
     test = """
     class Broken(nn.Linear):
         def forward(self, x):
@@ -131,7 +131,7 @@ def test_no_line_of_the_package_is_shown(pytester: pytest.Pytester) -> None:
 
 
 def test_other_errors_pass_through(pytester: pytest.Pytester) -> None:
-    """A wrong option is no failed parity."""
+    """An error other than a failed proof is raised unchanged."""
     result = _run(
         pytester,
         """
@@ -148,7 +148,7 @@ def test_other_errors_pass_through(pytester: pytest.Pytester) -> None:
 
 
 def test_a_test_may_choose_its_exporter(pytester: pytest.Pytester) -> None:
-    """The option of the command line is for those that do not."""
+    """The exporter that a test chooses precedes that of the command line."""
     result = _run(
         pytester,
         """
@@ -162,7 +162,7 @@ def test_a_test_may_choose_its_exporter(pytester: pytest.Pytester) -> None:
 
 
 def test_reports(pytester: pytest.Pytester) -> None:
-    """Each call leaves JSON, HTML and Markdown, passed or failed, found from the first folder."""
+    """Each call writes JSON, HTML and Markdown, passed or failed, below where pytest started."""
     result = _run(
         pytester,
         """
@@ -199,7 +199,7 @@ def test_reports(pytester: pytest.Pytester) -> None:
 
 
 def test_a_report_folder_that_cannot_be(pytester: pytest.Pytester) -> None:
-    """A file in its place is an error of use, told before any test runs."""
+    """A file in place of the report folder is refused before any test runs."""
     pytester.makefile(".txt", taken="")
     result = _run(pytester, "def test_it(): pass", "--onnx-report-dir=taken.txt")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
@@ -207,14 +207,14 @@ def test_a_report_folder_that_cannot_be(pytester: pytest.Pytester) -> None:
 
 
 def test_unknown_exporter(pytester: pytest.Pytester) -> None:
-    """The option names what it takes."""
+    """For an unknown exporter the message lists the known ones."""
     result = _run(pytester, "def test_it(): pass", exporter="jax")
     assert result.ret == pytest.ExitCode.USAGE_ERROR
     result.stderr.fnmatch_lines(["*--onnx-exporter*jax*dynamo*torchscript*"])
 
 
 def test_workers(pytester: pytest.Pytester) -> None:
-    """Under xdist every test has its own report, in one folder."""
+    """Under xdist every test has a report of its own in one folder."""
     pytest.importorskip("xdist", reason="pytest-xdist is not installed")
     pytester.makepyfile(
         test_them=HEAD
@@ -235,7 +235,7 @@ def test_workers(pytester: pytest.Pytester) -> None:
 
 
 def test_starting_pytest_imports_no_torch(pytester: pytest.Pytester) -> None:
-    """Tests that do not use the fixture do not wait for torch."""
+    """pytest starts without importing torch."""
     pytester.makepyfile(
         """
         import sys
@@ -253,7 +253,7 @@ def test_starting_pytest_imports_no_torch(pytester: pytest.Pytester) -> None:
     ["tests/test_a.py::test_b[x/../y]", "t.py::test[é\n<>:|?*]", "t.py::test[" + "x" * 500 + "]"],
 )
 def test_names_are_safe(nodeid: str, tmp_path: Path) -> None:
-    """Letters, digits, - and _ alone, short, and another name for another test."""
+    """The name of a report is short, of letters, digits, - and _, and differs between tests."""
     name = report_name(nodeid)
     assert name.isascii()
     assert name.replace("-", "").replace("_", "").isalnum()

@@ -1,4 +1,4 @@
-"""The page of a checkpoint: stored beside true sigma, and what the file says only as text."""
+"""The page of ``sn-export inspect``: stored sigma beside the true one, and names as text."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 @pytest.mark.parametrize("layers", [2, 25])
 def test_page_and_content(run: Run, layers: int) -> None:
-    """The page has the sigma of every layer, beyond 20 with an overview; JSON is that of --json."""
+    """The page has every layer's sigma, past 20 with an overview; its JSON is that of --json."""
     net = nn.Sequential(*(spectral_norm(nn.Linear(3, 4)) for _ in range(layers)))
     torch.save(net.state_dict(), "net.pt")
     ran = run("inspect", "net.pt", "--report", "net.html", "--json")
@@ -48,7 +48,7 @@ def test_page_and_content(run: Run, layers: int) -> None:
     ],
 )
 def test_what_cannot_be_written(run: Run, options: tuple[str, ...], message: str) -> None:
-    """Exit code 2 and one message before the checkpoint is read."""
+    """A report that cannot be written has exit code 2 before the checkpoint is read."""
     for name in ("net.pt", "net.onnx"):
         Path(name).write_bytes(b"")
     ran = run("inspect", *options)
@@ -56,7 +56,7 @@ def test_what_cannot_be_written(run: Run, options: tuple[str, ...], message: str
 
 
 def hostile() -> dict[str, Any]:
-    """Return the content for a file whose names are markup."""
+    """Return the content of a file whose names are markup."""
     layer = {
         "module": NASTY,
         "tensor": "weight",
@@ -75,7 +75,7 @@ def hostile() -> dict[str, Any]:
 
 
 def test_names_are_only_text() -> None:
-    """Nothing that a file says is markup; what is missing in the content is named."""
+    """No name in a file becomes markup, and a missing key of the content is named."""
     page = inspection_to_html(hostile())
     assert "<script>" not in page and "<img" not in page
     with pytest.raises(ValueError, match="layers"):
@@ -84,6 +84,6 @@ def test_names_are_only_text() -> None:
 
 @pytest.mark.skipif(BROWSER is None, reason="no Chromium on PATH")
 def test_on_a_phone(tmp_path: Path) -> None:
-    """Nothing is wider than the page, and every text has contrast."""
+    """On a phone nothing is wider than the page, and every text has contrast."""
     found = look(inspection_to_html(hostile()), tmp_path, width=390)
     assert found["width"] <= 390 and found["poor"] == []

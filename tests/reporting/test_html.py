@@ -1,4 +1,4 @@
-"""The HTML report: its text, and what a browser shows of it."""
+"""The HTML report: its text, and what a browser shows."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ VOID = {"meta", "br", "wbr", "img", "link"}
 
 
 class _Page(HTMLParser):
-    """The elements of a page; fails where one is not closed in its place."""
+    """Parses a page; fails if an element is not closed in its place."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Page(HTMLParser):
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_the_page_stands_alone(passed: bool) -> None:
-    """No script, no link, no address of the network; every element is closed."""
+    """The page has no script, no link and no address, and closes every element."""
     page = to_html(content(passed))
     parsed = _Page(page)
     assert not {"script", "link", "img", "iframe", "object"} & set(parsed.tags)
@@ -70,7 +70,7 @@ def test_the_page_stands_alone(passed: bool) -> None:
 
 
 def test_ids_are_unique_and_charts_have_names() -> None:
-    """Each drawing says what it is to those who do not see it."""
+    """No id is used twice, and every drawing has a name for screen readers."""
     parsed = _Page(to_html(content(False)))
     ids = [value for name, value in parsed.attributes if name == "id"]
     assert len(ids) == len(set(ids))
@@ -93,7 +93,7 @@ def test_names_are_only_text(passed: bool) -> None:
 def test_nothing_unprintable_in_a_page(
     passed: bool, write: Callable[[Any], str], kind: str, tmp_path: Path
 ) -> None:
-    """Control and bidirectional characters and lone surrogates are escaped wherever they stand."""
+    """Control characters, bidirectional marks and lone surrogates are escaped everywhere."""
     text = HOSTILE[kind]
     given = content(
         passed,
@@ -114,7 +114,7 @@ def test_nothing_unprintable_in_a_page(
 
 
 def test_verdict_comes_first() -> None:
-    """Before any number the page says whether the file is proved, and why if not."""
+    """Before any number the page says whether the file is proved, and why not."""
     good, bad = (to_html(content(passed)) for passed in (True, False))
     assert "Proved: both outputs are within tolerance on 6 input sets" in good
     assert "Not proved: 1 of 2 outputs is outside tolerance on 6 input sets" in bad
@@ -123,7 +123,7 @@ def test_verdict_comes_first() -> None:
 
 
 def test_the_comparison_alone() -> None:
-    """A page of a ParityReport has its outputs and no part about a file or frozen layers."""
+    """The page of a ParityReport has its outputs, and no part about a file or frozen layers."""
     for given in (content()["parity"], {"parity": content()["parity"]}):
         page = to_html(given)
         assert "Proved: both" in page and "histogram-" in page
@@ -132,7 +132,7 @@ def test_the_comparison_alone() -> None:
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_model_target_and_inputs(passed: bool) -> None:
-    """A page of a failure names model and target too; inputs say which dimensions vary."""
+    """The page of a failure names model and target too, and the dimensions of inputs that vary."""
     page = to_html(content(passed, "image"))
     assert '<h1>sn_export · <span class="name">Critic</span>' in page
     assert ("critic.onnx, which was not written" in page) is not passed
@@ -143,7 +143,7 @@ def test_model_target_and_inputs(passed: bool) -> None:
 
 
 def test_no_table_is_repeated_as_metadata() -> None:
-    """What the file says of sigma and versions is in tables of the page already."""
+    """Sigma and versions, which have tables, are not repeated among the metadata."""
     own = {"sn_export.exporter": "dynamo", "run": "42"}
     repeated = {"sn_export.frozen": '{"a": 1.25}', "sn_export.versions": '{"torch": "2"}'}
     page = to_html(content(metadata={**own, **repeated}))
@@ -154,7 +154,7 @@ def test_no_table_is_repeated_as_metadata() -> None:
 
 
 def test_modules_that_were_not_compared() -> None:
-    """There is no part about them."""
+    """If modules were not compared, the page has no part about them."""
     given = content()
     given["parity"]["modules"] = []
     assert "Modules" not in to_html(given)
@@ -162,7 +162,7 @@ def test_modules_that_were_not_compared() -> None:
 
 @pytest.mark.parametrize("exact", [True, False])
 def test_sigma_is_shown_where_there_is_one(exact: bool) -> None:
-    """A column that no tensor has a value for is left out."""
+    """A column without values is left out."""
     norm = {name: frozen("a")[name] for name in ("module", "tensor", "shape", "dtype")}
     weight_norm = {**norm, "kind": "weight_norm", "is_applied": True}
     page = to_html(content(frozen=[weight_norm]))
@@ -175,7 +175,7 @@ def test_sigma_is_shown_where_there_is_one(exact: bool) -> None:
 
 
 def test_attempts_and_folding_are_told() -> None:
-    """What was tried before and what was folded, in words."""
+    """The page says which exporter was tried before, and what was folded."""
     page = to_html(
         content(
             attempts=[{"exporter": "dynamo", "error": "no 5-D pixel_shuffle"}],
@@ -198,7 +198,7 @@ def test_attempts_and_folding_are_told() -> None:
     ids=["not finite", "scalar", "no histogram", "only NaN", "wide"],
 )
 def test_unusual_outputs(values: dict[str, Any]) -> None:
-    """NaN, infinity, scalars and empty parts do not stop a report of a failure."""
+    """The report of a failure takes NaN, infinity, scalars and empty parts."""
     given = content()
     given["parity"]["outputs"] = [output(**values)]
     _Page(to_html(given))
@@ -224,7 +224,7 @@ def test_unusual_charts(error: Any, sigma: Any) -> None:
     ],
 )
 def test_what_is_no_report(given: Any, message: str) -> None:
-    """The error says what was found."""
+    """A value that is no report is refused with the type or keys found."""
     with pytest.raises(TypeError, match=message):
         to_html(given)
 
@@ -232,7 +232,7 @@ def test_what_is_no_report(given: Any, message: str) -> None:
 @pytest.mark.parametrize("write", [to_html, to_markdown])
 @pytest.mark.parametrize("key", ["max_abs", "reason", "passed"])
 def test_what_is_missing_is_named(key: str, write: Callable[[Any], str]) -> None:
-    """Broken content is told by the key that it lacks."""
+    """A key that is missing in the content is named."""
     given = content()
     del given["parity"]["outputs"][0][key]
     with pytest.raises(ValueError, match=f"not the content of a report: .*'{key}'"):
@@ -240,7 +240,7 @@ def test_what_is_missing_is_named(key: str, write: Callable[[Any], str]) -> None
 
 
 def test_saving(tmp_path: Path) -> None:
-    """A report of a real export as all three, with the hash of the file; nothing is left over."""
+    """A real report is saved in three formats with the hash of the file; nothing else is left."""
     report = export_onnx(
         small_net("hook"), images(), tmp_path / "net.onnx", exporter="torchscript", sigma_exact=True
     )
@@ -260,7 +260,7 @@ def test_saving(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("external", [True, False])
 def test_hash_of_external_data(tmp_path: Path, external: bool) -> None:
-    """Data beside the file counts if the file names it, not if an earlier export left it."""
+    """Data beside the file are hashed if the file names them, not if an old export did."""
     path = tmp_path / "net.onnx"
     (tmp_path / "net.onnx.data").write_bytes(b"old")
     export_onnx(
@@ -285,7 +285,7 @@ def test_hash_of_external_data(tmp_path: Path, external: bool) -> None:
 def test_saving_where_it_cannot_be(
     tmp_path: Path, name: str, error: type[Exception], message: str
 ) -> None:
-    """One clear error, and no file."""
+    """A place that cannot be written ends in one clear error, and no file."""
     (tmp_path / "folder.md").mkdir()
     with pytest.raises(error, match=message):
         save_report(content(), tmp_path / name)
@@ -293,7 +293,7 @@ def test_saving_where_it_cannot_be(
 
 
 def test_saving_to_what_is_no_path() -> None:
-    """It is refused as such."""
+    """A value that is no path is refused."""
     with pytest.raises(TypeError, match="path must be the path of a file, got None"):
         save_report(content(), None)  # type: ignore[arg-type]
 
@@ -303,7 +303,7 @@ def test_saving_to_what_is_no_path() -> None:
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1000])
 def test_in_a_browser(tmp_path: Path, passed: bool, dark: bool, width: int) -> None:
-    """On a phone and a desk, in light and dark, all is there, can be read, and fits the width."""
+    """On phone and desk, light and dark, everything is there, readable and within the width."""
     seen = look(to_html(content(passed)), tmp_path, width, dark)
     assert seen["width"] <= width
     assert seen["cut"] == []
@@ -325,7 +325,7 @@ def test_in_a_browser(tmp_path: Path, passed: bool, dark: bool, width: int) -> N
 
 @needs_browser
 def test_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
-    """Names that are markup are read as text."""
+    """A browser shows names that are markup as text."""
     seen = look(to_html(content(False, NASTY)), tmp_path, 360)
     assert "owned" not in seen["title"]
     assert "<script>document.title='owned'</script>" in seen["text"]
@@ -334,7 +334,7 @@ def test_names_do_nothing_in_a_browser(tmp_path: Path) -> None:
 
 @needs_browser
 def test_many_modules_in_a_browser(tmp_path: Path) -> None:
-    """A network of 300 modules keeps one bar for each, in order, the long table closed."""
+    """With 300 modules the chart has one bar for each, in order, and the long table is closed."""
     given = content(False)
     given["parity"]["modules"] = [module(f"m{i}", i < 200) for i in range(300)]
     given["parity"]["first_divergent"] = "m200"
@@ -347,7 +347,7 @@ def test_many_modules_in_a_browser(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("sigma", [None, "inf", 0.0])
 def test_many_sigmas_that_are_no_numbers(sigma: Any) -> None:
-    """The overview of what cannot be measured stops no report."""
+    """The overview takes sigma that is NaN or infinite."""
     for exact in (None, "inf", 0.0, 1.0):
         many = [frozen(f"m{i}", sigma=sigma, sigma_exact=exact) for i in range(30)]
         _Page(to_html(content(frozen=many)))
@@ -356,7 +356,7 @@ def test_many_sigmas_that_are_no_numbers(sigma: Any) -> None:
 @pytest.mark.parametrize("count", [20, 21, 60])
 @pytest.mark.parametrize("exact", [None, 1.5])
 def test_many_rows_have_an_overview(count: int, exact: float | None) -> None:
-    """Beyond 20 layers or modules a strip and the worst are shown, and the charts are closed."""
+    """Past 20 layers or modules the charts are closed, and an overview and the worst are shown."""
     given = content(False)
     given["frozen"] = [frozen(f"m{i}", sigma=1 + i / 100, sigma_exact=exact) for i in range(count)]
     given["parity"]["modules"] = [module(f"m{i}", i != 7) for i in range(count)]
@@ -385,7 +385,7 @@ def test_sixty_layers_make_a_short_page(tmp_path: Path) -> None:
 
 @needs_browser
 def test_a_phone_shows_the_end_of_a_long_path(tmp_path: Path) -> None:
-    """Paths that begin alike are told apart, and no number on a scale loses a digit."""
+    """On a phone paths that begin alike can be told apart, and scales lose no digit."""
     given = content(False)
     path = "discriminator_blocks_with_long_names"
     given["parity"]["modules"] = [module(f"{path}.{i}.0", i < 4) for i in range(9)]
@@ -396,7 +396,7 @@ def test_a_phone_shows_the_end_of_a_long_path(tmp_path: Path) -> None:
 
 @needs_browser
 def test_picture_and_print(tmp_path: Path) -> None:
-    """It can be drawn and printed, and in print the closed tables are open."""
+    """The page can be drawn and printed, and in print the closed tables are open."""
     given = content()
     assert screenshot(to_html(given), tmp_path).startswith(b"\x89PNG")
     short = printed(to_html(given), tmp_path)

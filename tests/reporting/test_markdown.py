@@ -1,4 +1,4 @@
-"""The Markdown report: short, and no name in it is more than text."""
+"""The Markdown report: it is short, and names in it are text."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def _html(text: str) -> str:
 
 
 def test_passed() -> None:
-    """Verdict, outputs, frozen layers, versions and hash are all there."""
+    """The report of a success has verdict, outputs, frozen layers, versions and hash."""
     text = to_markdown(content())
     assert text.startswith(
         "### ✅ Proved: both outputs are within tolerance on 6 input sets\n\n| output |"
@@ -32,7 +32,7 @@ def test_passed() -> None:
 
 
 def test_failed() -> None:
-    """The reason and the first module to differ come before the tables."""
+    """In the report of a failure the reason and the first module to differ precede the tables."""
     text = to_markdown(content(False))
     assert text.startswith("### ❌ Not proved: 1 of 2 outputs is outside tolerance")
     assert text.index("49 of 3136 elements") < text.index("| output |")
@@ -43,7 +43,7 @@ def test_failed() -> None:
 
 
 def test_it_is_short() -> None:
-    """Whatever the size of the network, it stays far below the 1 MiB of a job summary."""
+    """Whatever the size of the network, the report is far below the 1 MiB of a job summary."""
     given = content(False)
     names = [f"m{i}" for i in range(3000)]
     given["frozen"] = [frozen(name) for name in names]
@@ -90,13 +90,13 @@ def test_names_are_only_text(kind: str, passed: bool) -> None:
 
 
 def test_addresses_are_no_links() -> None:
-    """GitHub makes links of addresses in text; those of a file are not ours to offer."""
+    """An address in a file's text becomes no link on GitHub."""
     text = to_markdown(content(False, notes=["see https://evil.example and www.evil.example"]))
     assert r"see https\://evil.example and www\.evil.example" in text
 
 
 def test_everything_is_one_line_of_a_table() -> None:
-    """GitHub draws each table with as many cells as its head."""
+    """Every row of a table has as many cells as its head."""
     html = _html(to_markdown(content(False, NASTY)))
     for table in re.findall(r"<table>.*?</table>", html, re.DOTALL):
         rows = re.findall(r"<tr>(.*?)</tr>", table, re.DOTALL)
@@ -105,7 +105,7 @@ def test_everything_is_one_line_of_a_table() -> None:
 
 
 def test_verdicts_by_rounding_and_notes_are_shown() -> None:
-    """A verdict that asked the truth, and the notes of the proof, are on the page."""
+    """Verdicts that were decided in float64, and the notes of the proof, are shown."""
     distance = {"rms": 1e-4, "p99": 2e-4, "max": 3e-4}
     rounding = {
         **dict.fromkeys(("model", "file", "expected"), distance),

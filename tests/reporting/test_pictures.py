@@ -1,4 +1,4 @@
-"""Samples of pictures and sound: from the outputs of a proof to what the page shows."""
+"""Samples of pictures and sound: from the outputs of a proof to the page."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sn_export.results import Picture
 
 
 class Seen(nn.Module):
-    """Gives pictures, sound, and what is neither."""
+    """Returns pictures, sound, and an output that is neither."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ def shown(expected: Tensor, got: Tensor) -> tuple[Picture, ...]:
 
 
 def test_what_looks_like_it_is_shown(tmp_path: Path) -> None:
-    """Pictures and sound are found, or named; they are in the JSON, in the page, and in no text."""
+    """Pictures and sound are found or named; they are in JSON and page, and not in printed text."""
     x = torch.randn(2, 3)
     report = export_onnx(Seen(), (x,), tmp_path / "net.onnx", exporter="torchscript")
     kinds = [[picture.kind for picture in one.pictures] for one in report.parity.outputs]
@@ -84,7 +84,7 @@ def test_the_bytes_are_those_of_the_output() -> None:
 
 @pytest.mark.parametrize("place", [0, 777, 999])
 def test_no_error_is_lost_in_a_large_output(place: int) -> None:
-    """One wrong pixel, and one wrong number of a sound, is seen in what is made smaller."""
+    """One wrong pixel, or one wrong number of a sound, shows also where the sample is reduced."""
     picture, sound = torch.rand(1, 1, 1000, 1000), torch.randn(1, 1, 100_000)
     for wanted, at in ((picture, (0, 0, place, place)), (sound, (0, 0, 100 * place))):
         got = wanted.clone()
@@ -97,7 +97,7 @@ def test_no_error_is_lost_in_a_large_output(place: int) -> None:
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("shape", [(1, 1, 9, 9), (1, 1, 99)])
 def test_no_numbers(value: float, shape: tuple[int, ...]) -> None:
-    """NaN and infinities, in the model or the file, are shown as an error; no error is none."""
+    """NaN and infinities in model or file are shown as an error, and no error as none."""
     wanted = torch.rand(shape)
     broken = wanted.clone()
     broken.view(-1)[4] = value
@@ -110,7 +110,7 @@ def test_no_numbers(value: float, shape: tuple[int, ...]) -> None:
 
 
 def test_the_worst_sample_is_shown() -> None:
-    """Where a sample beyond the first ones fails, it takes the place of the last."""
+    """If a sample past the first ones fails, it is shown instead of the last of them."""
     wanted = torch.rand(9, 1, 8, 8)
     got = wanted.clone()
     got[7] += 1
@@ -128,7 +128,7 @@ def test_the_worst_sample_is_shown() -> None:
     ],
 )
 def test_images_that_cannot_be(tmp_path: Path, images: Any, error: Any, message: str) -> None:
-    """What is no output, no picture and no list is refused before anything is exported."""
+    """--images that names no output, no picture or is no list is refused before the export."""
     with pytest.raises(error, match=message):
         export_onnx(Seen(), (torch.randn(2, 3),), tmp_path / "net.onnx", images=images)
     assert not list(tmp_path.iterdir())
@@ -153,7 +153,7 @@ def page_content(picture: Picture, **changes: Any) -> dict[str, Any]:
     ],
 )
 def test_bytes_that_are_none(changes: dict[str, Any]) -> None:
-    """A picture of a report from elsewhere is bytes of its size, or the report is refused."""
+    """A report with a picture whose bytes do not suit its size is refused."""
     (picture,) = shown(torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8))
     assert re.search("<img", to_html(page_content(picture)))
     with pytest.raises(ValueError, match="not the content of a report"):

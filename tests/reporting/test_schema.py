@@ -1,4 +1,4 @@
-"""The JSON of a report is what its schema says, which is part of the package."""
+"""The JSON of a report follows the schema that the package ships."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ from sn_export.results import (
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    """The schema as it is shipped."""
+    """Return the schema that the package ships."""
     return json.loads((resources.files("sn_export.reporting") / "report.schema.json").read_text())
 
 
 @pytest.mark.parametrize("passed", [True, False])
 def test_contents_of_tests_follow_the_schema(schema: Any, passed: bool) -> None:
-    """What the tests of the pages show is what reports hold."""
+    """The contents that the tests of the pages use follow the schema."""
     jsonschema.validate(report_content(passed), schema)
 
 
 def test_schema_is_sound(schema: Any) -> None:
-    """The schema follows its own rules, and is of the version that reports give."""
+    """The schema is valid itself, and has the version that reports state."""
     jsonschema.Draft202012Validator.check_schema(schema)
     assert schema["properties"]["schema"]["const"] == REPORT_SCHEMA
 
@@ -58,7 +58,7 @@ def test_schema_is_sound(schema: Any) -> None:
 def test_report_follows_the_schema(
     tmp_path: Path, schema: Any, exporter: str, per_module: bool
 ) -> None:
-    """A report is valid, with and without modules."""
+    """A report follows the schema, with and without modules."""
     report = export_onnx(
         small_net("hook"),
         images(),
@@ -75,7 +75,7 @@ def test_report_follows_the_schema(
 
 
 def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
-    """The report of a failure, with NaN and infinities, is valid too."""
+    """The report of a failure with NaN and infinities follows the schema."""
     report = export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="torchscript")
     with pytest.raises(ParityError) as caught:
         export_onnx(Liar(), rows(), tmp_path / "no.onnx", exporter="torchscript")
@@ -99,7 +99,7 @@ def test_failed_report_follows_the_schema(tmp_path: Path, schema: Any) -> None:
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_inputs_of_the_file(tmp_path: Path, exporter: str) -> None:
-    """Each has its name, dtype and shape, in which a dimension that varies has its name."""
+    """Each input has its name, dtype and shape, with the names of dimensions that vary."""
     report = export_onnx(
         small_net("hook"),
         images(),
@@ -114,7 +114,7 @@ def test_inputs_of_the_file(tmp_path: Path, exporter: str) -> None:
 
 
 def test_printed_reports_are_short(tmp_path: Path) -> None:
-    """A report printed is its verdict, what made the file, and a line for each output."""
+    """A printed report is its verdict, what made the file, and a line for each output."""
     report = export_onnx(small_net("hook"), images(), tmp_path / "a.onnx", exporter="torchscript")
     verdict, *outputs = str(report).splitlines()
     assert verdict.startswith(f"proved: {tmp_path / 'a.onnx'} (opset ")
@@ -143,14 +143,14 @@ def test_printed_reports_are_short(tmp_path: Path) -> None:
     ],
 )
 def test_every_field_is_described(schema: Any, kind: Any, place: str) -> None:
-    """The schema has exactly the fields of the data, and asks for all of them."""
+    """The schema has exactly the fields of the records, and requires all of them."""
     fields = {field.name for field in dataclasses.fields(kind)}
     described = schema["$defs"][place]
     assert set(described["properties"]) == set(described["required"]) == fields
 
 
 def test_every_field_of_the_report_is_described(schema: Any) -> None:
-    """So it is with the report itself, and with what parity adds to its fields."""
+    """The schema has the fields of the report too, and those that its JSON adds."""
     fields = {field.name for field in dataclasses.fields(ExportReport)} - {"onnx_program"}
     top = fields | {"schema", "target"}
     assert set(schema["required"]) == top
