@@ -25,19 +25,6 @@ _TRIED = 20  # names from which prefixes are guessed
 _NEAR = 0.75  # similarity of two names from which one may be a misspelt other
 
 
-@dataclass(frozen=True)
-class Fitted:
-    """A state dict whose names were made those of a model.
-
-    Attributes:
-        state: the state dict.
-        notes: sentences about what was changed.
-    """
-
-    state: StateDict
-    notes: tuple[str, ...] = ()
-
-
 def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the keys of each tensor of the plain network, several if it is reparametrized.
 
@@ -75,7 +62,7 @@ def measure_overlap(state: StateDict, wanted: Mapping[str, Any]) -> tuple[int, i
 
 def fit_names(
     state: StateDict, wanted: Mapping[str, Any], model: str, prefix: str | None
-) -> Fitted:
+) -> tuple[StateDict, tuple[str, ...]]:
     """Return ``state`` without the prefixes that keep its names from fitting a model.
 
     Names that fit are not changed. Otherwise the parts that wrappers put into names are removed
@@ -88,12 +75,16 @@ def fit_names(
         model: name of the model in messages.
         prefix: the common prefix; None to find it.
 
+    Returns:
+        The state dict, which is ``state`` itself if its names fit, and sentences about what was
+        changed.
+
     Raises:
         CheckpointError: if several prefixes fit, or no name starts with ``prefix``.
     """
     have, want = plain_names(state.tensors), set(plain_names(wanted))
     if prefix is None and want <= set(have):
-        return Fitted(state)
+        return state, ()
     readings = _readings(have)
     if prefix is None:
         scores = [_best_prefix(names.values(), want, model) for names in readings]
@@ -102,7 +93,7 @@ def fit_names(
         names, (prefix, covered, _) = readings[best], scores[best]
         # If nothing fits, the wrappers' parts are removed still: the model may know its old names.
         if len(want & set(have)) >= covered and (covered or readings[0] == readings[1]):
-            return Fitted(state)
+            return state, ()
     else:
         names = _reading_with(readings, prefix, want)
     notes = []
@@ -122,7 +113,7 @@ def fit_names(
             + (f", and left out {format_count(left, 'other')}" if left else "")
         )
     tensors = {new: state.tensors[old] for old, new in renamed.items()}
-    return Fitted(StateDict(state.path, tensors, _versions(state, prefix)), tuple(notes))
+    return StateDict(state.path, tensors, _versions(state, prefix)), tuple(notes)
 
 
 def _reading_with(readings: list[dict[str, str]], prefix: str, want: set[str]) -> dict[str, str]:

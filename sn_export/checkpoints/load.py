@@ -231,10 +231,9 @@ def _readings(
     """
     if prefix is None:
         yield _Reading(state)
-    fitted = fit_names(state, wanted, type(model).__name__, prefix)
-    named = _Reading(fitted.state, fitted.notes)
+    named = _Reading(*fit_names(state, wanted, type(model).__name__, prefix))
     require_fitting(dims, named.sites(), named.state.tensors)
-    if fitted.state is not state or prefix is not None:
+    if named.state is not state or prefix is not None:
         yield named
     renamed = refused[-1][1].renamed
     if renamed is not None and renamed.keys() != set(named.state.tensors):

@@ -196,7 +196,7 @@ def _import(name: str) -> ModuleType:
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
-        if error.name not in accumulate(name.split("."), "{}.{}".format):  # a, a.b, a.b.c
+        if error.name not in [*accumulate(name.split("."), "{}.{}".format)]:  # a, a.b, a.b.c
             raise UsageError(f"importing '{name}' raised {error}") from error
         there = ", ".join(_modules(Path.cwd())) or "none"
         raise UsageError(

@@ -15,7 +15,6 @@ from ..running import undo_on_exit
 from .fsdp import Unit, units_of
 
 Take = Callable[[Site, "Unit | None"], None]
-Failure = tuple[str, str, str]  # the tensor, the reason and the remedy of a FreezeError
 
 
 def sharded_units(model: nn.Module) -> dict[int, Unit]:
@@ -133,24 +132,22 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
     Raises:
         FreezeError: that of the lowest rank on which something failed, the same on every rank.
     """
-    failed: dict[int, Failure] = {}
-    if error is not None:
-        failed[dist.get_rank()] = _describe(error, path)
+    failed: dict[int, FreezeError] = {}
+    if isinstance(error, FreezeError):
+        failed[dist.get_rank()] = error
+    elif error is not None:
+        reason = f"it raised {type(error).__name__}: {error}"
+        remedy = "The other ranks have left the block with this error too"
+        failed[dist.get_rank()] = FreezeError(path, reason, remedy)
     for mesh in meshes:
         for group in mesh.get_all_groups():
-            everyone: list[dict[int, Failure]] = [{} for _ in range(dist.get_world_size(group))]
+            everyone: list[dict[int, FreezeError]] = [{} for _ in range(dist.get_world_size(group))]
             dist.all_gather_object(everyone, failed, group=group)
-            failed = {rank: told for one in everyone for rank, told in one.items()}
+            failed = {rank: found for one in everyone for rank, found in one.items()}
     if failed:
         rank = min(failed)
-        raise FreezeError(*failed[rank], rank=rank) from error
-
-
-def _describe(error: Exception, path: str) -> Failure:
-    if isinstance(error, FreezeError):
-        return error.tensor, error.reason, error.remedy
-    reason = f"it raised {type(error).__name__}: {error}"
-    return path, reason, "The other ranks have left the block with this error too"
+        first = failed[rank]
+        raise FreezeError(first.tensor, first.reason, first.remedy, rank) from error
 
 
 def meshes_of(units: dict[int, Unit]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class RankPlanner(Planner):
         self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw, stride)
 
 
+@dataclass(frozen=True, eq=False)
 class _Shard:
     """This rank's part of a frozen weight: a DTensor, or the whole weight if it is not sharded.
 
@@ -97,19 +99,11 @@ class _Shard:
         stride: that of the whole weight, if it does not lie row by row; None if it does.
     """
 
-    def __init__(
-        self,
-        tensor: Tensor,
-        memory: Tensor | None = None,
-        param: Any = None,
-        raw: Sequence[tuple[Any, Any]] = (),
-        stride: tuple[int, ...] | None = None,
-    ) -> None:
-        self.tensor = tensor
-        self.memory = memory
-        self.param = param
-        self.raw = raw
-        self.stride = stride
+    tensor: Tensor
+    memory: Tensor | None = None
+    param: Any = None
+    raw: Sequence[tuple[Any, Any]] = ()
+    stride: tuple[int, ...] | None = None
 
 
 class ShardedPlan(Plan):
