@@ -93,13 +93,13 @@ class Checkpoint:
         found = self.state_dicts()
         what = quote_name(self.path)
         if not found:
-            raise CheckpointError(f"{what} holds no state dict: {_describe(self.content)}")
+            raise CheckpointError(f"{what} holds no state dict: {_describe_content(self.content)}")
 
         def candidates(of: Iterable[StateDict]) -> str:
             return describe_candidates(of, describe)
 
         if key is not None:
-            named = [one for one in found if one.key == key] or list(_under(self.content, key))
+            named = [one for one in found if one.key == key] or list(_follow_key(self.content, key))
             if not named:
                 near = get_close_matches(key, [one.key for one in found], 1)
                 raise CheckpointError(
@@ -143,7 +143,7 @@ def _search(node: Any, path: tuple[str, ...], barren: dict[int, int]) -> Iterato
     if barren.get(id(node), _DEPTH + 1) <= len(path):
         return
     is_barren = True
-    for name, value in _inner(mapping):
+    for name, value in _list_inner(mapping):
         for found in _search(value, (*path, name), barren):
             is_barren = False
             yield found
@@ -169,14 +169,14 @@ def as_mapping(node: Any) -> Mapping[Any, Any] | None:
     return node if isinstance(node, Mapping) else None
 
 
-def _inner(node: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
+def _list_inner(node: Mapping[Any, Any]) -> Iterator[tuple[str, Any]]:
     values = node.others if isinstance(node, LazyTensors) else node
     for name, value in values.items():
         if isinstance(name, str) and not name.endswith("_extra_state"):
             yield name, value
 
 
-def _under(node: Any, key: str) -> Iterator[StateDict]:
+def _follow_key(node: Any, key: str) -> Iterator[StateDict]:
     """Yield each state dict that ``key`` can lead to: a single key may itself have dots.
 
     Example: ``"net.0"`` leads to ``{"net": {"0": state}}`` and to ``{"net.0": state}``.
@@ -189,7 +189,7 @@ def _under(node: Any, key: str) -> Iterator[StateDict]:
             continue
         if not rest and _is_state_dict(mapping) and not isinstance(node, (list, tuple)):
             yield StateDict(path, mapping, getattr(mapping, "_metadata", None))
-        for name, value in _inner(mapping):
+        for name, value in _list_inner(mapping):
             if rest == name or rest.startswith(f"{name}."):
                 places.append((value, (*path, name), rest[len(name) + 1 :]))
 
@@ -218,7 +218,7 @@ def describe_candidates(states: Iterable[StateDict], describe: Callable[[StateDi
     return shorten_list(texts, 20)
 
 
-def _describe(content: Any) -> str:
+def _describe_content(content: Any) -> str:
     if isinstance(content, (Unread, Global)):
         return f"it holds {quote_name(content.name)}, which was left unread"
     if isinstance(content, Mapping):

@@ -24,16 +24,16 @@ from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
 from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_read
 from .distributed import write_distributed
-from .kinds import notes_on_dims
+from .kinds import describe_assumed_dims
 from .lazy_tensors import LazyTensors
 from .read import read_checkpoint
 from .reparametrizations import (
     UNKNOWN_MAP,
     Reparametrization,
     Spelling,
+    describe_handwritten_norms,
+    find_handwritten_norms,
     find_reparametrizations,
-    handwritten_norms,
-    handwritten_notes,
 )
 from .safetensors_file import (
     find_stale_shards,
@@ -41,7 +41,7 @@ from .safetensors_file import (
     shard_name,
     write_safetensors,
 )
-from .spectral_norm import notes_on_lengths
+from .spectral_norm import describe_lengths
 from .spelling import Respelled, require_fitting, respell
 
 _LOOKED_FOR: dict[Respellable, str] = {
@@ -124,18 +124,18 @@ def convert_checkpoint(
     is_folder = _require_target(destination, Path(path), max_shard_size)
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
     if is_folder and checkpoint.format == "torch":
-        raise _unknown_target(destination)
+        raise _report_unknown_target(destination)
     state = checkpoint.choose(
-        key, lambda one: bool(_chosen_sites(one, only)[0]), f"has {_label(only)} in it"
+        key, lambda one: bool(_choose_sites(one, only)[0]), f"has {_name_kind(only)} in it"
     )
-    found, left = _chosen_sites(state, only)
-    found = _with_map(found, orthogonal_map)
-    notes = handwritten_notes(state.tensors)
+    found, left = _choose_sites(state, only)
+    found = _set_map(found, orthogonal_map)
+    notes = describe_handwritten_norms(state.tensors)
     if not found:
-        raise CheckpointError(". ".join((_nothing_to_convert(checkpoint, only), *notes)))
+        raise CheckpointError(". ".join((_describe_absence(checkpoint, only), *notes)))
     require_fitting(dims or {}, found, state.tensors)
     result = _respell_all(state, found, to, only, dims)
-    notes += checkpoint.notes + _notes(found, left, state.tensors, dims or {})
+    notes += checkpoint.notes + _describe_rest(found, left, state.tensors, dims or {})
     count = len(result.entries)
 
     def written(name: str) -> None:
@@ -158,7 +158,7 @@ def _require_target(target: Path, source: Path, max_shard_size: int | None) -> b
     """Return whether ``target`` is to be a folder, as ``source`` is; raise if it cannot be."""
     is_file = target.suffix in _SUFFIXES
     if not is_file and not source.is_dir():
-        raise _unknown_target(target)
+        raise _report_unknown_target(target)
     with disk_errors_as(CheckpointError, target):
         if is_file:
             require_place(target)
@@ -171,7 +171,7 @@ def _require_target(target: Path, source: Path, max_shard_size: int | None) -> b
     return not is_file
 
 
-def _unknown_target(target: Path) -> CheckpointError:
+def _report_unknown_target(target: Path) -> CheckpointError:
     return CheckpointError(
         f"cannot write '{target}': it must end in {', '.join(_SUFFIXES[:-1])} or {_SUFFIXES[-1]}"
     )
@@ -195,7 +195,7 @@ def _respell_all(
     except CheckpointError as error:
         is_partial = only is None and len({site.group for site in found}) > 1
         raise CheckpointError(f"{error}{_advise_only(found) if is_partial else ''}") from error
-    handwritten = handwritten_norms(state.tensors)
+    handwritten = find_handwritten_norms(state.tensors)
     if handwritten and only is None:
         raise CheckpointError(
             f"cannot spell {quote_names(handwritten)} as {to}: it looks like handwritten spectral "
@@ -205,7 +205,7 @@ def _respell_all(
     return result
 
 
-def _chosen_sites(
+def _choose_sites(
     state: StateDict, only: Respellable | None
 ) -> tuple[tuple[Reparametrization, ...], tuple[Reparametrization, ...]]:
     """Return the sites that are to be respelled, and the others.
@@ -222,7 +222,7 @@ def _chosen_sites(
     return tuple(chosen), tuple(left)
 
 
-def _with_map(
+def _set_map(
     found: tuple[Reparametrization, ...], orthogonal_map: OrthogonalMap | None
 ) -> tuple[Reparametrization, ...]:
     """Return ``found`` with the map set on its orthogonal sites.
@@ -241,13 +241,13 @@ def _with_map(
     )
 
 
-def _label(only: Respellable | None) -> str:
+def _name_kind(only: Respellable | None) -> str:
     return only.replace("_", " ") if only else "spectral norm, weight norm or the like"
 
 
-def _nothing_to_convert(checkpoint: Checkpoint, only: Respellable | None) -> str:
+def _describe_absence(checkpoint: Checkpoint, only: Respellable | None) -> str:
     absent = [
-        f"no {_label(name)} to convert: {keys}"
+        f"no {_name_kind(name)} to convert: {keys}"
         for name, keys in _LOOKED_FOR.items()
         if only in (None, name)
     ]
@@ -261,14 +261,14 @@ def _advise_only(found: Sequence[Reparametrization]) -> str:
     return f"; to leave that as it is: {options}" if options else ""
 
 
-def _notes(
+def _describe_rest(
     found: Sequence[Reparametrization],
     left: Sequence[Reparametrization],
     tensors: Mapping[str, Any],
     dims: Mapping[str, int],
 ) -> tuple[str, ...]:
     """Return notes on vectors that are no unit vectors, on assumed dims, and on tensors left."""
-    notes = notes_on_lengths(found, tensors) + notes_on_dims(found, tensors, dims)
+    notes = describe_lengths(found, tensors) + describe_assumed_dims(found, tensors, dims)
     by_label: dict[str, list[str]] = {}
     for site in left:
         by_label.setdefault(site.label, []).append(site.name)
@@ -298,7 +298,7 @@ def _write(
             target.parent, target.name, result.entries, texts, max_shard_size, written
         )
     if not is_folder:
-        _save(_content(checkpoint, state, result, weights_only, written), target)
+        _save(_make_content(checkpoint, state, result, weights_only, written), target)
     elif checkpoint.format == "safetensors":
         target.mkdir()
         write_safetensors(target, "model.safetensors", result.entries, texts, None, written)
@@ -309,7 +309,7 @@ def _write(
     return [target]
 
 
-def _content(
+def _make_content(
     checkpoint: Checkpoint,
     state: StateDict,
     result: Respelled,

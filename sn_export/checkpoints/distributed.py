@@ -37,8 +37,8 @@ from .lazy_tensors import (
     Sharded,
     Spec,
     as_shape,
-    damaged,
     is_count,
+    report_damage,
     require_covered,
 )
 from .torch_file import read_pickle, read_torch_part
@@ -72,15 +72,15 @@ def read_distributed(folder: Path, trust_pickle: bool, unread: set[str]) -> Any:
     leaves: dict[str, Any] = {}
     for name, entry in metadata.state_dict_metadata.items():
         if type(name) is not str:
-            raise damaged(what, "it names something by no text")
+            raise report_damage(what, "it names something by no text")
         if isinstance(entry, TensorStorageMetadata):
-            leaves[name] = _sharded(files, name, entry)
+            leaves[name] = _find_pieces(files, name, entry)
         elif isinstance(entry, BytesStorageMetadata):
             source = f"{what}: {quote_name(name)}"
             with files.open(MetadataIndex(name)) as part:
                 leaves[name] = read_torch_part(part, source, trust_pickle, unread)
         else:
-            raise damaged(what, f"{quote_name(name)} is neither a tensor nor bytes")
+            raise report_damage(what, f"{quote_name(name)} is neither a tensor nor bytes")
     return _nest(leaves, metadata.planner_data, what)
 
 
@@ -88,10 +88,10 @@ def _read_metadata(folder: Path, what: str, trust_pickle: bool) -> Metadata:
     with open_regular(folder / _METADATA) as file:
         metadata = read_pickle(file, what, _METADATA, trust_pickle)
     if not isinstance(metadata, Metadata):
-        raise damaged(what, f"'{_METADATA}' holds {describe_type(metadata)}, not its records")
+        raise report_damage(what, f"'{_METADATA}' holds {describe_type(metadata)}, not its records")
     parts = (getattr(metadata, "state_dict_metadata", None), metadata.storage_data)
     if not all(isinstance(part, dict) for part in parts):
-        raise damaged(what, f"'{_METADATA}' does not say what is in it")
+        raise report_damage(what, f"'{_METADATA}' does not say what is in it")
     return metadata
 
 
@@ -115,15 +115,15 @@ class _Files:
         name = quote_name(path.relative_to(self._folder))
         if path not in self._sizes:
             if not path.exists():
-                raise damaged(self.what, f"{name} is absent")
+                raise report_damage(self.what, f"{name} is absent")
             if not path.is_file():
-                raise damaged(self.what, f"{name} is no regular file")
+                raise report_damage(self.what, f"{name} is no regular file")
             self._sizes[path] = path.stat().st_size
         size = self._sizes[path]
         if not size:
-            raise damaged(self.what, f"{name} is empty")
+            raise report_damage(self.what, f"{name} is empty")
         if offset + length > size or length < least:
-            raise damaged(
+            raise report_damage(
                 self.what,
                 f"{name} has {format_count(size, 'byte')}, and {quote_name(index.fqn)} should end "
                 f"at {offset + max(length, least)}",
@@ -142,7 +142,7 @@ class _Files:
         relative = getattr(info, "relative_path", None)
         offset, length = (getattr(info, name, None) for name in ("offset", "length"))
         if type(relative) is not str or not is_count(offset) or not is_count(length):
-            raise damaged(self.what, f"it does not say where {quote_name(index.fqn)} is")
+            raise report_damage(self.what, f"it does not say where {quote_name(index.fqn)} is")
         if getattr(info, "transform_descriptors", None):
             raise CheckpointError(
                 f"{self.what} holds {quote_name(index.fqn)} compressed by an extension, which is "
@@ -151,9 +151,9 @@ class _Files:
         try:
             path = (self._folder / relative).resolve()
         except (OSError, ValueError, RuntimeError) as error:
-            raise damaged(self.what, f"{quote_name(relative)} is no path") from error
+            raise report_damage(self.what, f"{quote_name(relative)} is no path") from error
         if not path.is_relative_to(self._folder) or path == self._folder:
-            raise damaged(self.what, f"{quote_name(relative)} is not inside of it")
+            raise report_damage(self.what, f"{quote_name(relative)} is not inside of it")
         return path, offset, length
 
 
@@ -183,17 +183,17 @@ class _Part(io.RawIOBase):
         return count
 
 
-def _sharded(files: _Files, name: str, entry: TensorStorageMetadata) -> Sharded:
+def _find_pieces(files: _Files, name: str, entry: TensorStorageMetadata) -> Sharded:
     dtype = getattr(getattr(entry, "properties", None), "dtype", None)
     shape = as_shape(getattr(entry, "size", None))
     chunks = getattr(entry, "chunks", None)
     if not isinstance(dtype, torch.dtype) or shape is None or not isinstance(chunks, list):
-        raise damaged(files.what, f"{quote_name(name)} has no dtype, shape or pieces")
+        raise report_damage(files.what, f"{quote_name(name)} has no dtype, shape or pieces")
     pieces = []
     for chunk in chunks:
         start, size = (as_shape(getattr(chunk, part, None)) for part in ("offsets", "sizes"))
         if start is None or size is None or not len(start) == len(size) == len(shape):
-            raise damaged(files.what, f"a piece of {quote_name(name)} has no place")
+            raise report_damage(files.what, f"a piece of {quote_name(name)} has no place")
         index, spec = MetadataIndex(name, start), Spec(dtype, size)
         if spec.nbytes:
             # Values are stored uncompressed, so the file must have as many bytes as the tensor.
@@ -211,9 +211,11 @@ def _read_piece(files: _Files, index: MetadataIndex, spec: Spec) -> Tensor:
     with files.open(index) as part:
         value = read_torch_part(part, what, False, set())
     if not isinstance(value, Tensor) or Spec(value.dtype, tuple(value.shape)) != spec:
-        raise damaged(files.what, f"a piece of {quote_name(index.fqn)} is not what it should be")
+        raise report_damage(
+            files.what, f"a piece of {quote_name(index.fqn)} is not what it should be"
+        )
     if value.layout != torch.strided or value.device.type != "cpu":
-        raise damaged(files.what, f"a piece of {quote_name(index.fqn)} holds no values")
+        raise report_damage(files.what, f"a piece of {quote_name(index.fqn)} holds no values")
     return value.detach()
 
 
@@ -230,12 +232,12 @@ def _nest(leaves: Mapping[str, Any], paths: Any, what: str) -> Any:
         path = paths.get(name, (name,)) if isinstance(paths, dict) else (name,)
         known = type(path) is tuple and 0 < len(path) <= _DEPTH
         if not known or not all(type(part) in (str, int) for part in path):
-            raise damaged(what, f"the place of {quote_name(name)} is no list of keys")
+            raise report_damage(what, f"the place of {quote_name(name)} is no list of keys")
         node: Any = root
         for part in path[:-1]:
             node = node.setdefault(part, _Node()) if isinstance(node, _Node) else None
         if not isinstance(node, _Node) or path[-1] in node:
-            raise damaged(what, f"{quote_name(name)} is where another value is")
+            raise report_damage(what, f"{quote_name(name)} is where another value is")
         node[path[-1]] = leaf
     return _finish(root)
 

@@ -25,7 +25,7 @@ _TRIED = 20  # names from which prefixes are guessed
 _NEAR = 0.75  # similarity of two names from which one may be a misspelt other
 
 
-def plain_names(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
+def group_by_plain_name(tensors: Mapping[str, Any]) -> dict[str, list[str]]:
     """Return the keys of each tensor of the plain network, several if it is reparametrized.
 
     Example: ``{"weight": ["weight_g", "weight_v"], "bias": ["bias"]}`` for weight norm.
@@ -45,15 +45,16 @@ def measure_overlap(state: StateDict, wanted: Mapping[str, Any]) -> tuple[int, i
     Returns:
         The number of tensors with the same name, and of those with the same shape too.
     """
-    have, want = plain_names(state.tensors), plain_names(wanted)
+    have, want = group_by_plain_name(state.tensors), group_by_plain_name(wanted)
     found = []
-    for names in _readings(have):
-        prefix, count, _ = _best_prefix(names.values(), set(want))
+    for names in _unwrap_names(have):
+        prefix, count, _ = _find_prefix(names.values(), set(want))
         shared = {
             new.removeprefix(prefix): old for old, new in names.items() if new.startswith(prefix)
         }
         alike = [
-            _largest(state.tensors, have[shared[name]]) == _largest(wanted, want[name])
+            _find_largest_shape(state.tensors, have[shared[name]])
+            == _find_largest_shape(wanted, want[name])
             for name in shared.keys() & want.keys()
         ]
         found.append((count, sum(alike)))
@@ -82,12 +83,12 @@ def fit_names(
     Raises:
         CheckpointError: if several prefixes fit, or no name starts with ``prefix``.
     """
-    have, want = plain_names(state.tensors), set(plain_names(wanted))
+    have, want = group_by_plain_name(state.tensors), set(group_by_plain_name(wanted))
     if prefix is None and want <= set(have):
         return state, ()
-    readings = _readings(have)
+    readings = _unwrap_names(have)
     if prefix is None:
-        scores = [_best_prefix(names.values(), want, model) for names in readings]
+        scores = [_find_prefix(names.values(), want, model) for names in readings]
         # Of two that cover as many names, the one with fewer others under its prefix.
         best = max(range(len(scores)), key=lambda i: (scores[i][1], -scores[i][2]))
         names, (prefix, covered, _) = readings[best], scores[best]
@@ -95,7 +96,7 @@ def fit_names(
         if len(want & set(have)) >= covered and (covered or readings[0] == readings[1]):
             return state, ()
     else:
-        names = _reading_with(readings, prefix, want)
+        names = _choose_reading(readings, prefix, want)
     notes = []
     wrappers = {m for old, new in names.items() if old != new for m in _WRAPPER.findall(old)}
     if wrappers:
@@ -113,10 +114,10 @@ def fit_names(
             + (f", and left out {format_count(left, 'other')}" if left else "")
         )
     tensors = {new: state.tensors[old] for old, new in renamed.items()}
-    return StateDict(state.path, tensors, _versions(state, prefix)), tuple(notes)
+    return StateDict(state.path, tensors, _rename_versions(state, prefix)), tuple(notes)
 
 
-def _reading_with(readings: list[dict[str, str]], prefix: str, want: set[str]) -> dict[str, str]:
+def _choose_reading(readings: list[dict[str, str]], prefix: str, want: set[str]) -> dict[str, str]:
     """Return the reading that has most of the wanted names behind ``prefix``."""
     found = [names for names in readings if any(name.startswith(prefix) for name in names.values())]
     if not found:
@@ -155,7 +156,7 @@ class Refusal:
         return [
             f"'{key}' is {list(have)} and should be {list(want)}"
             for key in self.want
-            if (want := _shape(self.want, key)) != (have := _shape(self.have, key))
+            if (want := _find_shape(self.want, key)) != (have := _find_shape(self.have, key))
             if want is not None and have is not None and not (len(want) == 0 and len(have) == 1)
         ]
 
@@ -196,16 +197,16 @@ def describe_refusal(refusal: Refusal, checkpoint: str, model: str) -> str:
         problems.append(f"it has the unknown {quote_names(refusal.unexpected)}")
     problems += refusal.shapes[:5]
     text = "; ".join(problems) or refusal.error
-    return f"'{checkpoint}' does not fit {model}: {text}{_suggestion(refusal)}"
+    return f"'{checkpoint}' does not fit {model}: {text}{_suggest_change(refusal)}"
 
 
-def _suggestion(refusal: Refusal) -> str:
+def _suggest_change(refusal: Refusal) -> str:
     """Return a sentence on a change that would make the state dict fit; ``""`` if none is known."""
     have, want = refusal.have, refusal.want
-    plain_have, plain_want = plain_names(have), plain_names(want)
+    plain_have, plain_want = group_by_plain_name(have), group_by_plain_name(want)
     if plain_have.keys() == plain_want.keys():
-        return _other_groups(have, want)
-    if renamed := _renamed_start(plain_have, plain_want, have, want):
+        return _suggest_groups(have, want)
+    if renamed := _suggest_start(plain_have, plain_want, have, want):
         return renamed
     unexpected, missing = set(refusal.unexpected), set(refusal.missing)
     unknown = [n for n in plain_have if n not in plain_want and unexpected & set(plain_have[n])]
@@ -219,19 +220,19 @@ def _suggestion(refusal: Refusal) -> str:
                 f"--network {part} loads it into '{part}'"
             )
     for name in unknown:
-        shape = _largest(have, plain_have[name])
+        shape = _find_largest_shape(have, plain_have[name])
         # A part of a reparametrization, such as 'weight_v', is no misspelt 'weight'.
         fitting = [
             n
             for n in lacking
-            if _largest(want, plain_want[n]) == shape and not name.startswith(f"{n}_")
+            if _find_largest_shape(want, plain_want[n]) == shape and not name.startswith(f"{n}_")
         ]
         if likely := difflib.get_close_matches(name, fitting, 1, _NEAR):
             return f". Should '{plain_have[name][0]}' be '{plain_want[likely[0]][0]}'?"
     return ""
 
 
-def _other_groups(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
+def _suggest_groups(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
     """Return a sentence on reparametrizations that one of two otherwise equal networks has."""
     ours = {site.name: site.label for site in find_reparametrizations(have)}
     theirs = {site.name: site.label for site in find_reparametrizations(want)}
@@ -248,7 +249,7 @@ def _other_groups(have: Mapping[str, Any], want: Mapping[str, Any]) -> str:
     return ""
 
 
-def _renamed_start(
+def _suggest_start(
     plain_have: Mapping[str, list[str]],
     plain_want: Mapping[str, list[str]],
     have: Mapping[str, Any],
@@ -259,11 +260,13 @@ def _renamed_start(
     Example: ``gen.0.weight`` and ``gen.1.weight`` fit with ``body.`` in the place of ``gen.``.
     """
     unknown = {
-        name: _largest(have, keys) for name, keys in plain_have.items() if name not in plain_want
+        name: _find_largest_shape(have, keys)
+        for name, keys in plain_have.items()
+        if name not in plain_want
     }
-    wanted = {name: _largest(want, keys) for name, keys in plain_want.items()}
+    wanted = {name: _find_largest_shape(want, keys) for name, keys in plain_want.items()}
     lacking = [name for name in wanted if name not in plain_have]
-    pairs = {_starts(a, b) for a in list(unknown)[:_TRIED] for b in lacking}
+    pairs = {_find_starts(a, b) for a in list(unknown)[:_TRIED] for b in lacking}
     fitting = {
         (old, new): sum(
             (renamed := new + name.removeprefix(old)) in wanted and wanted[renamed] == shape
@@ -282,7 +285,7 @@ def _renamed_start(
     )
 
 
-def _starts(name: str, wanted: str) -> tuple[str, str]:
+def _find_starts(name: str, wanted: str) -> tuple[str, str]:
     """Return the leading parts in which two names differ.
 
     Example: for ``gen.0.weight`` and ``body.main.0.weight`` they are ``gen.`` and ``body.main.``.
@@ -293,13 +296,13 @@ def _starts(name: str, wanted: str) -> tuple[str, str]:
     return "".join(f"{p}." for p in parts), "".join(f"{p}." for p in others)
 
 
-def _largest(tensors: Mapping[str, Any], keys: Iterable[str]) -> Any:
+def _find_largest_shape(tensors: Mapping[str, Any], keys: Iterable[str]) -> Any:
     """Return the shape of the largest part of a tensor, which is the shape of the tensor itself."""
-    shapes = [shape for key in keys if (shape := _shape(tensors, key)) is not None]
+    shapes = [shape for key in keys if (shape := _find_shape(tensors, key)) is not None]
     return max(shapes, key=math.prod, default=None)
 
 
-def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
+def _find_shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     """Return the shape of a tensor without reading it; None for anything else."""
     if key not in tensors or not is_tensor(tensors, key):
         return None
@@ -307,12 +310,12 @@ def _shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     return spec_of(tensors, key).shape if known else None
 
 
-def _readings(names: Iterable[str]) -> list[dict[str, str]]:
+def _unwrap_names(names: Iterable[str]) -> list[dict[str, str]]:
     """Return the names without the wrappers' parts, and as they are: 'module' may be a name."""
     return [{name: _WRAPPER.sub("", name) for name in names}, {name: name for name in names}]
 
 
-def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple[str, int, int]:
+def _find_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple[str, int, int]:
     """Return the prefix that most wanted names have, their number, and that of other names with it.
 
     Example: ``(["net.a", "net.b", "step"], {"a"})`` is ``("net.", 1, 1)``.
@@ -333,7 +336,7 @@ def _best_prefix(names: Iterable[str], want: set[str], model: str = "") -> tuple
     return fitting[0], best, sum(name.startswith(fitting[0]) for name in have) - best
 
 
-def _versions(state: StateDict, prefix: str) -> Mapping[str, Any] | None:
+def _rename_versions(state: StateDict, prefix: str) -> Mapping[str, Any] | None:
     if state.versions is None:
         return None
     found = {}

@@ -13,16 +13,20 @@ from ..errors import CheckpointError
 from ..freezing import exact_sigma, stored_sigma
 from ..text import dtype_name, quote_names
 from .content import Checkpoint, StateDict
-from .kinds import decide_weight_norm_dim, last_link
+from .kinds import decide_weight_norm_dim, resolve_chain
 from .lazy_tensors import float_spec, require_finite
 from .read import read_checkpoint
-from .reparametrizations import Reparametrization, find_reparametrizations, handwritten_notes
+from .reparametrizations import (
+    Reparametrization,
+    describe_handwritten_norms,
+    find_reparametrizations,
+)
 from .spectral_norm import (
     TorchNorm,
     decide_dim,
     describe_length,
-    fitting_dims,
-    length_of_vectors,
+    find_fitting_dims,
+    measure_vectors,
 )
 from .spelling import require_known
 
@@ -136,8 +140,8 @@ def inspect_checkpoint(
         CheckpointError: if the checkpoint cannot be read, or a dim in ``dims`` does not fit.
     """
     checkpoint = read_checkpoint(path, trust_pickle=trust_pickle)
-    chosen = _chosen(checkpoint, key)
-    sites = [(state, site) for state in chosen for site in _sites(state)]
+    chosen = _choose_states(checkpoint, key)
+    sites = [(state, site) for state in chosen for site in _find_sites(state)]
     require_known(dims or {}, [site for _, site in sites])
     layers = []
     for state, site in sites:
@@ -149,19 +153,22 @@ def inspect_checkpoint(
         chosen[0].key if len(chosen) == 1 else "",
         tuple(layers),
         sum(len(state.tensors) for state in chosen),
-        (*checkpoint.notes, *(n for state in chosen for n in handwritten_notes(state.tensors))),
+        (
+            *checkpoint.notes,
+            *(n for state in chosen for n in describe_handwritten_norms(state.tensors)),
+        ),
     )
 
 
-def _sites(state: StateDict) -> list[Reparametrization]:
+def _find_sites(state: StateDict) -> list[Reparametrization]:
     return find_reparametrizations(state.tensors, state.versions)
 
 
-def _chosen(checkpoint: Checkpoint, key: str | None) -> list[StateDict]:
+def _choose_states(checkpoint: Checkpoint, key: str | None) -> list[StateDict]:
     found = checkpoint.state_dicts()
     if key is not None or not found:
         return [checkpoint.choose(key, lambda one: True, "is a state dict")]
-    return [one for one in found if _sites(one)] or found
+    return [one for one in found if _find_sites(one)] or found
 
 
 def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]) -> StoredLayer:
@@ -174,9 +181,9 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
         dim, sigma, exact, note = _measure(site, state.tensors, dims)
         note = note or f"the last of {site.label}" * bool(site.links)
     else:
-        note = _broken([key for key in specs if specs[key] is not None], state.tensors)
+        note = _describe_broken([key for key in specs if specs[key] is not None], state.tensors)
     if site.group == "weight_norm" and not site.blocked:
-        dim, more = _weight_norm_dim(site, state.tensors, dims)
+        dim, more = _find_weight_norm_dim(site, state.tensors, dims)
         note = note or more
     note = site.blocked or note
     return StoredLayer(
@@ -200,27 +207,27 @@ def _measure(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[int | None, float, float, str]:
     """Return dim, sigma and exact sigma of a spectral norm, and a remark, which may be empty."""
-    if broken := _broken(site.keys.values(), tensors):
+    if broken := _describe_broken(site.keys.values(), tensors):
         return None, math.nan, math.nan, broken
     try:
-        site, tensors = last_link(site, tensors, dims)
+        site, tensors = resolve_chain(site, tensors, dims)
         norm = TorchNorm(site, tensors)
     except CheckpointError as error:
         return None, math.nan, math.nan, str(error)
     try:
         dim = decide_dim(norm, dims)
     except CheckpointError as error:
-        return None, math.nan, _exact_for_all(norm), str(error)
+        return None, math.nan, _measure_all_dims(norm), str(error)
     matrix = norm.matrix(dim)
     sigma = stored_sigma(matrix, norm.u, norm.right_vector(dim))
     note = "sigma is 0, so the weight in use is not finite" if sigma == 0 else ""
-    length = length_of_vectors(site, tensors)
+    length = measure_vectors(site, tensors)
     if sigma != 0 and length != 1:
         note = describe_length(length)
     return dim, sigma, exact_sigma(matrix), note
 
 
-def _weight_norm_dim(
+def _find_weight_norm_dim(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[int | None, str]:
     """Return the dim of a weight norm, and a remark, which may be empty."""
@@ -231,7 +238,7 @@ def _weight_norm_dim(
     return dim, "g is one number for the whole tensor (dim=None)" if dim is None else ""
 
 
-def _broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
+def _describe_broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
     """Return a sentence on the first tensor that is not finite, or ``""``; reads one at a time."""
     for key in keys:
         try:
@@ -241,10 +248,10 @@ def _broken(keys: Iterable[str], tensors: Mapping[str, Any]) -> str:
     return ""
 
 
-def _exact_for_all(norm: TorchNorm) -> float:
+def _measure_all_dims(norm: TorchNorm) -> float:
     """Return the largest singular value if it is the same for all dims that fit; otherwise NaN."""
     try:
-        dims = fitting_dims(norm)
+        dims = find_fitting_dims(norm)
     except CheckpointError:
         return math.nan
     if len(norm.site.shape) == 2:  # a matrix and its transpose have one

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import CustomFromMask
 from ..errors import CheckpointError
 from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
-from .lazy_tensors import Entry, aligned, is_finite, spec_of
+from .lazy_tensors import Entry, align_memory, is_finite, spec_of
 from .reparametrizations import Reparametrization, weight_norm_dims
 from .spectral_norm import (
     TorchNorm,
@@ -33,7 +33,7 @@ from .spectral_norm import (
 Values = Callable[[Reparametrization, Mapping[str, Any], Mapping[str, int]], Any]
 
 
-def stored_parts(
+def list_stored_parts(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> list[Entry]:
     """Return the parts as they are stored, in the order of ``site.keys``."""
@@ -60,12 +60,12 @@ class Kind:
     hook: tuple[str, ...]
     parametrization: tuple[str, ...]
     plain_value: Values
-    parts: Values = stored_parts
+    parts: Values = list_stored_parts
     decide_dim: Values = lambda site, tensors, dims: None
     refuse: Callable[[Reparametrization, Mapping[str, Any]], str] = lambda site, tensors: ""
 
 
-def _fitting_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
+def _find_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
     """Return the dims that the shape of g allows; several if v has dimensions of size 1."""
     return weight_norm_dims(spec_of(tensors, site.keys["g"]).shape, site.shape)
 
@@ -81,7 +81,7 @@ def decide_weight_norm_dim(
     Raises:
         CheckpointError: if the one in ``dims`` does not fit, or several fit and 0 does not.
     """
-    fitting = _fitting_dims(site, tensors)
+    fitting = _find_dims(site, tensors)
     either = " or ".join(map(str, fitting))
     if site.name in dims:
         dim, ndim = dims[site.name], len(site.shape)
@@ -100,7 +100,7 @@ def decide_weight_norm_dim(
     )
 
 
-def notes_on_dims(
+def describe_assumed_dims(
     sites: Sequence[Reparametrization], tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[str, ...]:
     """Return a sentence about weight norms whose dim could be another than the default, taken."""
@@ -108,7 +108,7 @@ def notes_on_dims(
         site.name
         for site in sites
         if site.group == "weight_norm" and not site.blocked and site.name not in dims
-        if len(_fitting_dims(site, tensors)) > 1
+        if len(_find_dims(site, tensors)) > 1
     ]
     if not taken:
         return ()
@@ -126,7 +126,7 @@ def _normalise(
     Raises:
         CheckpointError: if the dim cannot be told, torch cannot compute it, or a norm is 0.
     """
-    g, v = (aligned(site.read(part, tensors)) for part in ("g", "v"))
+    g, v = (align_memory(site.read(part, tensors)) for part in ("g", "v"))
     dim = decide_weight_norm_dim(site, tensors, dims)
     try:
         with torch.no_grad():
@@ -151,8 +151,8 @@ def _make_orthogonal(
     Raises:
         CheckpointError: if torch cannot compute it, or it is not finite.
     """
-    raw, base = (aligned(site.read(part, tensors)) for part in ("original", "0.base"))
-    name = _map_of(site, raw)
+    raw, base = (align_memory(site.read(part, tensors)) for part in ("original", "0.base"))
+    name = _find_map(site, raw)
     try:
         with torch.no_grad():
             link = OrthogonalLink(raw, OrthogonalMaps[name])
@@ -167,7 +167,7 @@ def _make_orthogonal(
     return value
 
 
-def _map_of(site: Reparametrization, raw: Tensor) -> str:
+def _find_map(site: Reparametrization, raw: Tensor) -> str:
     """Return the name of the map of one weight; for ``"default"`` torch's choice by its shape."""
     assert site.orthogonal_map is not None  # else the site would be blocked
     if site.orthogonal_map != "default":
@@ -182,7 +182,7 @@ def _prune(site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[st
     Raises:
         CheckpointError: if the mask has another shape, or a value is not finite.
     """
-    weight, mask = (aligned(site.read(part, tensors)) for part in ("weight", "mask"))
+    weight, mask = (align_memory(site.read(part, tensors)) for part in ("weight", "mask"))
     if mask.shape != weight.shape:
         raise CheckpointError(
             f"'{site.keys['mask']}' is {list(mask.shape)} and should be {list(weight.shape)}"
@@ -195,7 +195,7 @@ def _prune(site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[st
     return value
 
 
-def last_link(
+def resolve_chain(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> tuple[Reparametrization, Mapping[str, Any]]:
     """Return the last link of a chain, and its tensors: its ``weight`` is the value of the others.
@@ -214,7 +214,7 @@ def last_link(
     return (site.links or (site,))[-1], held
 
 
-def kind_of(site: Reparametrization) -> Kind:
+def find_kind(site: Reparametrization) -> Kind:
     """Return the kind of a site that is not blocked."""
     return _CHAIN if site.links else _KINDS[site.group]
 
@@ -244,9 +244,9 @@ _CHAIN = Kind(
     hook=(),
     parametrization=(),
     plain_value=lambda site, tensors, dims: _SPECTRAL_NORM.plain_value(
-        *last_link(site, tensors, dims), dims
+        *resolve_chain(site, tensors, dims), dims
     ),
     decide_dim=lambda site, tensors, dims: _SPECTRAL_NORM.decide_dim(
-        *last_link(site, tensors, dims), dims
+        *resolve_chain(site, tensors, dims), dims
     ),
 )

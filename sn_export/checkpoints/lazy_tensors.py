@@ -125,7 +125,7 @@ def require_covered(sharded: Sharded, name: str, what: str) -> Sharded:
     pieces = [piece for piece in sharded.pieces if math.prod(piece.shape)]
     for piece in pieces:
         if any(a + n > m for a, n, m in zip(piece.start, piece.shape, shape, strict=True)):
-            raise damaged(
+            raise report_damage(
                 what,
                 f"a piece of {quote_name(name)} ends outside of its shape {list(shape)}",
             )
@@ -138,11 +138,11 @@ def require_covered(sharded: Sharded, name: str, what: str) -> Sharded:
         if cut is not None:
             beside = [p for p in beside if p.start[cut] + p.shape[cut] > piece.start[cut]]
         if any(_overlap(piece, other) for other in beside):
-            raise damaged(what, f"pieces of {quote_name(name)} overlap")
+            raise report_damage(what, f"pieces of {quote_name(name)} overlap")
         beside.append(piece)
     there = sum(math.prod(piece.shape) for piece in pieces)
     if there != math.prod(shape):
-        raise damaged(
+        raise report_damage(
             what,
             f"the pieces of {quote_name(name)} hold {there} of its {math.prod(shape)} elements",
         )
@@ -173,7 +173,7 @@ def as_shape(value: Any) -> tuple[int, ...] | None:
     return tuple(value) if is_shape(value) else None
 
 
-def damaged(what: str, reason: str) -> CheckpointError:
+def report_damage(what: str, reason: str) -> CheckpointError:
     """Return the error for a folder whose files contradict each other or are not all there."""
     return CheckpointError(f"{what} is damaged or incomplete: {reason}")
 
@@ -240,7 +240,7 @@ def _values(tensor: Tensor) -> Tensor:
     return values.float() if values.dtype.itemsize == 1 else values
 
 
-def aligned(tensor: Tensor) -> Tensor:
+def align_memory(tensor: Tensor) -> Tensor:
     """Return ``tensor``, copied if its memory is not aligned as torch's own.
 
     Values in a mapped file can lie at any address. For such memory torch's matrix products take

@@ -18,11 +18,11 @@ from ..freezing import describe_sites
 from ..running import Preserved, restore_container, same_bits
 from ..text import format_count, quote_names
 from .content import Checkpoint, StateDict, describe_candidates
-from .fit_names import Refusal, describe_refusal, fit_names, measure_overlap, plain_names
-from .kinds import notes_on_dims
+from .fit_names import Refusal, describe_refusal, fit_names, group_by_plain_name, measure_overlap
+from .kinds import describe_assumed_dims
 from .lazy_tensors import require_finite
 from .reparametrizations import Reparametrization, Spelling, find_reparametrizations
-from .spectral_norm import notes_on_lengths, zero_sigma
+from .spectral_norm import describe_lengths, report_zero_sigma
 from .spelling import require_fitting, respell
 
 
@@ -91,7 +91,7 @@ def load_checkpoint(
     """
     what = type(model).__name__
     wanted: dict[str, Any] = model.state_dict()
-    found, count = checkpoint.state_dicts(), len(plain_names(wanted))
+    found, count = checkpoint.state_dicts(), len(group_by_plain_name(wanted))
     scores = {one.path: measure_overlap(one, wanted) for one in found}
     best = max(scores.values(), default=(0, 0))
 
@@ -104,7 +104,7 @@ def load_checkpoint(
     undo = _remember(model)
     try:
         refused: list[tuple[_Reading, Refusal]] = []
-        readings = _readings(model, wanted, state, prefix, dims or {}, refused)
+        readings = _make_readings(model, wanted, state, prefix, dims or {}, refused)
         for reading in readings:
             left_out = _ask(model, reading.state, wanted)
             if not left_out.problems:
@@ -121,8 +121,8 @@ def load_checkpoint(
         undo()
         raise
     notes: tuple[str, ...] = (f"took the state dict under '{state.key}'",) if state.key else ()
-    notes += checkpoint.notes + reading.notes + left_out.notes() + _notes_before_v(reading)
-    warnings = reading.warnings + notes_on_lengths(reading.sites(), reading.state.tensors)
+    notes += checkpoint.notes + reading.notes + left_out.notes() + _describe_missing_v(reading)
+    warnings = reading.warnings + describe_lengths(reading.sites(), reading.state.tensors)
     return Loaded(state.key, notes, left_out.missing, left_out.unexpected, warnings)
 
 
@@ -168,7 +168,7 @@ def _ask(
         tensors._metadata = state.versions  # type: ignore[attr-defined]
     said = _Said()
     error = ""
-    with _listening(model, said):
+    with _listen(model, said):
         try:
             model.load_state_dict(OrderedDict(tensors), **({} if strict else {"strict": False}))
         except Exception as raised:  # the network's own code can raise anything
@@ -192,7 +192,7 @@ class _Said:
 
 
 @contextmanager
-def _listening(model: nn.Module, said: _Said) -> Iterator[None]:
+def _listen(model: nn.Module, said: _Said) -> Iterator[None]:
     """Fill ``said`` when ``model`` loads; the last pre-hook sees the keys that others renamed."""
     if isinstance(model, torch.jit.ScriptModule):  # takes no such hooks
         yield
@@ -216,7 +216,7 @@ def _listening(model: nn.Module, said: _Said) -> Iterator[None]:
             handle.remove()
 
 
-def _readings(
+def _make_readings(
     model: nn.Module,
     wanted: Mapping[str, Any],
     state: StateDict,
@@ -238,12 +238,12 @@ def _readings(
     renamed = refused[-1][1].renamed
     if renamed is not None and renamed.keys() != set(named.state.tensors):
         named = _Reading(StateDict(state.path, renamed, named.state.versions), named.notes)
-    spelled = _in_spelling_of(model, wanted, named, dims)
+    spelled = _respell_for(model, wanted, named, dims)
     if spelled is not None:
         yield spelled
 
 
-def _in_spelling_of(
+def _respell_for(
     model: nn.Module, wanted: Mapping[str, Any], reading: _Reading, dims: Mapping[str, int]
 ) -> _Reading | None:
     """Return ``reading`` in the model's spelling; None if it has that spelling already."""
@@ -273,8 +273,8 @@ def _in_spelling_of(
             {name: entry.read() for name, entry in result.entries.items()},
             result.versions,
         ),
-        reading.notes + notes + notes_on_dims(plain, tensors, dims),
-        notes_on_lengths(plain, tensors),
+        reading.notes + notes + describe_assumed_dims(plain, tensors, dims),
+        describe_lengths(plain, tensors),
     )
 
 
@@ -292,10 +292,10 @@ def _require_usable(
                 raise CheckpointError(f"'{name}' is complex, and real in the model")
     for info in describe_sites(model):
         if info.kind in ("hook", "parametrization") and info.sigma == 0:
-            raise zero_sigma(info.name)
+            raise report_zero_sigma(info.name)
 
 
-def _notes_before_v(reading: _Reading) -> tuple[str, ...]:
+def _describe_missing_v(reading: _Reading) -> tuple[str, ...]:
     """Return a sentence for each spectral norm that was loaded without v."""
     return tuple(
         f"'{site.name}' is from before torch kept v, which torch solves for"

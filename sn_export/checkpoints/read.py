@@ -25,16 +25,16 @@ from .lazy_tensors import (
     Sharded,
     Spec,
     as_shape,
-    damaged,
+    report_damage,
     require_covered,
 )
 from .safetensors_file import (
     SHARDING_INFO,
     SafetensorsFiles,
-    lacking,
     read_index,
     read_safetensors,
     read_safetensors_index,
+    report_missing_tensor,
 )
 from .torch_file import read_torch_file
 
@@ -176,7 +176,7 @@ def _require_torch(path: Path, head: bytes) -> None:
 def _read_torch(path: Path, file: Path, trust_pickle: bool) -> Checkpoint:
     unread: set[str] = set()
     content = read_torch_file(file, trust_pickle, unread)
-    return Checkpoint(path, "torch", content, notes=_notes(unread))
+    return Checkpoint(path, "torch", content, notes=_describe_unread(unread))
 
 
 def _read_index(path: Path, index: Path, trust_pickle: bool) -> Checkpoint:
@@ -189,22 +189,22 @@ def _read_index(path: Path, index: Path, trust_pickle: bool) -> Checkpoint:
         shards[file] = read_torch_file(file, trust_pickle, unread)
     for name, file in places.items():
         if not isinstance(shards[file], Mapping) or name not in shards[file]:
-            raise lacking(file, name)
+            raise report_missing_tensor(file, name)
     content = {name: shards[file][name] for name, file in places.items()}
-    return Checkpoint(path, "torch", content, notes=_notes(unread))
+    return Checkpoint(path, "torch", content, notes=_describe_unread(unread))
 
 
 def _read_folder(folder: Path, trust_pickle: bool) -> Checkpoint:
     if is_distributed(folder):
         unread: set[str] = set()
         content = read_distributed(folder, trust_pickle, unread)
-        return Checkpoint(folder, "distributed", content, notes=_notes(unread))
+        return Checkpoint(folder, "distributed", content, notes=_describe_unread(unread))
     files = sorted(path for path in folder.iterdir() if path.is_file())
     tensors = [path for path in files if path.suffix == _SAFETENSORS]
     for kind in (_SAFETENSORS, ".bin"):
         indexes = [path for path in files if path.name.endswith(kind + _INDEX)]
         if len(indexes) > 1:
-            raise _several(folder, indexes)
+            raise _report_several(folder, indexes)
         if indexes:
             return _read_index(folder, indexes[0], trust_pickle)
         if kind == _SAFETENSORS and tensors:
@@ -236,7 +236,7 @@ def _choose_file(folder: Path, files: list[Path]) -> Path:
     stems = {f"{path.stem}_{number}" for path in usual for number in range(1, len(files))}
     chosen = [path for path in files if path in usual or path.stem in stems] or files
     if len(chosen) > 1:
-        raise _several(folder, chosen)
+        raise _report_several(folder, chosen)
     return chosen[0]
 
 
@@ -255,7 +255,7 @@ def _describe_absence(files: Iterable[Path], folder: Path) -> str:
     )
 
 
-def _several(folder: Path, files: Sequence[Path]) -> CheckpointError:
+def _report_several(folder: Path, files: Sequence[Path]) -> CheckpointError:
     is_zero = any(path.name.endswith("_optim_states.pt") for path in files)
     advice = "; where ZeRO of DeepSpeed split the weights, its zero_to_fp32.py joins them"
     return CheckpointError(
@@ -264,7 +264,7 @@ def _several(folder: Path, files: Sequence[Path]) -> CheckpointError:
     )
 
 
-def _notes(unread: Iterable[str]) -> tuple[str, ...]:
+def _describe_unread(unread: Iterable[str]) -> tuple[str, ...]:
     # Of numpy these are private functions that rebuild arrays, which nobody knows by name.
     names = sorted({"numpy" if name.startswith("numpy.") else name for name in unread})
     if not names:
@@ -297,7 +297,9 @@ def read_sharded_safetensors(folder: Path, paths: Iterable[Path]) -> LazyTensors
     dtypes: dict[str, set[torch.dtype]] = {}
     for path, text in places.items():
         if text is None:
-            raise damaged(what, f"{quote_name(path.name)} does not say what its pieces are of")
+            raise report_damage(
+                what, f"{quote_name(path.name)} does not say what its pieces are of"
+            )
         starts = _parse_starts(text, files.specs[path], what, path)
         for name, spec in files.specs[path].items():
             read = partial(files.read, path, name)
@@ -306,7 +308,9 @@ def read_sharded_safetensors(folder: Path, paths: Iterable[Path]) -> LazyTensors
     sharded = {}
     for name, parts in pieces.items():
         if len(dtypes[name]) > 1 or len({len(part.shape) for part in parts}) > 1:
-            raise damaged(what, f"the pieces of {quote_name(name)} differ in dtype or dimensions")
+            raise report_damage(
+                what, f"the pieces of {quote_name(name)} differ in dtype or dimensions"
+            )
         ends = ([a + n for a, n in zip(p.start, p.shape, strict=True)] for p in parts)
         shape = tuple(map(max, zip(*ends, strict=True)))
         spec = Spec(dtypes[name].pop(), shape)
@@ -327,7 +331,7 @@ def _parse_starts(
     for name, spec in specs.items():
         start = starts.get(name)
         if start is None or len(start) != len(spec.shape):
-            raise damaged(
+            raise report_damage(
                 what, f"{quote_name(path.name)} does not say where its {quote_name(name)} begins"
             )
         found[name] = start

@@ -99,14 +99,14 @@ def find_reparametrizations(
             chains.setdefault(name, {})[match["part"]] = key
             found.setdefault(name)  # reserves the place: what it is takes all of its keys to tell
         elif match := _HOOK.fullmatch(key):
-            recognise = _hook_of_orig if match["part"] == "_orig" else _weight_norm_hook
+            recognise = _find_orig_hook if match["part"] == "_orig" else _find_weight_norm_hook
             if (
                 match["name"] not in found
                 and (one := recognise(tensors, match["name"])) is not None
             ):
                 found[one.name] = one
     for name, parts in chains.items():
-        found[name] = _chain(tensors, name, parts, versions or {})
+        found[name] = _find_chain(tensors, name, parts, versions or {})
     return [one for one in found.values() if one is not None]
 
 
@@ -128,7 +128,7 @@ def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]
     ]
 
 
-def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
+def _find_orig_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
     """Return the spectral norm or the pruning mask whose raw weight is ``<name>_orig``."""
     module, _, tensor = name.rpartition(".")
     u, v, mask = (f"{name}{end}" for end in ("_u", "_v", "_mask"))
@@ -145,7 +145,7 @@ def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | 
         return Reparametrization(module, tensor, "pruning", "hook", spec.shape, keys, blocked)
     keys = {"weight": f"{name}_orig", "u": u, "v": v, "normalised": name}
     keys = {part: key for part, key in keys.items() if key in tensors}
-    unread = _unreadable(tensors, keys)
+    unread = _describe_unreadable(tensors, keys)
     if u not in tensors or not (v in tensors or name in tensors):
         lost = v if u in tensors else u
         unread = f"its spectral norm is incomplete: there is '{name}_orig' without '{lost}'"
@@ -160,7 +160,7 @@ def _hook_of_orig(tensors: Mapping[str, Any], name: str) -> Reparametrization | 
     return Reparametrization(module, tensor, "spectral_norm", "hook", shape, keys, blocked)
 
 
-def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
+def _find_weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization | None:
     """Return the weight norm with ``<name>_g`` or ``<name>_v``; None if they are something else."""
     module, _, tensor = name.rpartition(".")
     keys = {part: f"{name}_{part}" for part in ("g", "v") if f"{name}_{part}" in tensors}
@@ -168,7 +168,7 @@ def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrizatio
         return None  # a weight beside them, or parts of something else
     specs = [float_spec(tensors, key) for key in keys.values()]
     if len(specs) == 2 and (tensor == "weight" or (specs[1] and len(specs[1].shape) > 1)):
-        norm = _weight_norm(tensors, module, tensor, "hook", keys["g"], keys["v"])
+        norm = _make_weight_norm(tensors, module, tensor, "hook", keys["g"], keys["v"])
         if norm is not None:
             return norm
     if tensor != "weight":
@@ -181,7 +181,7 @@ def _weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametrizatio
     return Reparametrization(module, tensor, "weight_norm", "hook", shape, keys, blocked)
 
 
-def _weight_norm(
+def _make_weight_norm(
     tensors: Mapping[str, Any],
     module: str,
     tensor: str,
@@ -196,7 +196,7 @@ def _weight_norm(
     return Reparametrization(module, tensor, "weight_norm", spelling, direction.shape, keys)
 
 
-def _chain(
+def _find_chain(
     tensors: Mapping[str, Any], name: str, parts: Keys, versions: Mapping[str, Any]
 ) -> Reparametrization:
     """Return the reparametrization that a list of torch's parametrizations makes of one tensor.
@@ -250,7 +250,7 @@ def _find_links(
     make = partial(Reparametrization, module, tensor, spelling="parametrization")
     if left.keys() >= {"original0", "original1"}:
         g, v = left.pop("original0"), left.pop("original1")
-        norm = _weight_norm(tensors, module, tensor, "parametrization", g, v)
+        norm = _make_weight_norm(tensors, module, tensor, "parametrization", g, v)
         if norm is None:
             return []
         links, shape = [norm], norm.shape
@@ -258,20 +258,20 @@ def _find_links(
         return []
     elif "0.base" in left:
         pair = {end: left.pop(end) for end in ("original", "0.base")}
-        blocked = _misfit_of_base(tensors, pair) or UNKNOWN_MAP
+        blocked = _describe_misfit(tensors, pair) or UNKNOWN_MAP
         links.append(make(group="orthogonal", shape=shape, keys=pair, blocked=blocked))
     raw = name if links else left.pop("original")
     while {f"{len(links)}._u", f"{len(links)}._v"} <= left.keys():
         vectors = {part: left.pop(f"{len(links)}._{part}") for part in ("u", "v")}
         keys = {"weight": raw, **vectors}
-        blocked = _unreadable(tensors, vectors if links else keys)
+        blocked = _describe_unreadable(tensors, vectors if links else keys)
         keys = dict(parts) if blocked and not links else keys
         links.append(make(group="spectral_norm", shape=shape, keys=keys, blocked=blocked))
         raw = name  # the weight of the next link is the value so far, which has no key of its own
     return [] if left else links
 
 
-def _misfit_of_base(tensors: Mapping[str, Any], parts: Keys) -> str:
+def _describe_misfit(tensors: Mapping[str, Any], parts: Keys) -> str:
     """Return why the parts of an orthogonal tensor do not fit each other, or nothing.
 
     The base is square: ``original`` [5, 3] has ``0.base`` [5, 5].
@@ -285,7 +285,7 @@ def _misfit_of_base(tensors: Mapping[str, Any], parts: Keys) -> str:
     return ""
 
 
-def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
+def _describe_unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
     """Return why the parts of a spectral norm cannot be read, or nothing."""
     specs = {key: float_spec(tensors, key) for key in keys.values()}
     odd = [key for key, spec in specs.items() if spec is None]
@@ -304,7 +304,7 @@ def _unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
     return ""
 
 
-def handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:
+def find_handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:
     """Return the keys of the weights that seem to be under a handwritten spectral norm.
 
     Known are ``weight_bar`` with ``weight_u``; ``weight`` with ``weight_u`` but without the
@@ -314,9 +314,9 @@ def handwritten_norms(tensors: Mapping[str, Any]) -> list[str]:
     return [key for key in tensors if _is_handwritten(tensors, key)]
 
 
-def handwritten_notes(tensors: Mapping[str, Any]) -> tuple[str, ...]:
-    """Return a sentence about `handwritten_norms`, or nothing where there are none."""
-    found = handwritten_norms(tensors)
+def describe_handwritten_norms(tensors: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return a sentence about `find_handwritten_norms`, or nothing where there are none."""
+    found = find_handwritten_norms(tensors)
     if not found:
         return ()
     verb = "looks" if len(found) == 1 else "look"

@@ -67,7 +67,7 @@ class SafetensorsFiles:
         for path in paths:
             handle = _open(path)
             self.texts[path] = dict(handle.metadata() or {})
-            self.specs[path] = {name: _spec(handle, path, name) for name in handle.keys()}  # noqa: SIM118
+            self.specs[path] = {name: _read_spec(handle, path, name) for name in handle.keys()}  # noqa: SIM118
 
     def read(self, path: Path, name: str) -> Tensor:
         """Return one tensor of one file."""
@@ -103,7 +103,7 @@ def read_safetensors_index(index: Path) -> tuple[LazyTensors, Mapping[str, str]]
     files = SafetensorsFiles(dict.fromkeys(places.values()))
     for name, path in places.items():
         if name not in files.specs[path]:
-            raise lacking(path, name)
+            raise report_missing_tensor(path, name)
     specs = {name: files.specs[path][name] for name, path in places.items()}
     texts = next((texts for texts in files.texts.values() if texts), {})
     return LazyTensors(specs, lambda name: files.read(places[name], name)), texts
@@ -145,12 +145,12 @@ def _require_shards(index: Path, paths: Collection[Path]) -> None:
             raise CheckpointError(f"{quote_name(index)} lists {fault}: {quote_names(wrong)}")
 
 
-def lacking(path: Path, name: str) -> CheckpointError:
+def report_missing_tensor(path: Path, name: str) -> CheckpointError:
     """Return the error for a shard that lacks a tensor which its index lists for it."""
     return CheckpointError(f"{quote_name(path)} lacks {quote_name(name)}, which its index promises")
 
 
-def _spec(handle: Any, path: Path, name: str) -> Spec:
+def _read_spec(handle: Any, path: Path, name: str) -> Spec:
     try:
         part = handle.get_slice(name)
         code, shape = part.get_dtype(), tuple(part.get_shape())
@@ -210,7 +210,7 @@ def write_safetensors(
         OSError: if it cannot be written.
     """
     specs = {key: _require_storable(key, entry) for key, entry in entries.items()}
-    shards = _shards(specs, max_shard_size)
+    shards = _split_shards(specs, max_shard_size)
     if len(shards) == 1:
         _write(folder / name, shards[0], specs, entries, texts, written)
         return [folder / name]
@@ -294,7 +294,7 @@ def _require_storable(key: str, entry: Entry) -> Spec:
     return entry.spec
 
 
-def _shards(specs: Mapping[str, Spec], limit: int | None) -> list[list[str]]:
+def _split_shards(specs: Mapping[str, Spec], limit: int | None) -> list[list[str]]:
     shards: list[list[str]] = [[]]
     size = 0
     for key, spec in specs.items():

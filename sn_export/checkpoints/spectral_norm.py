@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from ..errors import CheckpointError
 from ..running import SpectralNormLink
 from ..text import dtype_name, format_count, quote_names
-from .lazy_tensors import Entry, Spec, aligned, is_finite, require_finite, spec_of
+from .lazy_tensors import Entry, Spec, align_memory, is_finite, require_finite, spec_of
 from .reparametrizations import Reparametrization
 
 # In training mode a forward sets u = normalize(W v) and v = normalize(W^H u), and a step of the
@@ -41,7 +41,7 @@ class TorchNorm:
 
     def __init__(self, site: Reparametrization, tensors: Mapping[str, Any]) -> None:
         self.site = site
-        self.parts = {part: aligned(tensors[key]) for part, key in site.keys.items()}
+        self.parts = {part: align_memory(tensors[key]) for part, key in site.keys.items()}
         dtypes = {part.dtype: dtype_name(part) for part in self.parts.values()}
         if len(dtypes) > 1 or any(dtype.itemsize == 1 for dtype in dtypes):
             raise CheckpointError(
@@ -66,8 +66,8 @@ class TorchNorm:
         try:
             with torch.no_grad():
                 if self.site.spelling == "hook":
-                    return self._hook_value(dim)
-                return self._parametrization_value(dim)
+                    return self._compute_hook(dim)
+                return self._compute_parametrization(dim)
         except RuntimeError as error:
             raise CheckpointError(
                 f"torch cannot normalise '{self.site.name}': {str(error).splitlines()[0]}"
@@ -86,14 +86,14 @@ class TorchNorm:
         assert v is not None  # the hook has just stored it
         return v
 
-    def _hook_value(self, dim: int) -> Tensor:
+    def _compute_hook(self, dim: int) -> Tensor:
         module = nn.Module()
         module.weight_orig = self.weight
         module.weight_u, module.weight_v = self.u, self.right_vector(dim)
         norm = SpectralNorm("weight", dim=dim)
         return norm.compute_weight(module, do_power_iteration=False)
 
-    def _parametrization_value(self, dim: int) -> Tensor:
+    def _compute_parametrization(self, dim: int) -> Tensor:
         # On the meta device its constructor computes nothing and draws no random number.
         norm = SpectralNormLink(self.weight.to("meta"), dim=dim).eval()
         norm._buffers.update(_u=self.u, _v=self.v)
@@ -113,12 +113,12 @@ def compute_normalised(
     for part in ("weight", "u", "v"):
         if part in norm.parts:
             require_finite(site.keys[part], norm.parts[part])
-    candidates = fitting_dims(norm)
+    candidates = find_fitting_dims(norm)
     if len(candidates) > 1 or site.name in dims:
         candidates = [decide_dim(norm, dims)]
     value = norm.value(candidates[0])
     if not is_finite(value):
-        raise zero_sigma(site.name)
+        raise report_zero_sigma(site.name)
     return value
 
 
@@ -152,7 +152,7 @@ def describe_difference(site: Reparametrization, tensors: Mapping[str, Any]) -> 
     return ""
 
 
-def zero_sigma(name: str) -> CheckpointError:
+def report_zero_sigma(name: str) -> CheckpointError:
     """Return the error for a weight that cannot be divided by its sigma."""
     return CheckpointError(
         f"sigma of '{name}' is 0 or too small to divide by, so its normalised weight would "
@@ -160,7 +160,7 @@ def zero_sigma(name: str) -> CheckpointError:
     )
 
 
-def length_of_vectors(site: Reparametrization, tensors: Mapping[str, Any]) -> float:
+def measure_vectors(site: Reparametrization, tensors: Mapping[str, Any]) -> float:
     """Return the product of the lengths of u and v, which is 1 if both are unit vectors.
 
     Torch keeps unit vectors. Sigma is ``u^H W v``, so it is off by this factor.
@@ -187,7 +187,7 @@ def describe_length(length: float) -> str:
     )
 
 
-def notes_on_lengths(
+def describe_lengths(
     sites: Sequence[Reparametrization], tensors: Mapping[str, Any]
 ) -> tuple[str, ...]:
     """Return a sentence about vectors that are no unit vectors, or nothing if all are."""
@@ -196,7 +196,7 @@ def notes_on_lengths(
         for site in sites
         for link in site.links or (site,)
         if link.group == "spectral_norm" and not site.blocked
-        if (length := length_of_vectors(link, tensors)) != 1
+        if (length := measure_vectors(link, tensors)) != 1
     }
     if not lengths:
         return ()
@@ -218,7 +218,7 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
         CheckpointError: if no dim fits, the one in ``dims`` does not, or several fit and the
             vectors do not tell which.
     """
-    fitting = fitting_dims(norm)
+    fitting = find_fitting_dims(norm)
     site = norm.site
     if site.name in dims:
         ndim = len(site.shape)
@@ -227,21 +227,21 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
             raise CheckpointError(
                 f"'{site.name}' {list(site.shape)} with u of "
                 f"{format_count(norm.u.numel(), 'element')} has dim "
-                f"{_either(fitting)}, got --dim {site.name}={dim}"
+                f"{_join_dims(fitting)}, got --dim {site.name}={dim}"
             )
         return dim % ndim
     if len(fitting) == 1 or norm.u.numel() == 1:  # dimensions of size 1 give the same matrix
         return fitting[0]
-    (best, dim), (second, _) = sorted((_residual(norm, d), d) for d in fitting)[:2]
+    (best, dim), (second, _) = sorted((_measure_residual(norm, d), d) for d in fitting)[:2]
     if best < _NEAR and second > _CLEARER * best:
         return dim
     raise CheckpointError(
         f"cannot tell the dim of '{site.name}' {list(site.shape)}: its shape and vectors fit "
-        f"{_either(fitting)}; say which with --dim {site.name}={fitting[0]}"
+        f"{_join_dims(fitting)}; say which with --dim {site.name}={fitting[0]}"
     )
 
 
-def fitting_dims(norm: TorchNorm) -> list[int]:
+def find_fitting_dims(norm: TorchNorm) -> list[int]:
     """Return the dims for which u has as many elements as rows, and v as many as columns.
 
     Raises:
@@ -263,7 +263,7 @@ def fitting_dims(norm: TorchNorm) -> list[int]:
     return fitting
 
 
-def _residual(norm: TorchNorm, dim: int) -> float:
+def _measure_residual(norm: TorchNorm, dim: int) -> float:
     """Return how far the weight is from mapping the vectors to each other; 0 if it does."""
     matrix = norm.matrix(dim)
     u = norm.u
@@ -275,16 +275,17 @@ def _residual(norm: TorchNorm, dim: int) -> float:
             length = torch.linalg.vector_norm(torch.mv(matrix.mH, u))
             return float((length / sigma - 1).abs())
         return min(
-            _distance(u, torch.mv(matrix, norm.v)), _distance(norm.v, torch.mv(matrix.mH, u))
+            _measure_distance(u, torch.mv(matrix, norm.v)),
+            _measure_distance(norm.v, torch.mv(matrix.mH, u)),
         )
 
 
-def _distance(vector: Tensor, image: Tensor) -> float:
+def _measure_distance(vector: Tensor, image: Tensor) -> float:
     """Return the distance of two directions; vectors that were averaged are no unit vectors."""
     one, other = (part / torch.linalg.vector_norm(part) for part in (vector, image))
     distance = float(torch.linalg.vector_norm(one - other))
     return distance if math.isfinite(distance) else math.inf
 
 
-def _either(dims: list[int]) -> str:
+def _join_dims(dims: list[int]) -> str:
     return " or ".join(map(str, dims))

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
-from .kinds import kind_of
+from .kinds import find_kind
 from .lazy_tensors import Entry, dense_spec, spec_of
 from .reparametrizations import Reparametrization, Spelling, find_reparametrizations
 
@@ -70,14 +70,14 @@ def respell(
     order = {key: number for number, key in enumerate(tensors)}
     for site in changed:
         first = min(site.keys.values(), key=order.__getitem__)
-        spelled[first] = _entries(site, wanted[site.name], tensors, dims or {})
+        spelled[first] = _make_entries(site, wanted[site.name], tensors, dims or {})
         for name in spelled[first]:
             if name in tensors and name not in site.keys.values():
                 raise CheckpointError(f"cannot spell '{first}' as '{name}': it exists")
-    entries = _in_order(tensors, changed, wanted, spelled)
+    entries = _order_entries(tensors, changed, wanted, spelled)
     versions = None
     if state.versions is not None:
-        versions = _versions(state.versions, changed, wanted)
+        versions = _respell_versions(state.versions, changed, wanted)
     return Respelled(entries, versions, tuple(changed))
 
 
@@ -88,7 +88,7 @@ def require_fitting(
     require_known(dims, sites)
     for site in sites:
         if site.name in dims:
-            kind_of(site).decide_dim(site, tensors, dims)
+            find_kind(site).decide_dim(site, tensors, dims)
 
 
 def require_known(dims: Mapping[str, int], sites: Sequence[Reparametrization]) -> None:
@@ -113,7 +113,7 @@ def _require_possible(
         to = wanted[site.name]
         reason = site.blocked
         if not reason and to != "plain" and to != site.spelling:
-            kind = kind_of(site)
+            kind = find_kind(site)
             if not (kind.parametrization if to == "parametrization" else kind.hook):
                 reason = f"torch has no {to} for {site.label}"
             reason = reason or kind.refuse(site, tensors)
@@ -128,7 +128,7 @@ def _require_possible(
         )
 
 
-def _entries(
+def _make_entries(
     site: Reparametrization, to: Spelling, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> dict[str, Entry]:
     """Return the parts of one site in the new spelling, by key.
@@ -136,7 +136,7 @@ def _entries(
     Example: the spectral norm of ``conv.weight`` as a hook has the keys ``conv.weight_orig``,
     ``conv.weight_u`` and ``conv.weight_v``.
     """
-    kind = kind_of(site)
+    kind = find_kind(site)
     if to == "plain":
         raw = next(part for part in ("weight", "original", "v") if part in site.keys)
         spec = spec_of(tensors, site.keys[raw])
@@ -149,7 +149,7 @@ def _entries(
     return dict(zip(names, kind.parts(site, tensors, dims), strict=True))
 
 
-def _in_order(
+def _order_entries(
     tensors: Mapping[str, Any],
     changed: Sequence[Reparametrization],
     wanted: Mapping[str, Spelling],
@@ -159,7 +159,7 @@ def _in_order(
     gone = {key for site in changed for key in site.keys.values()}
     firsts = dict(zip((site.name for site in changed), spelled, strict=True))
     early = {
-        _successor(site): firsts[site.name] for site in changed if wanted[site.name] == "plain"
+        _find_successor(site): firsts[site.name] for site in changed if wanted[site.name] == "plain"
     }
     entries: dict[str, Entry] = {}
     for key in tensors:
@@ -167,21 +167,21 @@ def _in_order(
         entries.update(spelled.pop(early.get(key, ""), {}))
         entries.update(spelled.pop(key, {}))
         if key not in gone:
-            entries[key] = _kept(tensors, key)
+            entries[key] = _keep_entry(tensors, key)
     return entries
 
 
-def _kept(tensors: Mapping[str, Any], key: str) -> Entry:
+def _keep_entry(tensors: Mapping[str, Any], key: str) -> Entry:
     return Entry(dense_spec(tensors, key), lambda: tensors[key])
 
 
-def _successor(site: Reparametrization) -> str:
+def _find_successor(site: Reparametrization) -> str:
     # In a plain network the weight comes before its bias, under spectral norm after it.
     name = site.tensor.replace("weight", "bias")
     return qualified(site.module, name) if name != site.tensor else ""
 
 
-def _versions(
+def _respell_versions(
     before: Mapping[str, Any],
     changed: Sequence[Reparametrization],
     wanted: Mapping[str, Spelling],
@@ -189,7 +189,7 @@ def _versions(
     after = copy.deepcopy(before)
     assert isinstance(after, dict)
     for site in changed:
-        for path in _forgotten(after, site):
+        for path in _find_gone_versions(after, site):
             del after[path]
         norms = after.get(site.module, {}).get("spectral_norm", {})
         norms.pop(f"{site.tensor}.version", None)
@@ -199,13 +199,13 @@ def _versions(
         elif wanted[site.name] == "parametrization":
             chains = qualified(site.module, "parametrizations")
             paths = (chains, f"{chains}.{site.tensor}", f"{chains}.{site.tensor}.0")
-            _insert(after, site.module, [path for path in paths if path not in after])
+            _insert_versions(after, site.module, [path for path in paths if path not in after])
         if not after.get(site.module, {}).get("spectral_norm", True):
             del after[site.module]["spectral_norm"]
     return after
 
 
-def _insert(versions: dict[str, Any], module: str, paths: list[str]) -> None:
+def _insert_versions(versions: dict[str, Any], module: str, paths: list[str]) -> None:
     """Add ``paths`` behind every path in ``module``, as its last child."""
     known = list(versions)
     inside = [
@@ -217,7 +217,7 @@ def _insert(versions: dict[str, Any], module: str, paths: list[str]) -> None:
     versions.update(later)
 
 
-def _forgotten(versions: Mapping[str, Any], site: Reparametrization) -> Iterator[str]:
+def _find_gone_versions(versions: Mapping[str, Any], site: Reparametrization) -> Iterator[str]:
     if site.spelling != "parametrization":
         return
     chains = qualified(site.module, "parametrizations")

@@ -147,7 +147,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             raise typer.Exit(FAILED)
 
     def _replay_folder(self) -> None:
-        files = _files(self.file)
+        files = _find_files(self.file)
         if not files:
             raise UsageError(
                 f"folder '{self.file}' holds no case: no NAME.onnx with NAME.npz beside it"
@@ -224,7 +224,7 @@ def _show_replayed(done: Sequence[Replayed], unequal: int, unknown: int) -> None
     print(f"{count}: {equal} equal, {unequal} not, {unknown} not compared")
 
 
-def _files(folder: Path) -> list[Path]:
+def _find_files(folder: Path) -> list[Path]:
     """Return the ONNX files of a folder, and for a case without one the path that it should have.
 
     Example: for ``a.onnx``, ``b.npz`` (a case) and ``c.npz`` (none) it is ``a.onnx, b.onnx``.

@@ -45,7 +45,7 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
         if debug:
             traceback.print_exc()
         else:
-            print_note(_message(error))
+            print_note(_describe_error(error))
         raise typer.Exit(BAD_INPUT) from error
 
 
@@ -166,7 +166,7 @@ def _follow_log(show: Callable[[str], None]) -> Iterator[None]:
         logger.propagate = propagates
 
 
-def _message(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     from ..errors import SnExportError
 
     text = join_lines(without_frames(str(error)))
@@ -189,11 +189,11 @@ def run(app: typer.Typer, name: str) -> int:
     except typer.Abort:
         return INTERRUPTED
     except _USAGE_ERROR as error:
-        print_note(_usage_message(error, name))
+        print_note(_describe_usage_error(error, name))
         return BAD_INPUT
 
 
-def _usage_message(error: Any, name: str) -> str:
+def _describe_usage_error(error: Any, name: str) -> str:
     command = error.ctx.command_path if error.ctx is not None else name
     text = " ".join(error.format_message().split()).replace("Value error, ", "")
     return f"{text.rstrip('.')}; see '{command} --help'"
@@ -216,14 +216,14 @@ def show_frozen(frozen: Sequence[SpectralNormInfo | ParametrizationInfo]) -> Non
                 info.kind,
                 "x".join(map(str, info.shape)),
                 info.dtype,
-                *_of_norm(info),
+                *_describe_norm(info),
             ]
             for info in frozen
         ],
     )
 
 
-def _of_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
+def _describe_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
     if not isinstance(info, SpectralNormInfo):
         return "", ""  # another reparametrization, which has no sigma
     return str(info.dim), number(info.sigma)

@@ -97,12 +97,12 @@ class ConvertCommand(CheckpointOptions):
         under = f" under '{made.key}'" if made.key else ""
         kept = len(made.found) - len(made.changed)
         already = f"; {kept} were spelled so already" if kept else ""
-        print_line(f"respelled {_counts(made.changed)}{under} as {self.to}{already}")
+        print_line(f"respelled {_count_kinds(made.changed)}{under} as {self.to}{already}")
         for file in made.files:
             print_line(f"wrote {file}")
 
 
-def _counts(changed: Iterable[Any]) -> str:
+def _count_kinds(changed: Iterable[Any]) -> str:
     """Return what was respelled, as in "3 spectral norms and 2 weight norms"."""
     counts = Counter(site.label for site in changed)
     nouns = {"pruning": "pruning mask", "orthogonality": "orthogonal weight"}

@@ -62,7 +62,7 @@ class InspectCommand(CheckpointOptions):
                 progress=lambda name, total: show(f"looked at {name}, of {total}"),
                 **self.keywords_of(inspect_checkpoint),
             )
-        content = _content(found)
+        content = _make_content(found)
         write_report(content, self.report, of_checkpoint=True)
         if self.as_json:
             print_json(content)
@@ -102,7 +102,7 @@ def _show(found: Any) -> None:
             layer.tensor,
             f"{layer.group.replace('_', ' ')} ({layer.spelling})",
             "x".join(map(str, layer.shape)),
-            _dim(layer),
+            _format_dim(layer),
             number(layer.sigma),
             number(layer.sigma_exact),
             number(layer.shortfall),
@@ -113,10 +113,10 @@ def _show(found: Any) -> None:
     if keyed:
         columns.insert(0, "under")
         rows = [[layer.key, *row] for layer, row in zip(found.layers, rows, strict=True)]
-    table(f"{title}: {entries}, {_counts(found)}", columns, rows)
+    table(f"{title}: {entries}, {_count_groups(found)}", columns, rows)
 
 
-def _counts(found: Any) -> str:
+def _count_groups(found: Any) -> str:
     """Return how many there are, as in "2 tensors under spectral norm, 1 pruned"."""
     counts = Counter(layer.group for layer in found.layers)
     (first, state), *others = [
@@ -126,13 +126,13 @@ def _counts(found: Any) -> str:
     return ", ".join(shown)
 
 
-def _dim(layer: Any) -> str:
+def _format_dim(layer: Any) -> str:
     if layer.dim is not None or (layer.group == "weight_norm" and "g" in layer.keys):
         return str(layer.dim)
     return "?" if layer.group.endswith("norm") else "-"
 
 
-def _content(found: Any) -> dict[str, Any]:
+def _make_content(found: Any) -> dict[str, Any]:
     return {
         "path": found.path,
         "format": found.format,
@@ -190,25 +190,25 @@ def _describe_onnx(path: Path, model: onnx.ModelProto) -> dict[str, Any]:
         "ir_version": model.ir_version,
         "opsets": {entry.domain or "ai.onnx": entry.version for entry in model.opset_import},
         "bytes": path.stat().st_size,
-        "external_data": {str(file): _size(file) for file in sorted(outside)},
+        "external_data": {str(file): _measure_file(file) for file in sorted(outside)},
         "nodes": len(model.graph.node),
         "weights": len(weights),
         "elements": sum(math.prod(tensor.dims) for tensor in model.graph.initializer),
-        "inputs": [_value(one) for one in model.graph.input if one.name not in weights],
-        "outputs": [_value(one) for one in model.graph.output],
-        "frozen": _frozen(metadata),
+        "inputs": [_describe_value(one) for one in model.graph.input if one.name not in weights],
+        "outputs": [_describe_value(one) for one in model.graph.output],
+        "frozen": _read_frozen(metadata),
         "metadata": {key: text for key, text in metadata.items() if key != _FROZEN},
     }
 
 
-def _size(file: Path) -> int | None:
+def _measure_file(file: Path) -> int | None:
     try:
         return file.stat().st_size if file.is_file() else None
     except (OSError, ValueError):  # a name that no file can have
         return None
 
 
-def _value(value: onnx.ValueInfoProto) -> FileInput:
+def _describe_value(value: onnx.ValueInfoProto) -> FileInput:
     from onnx.helper import tensor_dtype_to_np_dtype
 
     kind = value.type.WhichOneof("value")
@@ -226,7 +226,7 @@ def _value(value: onnx.ValueInfoProto) -> FileInput:
     return FileInput(value.name, dtype, shape)
 
 
-def _frozen(metadata: dict[str, str]) -> dict[str, float | None] | None:
+def _read_frozen(metadata: dict[str, str]) -> dict[str, float | None] | None:
     """Return sigma by tensor as sn_export wrote it; None where it did not."""
     try:
         found = json.loads(metadata[_FROZEN])

@@ -29,7 +29,7 @@ def draw_example(shapes: Iterable[InputShape]) -> InputSet:
     kwargs: dict[str, Tensor] = {}
     for one in shapes:
         try:
-            value = _random(one.shape, getattr(torch, one.dtype), generator)
+            value = _draw(one.shape, getattr(torch, one.dtype), generator)
         except RuntimeError as error:  # too little memory
             raise UsageError(f"--input {one.text}: torch cannot draw it: {error}") from error
         if one.name is None:
@@ -39,7 +39,7 @@ def draw_example(shapes: Iterable[InputShape]) -> InputSet:
     return InputSet(tuple(args), kwargs, "the example input")
 
 
-def _random(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def _draw(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
     if dtype.is_floating_point or dtype.is_complex:
         wide = torch.complex128 if dtype.is_complex else torch.float64
         return torch.randn(shape, dtype=wide, generator=generator).to(dtype)
@@ -88,11 +88,11 @@ def gather(shapes: Sequence[InputShape], files: Sequence[Path]) -> Inputs:
     Raises:
         UsageError: if a file is no .npz of numeric arrays.
     """
-    own = tuple(_from_file(path) for path in files)
+    own = tuple(_read_inputs(path) for path in files)
     return Inputs(draw_example(shapes), own) if shapes else Inputs(own[0], own[1:])
 
 
-def _from_file(path: Path) -> InputSet:
+def _read_inputs(path: Path) -> InputSet:
     try:
         arrays = read_npz(path)
     except ValueError as error:
@@ -176,7 +176,7 @@ def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
         if not hasattr(factory, part):
             raise UsageError(
                 f"module '{module_name}' has no '{factory_name}'; it has "
-                f"{', '.join(_factories(module)) or 'no class and no function of its own'}"
+                f"{', '.join(_list_factories(module)) or 'no class and no function of its own'}"
             )
         factory = getattr(factory, part)
     if isinstance(factory, nn.Module):
@@ -198,7 +198,7 @@ def _import(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         if error.name not in [*accumulate(name.split("."), "{}.{}".format)]:  # a, a.b, a.b.c
             raise UsageError(f"importing '{name}' raised {error}") from error
-        there = ", ".join(_modules(Path.cwd())) or "none"
+        there = ", ".join(_list_modules(Path.cwd())) or "none"
         raise UsageError(
             f"there is no module '{error.name}'; modules in the current folder: {there}"
         ) from error
@@ -206,13 +206,13 @@ def _import(name: str) -> ModuleType:
         raise UsageError(f"importing '{name}' raised {type(error).__name__}: {error}") from error
 
 
-def _modules(folder: Path) -> list[str]:
+def _list_modules(folder: Path) -> list[str]:
     files = {path.stem for path in folder.glob("*.py") if path.stem.isidentifier()}
     packages = {path.parent.name for path in folder.glob("*/__init__.py")}
     return sorted(files | packages)
 
 
-def _factories(module: ModuleType) -> list[str]:
+def _list_factories(module: ModuleType) -> list[str]:
     return sorted(
         name
         for name, value in vars(module).items()

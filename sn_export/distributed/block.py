@@ -31,8 +31,8 @@ from ..freezing import (
     unconverged_among,
     warn_of_suspects,
 )
-from .fsdp import Unit, ranks_of
-from .gathered_walk import find_gathered, sharded_units
+from .fsdp import Unit, find_ranks
+from .gathered_walk import find_gathered, find_sharded_units
 from .planner import RankPlanner
 
 M = TypeVar("M", bound=nn.Module)
@@ -241,7 +241,7 @@ def _describe(
     def find(walk: Walk) -> list[Found]:
         return selection.find(model, (), walk)
 
-    units = sharded_units(model)
+    units = find_sharded_units(model)
     found = find_gathered(model, units, take, find) if units else selection.find(model)
     if warns and selection.includes_spectral_norm:
         warn_of_suspects(model, found, stacklevel=3)
@@ -289,7 +289,7 @@ def gather_state(model: nn.Module, only: Only) -> tuple[dict[str, Any], dict[str
         model: as for `gather_plain_state_dict`.
         only: as for `gather_plain_state_dict`.
     """
-    ranks = ranks_of(sharded_units(model).values()) or [0]
+    ranks = find_ranks(find_sharded_units(model).values()) or [0]
     is_first = not (dist.is_available() and dist.is_initialized()) or dist.get_rank() == ranks[0]
     known: dict[int, Any] = {}  # by id, so that tied tensors stay one
 
@@ -319,7 +319,7 @@ def refuse_sharded(model: nn.Module) -> None:
         ExportError: if it is; the message says how such a model is exported.
         FreezeError: if it is under FullyShardedDataParallel.
     """
-    if sharded_units(model):
+    if find_sharded_units(model):
         raise ExportError(
             f"{type(model).__name__} is under fully_shard, and this rank holds a piece of it: call "
             "export_onnx on every rank with model_factory=, a function without arguments that "

@@ -128,7 +128,7 @@ class Unit:
         return [group.mesh_info.mesh for group in self.groups]
 
 
-def units_of(model: nn.Module) -> dict[int, Unit]:
+def find_units(model: nn.Module) -> dict[int, Unit]:
     """Return the unit that gathers the parameters of each module, by the module's id.
 
     A unit holds the modules that `fully_shard` was called on and those below them, except those of
@@ -149,7 +149,7 @@ def units_of(model: nn.Module) -> dict[int, Unit]:
             continue
         seen.add(id(module))
         if isinstance(module, FSDPModule):
-            state = _state_of(path, module)
+            state = _find_state(path, module)
             unit = units.setdefault(id(state), Unit(module, state))
         if unit is not None:
             found[id(module)] = unit
@@ -166,7 +166,7 @@ def fsdp_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if isinstance(module, FSDPModule)]
 
 
-def ranks_of(units: Iterable[Unit]) -> list[int]:
+def find_ranks(units: Iterable[Unit]) -> list[int]:
     """Return the ranks that the parameters are spread over, in ascending order.
 
     The mesh of a parameter counts: one that is tensor parallel too has more dimensions than the
@@ -179,7 +179,7 @@ def ranks_of(units: Iterable[Unit]) -> list[int]:
     return sorted(ranks)
 
 
-def _state_of(path: str, module: Any) -> Any:
+def _find_state(path: str, module: Any) -> Any:
     state = module._get_fsdp_state() if hasattr(module, "_get_fsdp_state") else None
     missing = _find_missing("FSDPState", state)
     missing += _find_missing("FSDPStateContext", getattr(state, "_state_ctx", None))
@@ -216,7 +216,7 @@ def is_gathered_as(param: Any, tensor: Tensor) -> bool:
     return getattr(param, "_unsharded_param", None) is tensor
 
 
-def holders(param: Any) -> list[tuple[nn.Module, str]]:
+def list_holders(param: Any) -> list[tuple[nn.Module, str]]:
     """Return the modules that hold the parameter, each with the name under which it does."""
     info = param._module_info
     return [
@@ -225,7 +225,7 @@ def holders(param: Any) -> list[tuple[nn.Module, str]]:
     ]
 
 
-def held_by(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
+def copy_for_places(param: Any, places: list[tuple[nn.Module, str]]) -> Any:
     """Return a copy of ``param`` that stands in ``places`` alone."""
     other = copy.copy(param)
     (module, name), *shared = places
@@ -285,7 +285,7 @@ def _forget_gathered(param: Any) -> None:
     param.__dict__.pop("_unsharded_param", None)
 
 
-def shard_of(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
+def make_shard(param: Any, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return this rank's part of ``value``, laid out as that of ``param`` is.
 
     Args:

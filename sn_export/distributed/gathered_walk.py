@@ -12,13 +12,13 @@ from torch import nn
 from ..errors import FreezeError
 from ..freezing import Found, Kind, Site, Walk, walk
 from ..running import undo_on_exit
-from .fsdp import Unit, units_of
+from .fsdp import Unit, find_units
 
 Take = Callable[[Site, "Unit | None"], None]
 
 
-def sharded_units(model: nn.Module) -> dict[int, Unit]:
-    """Return the units of ``model`` as `units_of` does; none where torch.distributed is unused.
+def find_sharded_units(model: nn.Module) -> dict[int, Unit]:
+    """Return the units of ``model`` as `find_units` does; none where torch.distributed is unused.
 
     Raises:
         FreezeError: if the model is under FullyShardedDataParallel, whose pieces are no tensors.
@@ -26,7 +26,7 @@ def sharded_units(model: nn.Module) -> dict[int, Unit]:
     if not (dist.is_available() and dist.is_initialized()):
         return {}
     refuse_flat_shards(model)
-    return units_of(model)
+    return find_units(model)
 
 
 def find_gathered(
@@ -38,7 +38,7 @@ def find_gathered(
 
     Args:
         model: the model.
-        units: what `units_of` returned.
+        units: what `find_units` returned.
         take: called for each site while its unit is gathered.
         find: is given the walk, and returns the sites that it finds by it.
 
@@ -55,7 +55,7 @@ def find_gathered(
             found = find(walking)
         except Exception as caught:  # raised below on every rank
             error = caught
-    raise_on_all_ranks(walking.error or error, meshes_of(units), type(model).__name__)
+    raise_on_all_ranks(walking.error or error, find_meshes(units), type(model).__name__)
     return found
 
 
@@ -150,7 +150,7 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
         raise FreezeError(first.tensor, first.reason, first.remedy, rank) from error
 
 
-def meshes_of(units: dict[int, Unit]) -> list[Any]:
+def find_meshes(units: dict[int, Unit]) -> list[Any]:
     """Return the device meshes that the parameters of ``units`` are spread over."""
     found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
     meshes: list[Any] = []

@@ -97,7 +97,7 @@ class Team:
             self._end(ExportError(str(left)))
             raise ExportError(str(left)) from None
         except BaseException as error:
-            self._end(_portable(error, self._ranks[0]))
+            self._end(_make_portable(error, self._ranks[0]))
             raise
         self._say(("returned", verdict))
         return result
@@ -148,7 +148,7 @@ class Team:
             dist.all_reduce(failed, dist.ReduceOp.MAX, self._group)
             if not failed.item():
                 return
-            told = None if error is None else _portable(error, dist.get_rank())
+            told = None if error is None else _make_portable(error, dist.get_rank())
             everyone: list[Any] = [None] * len(self._ranks)
             leaves = error is not None and not isinstance(error, Exception)
             dist.all_gather_object(everyone, (told, leaves), self._group)
@@ -160,7 +160,9 @@ class Team:
             for rank, (one, leaves) in zip(self._ranks, everyone, strict=True)
             if one is not None
         )
-        text = str(found) if has_left or isinstance(found, SnExportError) else _in_words(found)
+        text = (
+            str(found) if has_left or isinstance(found, SnExportError) else _describe_error(found)
+        )
         kind = _RankLeftError if has_left else SnExportError
         self._failure = kind(text if has_left else f"rank {rank}: {text}")
 
@@ -213,7 +215,7 @@ class _RankLeftError(BaseException):
     """Another rank was interrupted. It is no Exception, so that no model or proof can catch it."""
 
 
-def _portable(error: BaseException, rank: int) -> Exception:
+def _make_portable(error: BaseException, rank: int) -> Exception:
     """Return ``error``, or an ExportError with its text where it cannot be sent to other ranks."""
     if not isinstance(error, Exception):
         return ExportError(f"rank {rank} has left with {type(error).__name__}")
@@ -222,9 +224,9 @@ def _portable(error: BaseException, rank: int) -> Exception:
     except Exception:
         copied = None
     if type(copied) is not type(error) or str(copied) != str(error):
-        return ExportError(_in_words(error))
+        return ExportError(_describe_error(error))
     return error
 
 
-def _in_words(error: BaseException) -> str:
+def _describe_error(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"

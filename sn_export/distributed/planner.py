@@ -13,8 +13,8 @@ from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError
 from ..freezing import Found, Plan, Planner, Site, Walk, compute_value
-from .fsdp import Unit, gather_in_layout, held_by, holders, is_gathered_as, shard_of
-from .gathered_walk import find_gathered, meshes_of, raise_on_all_ranks, sharded_units
+from .fsdp import Unit, copy_for_places, gather_in_layout, is_gathered_as, list_holders, make_shard
+from .gathered_walk import find_gathered, find_meshes, find_sharded_units, raise_on_all_ranks
 
 # The attribute by which DistributedDataParallel sends buffers or not; its name depends on torch.
 _SENDS = ("broadcast_buffers", "forward_sync_buffers")
@@ -35,7 +35,7 @@ class RankPlanner(Planner):
                 under FullyShardedDataParallel.
         """
         self._shards: dict[int, _Shard] = {}
-        self._units = sharded_units(model)
+        self._units = find_sharded_units(model)
         if not self._units:
             return super().find(model, frozen)
 
@@ -50,7 +50,7 @@ class RankPlanner(Planner):
             try:
                 plan = Plan(found, self.keep)
             except FreezeError as failed:
-                told = _naming_placement(failed, found)
+                told = _name_placement(failed, found)
                 if told is failed:
                     raise
                 raise told from failed
@@ -62,12 +62,12 @@ class RankPlanner(Planner):
             made = ShardedPlan(found, self._shards, self._units)
         except Exception as caught:  # raised below on every rank
             error = caught
-        raise_on_all_ranks(error, meshes_of(self._units), type(model).__name__)
+        raise_on_all_ranks(error, find_meshes(self._units), type(model).__name__)
         assert made is not None
         return made
 
     def _keep_shard(self, site: Site, unit: Unit | None) -> None:
-        raw = [] if unit is None else _raw_params(unit, site)
+        raw = [] if unit is None else _find_raw_params(unit, site)
         _require_dtype(site, raw)
         value = compute_value(site)
         if not raw:
@@ -82,7 +82,7 @@ class RankPlanner(Planner):
                 f"of the shape {shapes}, none of which can hold it",
                 "Freeze an unsharded copy of the model",
             )
-        memory, shard = shard_of(fitting[0], value)
+        memory, shard = make_shard(fitting[0], value)
         stride = None if value.is_contiguous() else torch.empty_like(value).stride()
         self._shards[id(site)] = _Shard(shard, memory, fitting[0], raw, stride)
 
@@ -112,7 +112,7 @@ class ShardedPlan(Plan):
     Args:
         found: the modules with their sites.
         shards: this rank's part of the weight of each site, by the id of the site.
-        units: what `units_of` returned.
+        units: what `find_units` returned.
     """
 
     def __init__(
@@ -141,10 +141,10 @@ class ShardedPlan(Plan):
         for tensor, site, shard in frozen:
             for _, param in shard.raw:
                 if id(param) not in instead:
-                    rest = [place for place in holders(param) if self._stays(place, hidden)]
-                    instead[id(param)] = [held_by(param, rest)] if rest else []
+                    rest = [place for place in list_holders(param) if self._stays(place, hidden)]
+                    instead[id(param)] = [copy_for_places(param, rest)] if rest else []
             if shard.memory is not None:
-                ours = held_by(shard.param, [(site.module, site.tensor)])
+                ours = copy_for_places(shard.param, [(site.module, site.tensor)])
                 ours.sharded_param, ours._sharded_param_data = tensor, shard.memory
                 ours._orig_param_uid = id(tensor)
                 if shard.stride is not None:
@@ -190,7 +190,7 @@ def _require_dtype(site: Site, raw: Sequence[tuple[Any, Any]]) -> None:
             )
 
 
-def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
+def _find_raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
     sources = list(site.sources)
     return [
         (group, param)
@@ -199,7 +199,7 @@ def _raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
     ]
 
 
-def _naming_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError:
+def _name_placement(error: FreezeError, found: Sequence[Found]) -> FreezeError:
     """Return ``error``, or one that names the placement where the tensor comes from a DTensor."""
     for site in (site for _, sites in found for site in sites if site.name == error.tensor):
         for source in site.sources:

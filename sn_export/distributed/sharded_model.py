@@ -23,8 +23,8 @@ from ..running import (
     unwrap_model,
 )
 from .block import Description, describe_sharded, gather_state
-from .fsdp import Unit, find_mixed_precision, fsdp_modules, ranks_of
-from .gathered_walk import sharded_units
+from .fsdp import Unit, find_mixed_precision, find_ranks, fsdp_modules
+from .gathered_walk import find_sharded_units
 from .leader import Call, Team
 
 T = TypeVar("T")
@@ -150,12 +150,12 @@ class PlainNetwork:
         if network is not None:
             with contextlib.suppress(Exception):  # raised again below unless meta was the cause
                 self._fill(network, selection, state, buffers)
-                if not any(tensor.is_meta for _, tensor in _tensors(network)):
+                if not any(tensor.is_meta for _, tensor in _list_tensors(network)):
                     return network
             del network  # frees its tensors before others are made
         network = self._real or self._build()
         self._fill(network, selection, state, buffers)
-        for name, tensor in _tensors(network):
+        for name, tensor in _list_tensors(network):
             if tensor.is_meta:
                 raise ExportError(f"model_factory leaves '{name}' on the meta device")
         return network
@@ -180,7 +180,7 @@ class PlainNetwork:
         names = [site.name for _, sites in found for site in sites]
         absent = [name for name in names if name not in state]
         if absent:
-            raise _unfitting(f"there is no '{absent[0]}' in it")
+            raise _report_misfit(f"there is no '{absent[0]}' in it")
         plan = Plan(found, lambda _: [state[name] for name in names])
         plan.edits.apply()
         parameters = dict(network.named_parameters(remove_duplicate=False))
@@ -194,21 +194,21 @@ class PlainNetwork:
         try:
             network.load_state_dict({n: loaded(n, v) for n, v in state.items()}, assign=True)
         except RuntimeError as error:
-            raise _unfitting(" ".join(str(error).split())) from error
+            raise _report_misfit(" ".join(str(error).split())) from error
         for name, _ in list(network.named_buffers(remove_duplicate=False)):
             if name in buffers and name not in state:
                 path, _, last = name.rpartition(".")
                 network.get_submodule(path)._buffers[last] = buffers[name]
 
 
-def _unfitting(reason: str) -> ExportError:
+def _report_misfit(reason: str) -> ExportError:
     return ExportError(
         "model_factory must build the network that is sharded, without fully_shard, with or "
         f"without its reparametrizations; the state of that does not fit what it builds: {reason}"
     )
 
 
-def _tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def _list_tensors(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from network.named_parameters()
     yield from network.named_buffers()
     held = Preserved(network.modules(), with_objects=True).tensors
@@ -276,8 +276,8 @@ def lead_export(
         ExportError: if not all ranks call, or one is interrupted.
         Exception: on every rank, the error that ``export`` raises.
     """
-    units = sharded_units(model)
-    team = Team(ranks_of(units.values()))
+    units = find_sharded_units(model)
+    team = Team(find_ranks(units.values()))
     sharded = ShardedModel(model, list(dict.fromkeys(units.values())), team.check)
     team.actions = {"describe": sharded.describe, "gather": sharded.gather, "run": sharded.run}
     team.checking = ("run",)

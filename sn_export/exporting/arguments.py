@@ -11,7 +11,7 @@ from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
 
-from ..distributed import Description, lead_export, refuse_sharded, sharded_units
+from ..distributed import Description, find_sharded_units, lead_export, refuse_sharded
 from ..errors import ExportError, SnExportError
 from ..files import (
     are_one_place,
@@ -107,7 +107,7 @@ def export_from(
     """
     if factory is not None and not callable(factory):
         raise TypeError(f"model_factory must be callable, got {type(factory).__name__}")
-    if factory is None or not sharded_units(network):
+    if factory is None or not find_sharded_units(network):
         return export(OwnNetwork(network, only))
     if method is not None:
         raise ExportError(

@@ -83,7 +83,7 @@ def _let_others_in(held: list[int]) -> None:
 
 def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None:
     last, done = moves[-1][0], list[tuple[Path, Path]]()
-    phases = _plan(moves, stale)
+    phases = _plan_moves(moves, stale)
     if len(phases) > 1:
         _write_plan(last.parents[1], [pair for phase in phases for pair in phase])
     try:
@@ -98,7 +98,7 @@ def _move_all(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]) -> None
         raise
 
 
-def _plan(
+def _plan_moves(
     moves: Sequence[tuple[Path, Path]], stale: Iterable[Path]
 ) -> list[list[tuple[Path, Path]]]:
     """Return the moves in up to three groups, each of which is flushed before the next one.
@@ -130,7 +130,7 @@ def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
     """Write the moves to a file, for the process that finds the folder after a kill."""
     paths = [[os.path.abspath(path) for path in pair] for pair in steps]
     plan = folder / PLAN
-    plan.write_bytes(json.dumps({"folder": _identity(folder), "steps": paths}).encode())
+    plan.write_bytes(json.dumps({"folder": _identify(folder), "steps": paths}).encode())
     _flush(plan)
     _flush_folders([folder])
 
@@ -145,14 +145,14 @@ def take_back(folder: Path) -> None:
         plan = json.loads((folder / PLAN).read_bytes())
         steps = [(Path(source), Path(place)) for source, place in plan["steps"]]
         made, target = steps[-1]
-        is_ours = plan["folder"] == _identity(folder)
+        is_ours = plan["folder"] == _identify(folder)
         if is_ours and os.path.lexists(made) and not os.path.lexists(target):
             _move_back(steps[:-1])
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return  # the plan is half written, so nothing was moved; or its folders are gone
 
 
-def _identity(folder: Path) -> list[int]:
+def _identify(folder: Path) -> list[int]:
     found = folder.stat()
     return [found.st_dev, found.st_ino]
 

@@ -94,7 +94,7 @@ class Columns:
     limit: float | None
 
 
-def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
+def chart_sigma(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     """Return a chart of each stored sigma above the true one, from 0; None without values."""
     found = [
         (tensor_name(entry), as_number(entry["sigma"]), as_number(entry["sigma_exact"]))
@@ -105,7 +105,7 @@ def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     top = max(values, default=0.0)
     if not top > 0:
         return None
-    step = _step(top)
+    step = _choose_step(top)
     end = math.ceil(top / step - 1e-9) * step
 
     def bar(value: float, name: str, kind: str) -> Bar:
@@ -123,7 +123,7 @@ def sigma_chart(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     return BarChart(tuple(rows), tuple(ticks))
 
 
-def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> BarChart | None:
+def chart_modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> BarChart | None:
     """Return the largest absolute error of each module on a scale of decades; None if empty.
 
     Args:
@@ -150,10 +150,10 @@ def module_chart(modules: Sequence[Mapping[str, Any]], first: int | None) -> Bar
         bar = Bar(0.0, width(value), format_error(value), "value" if passed else "bad")
         mark = "✗ first outside" if i == first else "" if passed else "✗ outside"
         rows.append(Row(f"{module_name(entry)} · {entry['type']}", (bar,), mark))
-    return BarChart(tuple(rows), tuple(_decades(low, high)))
+    return BarChart(tuple(rows), tuple(_mark_decades(low, high)))
 
 
-def strip_of(chart: BarChart) -> tuple[Column, ...]:
+def make_strip(chart: BarChart) -> tuple[Column, ...]:
     """Return an overview of a chart with many rows: the first bar of each, as columns in a line."""
     width = 100 / len(chart.rows)
     return tuple(
@@ -162,7 +162,7 @@ def strip_of(chart: BarChart) -> tuple[Column, ...]:
     )
 
 
-def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
+def describe_worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence on the sigma furthest from the true one; without true ones, the largest."""
     normed = [entry for entry in frozen if math.isfinite(as_number(entry.get("sigma")))]
     off = [
@@ -180,7 +180,7 @@ def worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
     return f"Largest sigma: {tensor_name(largest)}, {format_sigma(largest['sigma'])}."
 
 
-def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
+def describe_worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
     """Return a sentence on the module with the largest error; NaN is larger than any number."""
 
     def error(entry: Mapping[str, Any]) -> float:
@@ -191,15 +191,15 @@ def worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
     return f"Largest error: {module_name(worst)}, {format_error(worst['max_abs'])}."
 
 
-def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
+def chart_histogram(output: Mapping[str, Any]) -> Columns | None:
     """Return a histogram of an output's errors by decade; the height is the count's logarithm."""
     if output["histogram"] is None:
         return None
     found, atol = _Histogram(**output["histogram"]), as_number(output["atol"])
     if not (sum(found.counts) or found.zeros or found.not_finite):
         return None
-    first, last = _span(found, atol)
-    ranges = _ranges(found, first, last)
+    first, last = _find_span(found, atol)
+    ranges = _list_ranges(found, first, last)
     width = 100 / len(ranges)
     top = math.log10(1 + max(count for _, count, _ in ranges))
     columns = tuple(
@@ -212,10 +212,10 @@ def histogram_chart(output: Mapping[str, Any]) -> Columns | None:
         Tick(start + (i - first) * width, f"{found.edges[i]:.0e}")
         for i in range(first, last + 1, every)
     )
-    return Columns(columns, ticks, _place(atol, found, first, last, start, width))
+    return Columns(columns, ticks, _find_limit(atol, found, first, last, start, width))
 
 
-def _ranges(found: _Histogram, first: int, last: int) -> list[tuple[str, int, str]]:
+def _list_ranges(found: _Histogram, first: int, last: int) -> list[tuple[str, int, str]]:
     ranges = [("no error", found.zeros, "zero")] if found.zeros else []
     for i in range(first, last):
         text = f"{found.edges[i]:.0e} to {found.edges[i + 1]:.0e}"
@@ -225,7 +225,7 @@ def _ranges(found: _Histogram, first: int, last: int) -> list[tuple[str, int, st
     return ranges
 
 
-def _span(found: _Histogram, atol: float) -> tuple[int, int]:
+def _find_span(found: _Histogram, atol: float) -> tuple[int, int]:
     """Return the first and last edge that are drawn, around every count and the tolerance."""
     held = [i for i, count in enumerate(found.counts) if count]
     if not held:
@@ -238,7 +238,7 @@ def _holds(found: _Histogram, bucket: int, error: float) -> bool:
     return 0 < found.edges[bucket] <= error < found.edges[bucket + 1]
 
 
-def _place(
+def _find_limit(
     atol: float, found: _Histogram, first: int, last: int, start: float, width: float
 ) -> float | None:
     for i in range(first, last):
@@ -248,7 +248,7 @@ def _place(
     return None
 
 
-def _decades(low: int, high: int) -> list[Tick]:
+def _mark_decades(low: int, high: int) -> list[Tick]:
     every = max(1, math.ceil((high - low) / _TICKS))
     return [
         Tick(100 * (decade - low) / (high - low), f"1e{decade:+03d}")
@@ -256,10 +256,10 @@ def _decades(low: int, high: int) -> list[Tick]:
     ]
 
 
-def _step(top: float) -> float:
+def _choose_step(top: float) -> float:
     """Return the distance of ticks on a scale from 0 to ``top``: 1, 2 or 5 times a power of ten.
 
-    Example: ``_step(1.3)`` is 0.5, for ticks at 0, 0.5, 1 and 1.5.
+    Example: ``_choose_step(1.3)`` is 0.5, for ticks at 0, 0.5, 1 and 1.5.
     """
     power: float = 10.0 ** math.floor(math.log10(top / 4))
     for factor in (1, 2, 5):
@@ -286,10 +286,10 @@ def draw_sample(picture: Mapping[str, Any]) -> list[View]:
         KeyError: if a key is missing.
         ValueError: if a drawing has not as many bytes as the size of the picture asks for.
     """
-    return [View(title, _source(picture, title)) for title in _TITLES]
+    return [View(title, _draw(picture, title)) for title in _TITLES]
 
 
-def _source(entry: Mapping[str, Any], title: str) -> str:
+def _draw(entry: Mapping[str, Any], title: str) -> str:
     width, height = int(entry["width"]), int(entry["height"])
     is_sound = entry["kind"] == "sound"
     channels = 1 if is_sound or title == "difference" else int(entry["channels"])
@@ -300,12 +300,12 @@ def _source(entry: Mapping[str, Any], title: str) -> str:
     if len(pixels) != size or (is_sound and height != 2):
         raise ValueError(f"the {title} of '{entry['sample']}' has {len(pixels)} bytes, not {size}")
     if is_sound:
-        return _path(pixels[:width], pixels[width:], from_bottom=title == "difference")
-    png = base64.b64encode(_png(width, height, channels, pixels)).decode()
+        return _trace_wave(pixels[:width], pixels[width:], from_bottom=title == "difference")
+    png = base64.b64encode(_encode_png(width, height, channels, pixels)).decode()
     return f"data:image/png;base64,{png}"
 
 
-def _png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
+def _encode_png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
     """Return the bytes of a PNG file (RFC 2083) with 8 bits a channel and no filters."""
     row = width * channels
     lines = b"".join(b"\0" + pixels[i : i + row] for i in range(0, len(pixels), row))
@@ -317,10 +317,10 @@ def _png(width: int, height: int, channels: int, pixels: bytes) -> bytes:
     )
 
 
-def _path(lowest: bytes, highest: bytes, from_bottom: bool) -> str:
+def _trace_wave(lowest: bytes, highest: bytes, from_bottom: bool) -> str:
     """Return an SVG path around a wave, 256 high and one unit wide for each column.
 
-    Example: ``_path(bytes([64]), bytes([128]), False)`` is ``"M0,127V192H1V127Z"``, as y grows
+    Example: ``_trace_wave(bytes([64]), bytes([128]), False)`` is ``"M0,127V192H1V127Z"``: y grows
     downwards.
     """
     return "".join(

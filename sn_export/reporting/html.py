@@ -42,12 +42,12 @@ def to_html(report: content.Report) -> str:
                 for output in view.parity["outputs"]
                 if output.get("pictures")
             ],
-            sigma_chart=drawings.sigma_chart(view.content.get("frozen", ())),
-            module_chart=drawings.module_chart(view.parity["modules"], view.first),
+            sigma_chart=drawings.chart_sigma(view.content.get("frozen", ())),
+            module_chart=drawings.chart_modules(view.parity["modules"], view.first),
             histograms=[
                 (output, chart)
                 for output in view.parity["outputs"]
-                if (chart := drawings.histogram_chart(output)) is not None
+                if (chart := drawings.chart_histogram(output)) is not None
             ],
         )
     return page.strip() + "\n"
@@ -71,7 +71,7 @@ def inspection_to_html(inspection: Mapping[str, Any]) -> str:
             measured=normed or any(layer["sigma_exact"] is not None for layer in layers),
             many=_MANY,
             fold=_FOLD,
-            sigma_chart=drawings.sigma_chart(normed),
+            sigma_chart=drawings.chart_sigma(normed),
         )
     return page.strip() + "\n"
 
@@ -96,9 +96,9 @@ def _template(name: str) -> jinja2.Template:
         bytes=content.format_size,
         shape=content.format_shape,
         dynamic_dims=content.dynamic_dims,
-        strip_of=drawings.strip_of,
-        worst_sigma=drawings.worst_sigma,
-        worst_module=drawings.worst_module,
+        make_strip=drawings.make_strip,
+        describe_worst_sigma=drawings.describe_worst_sigma,
+        describe_worst_module=drawings.describe_worst_module,
         own_metadata=content.own_metadata,
         module_name=content.module_name,
         tensor_name=content.tensor_name,

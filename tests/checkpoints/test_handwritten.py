@@ -1,6 +1,6 @@
 """Handwritten spectral norm in a checkpoint is told of, and never taken for a plain weight.
 
-`handwritten_norms` is asked inside, on names alone: files say no more of them.
+`find_handwritten_norms` is asked inside, on names alone: files say no more of them.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from cli_networks import trained_critic
 from torch import Tensor
 
 from sn_export.checkpoints import convert_checkpoint, inspect_checkpoint
-from sn_export.checkpoints.reparametrizations import handwritten_norms
+from sn_export.checkpoints.reparametrizations import find_handwritten_norms
 from sn_export.errors import CheckpointError
 
 WEIGHT = torch.ones(4, 3, 2, 2)
@@ -38,15 +38,15 @@ NOT: dict[str, dict[str, Tensor]] = {
 def test_handwritten_norms_are_found(name: str) -> None:
     """Each published way to keep the vectors, at the root and in modules."""
     raw = next(iter(STATES[name]))
-    assert handwritten_norms(STATES[name]) == [raw]
+    assert find_handwritten_norms(STATES[name]) == [raw]
     inside = {f"body.0.module.{key}": value for key, value in STATES[name].items()}
-    assert handwritten_norms(inside) == [f"body.0.module.{raw}"]
+    assert find_handwritten_norms(inside) == [f"body.0.module.{raw}"]
 
 
 @pytest.mark.parametrize("name", NOT)
 def test_others_are_not(name: str) -> None:
     """Plain layers, torch's own spectral norm, and vectors that do not fit."""
-    assert handwritten_norms(NOT[name]) == []
+    assert find_handwritten_norms(NOT[name]) == []
 
 
 def test_a_mixed_file_is_no_plain_one(tmp_path: Path) -> None:

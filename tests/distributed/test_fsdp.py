@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from sn_export import FreezeError
-from sn_export.distributed.fsdp import units_of
+from sn_export.distributed.fsdp import find_units
 
 
 def test_a_state_that_is_not_known_is_refused() -> None:
@@ -26,4 +26,4 @@ def test_a_state_that_is_not_known_is_refused() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
     model[0].__class__ = Sharded
     with pytest.raises(FreezeError, match=r"has moved FSDPState\._fsdp_param_groups, by which"):
-        units_of(model)
+        find_units(model)
