@@ -1,4 +1,4 @@
-"""Publishing: several files together or not at all, on whatever disk."""
+"""Publishing: several files appear together or not at all, on any disk."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_files_take_the_place_of_others(tmp_path: Path, earlier: str) -> None:
 
 @pytest.mark.parametrize("refused", ["link", "symlink"])
 def test_disk_without_links(tmp_path: Path, refused: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files are replaced on a disk that has no hard links, as FAT and some network disks."""
+    """Files are replaced on a disk without hard links, as FAT and some network disks."""
 
     def refuse(*_: object, **__: object) -> None:
         raise OSError(errno.EPERM, "Operation not permitted")
@@ -106,7 +106,7 @@ def test_failing_step_leaves_all_as_it_was(
     error: BaseException,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Whichever move fails, the error is raised and the folder is as before; else all is new."""
+    """If a move fails, the error is raised and the folder is as before; otherwise all is new."""
     _write(tmp_path, earlier)
     stale = "b" if "b" in earlier else ""
     steps = 2 + len(earlier)
@@ -122,7 +122,7 @@ def test_failing_step_leaves_all_as_it_was(
 
 @pytest.mark.parametrize("stride", [17])
 def test_kill_at_any_step_leaves_the_old_files_or_the_new_ones(tmp_path: Path, stride: int) -> None:
-    """A model is absent, old with its old files, or new with its new ones.
+    """After a kill the model is absent, old with its old files, or new with its new ones.
 
     The next run puts back an absent one, and leaves nothing behind. External data or none before
     and after, a case beside it; a real process is really killed.
@@ -210,7 +210,7 @@ def _pipe(path: Path) -> Path:
 def test_place_where_no_file_can_be(
     tmp_path: Path, make: Callable[[Path], Path], kind: type[OSError], message: str
 ) -> None:
-    """It is refused with one message that names it and the reason, and nothing is made."""
+    """A place that cannot hold a file is refused with its name and the reason."""
     target = make(tmp_path / "a")
     before = sorted(tmp_path.iterdir())
     with pytest.raises(kind) as caught:
@@ -221,7 +221,7 @@ def test_place_where_no_file_can_be(
 
 
 def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It is not read from, though a file was there when it was looked for."""
+    """A pipe that replaces a file after the check is not read."""
     real, file = os.stat, tmp_path / "a"
 
     def look(path: Path, **options: bool) -> os.stat_result:
@@ -264,13 +264,13 @@ def test_what_is_no_regular_file_is_not_opened(
     ],
 )
 def test_first_bytes_of_onnx(tmp_path: Path, head: bytes, is_onnx: bool) -> None:
-    """An ONNX file begins with a small version; safetensors may have a length that looks so."""
+    """An ONNX file begins with a small version; safetensors whose length looks so is none."""
     (tmp_path / "a").write_bytes(head)
     assert starts_as_onnx(tmp_path / "a") is is_onnx
 
 
 def test_folders_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not every system can flush a folder: files are published all the same."""
+    """Files are published also where the system cannot flush a folder."""
     real = os.fsync
 
     def flush(descriptor: int) -> None:
@@ -285,21 +285,21 @@ def test_folders_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_path_with_a_zero_byte() -> None:
-    """It is refused as one, in a message without that byte."""
+    """A path with a zero byte is refused, and the message escapes it."""
     with pytest.raises(ValueError, match=r"^cannot write 'a\\x00b': embedded null byte$"):
         require_writable(Path("a\0b"))
 
 
 @pytest.mark.parametrize("name", ["x" * 255, "\u00e9" * 127])
 def test_longest_name(tmp_path: Path, name: str) -> None:
-    """A name that the disk takes is taken: drafts have names of the same length."""
+    """The longest name of the disk can be published: drafts have names of the same length."""
     _publish_one(tmp_path / name, b"new")
     assert (tmp_path / name).read_bytes() == b"new"
 
 
 @pytest.mark.parametrize("is_there", [True, False])
 def test_symbolic_link_is_replaced(tmp_path: Path, is_there: bool) -> None:
-    """A link at the place gives way to the file; what it pointed to is left alone."""
+    """A link at the place is replaced; the file that it points to stays."""
     if is_there:
         (tmp_path / "other").write_bytes(b"other")
     target = _link(tmp_path / "a", "other")
@@ -310,7 +310,7 @@ def test_symbolic_link_is_replaced(tmp_path: Path, is_there: bool) -> None:
 
 
 def test_those_that_publish_at_once_wait_for_each_other(tmp_path: Path) -> None:
-    """Ranks that all write one pair of files leave one whole pair, and none of them fails."""
+    """Ranks that write one pair of files at once leave a matching pair, and none fails."""
     model, data = tmp_path / "net.onnx", tmp_path / "net.onnx.data"
 
     def write(text: str) -> None:
@@ -352,7 +352,7 @@ def test_interrupt_while_all_is_tidied(
 
 
 def test_folder_that_is_a_link(tmp_path: Path) -> None:
-    """Files go where a link among the folders above leads."""
+    """A link among the folders of the path is followed."""
     (tmp_path / "real").mkdir()
     _publish_one(_link(tmp_path / "link", "real") / "a", b"new")
     assert _contents(tmp_path / "real") == {"a": b"new"}
@@ -360,7 +360,7 @@ def test_folder_that_is_a_link(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("is_cause", [True, False])
 def test_disk_error_within_another(is_cause: bool) -> None:
-    """A full disk is found below what others made of it; any other error of a file is none."""
+    """A full disk is found as the cause of another error; other errors of a file are not."""
     full, outer = OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch's")
     if is_cause:
         outer.__cause__ = full
@@ -373,7 +373,7 @@ def test_disk_error_within_another(is_cause: bool) -> None:
 
 
 def _leave_behind(folder: Path, number: int = 0) -> Path:
-    """Leave a folder of drafts as a killed process does: its lock is there and not held."""
+    """Make a folder of drafts as a killed process leaves it: its lock is there and not held."""
     left = folder / f".sn_export.killed{number}"
     (left / "made").mkdir(parents=True)
     (left / "made" / "a").write_bytes(b"half")
@@ -382,7 +382,7 @@ def _leave_behind(folder: Path, number: int = 0) -> Path:
 
 
 def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
-    """Whatever file it was about; an empty folder without a lock, made by one, goes too."""
+    """Folders of killed processes are removed, also empty ones without a lock."""
     left = _leave_behind(tmp_path)
     (tmp_path / ".sn_export.empty").mkdir()
     _publish_one(tmp_path / "b", b"new")
@@ -391,7 +391,7 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
 
 
 def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
-    """Neither another process's drafts go, nor one's own, nor what is no folder of drafts.
+    """Drafts of living processes and of this one stay, and so do other folders.
 
     What killed ones have left among these goes, in whatever order they are met.
     """
@@ -439,7 +439,7 @@ def test_what_a_living_process_uses_stays(tmp_path: Path) -> None:
 def test_where_locks_fail_nothing_is_removed(
     tmp_path: Path, lock: str, reason: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on network disks and Windows: files are published, what may be left stays, and is named.
+    """Where locks fail files are published, and folders of other processes stay, with a warning.
 
     So it does where it has no lock of its own, but one that came out of an archive.
     """
@@ -470,7 +470,7 @@ def test_where_locks_fail_nothing_is_removed(
 def test_failure_to_undo_keeps_what_was_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """If the disk takes no more moves at all, the old files are kept, and the error says where."""
+    """If the disk refuses all moves, the old files are kept, and the error says where."""
     _write(tmp_path, "abc")
     real, calls = os.replace, []
 
@@ -494,7 +494,7 @@ def test_failure_to_undo_keeps_what_was_there(
 
 @pytest.mark.parametrize("is_ours", [True, False])
 def test_plan_that_came_from_elsewhere_is_not_followed(tmp_path: Path, is_ours: bool) -> None:
-    """A folder of drafts out of an archive is removed, and moves no file of anybody's.
+    """A folder of drafts from an archive is removed, and its plan moves no file.
 
     One's own plan is followed back: the old model, which had been moved aside, is there again.
     """
@@ -517,7 +517,7 @@ def test_plan_that_came_from_elsewhere_is_not_followed(tmp_path: Path, is_ours: 
 def test_each_step_is_on_the_disk_before_the_next(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a power loss leaves is what a kill leaves: files first, and the folder after a move."""
+    """Each step is flushed before the next one, so a power loss is like a kill."""
     done, sync, replace = list[str](), os.fsync, os.replace
 
     def flush(descriptor: int) -> None:
@@ -569,7 +569,7 @@ def test_files_of_a_folder_are_on_the_disk_before_it_moves(
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"folder": 1, "steps": [["a"]]}', "\u0000"])
 def test_plan_that_was_half_written(tmp_path: Path, text: str) -> None:
-    """A kill while the plan was written came before the first move: there is nothing to do."""
+    """A plan that is half written is ignored: the kill came before the first move."""
     left = _leave_behind(tmp_path)
     (left / "plan").write_text(text)
     _publish_one(tmp_path / "b", b"new")

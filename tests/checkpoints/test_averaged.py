@@ -1,4 +1,4 @@
-"""Averaged weights (SWA, EMA) as torch's own class keeps them: chosen, loaded, converted."""
+"""Averaged weights (SWA, EMA), as torch's own class saves them: chosen, loaded and converted."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WARNING = "u or v is no unit vector (product of their lengths "
 
 
 def _average(kind: Kind, use_buffers: bool, folder: Path) -> AveragedModel:
-    """Save ``a.pt`` with a network and the average of what it was; return the average."""
+    """Save ``a.pt`` with a network and the average of its past weights; return the average."""
     torch.manual_seed(0)
     model = Critic(kind)
     averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5), use_buffers=use_buffers)
@@ -40,7 +40,7 @@ def _average(kind: Kind, use_buffers: bool, folder: Path) -> AveragedModel:
 @pytest.mark.parametrize("use_buffers", [False, True])
 @pytest.mark.parametrize("kind", ["hook", "parametrization"])
 def test_an_average_is_what_it_was(kind: Kind, use_buffers: bool, tmp_path: Path) -> None:
-    """Loaded and plain it computes what it did; u and v are warned of where they were averaged."""
+    """Loaded or made plain, an average computes the same; averaged u and v cause a warning."""
     averaged = _average(kind, use_buffers, tmp_path)
     with torch.no_grad():
         wanted = averaged(IMAGES)
@@ -62,7 +62,7 @@ def test_an_average_is_what_it_was(kind: Kind, use_buffers: bool, tmp_path: Path
 def test_the_command_line_asks_for_a_key_and_warns(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Network and average fit alike; the warning is among the others, on stderr."""
+    """Network and average fit alike, so --key is asked for; the warning is on stderr."""
     call = runner(tmp_path, monkeypatch, capsys)
     _average("hook", True, tmp_path)
     command = (

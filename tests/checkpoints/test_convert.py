@@ -1,4 +1,4 @@
-"""Converting files: everything else is kept, memory is bounded, and files appear together.
+"""Conversion of files: the rest is kept, memory is bounded, and files appear together.
 
 It reaches inside to write safetensors of shapes that no state dict of torch has.
 """
@@ -44,7 +44,7 @@ def _message(folder: Path, *args: Any, **options: Any) -> str:
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("source", [".pt", ".safetensors"])
 def test_file_to_file(source: str, suffix: str, to: Kind, tmp_path: Path) -> None:
-    """From either format to either, the other network loads the file strictly and is equal.
+    """Between any two formats, the other network loads the file strictly and computes the same.
 
     The names are the longest that the disk takes, so an index of shards could not be beside them.
     """
@@ -69,7 +69,7 @@ def _training(model: Critic) -> dict[str, Any]:
 
 
 def test_everything_else_is_kept(tmp_path: Path) -> None:
-    """Epoch, optimizer, order of the keys: all but the state dict is as it was."""
+    """Epoch, optimizer and the order of keys are kept."""
     torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
     made = convert_checkpoint(tmp_path / "a.ckpt", tmp_path / "b.ckpt", "parametrization")
     before, after = torch.load(tmp_path / "a.ckpt"), torch.load(tmp_path / "b.ckpt")
@@ -84,7 +84,7 @@ def test_everything_else_is_kept(tmp_path: Path) -> None:
 
 
 def test_weights_only_keeps_the_state_dict_alone(tmp_path: Path) -> None:
-    """The file is the state dict itself then."""
+    """With weights_only the file is the state dict itself."""
     torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
     convert_checkpoint(tmp_path / "a.ckpt", tmp_path / "b.pt", "plain", weights_only=True)
     assert list(torch.load(tmp_path / "b.pt")) == [
@@ -93,7 +93,7 @@ def test_weights_only_keeps_the_state_dict_alone(tmp_path: Path) -> None:
 
 
 def test_a_file_may_replace_its_own_source(tmp_path: Path) -> None:
-    """The checkpoint is read through to its end before it is replaced."""
+    """A checkpoint can be replaced by its own conversion."""
     model = trained_critic()
     for name in ("a.pt", "a.safetensors"):
         path = tmp_path / name
@@ -104,7 +104,7 @@ def test_a_file_may_replace_its_own_source(tmp_path: Path) -> None:
 
 
 def test_shards_and_their_index(tmp_path: Path) -> None:
-    """No shard is larger than asked, the index lists them all, and they read back equal."""
+    """No shard is larger than asked, and the index lists all; together they read back equal."""
     state = trained_critic().state_dict()
     save_file(state, tmp_path / "a.safetensors")
     target = tmp_path / "b.safetensors"
@@ -128,7 +128,7 @@ def test_shards_and_their_index(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:BComplex32 support is experimental")  # torch 2.14
 def test_the_writer_makes_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
-    """Written one tensor at a time, a file equals that of `safetensors.torch.save_file`.
+    """A file that was written tensor by tensor equals that of `safetensors.torch.save_file`.
 
     So it does for each dtype that both know, and each is read as what it was.
     """
@@ -173,7 +173,7 @@ def test_one_tensor_at_a_time_is_read(tmp_path: Path) -> None:
 
 
 def test_what_is_there_is_untouched_when_a_value_is_bad(tmp_path: Path) -> None:
-    """An error in the last tensor leaves the old output and no temporary file."""
+    """An error in the last tensor keeps the old output, and leaves no temporary file."""
     state = dict(trained_critic().state_dict())
     state["head.weight_orig"] = state["head.weight_orig"] * torch.nan
     save_file(state, tmp_path / "a.safetensors")
@@ -186,7 +186,7 @@ def test_what_is_there_is_untouched_when_a_value_is_bad(tmp_path: Path) -> None:
 
 
 def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
-    """An absent folder, a folder in the file's place, an unknown ending."""
+    """An absent folder, a folder in the file's place and an unknown suffix are refused."""
     path = tmp_path / "a.pt"
     torch.save(trained_critic().state_dict(), path)
     assert _message(tmp_path, path, tmp_path / "no" / "b.pt", "plain") == (
@@ -208,7 +208,7 @@ def test_outputs_that_cannot_be_written(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_written_to(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What the system says is said; root may write anywhere, so the refusal is made here."""
+    """The message has the system's words. The refusal is simulated, as root may write anywhere."""
     torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
 
     def refuse(*args: object, **kwargs: object) -> str:
@@ -223,7 +223,7 @@ def test_a_folder_that_cannot_be_written_to(
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 @pytest.mark.parametrize("target", ["b.pt", "b.safetensors", "b"])
 def test_a_full_disk(target: str, tmp_path: Path) -> None:
-    """Where a file cannot grow, the old output stays and nothing else is left."""
+    """If the disk is full, the old output stays, and nothing else is left."""
     state = {"w_orig": torch.ones(99, 999), "w_u": torch.ones(99), "w_v": torch.ones(999)}
     source, made = tmp_path / "a", tmp_path / "made"
     save_folder(state, source)
@@ -240,7 +240,7 @@ def test_a_full_disk(target: str, tmp_path: Path) -> None:
 
 
 def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
-    """An optimizer, an extra state or a dtype unknown to safetensors is named, not dropped."""
+    """An optimizer, an extra state or an unknown dtype is named, not dropped."""
     torch.save(_training(trained_critic()), tmp_path / "a.ckpt")
     assert _message(tmp_path, tmp_path / "a.ckpt", tmp_path / "b.safetensors", "plain") == (
         "'b.safetensors' can hold tensors only, and 'a.ckpt' also holds 'epoch', 'optimizer', "
@@ -258,7 +258,7 @@ def test_what_safetensors_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_shards_that_a_new_index_leaves_over(tmp_path: Path) -> None:
-    """Those of the index in its place go with it; other files stay, whatever an index says."""
+    """Shards of the replaced index are removed; other files stay, whatever an index says."""
     source, target = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
     save_file(trained_critic().state_dict(), source)
     many = convert_checkpoint(source, target, "hook", max_shard_size=300).files
@@ -278,7 +278,7 @@ def test_shards_that_a_new_index_leaves_over(tmp_path: Path) -> None:
 
 
 def test_old_shards_or_files_that_would_contradict_the_new(tmp_path: Path) -> None:
-    """A reader finds either the file or the index, so only one of them may be there."""
+    """An old file beside a new index, or the reverse, is refused: a reader takes one of them."""
     save_file(trained_critic().state_dict(), tmp_path / "a.safetensors")
     target = tmp_path / "b.safetensors"
     convert_checkpoint(tmp_path / "a.safetensors", target, "hook")
@@ -289,7 +289,7 @@ def test_old_shards_or_files_that_would_contradict_the_new(tmp_path: Path) -> No
 
 
 def test_no_spectral_norm_in_it(tmp_path: Path) -> None:
-    """A plain checkpoint says what would have been spectral norm."""
+    """For a plain checkpoint the message says which keys were looked for."""
     torch.save(Critic("plain").state_dict(), tmp_path / "a.pt")
     assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "hook") == (
         "'a.pt' holds no spectral norm to convert: no 'weight_orig' with 'weight_u', no "
@@ -299,7 +299,7 @@ def test_no_spectral_norm_in_it(tmp_path: Path) -> None:
 
 
 def test_a_dim_for_a_tensor_that_is_not_there(tmp_path: Path) -> None:
-    """A misspelled name is not silently ignored."""
+    """A misspelt name of a dim is refused."""
     torch.save(trained_critic().state_dict(), tmp_path / "a.pt")
     options = {"dims": {"haed.weight": 0}}
     assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain", **options) == (

@@ -1,4 +1,4 @@
-"""What people have: format, spelling, nesting, prefix and dtype, each with the one right value."""
+"""Checkpoints as people have them: formats, spellings, nestings, prefixes and dtypes."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def _write(form: str, content: Any, folder: Path) -> Path:
 def test_it_loads_as_what_was_saved(
     form: str, kind: Kind, nesting: str, prefix: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """Into a network of its own spelling, bit for bit, wherever in the file it is."""
+    """A network of the same spelling loads the state dict bit for bit, wherever it is."""
     model = trained_critic(kind).to(dtype)
     state = model.state_dict()
     content = NESTINGS[nesting](prefixed(dict(state), prefix))
@@ -105,7 +105,7 @@ def _surroundings() -> dict[str, Any]:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "protocol 4", "distributed"])
 def test_harmless_values_are_left_unread(form: str, tmp_path: Path) -> None:
-    """The weights load, a note says what else there was, and nothing of it is imported."""
+    """The weights load, a note names the other values, and nothing of these is imported."""
     state = trained_critic().state_dict()
     path = _write(form, {"model": dict(state), **_surroundings()}, tmp_path)
     checkpoint = read_checkpoint(path)
@@ -121,7 +121,7 @@ def test_harmless_values_are_left_unread(form: str, tmp_path: Path) -> None:
 
 
 def test_the_classes_of_omegaconf_are_not_imported(tmp_path: Path) -> None:
-    """A package that is not there: its configuration is left unread."""
+    """A configuration whose package is absent is left unread."""
     config = b"comegaconf.dictconfig\nDictConfig\n)\x81}X\x01\x00\x00\x00aK\x01sb"
     path = FILES["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00c" + config + b"s.")
     assert read_checkpoint(path).notes == (
@@ -204,7 +204,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("kind", OTHERS)
 def test_sound_files_of_another_kind(kind: str, tmp_path: Path) -> None:
-    """They are called what they are, with what to do, and not damaged."""
+    """The message for a sound file of another kind names the kind, and what to do."""
     write, what = OTHERS[kind]
     write(tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == f"'a.pt' is {what}"
@@ -212,7 +212,7 @@ def test_sound_files_of_another_kind(kind: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["script", "pickle", "whole module"])
 def test_what_trust_reads(kind: str, tmp_path: Path) -> None:
-    """With trust their state dicts are taken."""
+    """With trust_pickle the state dicts of whole modules and archives are read."""
     if kind == "whole module":
         torch.save(nn.Linear(2, 2), tmp_path / "a.pt")
     else:
@@ -222,14 +222,14 @@ def test_what_trust_reads(kind: str, tmp_path: Path) -> None:
 
 
 def test_an_onnx_file_by_its_name(tmp_path: Path) -> None:
-    """Its first field may be followed by another than a producer; then its name tells."""
+    """An ONNX file with unusual first bytes is recognised by its name."""
     path = tmp_path / "a.onnx"
     path.write_bytes(b"\x08\x08\x3a\x00")
     assert _message(path).startswith("'a.onnx' is an ONNX file, which holds a graph; give the ")
 
 
 def test_the_first_format_of_torch(tmp_path: Path) -> None:
-    """Torch unpacks it to disk, so that it is refused, although it begins as a pickle does."""
+    """Torch's first format is refused, as torch would unpack it to disk."""
     name = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.".decode("latin-1")
     with tarfile.open(
         tmp_path / "a.pt", "w", format=tarfile.USTAR_FORMAT, encoding="latin-1"
@@ -254,7 +254,7 @@ def test_the_first_format_of_torch(tmp_path: Path) -> None:
     ],
 )
 def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> None:
-    """As Hugging Face's libraries write them, whatever else is there."""
+    """A folder with one file of weights is read, whatever else it holds."""
     state = {"w": torch.ones(2)}
     (tmp_path / "config.json").write_text("{}")
     for name in names:
@@ -267,7 +267,7 @@ def test_folders_with_one_file_of_weights(names: list[str], tmp_path: Path) -> N
 
 
 def test_folders_with_several(tmp_path: Path) -> None:
-    """The message names them; accelerate numbers networks, and DeepSpeed splits one."""
+    """A folder with several files of weights is refused, and the message names them."""
     for first, second in (
         ("a.pt", "b.pt"),
         ("pytorch_model.bin", "pytorch_model_1.bin"),
@@ -285,7 +285,7 @@ def test_folders_with_several(tmp_path: Path) -> None:
 
 
 def test_a_shard_that_lacks_a_tensor(tmp_path: Path) -> None:
-    """An index of .bin files promises what is not there."""
+    """A .bin shard that lacks a tensor of its index is named."""
     torch.save({"w": torch.ones(1)}, tmp_path / "a.bin")
     index = tmp_path / "m.bin.index.json"
     index.write_text('{"weight_map": {"x": "a.bin"}}')

@@ -1,4 +1,4 @@
-"""Tensors in pieces: all of them are there, once, in the folder; or the file at fault is named."""
+"""Tensors in pieces: every element is in one piece in the folder, or the file at fault is named."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _entry(metadata: Any) -> Any:
 
 
 def _add_twin(metadata: Any) -> None:
-    """Let a second name lead to the piece of 'w', and to its place in what was saved."""
+    """Add a second name for the piece of 'w', and for its place in what was saved."""
     metadata.state_dict_metadata["twin"] = _entry(metadata)
     index, place = next(iter(metadata.storage_data.items()))
     metadata.storage_data[dataclasses.replace(index, fqn="twin")] = place
@@ -128,7 +128,7 @@ FAULTS: dict[str, tuple[Callable[[Any, Any], None], str]] = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_records_that_lie(fault: str, tmp_path: Path) -> None:
-    """Nothing is taken for a weight that no piece holds, and no file outside is opened."""
+    """Records with a gap, an overlap or a foreign path are refused, and no other file is opened."""
     edit, reason = FAULTS[fault]
     (tmp_path / "outside.bin").write_bytes(bytes(10_000))
     path = _folder(tmp_path / "d", edit)
@@ -138,7 +138,7 @@ def test_records_that_lie(fault: str, tmp_path: Path) -> None:
 
 
 def test_pieces_that_are_no_values(tmp_path: Path) -> None:
-    """A sparse tensor in the place of a piece, and one that an extension compressed."""
+    """A piece that is a sparse tensor, or compressed by an extension, is refused."""
     sparse = io.BytesIO()
     torch.save(torch.eye(4, 2).to_sparse(), sparse)
 
@@ -159,7 +159,7 @@ def test_pieces_that_are_no_values(tmp_path: Path) -> None:
 
 
 def test_files_that_are_cut_off(tmp_path: Path) -> None:
-    """Empty, or shorter than the records say: the file is named."""
+    """A file that is empty or shorter than the records say is named."""
     path = _folder(tmp_path / "d", lambda metadata, info: None)
     file = path / "__0_0.distcp"
     whole = file.read_bytes()
@@ -183,7 +183,7 @@ def _save_rank(folder: Path, rank: int, tensor: torch.Tensor, start: list[int]) 
 
 
 def test_safetensors_of_several_ranks(tmp_path: Path) -> None:
-    """Their folder is the checkpoint; one of them is refused, and so is a folder with a gap."""
+    """A folder of several ranks is read; a single file of it is refused, and so is a gap."""
     whole = torch.arange(66.0).reshape(33, 2)
     first = _save_rank(tmp_path, 1, whole[:17].clone(), [0, 0])
     _save_rank(tmp_path, 2, whole[17:].clone(), [17, 0])
@@ -206,7 +206,7 @@ def test_safetensors_of_several_ranks(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is")
 def test_a_folder_from_a_folder(tmp_path: Path) -> None:
-    """A run goes on from it under torch's own loader; everything else in it is as it was."""
+    """Torch's own loader reads the converted folder, with everything else as it was."""
     model = trained_critic()
     content = {
         "model": model.state_dict(),
@@ -236,7 +236,7 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
-    """Not over another one, not from a file, and not with a weight that cannot be computed."""
+    """No folder is made over another one, from a file, or with a weight that fails."""
     save_folder(dict(trained_critic().state_dict()), tmp_path / "a")
     zero = {name: torch.zeros_like(value) for name, value in trained_critic().state_dict().items()}
     save_folder(zero, tmp_path / "zero")
@@ -254,7 +254,7 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 
 
 def test_a_folder_of_safetensors_from_one(tmp_path: Path) -> None:
-    """It holds one file, under the name that Hugging Face's libraries look for."""
+    """A converted folder of safetensors has one file, with the name of Hugging Face."""
     (tmp_path / "a").mkdir()
     save_file(trained_critic().state_dict(), tmp_path / "a" / "model.safetensors")
     (tmp_path / "b").mkdir()  # an empty one is as good as none

@@ -1,4 +1,4 @@
-"""Handwritten spectral norm in a checkpoint is told of, and never taken for a plain weight.
+"""Handwritten spectral norm in a checkpoint is named, and never taken for a plain weight.
 
 `find_handwritten_norms` is asked inside, on names alone: files say no more of them.
 """
@@ -36,7 +36,7 @@ NOT: dict[str, dict[str, Tensor]] = {
 
 @pytest.mark.parametrize("name", STATES)
 def test_handwritten_norms_are_found(name: str) -> None:
-    """Each published way to keep the vectors, at the root and in modules."""
+    """Each published way to keep the vectors is found, at the root and in modules."""
     raw = next(iter(STATES[name]))
     assert find_handwritten_norms(STATES[name]) == [raw]
     inside = {f"body.0.module.{key}": value for key, value in STATES[name].items()}
@@ -45,12 +45,12 @@ def test_handwritten_norms_are_found(name: str) -> None:
 
 @pytest.mark.parametrize("name", NOT)
 def test_others_are_not(name: str) -> None:
-    """Plain layers, torch's own spectral norm, and vectors that do not fit."""
+    """Plain layers, torch's own spectral norm, and vectors that do not fit are not found."""
     assert find_handwritten_norms(NOT[name]) == []
 
 
 def test_a_mixed_file_is_no_plain_one(tmp_path: Path) -> None:
-    """Beside torch's spectral norm the others are named, and converted only if they may stay."""
+    """Beside torch's spectral norm the handwritten ones are named, and stay with --only alone."""
     mixed = dict(trained_critic().state_dict())
     mixed |= {f"own.{key}": value for key, value in STATES["weight_bar"].items()}
     torch.save(mixed, tmp_path / "a.pt")
@@ -76,7 +76,7 @@ def test_a_mixed_file_is_no_plain_one(tmp_path: Path) -> None:
 
 
 def test_convert_with_nothing_of_torch(tmp_path: Path) -> None:
-    """The error says what is there instead, and what can be done with it."""
+    """Without torch's spectral norm the error names the handwritten ones, and what to do."""
     torch.save(STATES["u0, sv0"], tmp_path / "a.pt")
     with pytest.raises(CheckpointError) as caught:
         convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")

@@ -1,4 +1,4 @@
-"""Inspecting: what a checkpoint's spectral norms are like, without model code."""
+"""Inspection of the spectral norms in a checkpoint, without model code."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_it_lists_what_the_model_has(kind: Kind, tmp_path: Path) -> None:
 
 
 def test_sigma_exact_is_the_largest_singular_value(tmp_path: Path) -> None:
-    """For every layer, also a transposed one, and the shortfall follows from it."""
+    """sigma_exact is the largest singular value of each layer, and gives the shortfall."""
     model = trained_critic()
     torch.save(model.state_dict(), tmp_path / "a.pt")
     for layer in inspect_checkpoint(tmp_path / "a.pt").layers:
@@ -56,7 +56,7 @@ def _layer(tmp_path: Path, **changes: torch.Tensor) -> StoredLayer:
 
 
 def test_what_it_means_for_removing_and_applying_again(tmp_path: Path) -> None:
-    """Converged, not converged, of another weight, zero, not a number: each is said."""
+    """The meaning of sigma is said: converged or not, of another weight, zero, or NaN."""
     assert _layer(tmp_path).meaning == (
         "converged; re-applied, it is the same only after u and v converged again"
     )
@@ -76,7 +76,7 @@ def test_what_it_means_for_removing_and_applying_again(tmp_path: Path) -> None:
 
 
 def test_a_square_weight_whose_dim_cannot_be_told(tmp_path: Path) -> None:
-    """The dim is unknown, and so is sigma; the note says how to give it."""
+    """If the dim is unknown, so is sigma, and the note says how to give it."""
     layer = APPLY["hook"](nn.Linear(4, 4))
     torch.save(layer.state_dict(), tmp_path / "a.pt")
     (found,) = inspect_checkpoint(tmp_path / "a.pt").layers
@@ -95,7 +95,7 @@ def test_a_square_weight_whose_dim_cannot_be_told(tmp_path: Path) -> None:
 def test_the_exact_sigma_of_a_weight_whose_dim_cannot_be_told(
     kernel: tuple[int, ...], tmp_path: Path
 ) -> None:
-    """It is known where all dims that fit agree on it, as those of a matrix do."""
+    """If all dims that fit agree on the exact sigma, it is known."""
     weight = torch.randn(4, 4, *kernel)
     vectors = {"weight_u": torch.randn(4), "weight_v": torch.randn(weight[0].numel())}
     torch.save({"weight_orig": weight, **vectors}, tmp_path / "a.pt")
@@ -113,13 +113,13 @@ def test_the_exact_sigma_of_a_weight_whose_dim_cannot_be_told(
     ],
 )
 def test_vectors_that_are_no_unit_vectors(length: float, meaning: str, tmp_path: Path) -> None:
-    """What their lengths do to the weight in use is said."""
+    """The note says what vectors of another length do to the weight in use."""
     vector = torch.tensor([length, 0.0])
     assert _layer(tmp_path, weight_u=vector, weight_v=vector).note.endswith(meaning)
 
 
 def test_a_checkpoint_from_before_v(tmp_path: Path) -> None:
-    """Sigma is that of the v which torch solves for."""
+    """Without v, sigma is that of the v for which torch solves."""
     model = trained_critic()
     old = before_v(model.state_dict(), model)
     loaded = Critic()
@@ -130,7 +130,7 @@ def test_a_checkpoint_from_before_v(tmp_path: Path) -> None:
 
 
 def test_an_unknown_name_for_a_dim(tmp_path: Path) -> None:
-    """It is an error, with the names that exist."""
+    """A dim of an unknown tensor is refused with the names that exist."""
     torch.save(APPLY["hook"](nn.Linear(3, 4)).state_dict(), tmp_path / "a.pt")
     with pytest.raises(CheckpointError) as caught:
         inspect_checkpoint(tmp_path / "a.pt", dims={"x": 0})
@@ -140,13 +140,13 @@ def test_an_unknown_name_for_a_dim(tmp_path: Path) -> None:
 
 
 def test_no_spectral_norm(tmp_path: Path) -> None:
-    """A plain checkpoint has no layers, and that is no error."""
+    """A plain checkpoint has no layers, and is no error."""
     torch.save(Critic("plain").state_dict(), tmp_path / "a.pt")
     assert inspect_checkpoint(tmp_path / "a.pt").layers == ()
 
 
 def test_every_state_dict_with_spectral_norm_is_listed(tmp_path: Path) -> None:
-    """Where a checkpoint holds several networks, each layer says under which key it is."""
+    """Of several networks each layer has the key of its own."""
     critic = trained_critic()
     content = {
         "generator": trained_critic("parametrization").state_dict(),
@@ -166,7 +166,7 @@ def test_every_state_dict_with_spectral_norm_is_listed(tmp_path: Path) -> None:
 
 
 def test_several_state_dicts_without_spectral_norm(tmp_path: Path) -> None:
-    """That is no error: there is nothing to list."""
+    """Several plain networks are no error either."""
     plain = nn.Linear(2, 2).state_dict()
     torch.save({"a": plain, "b": plain}, tmp_path / "a.pt")
     found = inspect_checkpoint(tmp_path / "a.pt")

@@ -1,4 +1,4 @@
-"""Files that ask for more than they hold: no hang, bounded memory, one message."""
+"""Files that ask for more than they hold end in one message, quickly and in bounded memory."""
 
 from __future__ import annotations
 
@@ -36,20 +36,20 @@ def _write_safetensors(path: Path, header: Any, content: bytes = b"") -> Path:
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.bin.index.json"])
 def test_a_pipe_is_not_waited_for(name: str, tmp_path: Path) -> None:
-    """Nobody writes into it, so that opening it would wait for ever."""
+    """A pipe is refused, since opening it would wait for a writer."""
     os.mkfifo(tmp_path / name)
     assert _message(tmp_path / name) == f"cannot read '{name}': it is no regular file"
 
 
 def test_a_device_is_not_read() -> None:
-    """It has no end."""
+    """A device is refused, since it has no end."""
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint("/dev/zero")
     assert str(caught.value) == "cannot read '/dev/zero': it is no regular file"
 
 
 def test_pipes_in_folders(tmp_path: Path) -> None:
-    """As a shard, as a file of weights, as '.metadata' and as a piece of a distributed folder."""
+    """A pipe is refused as a shard, a file of weights, '.metadata', or a piece of a folder."""
     index = tmp_path / "m.safetensors.index.json"
     index.write_text('{"weight_map": {"w": "a.safetensors"}}')
     os.mkfifo(tmp_path / "a.safetensors")
@@ -68,7 +68,7 @@ def test_pipes_in_folders(tmp_path: Path) -> None:
 
 
 def test_shared_dictionaries_are_walked_once(tmp_path: Path) -> None:
-    """Sixty keys for the same dictionary, four deep, are 13 million paths to nothing."""
+    """A dictionary under 13 million paths is searched once."""
     node: Any = {"x": 1}
     for _ in range(5):
         node = {f"k{i}": node for i in range(60)}
@@ -77,7 +77,7 @@ def test_shared_dictionaries_are_walked_once(tmp_path: Path) -> None:
 
 
 def test_shared_state_dicts_are_listed_up_to_a_limit(tmp_path: Path) -> None:
-    """Millions of paths to one state dict: the first hundred are enough to choose from."""
+    """Of a state dict under millions of paths the first hundred are listed."""
     node: Any = {"w": torch.ones(1)}
     for _ in range(5):
         node = {f"k{i}": node for i in range(60)}
@@ -90,7 +90,7 @@ def test_shared_state_dicts_are_listed_up_to_a_limit(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["list", "dict"])
 def test_content_that_holds_itself(kind: str, tmp_path: Path) -> None:
-    """A list or dictionary in itself is walked once."""
+    """A list or dictionary that holds itself is searched once."""
     inner: Any = {"w": torch.ones(1)}
     node: Any = {"net": inner}
     node["self"] = node if kind == "dict" else [node]
@@ -99,7 +99,7 @@ def test_content_that_holds_itself(kind: str, tmp_path: Path) -> None:
 
 
 def test_tuples_that_take_years_to_hash(tmp_path: Path) -> None:
-    """Sixty tuples, each twice in the next, are no key."""
+    """Sixty tuples, each twice in the next, are refused as a key."""
     nested = b")" + b"".join(b"2\x86" for _ in range(60))
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}" + nested + b"K\x01s.")
     assert _message(path) == "'a.pt' is damaged: it holds a value of type 'tuple' as a key"
@@ -107,7 +107,7 @@ def test_tuples_that_take_years_to_hash(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("depth", [500, 100_000])
 def test_nested_too_deeply(depth: int, tmp_path: Path) -> None:
-    """A pickle and JSON of lists in lists; neither ends in an error of Python's own."""
+    """A pickle or JSON of deeply nested lists ends in one message."""
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02" + b"]" * depth + b"a" * (depth - 1) + b".")
     assert _message(path) == "'a.pt' holds no state dict: it holds a value of type 'list'"
     index = tmp_path / "a.safetensors.index.json"
@@ -120,7 +120,7 @@ def test_nested_too_deeply(depth: int, tmp_path: Path) -> None:
 
 
 def test_a_storage_that_is_expanded(tmp_path: Path) -> None:
-    """One element is no tensor of 4 TB; one that a network may have is read."""
+    """One element does not become a tensor of 4 TB; usual expanded tensors are read."""
     torch.save({"w": torch.ones(1).expand(10**6, 10**6)}, tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == (
         "'a.pt' is damaged: it holds a tensor of shape [1000000, 1000000] whose storage holds 1 "
@@ -131,7 +131,7 @@ def test_a_storage_that_is_expanded(tmp_path: Path) -> None:
 
 
 def test_more_dimensions_than_torch_computes_with(tmp_path: Path) -> None:
-    """In a file of torch, and of safetensors."""
+    """A tensor with too many dimensions is refused, of torch and of safetensors."""
     torch.save({"w": torch.ones(1)[(None,) * 64]}, tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == (
         "'a.pt' is damaged: it holds a tensor whose shape is no list of sizes"
@@ -145,7 +145,7 @@ def test_more_dimensions_than_torch_computes_with(tmp_path: Path) -> None:
 def test_dtypes_of_safetensors_that_are_not_supported(
     code: str, count: int, tmp_path: Path
 ) -> None:
-    """They are named with the tensor, or safetensors itself refuses them."""
+    """An unsupported dtype of safetensors is named with its tensor."""
     size = {"F4": 1, "F6_E2M3": 3}.get(code, 1)
     spec = {"dtype": code, "shape": [count], "data_offsets": [0, size]}
     path = _write_safetensors(tmp_path / "a.safetensors", {"w": spec}, bytes(size))
@@ -156,7 +156,7 @@ def test_dtypes_of_safetensors_that_are_not_supported(
 
 @pytest.mark.parametrize("suffix", [".pt", ".npz", ".bin"])
 def test_archives_that_unpack_to_more(suffix: str, tmp_path: Path) -> None:
-    """What torch.save writes is never compressed; a few kilobytes do not become gigabytes."""
+    """An archive of a few kilobytes does not unpack to gigabytes."""
     sound = io.BytesIO()
     torch.save({"w": torch.zeros(2**20)}, sound)
     path = tmp_path / f"a{suffix}"
@@ -170,7 +170,7 @@ def test_archives_that_unpack_to_more(suffix: str, tmp_path: Path) -> None:
 
 
 def test_storages_larger_than_their_file(tmp_path: Path) -> None:
-    """A legacy file that asks for a terabyte is refused before memory is asked for it."""
+    """A legacy file that asks for a terabyte is refused before memory is taken."""
     storage = (
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\nX\x01\x00\x00\x000X\x03\x00\x00\x00cpu"
         b"\x8a\x06\x00\x00\x00\x00\x00\x01NtQ"
@@ -185,7 +185,7 @@ def test_storages_larger_than_their_file(tmp_path: Path) -> None:
 
 
 def test_many_keys(tmp_path: Path) -> None:
-    """A hundred thousand small tensors are listed and converted without a detour."""
+    """A hundred thousand small tensors are listed."""
     state = {f"layers.{i}.weight": torch.ones(1) for i in range(100_000)}
     save_file(state, tmp_path / "a.safetensors")
     assert inspect_checkpoint(tmp_path / "a.safetensors").tensors == 100_000
@@ -193,7 +193,7 @@ def test_many_keys(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_a_folder_is_converted_one_tensor_at_a_time(tmp_path: Path) -> None:
-    """From a distributed folder to safetensors, what is held is one tensor and not the folder."""
+    """From a distributed folder to safetensors one tensor at a time is in memory."""
     state = {f"w{i}": torch.full((2**20,), float(i)) for i in range(40)}  # 160 MB
     state |= trained_critic().state_dict()
     save_folder({"model": state}, tmp_path / "dcp")

@@ -31,7 +31,7 @@ def _equal(left: nn.Module, right: nn.Module) -> bool:
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_spelling_is_that_of_the_model(kind: Kind, to: Kind, tmp_path: Path) -> None:
-    """Whatever the checkpoint's spelling, the model computes the same, and the notes say so."""
+    """Whatever the checkpoint's spelling, the model computes the same, and a note says it."""
     trained, model = trained_critic(kind), Critic(to)
     loaded = _load(model, trained.state_dict(), tmp_path)
     assert _equal(model, trained)
@@ -42,7 +42,7 @@ def test_spelling_is_that_of_the_model(kind: Kind, to: Kind, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("to", SPELLINGS)
 def test_checkpoints_from_before_v(to: Kind, tmp_path: Path) -> None:
-    """They load into any spelling as torch's hook loads them."""
+    """A checkpoint without v loads into any spelling as torch's hook loads it."""
     trained = trained_critic()
     old = before_v(trained.state_dict(), trained)
     wanted, model = Critic(), Critic(to)
@@ -55,7 +55,7 @@ def test_checkpoints_from_before_v(to: Kind, tmp_path: Path) -> None:
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "module._orig_mod."])
 @pytest.mark.parametrize("kind", KINDS)
 def test_prefixes_of_wrappers_go(kind: Kind, wrapper: str, tmp_path: Path) -> None:
-    """What DistributedDataParallel and torch.compile put before names is taken off."""
+    """The prefixes of DistributedDataParallel and torch.compile are removed."""
     trained, model = trained_critic("hook"), Critic(kind)
     loaded = _load(model, {"state_dict": prefixed(trained.state_dict(), wrapper)}, tmp_path)
     assert _equal(model, trained)
@@ -67,7 +67,7 @@ def test_prefixes_of_wrappers_go(kind: Kind, wrapper: str, tmp_path: Path) -> No
 
 
 def test_wrappers_within_names_go(tmp_path: Path) -> None:
-    """A part of the network that was compiled on its own loads too."""
+    """A checkpoint loads if a part of the network alone was compiled."""
     trained, model = trained_critic(), Critic()
     state = {k.replace("body.", "body._orig_mod."): v for k, v in trained.state_dict().items()}
     _load(model, state, tmp_path)
@@ -75,14 +75,14 @@ def test_wrappers_within_names_go(tmp_path: Path) -> None:
 
 
 def test_a_model_that_itself_says_module_is_left_alone(tmp_path: Path) -> None:
-    """A prefix goes only where that makes the names fit."""
+    """A prefix is removed only if the names fit then."""
     trained, model = nn.DataParallel(trained_critic()), nn.DataParallel(Critic())
     assert _load(model, trained.state_dict(), tmp_path).notes == ()
     assert _equal(model, trained)
 
 
 def test_a_wrapped_model_that_itself_says_module(tmp_path: Path) -> None:
-    """Only the wrapper's prefix goes, not the network's own attribute of that name."""
+    """The wrapper's prefix is removed, not the network's own attribute of that name."""
     trained, model = nn.DataParallel(trained_critic()), nn.DataParallel(Critic())
     loaded = _load(model, prefixed(trained.state_dict(), "module."), tmp_path)
     assert _equal(model, trained)
@@ -98,7 +98,7 @@ def _lightning() -> tuple[Critic, Critic, dict[str, Any]]:
 
 
 def test_an_attribute_of_lightning_goes(tmp_path: Path) -> None:
-    """The attribute that holds the network is found, and what is beside it left out."""
+    """The attribute that holds the network is found, and others are left out."""
     _, critic, content = _lightning()
     state = content["state_dict"]
     for name in [name for name in state if name.startswith("generator.")]:
@@ -110,7 +110,7 @@ def test_an_attribute_of_lightning_goes(tmp_path: Path) -> None:
 
 
 def test_several_attributes_that_fit_are_chosen_by_prefix(tmp_path: Path) -> None:
-    """Two networks of one class: the message names both prefixes."""
+    """If two networks of one class fit, the message names both prefixes."""
     generator, _, content = _lightning()
     model = Critic()
     with pytest.raises(CheckpointError) as caught:
@@ -129,7 +129,7 @@ def test_several_attributes_that_fit_are_chosen_by_prefix(tmp_path: Path) -> Non
 
 
 def test_the_state_dict_that_fits_is_taken(tmp_path: Path) -> None:
-    """Of several state dicts, the one with the model's names."""
+    """Of several state dicts the one with the model's names is taken."""
     trained, model = trained_critic(), Critic()
     other = nn.Linear(3, 3).state_dict()
     loaded = _load(model, {"model": other, "critic": trained.state_dict()}, tmp_path)
@@ -138,14 +138,14 @@ def test_the_state_dict_that_fits_is_taken(tmp_path: Path) -> None:
 
 
 def test_of_several_that_do_not_fit_the_usual_one_is_told(tmp_path: Path) -> None:
-    """Where no state dict fits, the one under a usual name is what the message is about."""
+    """If no state dict fits, the message is about the one under a usual name."""
     content = {"ema": nn.Linear(3, 3).state_dict(), "state_dict": {"other": torch.ones(2)}}
     with pytest.raises(CheckpointError, match=r"does not fit Critic: .* unknown .other."):
         _load(Critic(), content, tmp_path)
 
 
 def test_each_candidate_is_listed_with_how_well_it_fits(tmp_path: Path) -> None:
-    """Where a key is needed, the message says of each how many of the model's tensors it has."""
+    """If a key is needed, the message counts the model's tensors in each state dict."""
     state = trained_critic().state_dict()
     part = {name: value for name, value in state.items() if not name.startswith("head.")}
     with pytest.raises(CheckpointError) as caught:
@@ -166,7 +166,7 @@ def _message(model: nn.Module, state: dict[str, Any], folder: Path, **options: A
 
 
 def test_missing_and_unexpected_keys(tmp_path: Path) -> None:
-    """Both are named, with a suggestion for what is nearly right."""
+    """Missing and unknown keys are named, and for a misspelt one the right one."""
     state = dict(Critic().state_dict())
     state["body.0.biass"] = state.pop("body.0.bias")
     assert _message(Critic(), state, tmp_path) == (
@@ -185,7 +185,7 @@ def test_wrong_shapes(tmp_path: Path) -> None:
 
 
 def test_a_plain_checkpoint_for_a_model_under_spectral_norm(tmp_path: Path) -> None:
-    """The vectors are not there and cannot be made up; the message says what to do."""
+    """A plain checkpoint has no vectors for the model: the message says what to do."""
     state = APPLY["plain"](nn.Linear(3, 4)).state_dict()
     assert _message(APPLY["hook"](nn.Linear(3, 4)), state, tmp_path) == (
         "'a.pt' does not fit Linear: it lacks 'weight_orig', 'weight_u', 'weight_v'; it has "
@@ -195,7 +195,7 @@ def test_a_plain_checkpoint_for_a_model_under_spectral_norm(tmp_path: Path) -> N
 
 
 def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
-    """Where the model's names have a prefix that the checkpoint's lack, it is named."""
+    """A prefix that the model's names have and the checkpoint's lack is named."""
     model = nn.Sequential(OrderedDict(net=nn.Linear(2, 2)))
     assert _message(model, nn.Linear(2, 2).state_dict(), tmp_path) == (
         "'a.pt' does not fit Sequential: it lacks 'net.weight', 'net.bias'; it has the unknown "
@@ -206,7 +206,7 @@ def test_a_model_in_a_wrapper(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_values_that_the_model_cannot_hold(tmp_path: Path) -> None:
-    """NaN anywhere in the checkpoint is named, and numbers of which torch would drop a part."""
+    """NaN in the checkpoint is named, and complex numbers for a real tensor."""
     state = dict(Critic().state_dict())
     state["body.1.running_var"] = torch.full((4,), torch.nan)
     assert _message(Critic(), state, tmp_path) == (
@@ -219,7 +219,7 @@ def test_values_that_the_model_cannot_hold(tmp_path: Path) -> None:
 
 
 def test_sigma_zero(tmp_path: Path) -> None:
-    """A weight of zeros has no normalised weight."""
+    """A weight of zeros, which has no normalised weight, is refused."""
     state = dict(Critic().state_dict())
     state["head.weight_orig"] = torch.zeros(5, 2)
     assert _message(Critic(), state, tmp_path) == (
@@ -229,7 +229,7 @@ def test_sigma_zero(tmp_path: Path) -> None:
 
 
 def test_renamed_leading_parts_are_suggested(tmp_path: Path) -> None:
-    """Where one start in the place of another makes most unknown names fit, it is said."""
+    """If most unknown names fit with another start, the message says so."""
     state = {f"main.{name.removeprefix('body.')}" if name.startswith("body.") else name: value
              for name, value in trained_critic().state_dict().items()}  # fmt: skip
     for kind in ("hook", "parametrization"):
@@ -248,7 +248,7 @@ def test_renamed_leading_parts_are_suggested(tmp_path: Path) -> None:
 
 
 class _Renaming(nn.Module):
-    """Brings keys of an older release up to date in a load_state_dict pre-hook."""
+    """Renames keys of an older release in a load_state_dict pre-hook."""
 
     def __init__(self, kind: Kind = "hook") -> None:
         super().__init__()
@@ -268,7 +268,7 @@ class _Renaming(nn.Module):
 
 
 class _Adding(nn.Module):
-    """Adds what older checkpoints lack in ``_load_from_state_dict``."""
+    """Adds keys that older checkpoints lack, in ``_load_from_state_dict``."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -281,7 +281,7 @@ class _Adding(nn.Module):
 
 
 class _Tolerant(nn.Linear):
-    """Takes whatever there is, as some published networks do."""
+    """Loads whatever fits, as some published networks do."""
 
     def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
         return super().load_state_dict(state, strict=False, assign=assign)
@@ -289,7 +289,7 @@ class _Tolerant(nn.Linear):
 
 @pytest.mark.parametrize("wrapper", ["", "module."])
 def test_what_the_model_brings_up_to_date_itself_is_taken(wrapper: str, tmp_path: Path) -> None:
-    """Pre-hooks and overrides are asked, under the prefixes of wrappers too."""
+    """Pre-hooks and overrides of the model act, under the prefixes of wrappers too."""
     old, model = _Renaming(), _Renaming()
     state = {k.replace("head.", "final."): v for k, v in old.state_dict().items()}
     _load(model, prefixed(state, wrapper), tmp_path)
@@ -308,7 +308,7 @@ def test_what_the_model_brings_up_to_date_itself_is_taken(wrapper: str, tmp_path
 
 
 def test_a_refused_model_is_as_it_was(tmp_path: Path) -> None:
-    """Neither values nor what its own hooks noted of the attempts are left in it."""
+    """A refused model keeps its values, and what its own hooks recorded is undone."""
     model = _Renaming()
     before = dict(model.__dict__)
     values = {name: value.clone() for name, value in model.state_dict().items()}
@@ -322,7 +322,7 @@ def test_a_refused_model_is_as_it_was(tmp_path: Path) -> None:
 
 
 def test_a_model_that_takes_anything(tmp_path: Path) -> None:
-    """It decides, but what it lacked is told; of a checkpoint with nothing of it, it is refused."""
+    """A tolerant model loads with a note on the rest; a checkpoint without any of it is refused."""
     trained, model = nn.Linear(3, 4), _Tolerant(3, 4)
     loaded = _load(model, {"weight": trained.weight.data, "other": torch.ones(2)}, tmp_path)
     assert torch.equal(model.weight, trained.weight)
@@ -336,7 +336,7 @@ def test_a_model_that_takes_anything(tmp_path: Path) -> None:
 
 
 def test_a_scripted_model(tmp_path: Path) -> None:
-    """It takes no hooks, and is asked all the same."""
+    """A scripted model, which takes no hooks, loads too."""
     model, trained = torch.jit.script(nn.Linear(3, 4)), nn.Linear(3, 4)
     _load(model, {"module.weight": trained.weight, "module.bias": trained.bias}, tmp_path)
     assert torch.equal(model.weight, trained.weight)
@@ -346,7 +346,7 @@ def test_a_scripted_model(tmp_path: Path) -> None:
 
 
 def test_without_strict(tmp_path: Path) -> None:
-    """What fits is loaded, in the model's spelling, and the rest listed; shapes must fit."""
+    """Without strict the tensors that fit are loaded and the rest is listed; shapes must fit."""
     trained, model = trained_critic(), Critic("parametrization")
     state = dict(trained.state_dict())
     bias = state.pop("body.0.bias")
@@ -377,7 +377,7 @@ def test_without_strict(tmp_path: Path) -> None:
 
 
 def test_no_advice_that_would_not_help(tmp_path: Path) -> None:
-    """Parts of a reparametrization are no misspelt names, and another network no plain one."""
+    """No suggestion is made for parts of a reparametrization, or for another network."""
     weight_norm = nn.utils.parametrizations.weight_norm
     normed = weight_norm(nn.Linear(3, 4)).state_dict()
     message = _message(APPLY["hook"](nn.Linear(3, 4)), normed, tmp_path)
@@ -399,7 +399,7 @@ def test_no_advice_that_would_not_help(tmp_path: Path) -> None:
 
 
 def test_a_prefix_that_all_names_but_one_have(tmp_path: Path) -> None:
-    """The counter of an averaged model beside ``module.`` is left out, asked for or not."""
+    """The counter of an averaged model beside ``module.`` is left out."""
     trained = trained_critic()
     state = prefixed(trained.state_dict(), "module.") | {"n_averaged": torch.tensor(3)}
     for options in ({}, {"prefix": "module."}):
@@ -410,7 +410,7 @@ def test_a_prefix_that_all_names_but_one_have(tmp_path: Path) -> None:
 
 
 def test_what_else_there_is_where_the_nearest_does_not_fit(tmp_path: Path) -> None:
-    """Keys that are numbers lead to state dicts too, and shapes decide between equal names."""
+    """State dicts under numbers are found too, and shapes decide between equal names."""
     narrow, wide = trained_critic().state_dict(), Critic(ch=8).state_dict()
     torch.save({"nets": {0: wide, 1: narrow}}, tmp_path / "a.pt")
     assert load_checkpoint(Critic(), read_checkpoint(tmp_path / "a.pt")).key == "nets.1"

@@ -1,4 +1,4 @@
-"""Messages of the readers that no other test pins, each with the input that makes it.
+"""Messages of the readers that no other test holds, each with the input that causes it.
 
 `write_safetensors` is called inside, with an entry that is not what it promises.
 """
@@ -35,7 +35,7 @@ from sn_export.errors import CheckpointError
 
 
 class Call:
-    """Pickled as a call of a function, which pickle does not make while it writes."""
+    """Pickled as a call of a function, which pickle itself does not allow."""
 
     def __init__(self, function: Any, *args: Any, state: Any = None) -> None:
         self.parts = (function, args) if state is None else (function, args, state)
@@ -90,7 +90,7 @@ DAMAGED: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", DAMAGED)
 def test_arguments_that_no_writer_writes(name: str, tmp_path: Path) -> None:
-    """The functions that may be called take what torch hands them, and nothing else."""
+    """A function on the list refuses arguments that torch does not write."""
     content, reason = DAMAGED[name]
     torch.save({"w": torch.ones(2), "x": content}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError) as caught:
@@ -124,7 +124,7 @@ RAW: dict[str, tuple[bytes, str]] = {
 
 @pytest.mark.parametrize("name", RAW)
 def test_instructions_that_no_writer_writes(name: str, tmp_path: Path) -> None:
-    """Each is named, and nothing was run."""
+    """A forbidden instruction is named, and nothing is run."""
     content, reason = RAW[name]
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(FORMATS["zip"](tmp_path / "a.pt", content))
@@ -162,7 +162,7 @@ FOLDERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 @pytest.mark.parametrize("name", FOLDERS)
 def test_folders(name: str, tmp_path: Path) -> None:
-    """What is there is said, and what is wrong with it."""
+    """For a folder that is no checkpoint the message says what it holds."""
     write, reason = FOLDERS[name]
     write(tmp_path)
     with pytest.raises(CheckpointError) as caught:
@@ -246,7 +246,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", CONTENTS)
 def test_contents_that_cannot_be_converted(name: str, tmp_path: Path) -> None:
-    """The tensor at fault is named, and no file made."""
+    """The tensor that cannot be converted is named, and no file is made."""
     content, reason = CONTENTS[name]
     torch.save(content, tmp_path / "a.pt")
     told: Any = "default" if name in ("no orthogonal", "no finite map") else None
@@ -259,7 +259,7 @@ def test_contents_that_cannot_be_converted(name: str, tmp_path: Path) -> None:
 
 
 def test_an_entry_that_is_another(tmp_path: Path) -> None:
-    """Its bytes would shift all that follow in a safetensors file."""
+    """A tensor of another dtype or shape than planned is refused, as it would shift the others."""
     entry = Entry(Spec(torch.float32, (2,)), lambda: torch.ones(3))
     with pytest.raises(CheckpointError) as caught:
         write_safetensors(tmp_path, "a.safetensors", {"w": entry}, {}, None, lambda name: None)
@@ -267,14 +267,14 @@ def test_an_entry_that_is_another(tmp_path: Path) -> None:
 
 
 class Broken:
-    """Cannot be built again."""
+    """Fails when it is unpickled."""
 
     def __setstate__(self, state: Any) -> None:
         raise ValueError("of\nanother version")
 
 
 def test_trusted_code_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own error is told, in one line, and what is absent is named."""
+    """The error of trusted code is shown in one line, and an absent package is named."""
     broken = Broken()
     broken.__dict__["x"] = 1
     torch.save({"w": broken}, tmp_path / "a.pt")
@@ -292,7 +292,7 @@ def test_trusted_code_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_torch_is_told_to_use_its_own_unpickler(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Then ours cannot be used, and the message says how it can."""
+    """If torch is forced to use its own unpickler, the message names the variable."""
     monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
     with pytest.raises(CheckpointError) as caught:
@@ -306,7 +306,7 @@ def test_torch_is_told_to_use_its_own_unpickler(
 def test_answers_of_inspect_and_convert(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Counts by kind, none at all, and what was spelled so before."""
+    """The answers count by kind, none at all, and what had the spelling already."""
     run = runner(tmp_path, monkeypatch, capsys)
     net = nn.Sequential(prune.l1_unstructured(nn.Linear(2, 2), "weight", 1), nn.Linear(2, 2))
     chain = {

@@ -1,4 +1,4 @@
-"""Reading checkpoints: every format, nothing run, and one clear message for what is none."""
+"""Reading checkpoints: every format, no code run, and one clear message for other files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from sn_export.errors import CheckpointError
 
 
 class Bomb:
-    """Leaves a file behind when it is unpickled."""
+    """Writes a file when it is unpickled."""
 
     def __init__(self, trace: Path) -> None:
         self.trace = trace
@@ -72,7 +72,7 @@ def _write(form: str, state: dict[str, Tensor], folder: Path) -> Path:
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "index", "folder", "distributed"])
 def test_every_format_gives_the_same_tensors(form: str, tmp_path: Path) -> None:
-    """A state dict read from any format is the one that was saved, bit for bit."""
+    """A state dict is the same bit for bit in every format."""
     state = Critic().state_dict()
     (found,) = read_checkpoint(_write(form, state, tmp_path)).state_dicts()
     assert set(found.tensors) == set(state)
@@ -84,7 +84,7 @@ def test_every_format_gives_the_same_tensors(form: str, tmp_path: Path) -> None:
     "key", ["state_dict", "model", "model_state_dict", "generator", "params_ema", "a.b"]
 )
 def test_a_nested_state_dict_is_found_by_itself(key: str, tmp_path: Path) -> None:
-    """Wherever the state dict is, it is found, and the optimizer's state is not taken for one."""
+    """A nested state dict is found, and the optimizer's state is not taken for one."""
     model = Critic()
     model(torch.randn(2, 3, 8, 8)).sum().backward()
     optimizer = torch.optim.Adam(model.parameters())
@@ -100,7 +100,7 @@ def test_a_nested_state_dict_is_found_by_itself(key: str, tmp_path: Path) -> Non
 
 
 def test_a_distributed_checkpoint_keeps_its_nesting(tmp_path: Path) -> None:
-    """What was saved under a key is under it again, and plain values come back."""
+    """A distributed checkpoint has its keys again, and plain values too."""
     path = _save_distributed({"model": Critic().state_dict(), "epoch": 3}, tmp_path / "dcp")
     checkpoint = read_checkpoint(path)
     assert checkpoint.content["epoch"] == 3
@@ -108,7 +108,7 @@ def test_a_distributed_checkpoint_keeps_its_nesting(tmp_path: Path) -> None:
 
 
 def test_versions_of_modules_come_along(tmp_path: Path) -> None:
-    """What torch notes beside a state dict is read with it: old checkpoints depend on it."""
+    """The versions of modules are read, since old checkpoints depend on them."""
     torch.save({"state_dict": prefixed(Critic().state_dict(), "module.")}, tmp_path / "a.pt")
     (found,) = read_checkpoint(tmp_path / "a.pt").state_dicts()
     assert found.versions is not None
@@ -117,7 +117,7 @@ def test_versions_of_modules_come_along(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [torch.save, _save_legacy])
 def test_a_pickle_that_would_run_code_is_refused(save: Any, tmp_path: Path) -> None:
-    """Nothing in the file runs, and the message says what wanted to and how to allow it."""
+    """A pickle runs nothing; the message says what it wanted, and how to allow it."""
     path, trace = tmp_path / "bad.pt", tmp_path / "trace"
     save({"state_dict": {"w": torch.ones(1)}, "x": Bomb(trace)}, path)
     with pytest.raises(CheckpointError) as caught:
@@ -133,7 +133,7 @@ def test_a_pickle_that_would_run_code_is_refused(save: Any, tmp_path: Path) -> N
 
 
 def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path: Path) -> None:
-    """Torch's own reader unpickles '.metadata' and values freely; here neither runs."""
+    """A distributed checkpoint runs nothing, in '.metadata' or in values."""
     path, trace = _save_distributed({"w": torch.ones(1)}, tmp_path / "d"), tmp_path / "trace"
     (path / ".metadata").write_bytes(pickle.dumps(Bomb(trace)))
     with pytest.raises(CheckpointError) as caught:
@@ -150,7 +150,7 @@ def test_a_distributed_checkpoint_that_would_run_code_is_refused(tmp_path: Path)
 
 
 def test_a_module_pickled_whole_is_read_where_it_is_trusted(tmp_path: Path) -> None:
-    """Refused by name at first; trusted, its state dict is taken."""
+    """A pickled module is refused by name, and with trust_pickle its state dict is read."""
     for is_zip in (False, True):
         torch.save({"net": Critic()}, tmp_path / "whole.pt", _use_new_zipfile_serialization=is_zip)
         with pytest.raises(CheckpointError, match=r"wants to call 'cli_networks.Critic' while"):
@@ -167,13 +167,13 @@ def _message(path: Path) -> str:
 
 
 def test_absent(tmp_path: Path) -> None:
-    """A path where nothing is."""
+    """A path that does not exist is refused."""
     assert _message(tmp_path / "no.pt") == "there is no checkpoint at 'no.pt'"
 
 
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors", "a.safetensors.index.json"])
 def test_empty(name: str, tmp_path: Path) -> None:
-    """A file without a byte, whatever its name."""
+    """An empty file is refused, whatever its name."""
     (tmp_path / name).touch()
     assert _message(tmp_path / name) == f"'{name}' is empty"
 
@@ -181,7 +181,7 @@ def test_empty(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["zip", "legacy"])
 @pytest.mark.parametrize("share", [0.02, 0.3, 0.7, 0.99])
 def test_truncated(form: str, share: float, tmp_path: Path) -> None:
-    """A file of torch that was cut off anywhere."""
+    """A file of torch that is cut off anywhere is refused."""
     path = _write(form, Critic().state_dict(), tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -193,7 +193,7 @@ def test_truncated(form: str, share: float, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.99])
 def test_truncated_safetensors(share: float, tmp_path: Path) -> None:
-    """A safetensors file that was cut off, in its header or after it."""
+    """A safetensors file that is cut off in or after its header is refused."""
     path = _write("safetensors", Critic().state_dict(), tmp_path)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
@@ -202,7 +202,7 @@ def test_truncated_safetensors(share: float, tmp_path: Path) -> None:
 
 
 def test_garbage(tmp_path: Path) -> None:
-    """A text file is told from a checkpoint by its first bytes."""
+    """A text file is refused by its first bytes."""
     (tmp_path / "a.pt").write_text("<!DOCTYPE html> not found")
     assert _message(tmp_path / "a.pt") == (
         "'a.pt' is no checkpoint: it starts with b'<!DOCTYP', which is neither torch's format "
@@ -211,7 +211,7 @@ def test_garbage(tmp_path: Path) -> None:
 
 
 def test_no_state_dict_in_it(tmp_path: Path) -> None:
-    """A checkpoint with other things says which."""
+    """For a checkpoint without a state dict the message says what it holds."""
     torch.save({"epoch": 3, "lr": 0.1}, tmp_path / "a.pt")
     assert _message(tmp_path / "a.pt") == "'a.pt' holds no state dict: its keys are 'epoch', 'lr'"
     torch.save([1], tmp_path / "b.pt")
@@ -221,7 +221,7 @@ def test_no_state_dict_in_it(tmp_path: Path) -> None:
 
 
 def test_a_folder_that_is_none(tmp_path: Path) -> None:
-    """A folder says what would make it a checkpoint."""
+    """For a folder that is no checkpoint the message says which files make one."""
     (tmp_path / "f").mkdir()
     assert _message(tmp_path / "f") == (
         "folder 'f' is no checkpoint: it holds neither the '.metadata' of "
@@ -231,14 +231,14 @@ def test_a_folder_that_is_none(tmp_path: Path) -> None:
 
 
 def test_a_damaged_distributed_checkpoint(tmp_path: Path) -> None:
-    """A folder with a part missing is one message too."""
+    """A distributed folder that lacks a file is refused, and the file is named."""
     path = _save_distributed(Critic().state_dict(), tmp_path / "d")
     (path / "__0_0.distcp").unlink()
     assert _message(path) == "folder 'd' is damaged or incomplete: '__0_0.distcp' is absent"
 
 
 def test_indexes_that_lie(tmp_path: Path) -> None:
-    """An index without a map, with an absent shard, or with a tensor that no shard holds."""
+    """An index without a map, with an absent shard, or with a tensor in no shard is refused."""
     index = tmp_path / "m.safetensors.index.json"
     index.write_text("[1]")
     assert _message(index) == (
@@ -257,7 +257,7 @@ def test_indexes_that_lie(tmp_path: Path) -> None:
 
 
 def test_several_state_dicts_are_chosen_by_key(tmp_path: Path) -> None:
-    """Where several fit, the message lists their keys; an unknown key too."""
+    """If several state dicts fit, the message lists the keys; so it does for an unknown key."""
     state = Critic().state_dict()
     torch.save({"params": state, "params_ema": state}, tmp_path / "a.pt")
     checkpoint = read_checkpoint(tmp_path / "a.pt")
@@ -275,7 +275,7 @@ def test_several_state_dicts_are_chosen_by_key(tmp_path: Path) -> None:
 
 
 def test_arrays_of_numpy(tmp_path: Path) -> None:
-    """An .npz is a state dict, whatever the byte order of its arrays."""
+    """An .npz is read as a state dict, whatever the byte order of its arrays."""
     state = {name: value.numpy() for name, value in trained_critic().state_dict().items()}
     state["head.weight_orig"] = state["head.weight_orig"].astype(">f4")
     np.savez(tmp_path / "a.npz", **state)

@@ -1,4 +1,4 @@
-"""The table of ``sn_export/checkpoints/README.md``: what it says to type does the job."""
+"""The commands in the table of ``sn_export/checkpoints/README.md`` do their jobs."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _save_case(folder: Path) -> None:
 
 
 def _make(name: str) -> None:
-    """Write the file or folder that a command names; torch warns that this is one process."""
+    """Write the file or folder that a command names; torch's warning of one process is ignored."""
     critic = trained_critic()
     state = critic.state_dict()
     makers: dict[str, Callable[[Path], object]] = {
@@ -107,7 +107,7 @@ def _make(name: str) -> None:
 def test_row(
     have: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command ends with 0, and an exported file is the one of the trained network."""
+    """The command ends with exit code 0, and an exported file is that of the trained network."""
     call = runner(tmp_path, monkeypatch, capsys)
     command = ROWS[have].replace("NET", "--model nets:critic --input 2x3x8x8 -o critic.onnx")
     command = command.replace("nets:critic", "cli_networks:critic")

@@ -46,7 +46,7 @@ def _trained(name: str, kind: Kind, dtype: torch.dtype = torch.float32) -> tuple
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_either_spelling_loads_into_any(kind: Kind, to: Kind, name: str, tmp_path: Path) -> None:
-    """A network spelled in any way computes the same bits from a checkpoint in either spelling."""
+    """A network of any spelling loads either spelling, and computes the same bits."""
     model, x = _trained(name, kind)
     torch.save({"net": prefixed(model.state_dict(), "module.")}, tmp_path / "a.pt")
     other = NETWORKS[name][0](to)
@@ -61,7 +61,7 @@ def test_either_spelling_loads_into_any(kind: Kind, to: Kind, name: str, tmp_pat
 def test_convert_is_bit_for_bit(
     kind: Kind, to: Kind, name: str, dtype: torch.dtype, tmp_path: Path
 ) -> None:
-    """The other network loads the converted file strictly and computes the same bits."""
+    """The other network loads the converted file strictly, and computes the same bits."""
     model, x = _trained(name, kind, dtype)
     save_file(model.state_dict(), tmp_path / "a.safetensors")
     made = convert_checkpoint(tmp_path / "a.safetensors", tmp_path / "b.pt", to)
@@ -75,7 +75,7 @@ def test_convert_is_bit_for_bit(
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind, name: str) -> None:
-    """Keys, their order and the versions torch notes are what the other network would save."""
+    """Keys, their order and the versions are those that the other network would save."""
     state = NETWORKS[name][0](kind).state_dict()
     result = respell(StateDict((), state, state._metadata), to)
     wanted = NETWORKS[name][0](to).state_dict()
@@ -89,7 +89,7 @@ STATES = {(name, kind): _trained(name, kind)[0].state_dict() for name in NETWORK
 @given(order=st.randoms(use_true_random=False), which=st.sampled_from(sorted(STATES)))
 @settings(max_examples=30, deadline=None)
 def test_the_order_of_keys_does_not_matter(order: random.Random, which: tuple[str, Kind]) -> None:
-    """Whatever the order, each conversion gives the same values, and the same tensors are found."""
+    """Whatever the order of keys, the same tensors are found and the values are the same."""
     state = STATES[which]
     names = list(state)
     order.shuffle(names)
@@ -131,7 +131,7 @@ def _mixed() -> nn.Module:
 
 
 def test_inspect_lists_each_with_its_kind(tmp_path: Path) -> None:
-    """Kind, spelling, dim and the parts of every reparametrized tensor."""
+    """inspect lists kind, spelling, dim and parts of every reparametrized tensor."""
     torch.save(_mixed().state_dict(), tmp_path / "a.pt")
     layers = inspect_checkpoint(tmp_path / "a.pt").layers
     assert [(one.module, one.kind, one.spelling, one.dim, [*one.keys]) for one in layers] == [
@@ -156,7 +156,7 @@ def _message(folder: Path, to: Kind, **options: Any) -> str:
 
 
 def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -> None:
-    """Not a half of it: each tensor, why, and how to leave it as it is."""
+    """Each tensor that cannot be converted is named with the reason, and nothing is written."""
     torch.save(_mixed().state_dict(), tmp_path / "a.pt")
     assert _message(tmp_path, "plain") == (
         "cannot spell 'orthogonal.weight' as plain: the file does not say by which map "
@@ -193,7 +193,7 @@ class Orthogonal(nn.Module):
 def test_orthogonal_weights_are_converted_by_the_map_that_is_told(
     name: str | None, tmp_path: Path
 ) -> None:
-    """Bit for bit what the trained network uses; without a map, that which torch takes itself."""
+    """Orthogonal weights are converted bit for bit, by the map that is given or by default."""
     model = Orthogonal(name)
     with torch.no_grad():  # as training would, which leaves the diagonal
         for parameter in model.parameters():
@@ -217,7 +217,7 @@ CHAINS: dict[str, tuple[Any, ...]] = {
 
 @pytest.mark.parametrize("name", CHAINS)
 def test_a_chain_that_ends_in_spectral_norm(name: str, tmp_path: Path) -> None:
-    """It becomes plain bit for bit, also on its way into a plain network; a hook it has none."""
+    """A chain becomes plain bit for bit, in a file or a network; it has no hook."""
     layer = nn.Conv1d(4, 6, 3)
     for make in (*CHAINS[name], spectral_norm):
         make(layer)
@@ -244,7 +244,7 @@ def test_a_chain_that_ends_in_spectral_norm(name: str, tmp_path: Path) -> None:
 
 
 def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
-    """Torch has no hook for them, and no real reflections; a base of another shape is damaged."""
+    """Orthogonal weights have no hook; a base of another shape is refused."""
     state = Orthogonal(None).state_dict()
     torch.save(state, tmp_path / "a.pt")
     assert _message(tmp_path, "hook", orthogonal_map="cayley") == (
@@ -267,7 +267,7 @@ def test_orthogonal_weights_that_cannot_be_converted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("only", ["spectral_norm", "weight_norm"])
 def test_only_one_kind_is_converted_and_the_rest_named(only: Any, tmp_path: Path) -> None:
-    """Others are bit for bit as they were, and the notes say which they are."""
+    """With --only the others stay bit for bit, and the notes name them."""
     state = _mixed().state_dict()
     torch.save(state, tmp_path / "a.pt")
     made = convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", only=only)
@@ -287,7 +287,7 @@ def test_only_one_kind_is_converted_and_the_rest_named(only: Any, tmp_path: Path
 
 
 def test_a_pruned_network_becomes_plain(tmp_path: Path) -> None:
-    """The weight is what torch's own removal of the mask makes of it."""
+    """A pruned weight is what torch's own removal of the mask makes."""
     model = nn.Sequential(prune.random_unstructured(nn.Conv1d(3, 4, 3), "weight", 0.4))
     torch.save(model.state_dict(), tmp_path / "a.pt")
     convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain")
@@ -297,7 +297,7 @@ def test_a_pruned_network_becomes_plain(tmp_path: Path) -> None:
 
 
 def test_a_pruned_weight_norm_is_not_half_converted(tmp_path: Path) -> None:
-    """A mask on one part of another reparametrization blocks it."""
+    """A mask on a part of another reparametrization blocks the conversion."""
     layer = WEIGHT_NORM["hook"](nn.Linear(3, 4))
     prune.l1_unstructured(layer, "weight_v", 0.5)
     torch.save(layer.state_dict(), tmp_path / "a.pt")
@@ -307,7 +307,7 @@ def test_a_pruned_weight_norm_is_not_half_converted(tmp_path: Path) -> None:
 
 
 def test_a_weight_norm_that_is_incomplete_is_not_left_behind(tmp_path: Path) -> None:
-    """A lone half, or halves that do not belong together, stop the conversion with their name."""
+    """Parts of a weight norm that are alone, or do not fit, stop the conversion."""
     state = dict(Generator("hook").state_dict())
     g = state.pop("conv_pre.weight_g")
     torch.save(state, tmp_path / "a.pt")
@@ -329,7 +329,7 @@ def test_a_weight_norm_that_is_incomplete_is_not_left_behind(tmp_path: Path) -> 
 
 
 def test_links_without_tensors_are_known_by_their_versions(tmp_path: Path) -> None:
-    """A second link that holds nothing changes the weight, so that it is not left out."""
+    """A link without tensors, which only the versions show, is not left out."""
     layer = nn.utils.parametrizations.spectral_norm(nn.Linear(3, 4))
     parametrize.register_parametrization(layer, "weight", nn.Tanh())
     torch.save(layer.state_dict(), tmp_path / "a.pt")
@@ -339,7 +339,7 @@ def test_links_without_tensors_are_known_by_their_versions(tmp_path: Path) -> No
 
 
 def test_a_dim_that_several_fit(tmp_path: Path) -> None:
-    """The dim of a weight of one channel is torch's default, unless it is given; that is said."""
+    """If several dims fit a weight norm, torch's default is taken and noted, or the given one."""
     model = Discriminators("hook")
     name = "discriminators.1.conv_post.weight"
     torch.save(model.state_dict(), tmp_path / "a.pt")
@@ -361,7 +361,7 @@ def test_a_dim_that_several_fit(tmp_path: Path) -> None:
 
 
 def test_a_norm_of_zero_and_values_that_are_no_number(tmp_path: Path) -> None:
-    """Weights that would not be finite are refused by the name of the part."""
+    """A weight that would not be finite is refused, and its part named."""
     state = dict(Generator("hook").state_dict())
     state["conv_pre.weight_v"] = torch.zeros_like(state["conv_pre.weight_v"])
     torch.save(state, tmp_path / "a.pt")
@@ -382,7 +382,7 @@ def _averaged(one: nn.Module, other: nn.Module) -> dict[str, Tensor]:
 
 
 def test_averaged_vectors_are_told_of(tmp_path: Path) -> None:
-    """Averaging shortens u and v: inspect, convert and load say what that means."""
+    """inspect, convert and load say what averaging did to u and v."""
     one, other = _trained("discriminators", "hook")[0], Discriminators("hook")
     torch.save(_averaged(one, other), tmp_path / "a.pt")
     layer = inspect_checkpoint(tmp_path / "a.pt").layers[0]
@@ -400,7 +400,7 @@ def test_averaged_vectors_are_told_of(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounded_vectors_are_no_averaged_ones(dtype: torch.dtype, tmp_path: Path) -> None:
-    """A unit vector in half precision is as long as its rounding lets it be."""
+    """Unit vectors in half precision are not taken for averaged ones."""
     torch.save(_trained("discriminators", "hook", dtype)[0].state_dict(), tmp_path / "a.pt")
     assert [one.note for one in inspect_checkpoint(tmp_path / "a.pt").layers][:3] == [""] * 3
 
@@ -429,7 +429,7 @@ _VALUES: tuple[Any, ...] = (
 def test_parts_that_do_not_belong_together(
     prefix: str, ends: dict[str, int], links: dict[str, int]
 ) -> None:
-    """Any values under the keys of reparametrizations are converted or refused in words."""
+    """Any values under these keys are converted, or refused with a message."""
     state = {f"{prefix}weight{end}": _VALUES[i] for end, i in ends.items()}
     state |= {f"{prefix}parametrizations.weight.{end}": _VALUES[i] for end, i in links.items()}
     for to in SPELLINGS:

@@ -1,4 +1,4 @@
-"""Hook, parametrization, plain: the same network bit for bit, whatever the spelling.
+"""Hook, parametrization and plain: the same network bit for bit.
 
 Finding and respelling are called inside: a file would tell of their result alone.
 """
@@ -63,7 +63,7 @@ def _linear(kind: Kind, rows: int = 4, columns: int = 4, **options: Any) -> nn.M
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_outputs_are_equal_bit_for_bit(kind: Kind, to: Kind, name: str, dtype: torch.dtype) -> None:
-    """A network of the other spelling loads the result strictly and gives the same outputs."""
+    """A network of the other spelling loads the result strictly, and gives the same outputs."""
     build, example = NETWORKS[name]
     model = trained(build(kind), example()).to(dtype).eval()
     x = example()
@@ -76,7 +76,7 @@ def test_outputs_are_equal_bit_for_bit(kind: Kind, to: Kind, name: str, dtype: t
 @given(order=st.randoms(use_true_random=False), kind=st.sampled_from(KINDS))
 @settings(max_examples=25, deadline=None)
 def test_the_order_of_keys_does_not_matter(order: random.Random, kind: Kind) -> None:
-    """Keys in any order give the same values, as a sorted file or a late bias has them."""
+    """The order of keys does not change the values, be they sorted or the bias late."""
     state = _TRAINED[kind]
     names = list(state)
     order.shuffle(names)
@@ -91,7 +91,7 @@ def test_the_order_of_keys_does_not_matter(order: random.Random, kind: Kind) -> 
 @pytest.mark.parametrize("to", SPELLINGS)
 @pytest.mark.parametrize("kind", KINDS)
 def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind, name: str) -> None:
-    """Keys, their order and the versions torch notes are what the other network would save."""
+    """Keys, their order and the versions are those that the other network would save."""
     build, _ = NETWORKS[name]
     result = respell(_state(build(kind).state_dict()), to)
     wanted = build(to).state_dict()
@@ -104,7 +104,7 @@ def test_keys_and_versions_are_those_of_the_other_network(kind: Kind, to: Kind, 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_there_and_back_is_the_same_state_dict(kind: Kind) -> None:
-    """Hook to parametrization to hook, or the other way round, changes no bit and no key."""
+    """Hook to parametrization to hook, or the reverse, changes no bit and no key."""
     state = trained(Critic(kind), torch.randn(4, 3, 8, 8)).state_dict()
     there = respell(_state(state), KINDS[1 - KINDS.index(kind)])
     back = respell(StateDict((), _values(there), there.versions), kind)
@@ -114,7 +114,7 @@ def test_there_and_back_is_the_same_state_dict(kind: Kind) -> None:
 
 
 def test_nothing_else_is_touched_and_no_random_number_drawn() -> None:
-    """Other values are the same objects, and the global generator has not moved."""
+    """Other values are the same objects, and no random number is drawn."""
     model = trained(Critic("parametrization"), torch.randn(4, 3, 8, 8))
     state, before = model.state_dict(), torch.get_rng_state()
     result = _respelled(state, "plain")
@@ -125,7 +125,7 @@ def test_nothing_else_is_touched_and_no_random_number_drawn() -> None:
 
 @pytest.mark.parametrize("to", SPELLINGS)
 def test_checkpoints_from_before_v_are_as_torch_loads_them(to: Kind) -> None:
-    """Without weight_v the result equals what torch's own hook makes of it on loading."""
+    """Without weight_v the result is what torch's own hook makes on loading."""
     model = trained(Critic(), torch.randn(4, 3, 8, 8)).eval()
     old = before_v(model.state_dict(), model)
     loaded = Critic().eval()
@@ -138,7 +138,7 @@ def test_checkpoints_from_before_v_are_as_torch_loads_them(to: Kind) -> None:
 
 @pytest.mark.parametrize("to", SPELLINGS)
 def test_prefixes_of_wrappers_do_not_matter(to: Kind) -> None:
-    """Keys and versions with a wrapper's prefix are respelled behind it."""
+    """Keys and versions are respelled behind the prefix of a wrapper."""
     model = trained(Critic(), torch.randn(4, 3, 8, 8))
     state = prefixed(model.state_dict(), "module.")
     wanted = prefixed(Critic(to).state_dict(), "module.")
@@ -150,7 +150,7 @@ def test_prefixes_of_wrappers_do_not_matter(to: Kind) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dim", [0, 1])
 def test_the_dim_of_a_square_weight_is_what_its_vectors_satisfy(kind: Kind, dim: int) -> None:
-    """After training the vectors tell along which of two possible dims they were made."""
+    """The vectors of a trained square weight tell its dim."""
     model = trained(_linear(kind, dim=dim), torch.randn(5, 4)).eval()
     plain = nn.Linear(4, 4)
     plain.load_state_dict(_respelled(model.state_dict(), "plain"))
@@ -159,7 +159,7 @@ def test_the_dim_of_a_square_weight_is_what_its_vectors_satisfy(kind: Kind, dim:
 
 
 def test_a_dim_that_cannot_be_told_is_asked_for() -> None:
-    """Random vectors fit a square weight either way: the message names the option."""
+    """If the vectors do not tell the dim, the message names the option."""
     state = _linear("hook").state_dict()
     with pytest.raises(CheckpointError) as caught:
         _respelled(state, "plain")
@@ -176,7 +176,7 @@ def test_a_dim_that_cannot_be_told_is_asked_for() -> None:
 
 @pytest.mark.parametrize("dim", [1, -1, 2, -3])
 def test_a_dim_that_does_not_fit_is_refused(dim: int) -> None:
-    """A dim from the caller has to fit the shapes."""
+    """A dim from the caller that does not fit the shapes is refused."""
     state = _linear("hook", 4, 3).state_dict()
     with pytest.raises(CheckpointError) as caught:
         _respelled(state, "plain", weight=dim)
@@ -187,7 +187,7 @@ def test_a_dim_that_does_not_fit_is_refused(dim: int) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_dim_may_be_counted_from_the_end(kind: Kind) -> None:
-    """As torch itself takes it."""
+    """A dim may be counted from the end, as in torch."""
     state = _linear(kind).state_dict()
     first, last = (_respelled(state, "plain", weight=dim)["weight"] for dim in (0, 1))
     assert torch.equal(_respelled(state, "plain", weight=-2)["weight"], first)
@@ -220,7 +220,7 @@ def test_incomplete_spectral_norm() -> None:
 
 
 def test_vectors_that_fit_no_dim() -> None:
-    """Vectors of other lengths, as norms of the convolution operator keep them."""
+    """Vectors that fit no dim, as norms of a convolution operator have them, are refused."""
     assert _broken(lambda s: s.update(weight_u=torch.ones(7))) == (
         "the vectors of 'weight' fit no dim of its shape [4, 3]: u has shape [7] and v has "
         "shape [3]"
@@ -228,7 +228,7 @@ def test_vectors_that_fit_no_dim() -> None:
 
 
 def test_not_a_number() -> None:
-    """NaN in a weight or a vector is named, with how many there are."""
+    """NaN in a weight or a vector is named and counted."""
     assert _broken(lambda s: s["weight_orig"][0].fill_(torch.nan)) == (
         "'weight_orig' is NaN or infinite in 3 of 12 values"
     )
@@ -238,7 +238,7 @@ def test_not_a_number() -> None:
 
 
 def test_sigma_zero() -> None:
-    """A weight of zeros cannot be divided by its sigma."""
+    """A weight of zeros is refused, as it cannot be divided by its sigma."""
     assert _broken(lambda s: s["weight_orig"].zero_()) == (
         "sigma of 'weight' is 0 or too small to divide by, so its normalised weight would not "
         "be finite"
@@ -256,14 +256,14 @@ def test_sigma_zero() -> None:
     ],
 )
 def test_what_only_model_code_can_compute_is_refused(extra: str, reason: str) -> None:
-    """A value that torch's hook alone does not determine is not guessed."""
+    """A value that torch's hook alone does not determine is refused."""
     assert _broken(lambda s: s.update({extra: torch.ones(())})) == (
         f"cannot spell 'weight' as plain: {reason}"
     )
 
 
 def test_chains_of_parametrizations_are_refused() -> None:
-    """Other parametrizations in the chain are code that is not in the checkpoint."""
+    """A chain with a foreign parametrization is refused, as its code is not in the file."""
     state = {
         "parametrizations.weight.original": torch.ones(4, 3),
         "parametrizations.weight.0.factor": torch.ones(()),
@@ -279,7 +279,7 @@ def test_chains_of_parametrizations_are_refused() -> None:
 
 
 def test_vectors_and_complex_weights_have_no_other_spelling() -> None:
-    """Where torch's two implementations differ, a conversion would change the outputs."""
+    """A conversion between torch's two implementations is refused where they differ."""
     vector = {"g_orig": torch.ones(3), "g_u": torch.ones(3), "g_v": torch.ones(1)}
     with pytest.raises(CheckpointError) as caught:
         _respelled(vector, "parametrization")
@@ -298,7 +298,7 @@ def test_vectors_and_complex_weights_have_no_other_spelling() -> None:
 
 
 def test_keys_that_only_look_alike_are_left_alone() -> None:
-    """A raw weight that is no tensor, a g whose shape is no norm, a weight beside g and v."""
+    """Keys that look like parts of a reparametrization, and are none, stay."""
     g, v = torch.ones(2, 2), torch.ones(4, 3)
     assert find_reparametrizations({"a.weight_orig": 1, "a.weight_mask": 2}) == []
     assert find_reparametrizations({"gate_g": g, "gate_v": v}) == []

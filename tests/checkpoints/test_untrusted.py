@@ -1,4 +1,4 @@
-"""Files that nobody vouches for: nothing in them runs, waits, or takes more memory than they."""
+"""Files of unknown origin: nothing in them runs, waits, or takes more memory than the file has."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ WATCHED: tuple[Any, ...] = (
 
 @pytest.fixture(autouse=True)
 def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Work in a folder of its own, with an extension that makes folders in the registry."""
+    """Work in a new folder, with an extension in the registry that makes folders."""
     monkeypatch.chdir(tmp_path)
     copyreg.add_extension("posix", "mkdir", CODE)
     yield
@@ -43,7 +43,7 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @pytest.mark.parametrize("attempt", ATTEMPTS)
 @pytest.mark.parametrize("form", FORMATS)
 def test_nothing_runs(form: str, attempt: str, tmp_path: Path) -> None:
-    """Whatever a pickle asks for, in whatever format: one error, and nothing else has happened."""
+    """Whatever a pickle wants, in whatever format, ends in one error, and nothing has happened."""
     path = FORMATS[form](tmp_path / "hostile", with_protocol(ATTEMPTS[attempt]))
     before, files = _state(), sorted(tmp_path.rglob("*"))
     with pytest.raises(CheckpointError) as caught:
@@ -54,7 +54,7 @@ def test_nothing_runs(form: str, attempt: str, tmp_path: Path) -> None:
 
 
 def test_the_metadata_of_a_rank_is_not_read(tmp_path: Path) -> None:
-    """Where '.metadata' is of no use, torch would fall back to a file that nobody looked at."""
+    """If '.metadata' is of no use, the metadata of a single rank is not read instead."""
     path = FORMATS["metadata"](tmp_path / "hostile", pickle.dumps(None))
     (path / "__0.metadata").write_bytes(with_protocol(ATTEMPTS["call posix.mkdir"]))
     with pytest.raises(CheckpointError) as caught:
@@ -68,7 +68,7 @@ def test_the_metadata_of_a_rank_is_not_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attempt", ["call posix.mkdir", "INST", "OBJ", "EXT1"])
 def test_the_attempts_are_real(attempt: str, tmp_path: Path) -> None:
-    """Python's own unpickler does what they ask for: the test above would see it."""
+    """Python's own unpickler runs each attempt, so the test above would notice."""
     pickle.loads(with_protocol(ATTEMPTS[attempt]))
     assert (tmp_path / "trace").is_dir()
 
@@ -102,7 +102,7 @@ def _state() -> list[Any]:
     ],
 )
 def test_members_by_name_and_nothing_else(kind: str, name: str) -> None:
-    """Python 3.11.0 to 3.11.3 pickles a member of an enumeration as ``getattr(Class, "NAME")``."""
+    """A member of an enumeration may be pickled by ``getattr``, as Python 3.11.0 to 3.11.3 does."""
     pickled = f"cbuiltins\ngetattr\n(c{kind}\nV{name}\ntR.".encode()
     unpickler = unpickling.RestrictedUnpickler(io.BytesIO(pickled))
     if name.startswith("TORCH"):

@@ -1,4 +1,4 @@
-"""What torch writes beside plain tensors comes back as torch reads it, from every format."""
+"""Values that torch writes beside plain tensors are read as torch reads them, in every format."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ VALUES: dict[str, Callable[[], Any]] = {
 
 
 def _parts(value: Any) -> list[Any]:
-    """Return what tells two values apart."""
+    """Return the properties by which two values differ."""
     if not isinstance(value, Tensor):
         return [type(value), value, getattr(value, "default_factory", getattr(value, "maxlen", 0))]
     dense = value.dequantize() if value.is_quantized else value.to_dense()
@@ -96,7 +96,7 @@ CASES = [
 
 @pytest.mark.parametrize(("form", "name"), CASES)
 def test_a_value_is_read_as_torch_reads_it(form: str, name: str, tmp_path: Path) -> None:
-    """Type, dtype, layout, gradient and content; an attribute of a tensor's own is left out."""
+    """Type, dtype, layout, gradient and content are kept; attributes of a tensor are not."""
     value = VALUES[name]()
     protocol, is_zip = 4 if form == "protocol 4" else 2, form != "legacy"
     content = {"w": torch.ones(1), "x": value}
@@ -111,7 +111,7 @@ def test_a_value_is_read_as_torch_reads_it(form: str, name: str, tmp_path: Path)
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 def test_plain_values_in_every_protocol_of_pickle(protocol: int) -> None:
-    """Each has instructions of its own for the same values, and none is lost.
+    """Plain values are read in every protocol of pickle, which have instructions of their own.
 
     The unpickler is used inside, since torch writes no protocol below 2.
     """
@@ -149,7 +149,7 @@ lightning.fabric.utilities.data.AttributeDict lightning_fabric.utilities.data.At
 
 @pytest.mark.parametrize("name", HARMLESS.split())
 def test_values_that_surround_weights_are_left_unread(name: str, tmp_path: Path) -> None:
-    """They are named, and their packages need not be there; whatever they are built with."""
+    """Harmless values are left unread and named; their packages may be absent."""
     module, _, short = name.rpartition(".")
     built = f"c{module}\n{short}\n".encode() + b")R}X\x01\x00\x00\x00aK\x01sb"
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00x" + built + b"s.")
@@ -163,7 +163,7 @@ def test_values_that_surround_weights_are_left_unread(name: str, tmp_path: Path)
     ["builtins.open", "datetime.sys", "numpy.load", "pathlib.os", "easydict.os", "types.CodeType"],
 )
 def test_what_stands_beside_harmless_values_is_not_called(name: str, tmp_path: Path) -> None:
-    """A module that is known for a harmless class has others too."""
+    """Other names in the module of a harmless class cannot be called."""
     module, _, short = name.rpartition(".")
     path = FORMATS["zip"](tmp_path / "a.pt", f"c{module}\n{short}\n)R.".encode())
     with pytest.raises(CheckpointError, match=r"wants to call '.*' while it is read"):
@@ -183,7 +183,7 @@ CONTAINERS: dict[str, Callable[[Any], Any]] = {
 
 @pytest.mark.parametrize("name", CONTAINERS)
 def test_what_was_left_unread_is_not_lost(name: str, tmp_path: Path) -> None:
-    """A checkpoint is not written again without it, wherever it is."""
+    """A checkpoint is not written again without the values that were left unread."""
     state = trained_critic().state_dict()
     content = {"net": dict(state), "x": CONTAINERS[name](datetime.date(2026, 1, 2))}
     torch.save(content, tmp_path / "a.pt")
@@ -196,7 +196,7 @@ def test_what_was_left_unread_is_not_lost(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("target", ["b.pt", "b.pth", "b.bin", "b.ckpt", "b.safetensors", "b"])
 def test_every_tensor_is_told_when_it_is_written(target: str, tmp_path: Path) -> None:
-    """By its new name, once, with how many there will be; `inspect` tells each layer."""
+    """progress gets each new name once, with the total; of inspect each layer."""
     save_folder({"net": trained_critic().state_dict()}, tmp_path / "a")
     told: list[tuple[str, int]] = []
 
@@ -214,7 +214,7 @@ def test_every_tensor_is_told_when_it_is_written(target: str, tmp_path: Path) ->
 
 
 def test_a_folder_becomes_a_file_with_all_that_is_in_it(tmp_path: Path) -> None:
-    """Nested values and tensors are as they were."""
+    """A folder that becomes a file keeps its nested values and tensors."""
     content = {
         "net": trained_critic().state_dict(),
         "ema": {"shadow": torch.ones(3), "decay": 0.5},
@@ -233,7 +233,7 @@ def test_a_folder_becomes_a_file_with_all_that_is_in_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("size", [None, 700])
 def test_texts_of_a_safetensors_file_are_kept(size: int | None, tmp_path: Path) -> None:
-    """What the header holds beside the tensors is in every file that is made of it."""
+    """The metadata in the header of a safetensors file is kept in each new file."""
     texts = {"format": "pt", "licence": "MIT"}
     save_file(trained_critic().state_dict(), tmp_path / "a.safetensors", texts)
     source = tmp_path / "a.safetensors"
@@ -260,7 +260,7 @@ def test_texts_of_a_safetensors_file_are_kept(size: int | None, tmp_path: Path) 
     ids=lambda value: f"{value.dtype} {value.layout}",
 )
 def test_values_that_are_no_number(value: Tensor, tmp_path: Path) -> None:
-    """They are counted and named, in any dtype and layout, and the model keeps its own."""
+    """NaN and infinities are counted and named in any dtype and layout, and the model stays."""
     model = nn.Module()
     own = torch.zeros_like(value)
     model.register_buffer("w", own)
@@ -272,7 +272,7 @@ def test_values_that_are_no_number(value: Tensor, tmp_path: Path) -> None:
 
 
 def test_the_state_dict_whose_tensors_have_the_shapes_of_the_model(tmp_path: Path) -> None:
-    """Of two with equal names the one that fits is taken, also in another spelling."""
+    """Of two state dicts with equal names the one with the model's shapes is taken."""
     states = {
         f"{columns}": nn.utils.spectral_norm(nn.Linear(columns, 4)).state_dict()
         for columns in (20, 30)
@@ -288,7 +288,7 @@ def test_the_state_dict_whose_tensors_have_the_shapes_of_the_model(tmp_path: Pat
 def test_how_deep_a_state_dict_is_looked_for(
     kind: str, depth: int, is_found: bool, tmp_path: Path
 ) -> None:
-    """Six keys lead to it at most, numbers in lists among them."""
+    """At most six keys lead to a state dict, positions in lists among them."""
     content: Any = {"w": torch.ones(1)}
     for _ in range(depth):
         content = [content] if kind == "list" else {"a": content}
