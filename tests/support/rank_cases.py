@@ -1,4 +1,4 @@
-"""What holds on several ranks, one function each; torchrun runs this file, one process a rank.
+"""The cases that the tests run on several ranks by torchrun, each a function.
 
     torchrun --standalone --nproc-per-node 2 tests/support/rank_cases.py results.json
 
@@ -168,7 +168,7 @@ class Training:
 
 
 def objects(model: nn.Module) -> dict[str, Any]:
-    """Return everything that must be the same object afterwards, by name."""
+    """Return by name everything that must be the same object afterwards."""
     found: dict[str, Any] = {}
     for path, module in model.named_modules():
         found[f"{path} class"] = type(module)
@@ -187,7 +187,7 @@ def require_equal(left: Tensor, right: Tensor, what: str) -> None:
 
 
 def check_block(kind: str, layout: str, *, steps: int = 2, **options: Any) -> None:
-    """The whole promise: outputs, plain state dict, same objects, training goes on bit for bit."""
+    """Hold the promise: equal outputs, plain state dict, same objects, training bit for bit."""
     ours = Training(shard(network(KINDS[kind]), layout, **options))
     twin = Training(shard(network(KINDS[kind]), layout, **options))
     for seed in range(steps):
@@ -259,7 +259,7 @@ def _() -> None:
 
 @case("parametrization-sharded-on-its-own")
 def _() -> None:
-    """So Accelerate's policies by size do it; each rank holds such a frozen weight as a whole."""
+    """If a parametrization is a unit, as by Accelerate, each rank has the frozen weight whole."""
     ours = Training(network(KINDS["parametrization"]))
     for module in (ours.model[0].parametrizations.weight, ours.model[0], ours.model):
         fully_shard(module)
@@ -275,7 +275,7 @@ def _() -> None:
 
 @case("handwritten")
 def _() -> None:
-    """Handwritten norms are frozen exactly, and exported from a factory that applies them too."""
+    """Handwritten norms are frozen exactly, and exported by a factory that applies them too."""
     path = shared_folder() / "net.onnx"
     for name in HANDWRITTEN:
         known = handwritten_networks.CASES[name]
@@ -310,7 +310,7 @@ def build_handwritten(known: handwritten_networks.Case) -> nn.Module:
 
 @case("mixed-precision")
 def _() -> None:
-    """With vectors in bfloat16, as torch needs them, the outputs are equal."""
+    """Under mixed precision with vectors in bfloat16 the outputs are equal."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for kind in ("hook", "parametrization"):
         model = shard(network(KINDS[kind]), "layers", mp_policy=policy).eval()
@@ -345,7 +345,7 @@ def _() -> None:
 
 @case("tied-raw-weight")
 def _() -> None:
-    """Two layers on one raw weight have vectors of their own, so two frozen weights."""
+    """Two layers that share a raw weight have two frozen weights, since their vectors differ."""
     for frees in (True, False):
         torch.manual_seed(0)
         first, second, plain = spectral_norm(nn.Linear(8, 8)), nn.Linear(8, 8), nn.Linear(8, 8)
@@ -378,7 +378,7 @@ def _() -> None:
 
 @case("error-on-one-rank")
 def _() -> None:
-    """What fails on the last rank is raised on all, and the model trains on."""
+    """An error on the last rank is raised on all, and the model trains on."""
     last = dist.get_world_size() - 1
     ours, twin = (Training(shard(network(spectral_norm), "layers")) for _ in range(2))
     ours.step(0)
@@ -420,7 +420,7 @@ def _() -> None:
 
 
 class FaultWithin(Fault):
-    """Counts the lines of some functions alone: of all lines, ranks do not run the same number."""
+    """Counts the lines of some functions alone, of which every rank runs the same number."""
 
     functions = (Unit.reshard.__code__, _GatheredWalk.leave.__code__)
 
@@ -430,7 +430,7 @@ class FaultWithin(Fault):
 
 @case("fault-while-a-unit-is-put-back")
 def _() -> None:
-    """Whichever line of it every rank is stopped at, each holds its shards again, and goes on.
+    """If every rank is interrupted at one line, each has its shards again, and trains on.
 
     It reaches inside for these lines: elsewhere the ranks would not be stopped at one step.
     """
@@ -462,7 +462,7 @@ def _() -> None:
 
 @case("gathered-state-dict")
 def _() -> None:
-    """The plain network loads what rank 0 gets, and gives the same outputs; the others get none."""
+    """Rank 0 alone gets a state dict, with which the plain network gives the same outputs."""
     for kind, layout in ((k, o) for k in KINDS for o in ("layers", "root")):
         ours = Training(shard(network(KINDS[kind]), layout))
         ours.step(0)
@@ -520,7 +520,7 @@ def require_same_everywhere(value: Any) -> None:
 
 @case("export")
 def _() -> None:
-    """One file and report; it holds the bits of the gathered weights, and training goes on."""
+    """There is one file with the gathered weights bit for bit, and one report; training goes on."""
     path, found = shared_folder() / "net.onnx", []
     hook, chain = KINDS["hook"], KINDS["parametrization"]
     for build, factory, freeze in (
@@ -557,7 +557,7 @@ def _() -> None:
 
 
 def missing_from_file(path: Path, weights: dict[str, Tensor]) -> list[str]:
-    """Return which weights are not in the file once, as they are or transposed."""
+    """Return the weights that are not once in the file, as they are or transposed."""
     import onnx
     from onnx.numpy_helper import to_array
 
@@ -577,7 +577,7 @@ class _OddError(Exception):
 
 @case("export-refused")
 def _() -> None:
-    """One error for all ranks, whoever fails; nothing is written, and training goes on."""
+    """If any rank fails, all raise one error, nothing is written, and training goes on."""
     path = shared_folder() / "net.onnx"
     ours, twin = (Training(shard(network(spectral_norm), "layers")) for _ in range(2))
     ours.step(0)
@@ -651,7 +651,7 @@ def failing_layer(
 
 @case("interrupt-of-a-rank-that-waits")
 def _() -> None:
-    """A Ctrl-C on a rank that waits for the first one ends the export on all, and hangs nobody."""
+    """A Ctrl-C on a waiting rank ends the export on all ranks, and none hangs."""
     path = shared_folder() / "net.onnx"
     model = shard(network(spectral_norm), "layers")
     last = dist.get_world_size() - 1
@@ -675,7 +675,7 @@ def _() -> None:
 
 @case("export-of-replicas")
 def _() -> None:
-    """Rank 0 alone exports a DDP model, or all ranks do: one file, one verdict."""
+    """Rank 0 alone can export a DDP model, or all ranks can: there is one file and one verdict."""
     path = shared_folder() / "net.onnx"
     model = nn.Sequential(spectral_norm(nn.Linear(8, 64)), spectral_norm(nn.Linear(64, 64)))
     ours = Training(DistributedDataParallel(model))
@@ -699,7 +699,7 @@ def _() -> None:
 
 @case("export-of-a-part")
 def _() -> None:
-    """A part can be exported before the whole ever ran, which can be trained after that."""
+    """A part can be exported before the whole model ever ran, and the whole can be trained then."""
     path = shared_folder() / "part.onnx"
     model = shard(network(KINDS["parametrization"]), "layers")
     report = export_onnx(
@@ -725,7 +725,7 @@ class ReadsLater(nn.Module):
 
 @case("export-of-a-forward-that-reads-later")
 def _() -> None:
-    """The weights that a reference drops to save memory are kept where the forward needs them."""
+    """Weights that a reference drops to save memory are kept if the forward needs them."""
     model = fully_shard(ReadsLater(spectral_norm))
     report = export_onnx(
         *(model, (rows(0),), shared_folder() / "net.onnx"),
@@ -738,7 +738,7 @@ def _() -> None:
 
 @case("export-under-mixed-precision")
 def _() -> None:
-    """The forward computes in bfloat16 what the file would compute in float32: that is said."""
+    """Mixed precision is refused, as the model computes in bfloat16 and the file in float32."""
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     model = shard(network(), "layers", mp_policy=policy)
     with refused(ExportError, "torch.bfloat16, and the file would compute in torch.float32"):
@@ -748,7 +748,7 @@ def _() -> None:
 
 @case("export-without-a-factory")
 def _() -> None:
-    """An export of shards is refused with what to pass, on one rank alone too: nobody waits."""
+    """An export without model_factory is refused at once, on one rank alone too."""
     model = shard(network(spectral_norm), "layers")
     if dist.get_rank() == 0:
         with refused(ExportError, "call export_onnx on every rank with model_factory="):
@@ -758,7 +758,7 @@ def _() -> None:
 
 @case("tensor-parallel")
 def _() -> None:
-    """Spectral norm put on layers that are tensor parallel already is exact, as on any other."""
+    """Spectral norm on layers that are tensor parallel is frozen exactly."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)).eval()
@@ -775,7 +775,7 @@ def _() -> None:
 
 @case("tensor-parallel-and-sharded")
 def _() -> None:
-    """All ranks of a mesh in two dimensions make one file; a norm torch cannot run is named."""
+    """All ranks of a 2 x 2 mesh make one file; a norm that torch cannot run is named."""
     if dist.get_world_size() != 4:
         return
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("shard", "parallel"))
@@ -817,7 +817,7 @@ def _() -> None:
 
 @case("fsdp1")
 def _() -> None:
-    """FSDP1 is refused; with its parameters summoned, the network within is exact."""
+    """FSDP1 is refused; once its parameters are summoned, the network within is frozen exactly."""
     for kind in ("hook", "parametrization"):
         for original in (True, False):
             torch.manual_seed(0)
@@ -848,7 +848,7 @@ def replica(kind: str, with_buffers: bool) -> nn.Module:
 
 @case("ddp")
 def _() -> None:
-    """The wrapper runs forward and backward in the block; training goes on as a twin's."""
+    """DDP runs forward and backward in the block, and training goes on as that of a twin."""
     for kind, extra in ((k, e) for k in ("hook", "parametrization") for e in (False, True)):
         ours, twin = (Training(DistributedDataParallel(replica(kind, extra))) for _ in range(2))
         for seed in (0, 1):
