@@ -26,7 +26,7 @@ from .console import (
     progress,
     show_parity,
 )
-from .options import ModelOptions, Parsed, ProofOptions, parse_factory
+from .options import ModelOptions, Parsed, ProofOptions, parse_factory, refuse_options
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,9 +89,7 @@ class CheckCommand(ModelOptions, ProofOptions):
             "--trust-pickle": self.trust_pickle,
             "--draws": self.draws,
         }
-        names = [name for name, value in given.items() if value]
-        if names:
-            raise UsageError(f"{instead} needs no model: leave out {', '.join(names)}")
+        refuse_options(given, f"{instead} needs no model")
 
     def _replay_case(self, case: Path) -> None:
         if not case.is_file():

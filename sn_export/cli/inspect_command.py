@@ -19,7 +19,7 @@ from ..results import FileInput
 from ..text import format_count
 from .console import number, print_json, print_line, print_note, progress, table
 from .onnx_command import require_apart, require_report, write_report
-from .options import CheckpointArgument, CheckpointOptions, require_checkpoint
+from .options import CheckpointArgument, CheckpointOptions, refuse_options, require_checkpoint
 
 if TYPE_CHECKING:
     import onnx
@@ -76,15 +76,13 @@ class InspectCommand(CheckpointOptions):
         return path.is_file() and (path.suffix == ".onnx" or starts_as_onnx(path))
 
     def _inspect_onnx(self) -> None:
-        given: dict[str, Any] = {
+        given = {
             "--key": self.key,
             "--dim": self.dims,
             "--trust-pickle": self.trust_pickle,
-            "--report": self.report is not None,
+            "--report": self.report,
         }
-        names = [name for name, value in given.items() if value]
-        if names:
-            raise UsageError(f"an ONNX file has no state dict: leave out {', '.join(names)}")
+        refuse_options(given, "an ONNX file has no state dict")
         inspect_onnx(self.checkpoint, self.as_json)
 
 

@@ -326,6 +326,13 @@ class ModelOptions(CheckpointOptions):
             )
 
 
+def refuse_options(given: Mapping[str, object], reason: str) -> None:
+    """Raise a UsageError that names the options with a value, if there are any."""
+    names = [name for name, value in given.items() if value]
+    if names:
+        raise UsageError(f"{reason}: leave out {', '.join(names)}")
+
+
 def require_checkpoint(path: Path) -> None:
     """Raise a CheckpointError if there is nothing at ``path``."""
     if not path.exists():
