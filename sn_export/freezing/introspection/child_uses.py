@@ -174,14 +174,16 @@ class _Evaluation:
         elif modules:  # an attribute or entry, read by whoever wants to
             self._uses.hand_over(modules, self._owner)
 
-    def _assign(self, node: ast.Assign) -> Modules:
+    def _assign(self, node: ast.Assign | ast.AnnAssign) -> Modules:
         modules = self.visit(node.value)
-        for target in node.targets:
+        for target in node.targets if isinstance(node, ast.Assign) else (node.target,):
             if isinstance(node.value, ast.Lambda) and isinstance(target, ast.Name):
                 self._local[target.id] = node.value
             else:
                 self._bind(target, modules)
         return _NONE
+
+    _annassign = _assign
 
     def _functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
         self._local[node.name] = node
@@ -205,7 +207,10 @@ class _Evaluation:
         for argument in arguments:
             given = named.get(argument.arg, _NONE) | known.get(argument.arg, _NONE)
             self._names[argument.arg] = self._names.get(argument.arg, _NONE) | given
-        self._hand_over(positional[len(arguments) :], {None: named.get(None, _NONE)})
+        names = {argument.arg for argument in arguments}
+        beyond = {key: modules for key, modules in named.items() if key not in names}
+        self._hand_over(positional[len(arguments) :], beyond)
+        self.visit(node.args)
         outer, self._returned = self._returned, _NONE
         self._active.append(node)
         if isinstance(node, ast.Lambda):
@@ -217,8 +222,11 @@ class _Evaluation:
         found, self._returned = self._returned, outer
         return found
 
-    def _annassign(self, node: ast.AnnAssign) -> Modules:
-        self._bind(node.target, self.visit(node.value))
+    def _arguments(self, node: ast.arguments) -> Modules:
+        """Bind what a function within this one takes where a call gives it nothing."""
+        last = zip((*node.posonlyargs, *node.args)[::-1], node.defaults[::-1], strict=False)
+        for argument, default in (*last, *zip(node.kwonlyargs, node.kw_defaults, strict=True)):
+            self._names[argument.arg] = self._names.get(argument.arg, _NONE) | self.visit(default)
         return _NONE
 
     def _namedexpr(self, node: ast.NamedExpr) -> Modules:
@@ -353,13 +361,12 @@ class _Evaluation:
         named: dict[str | None, Modules],
     ) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)
-        is_static = isinstance(entry, staticmethod)
         function = function_of(entry)
-        if function is None:
-            self._uses.read(module, name, self._owner)
+        if function is None or isinstance(entry, property):
+            self._uses.call(self._attribute_of(module, name), self._owner)
             self._hand_over(positional, named)
             return _NONE
-        first = [] if is_static else [frozenset({module})]
+        first = [] if isinstance(entry, staticmethod) else [frozenset({module})]
         return self._run(function, module, [*first, *positional], named)
 
     def _named_function(
@@ -406,8 +413,8 @@ class _Evaluation:
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
         arguments = dict(zip(names, positional, strict=False))
-        arguments |= {key: modules for key, modules in named.items() if key is not None}
-        beyond = [*positional[len(names) :], named.get(None, _NONE)]
+        arguments |= {key: modules for key, modules in named.items() if key in names}
+        beyond = [*positional[len(names) :], *(m for key, m in named.items() if key not in names)]
         self._uses.hand_over(_NONE.union(*beyond), owner)
         return self._uses.run(function, owner, arguments, self._depth + 1)
 
