@@ -203,7 +203,7 @@ def _undo(plan: Plan) -> None:
         module = weight.site.module
         for container in (module._parameters, module._buffers, module.__dict__):
             plan.edits.forget(container, weight.site.tensor)
-    if plan.moved or plan.edited:
+    if plan.edited:
         plan.residence.restore()
     for weight, training in zip(plan.weights, plan.modes, strict=True):
         if weight.site.module.training != training:

@@ -59,7 +59,6 @@ def complaints(plan: Plan) -> list[str]:
     keep_other_chains(plan.edits, plan.debris, plan.weights)
     moved = [weight.site.name for weight, change in changed if change == "moved"]
     edited = [weight.site.name for weight, change in changed if change == "edited"]
-    plan.moved = bool(moved)
     messages = []
     if moved:
         messages.append(

@@ -49,7 +49,6 @@ class Plan:
         self.residence = self._remember_residence(module for module, _ in found)
         self.modes = [weight.site.module.training for weight in self.weights]
         self.finished = False  # the body is over; only undoing is left
-        self.moved = False
         self.edited: list[FrozenWeight] = []
         self.next_hook = RemovableHandle.next_id
         self.debris = Edits()  # takes away what was put around edited weights

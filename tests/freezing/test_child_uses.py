@@ -75,6 +75,21 @@ class Base(nn.Module):
         yield self.out
         yield from self.items
 
+    def init_weights(self) -> None:
+        nn.init.zeros_(cast(Tensor, self.items[0].weight))
+
+    def reset_parameters(self) -> None:
+        nn.init.zeros_(self.out.weight)
+
+    def extra_repr(self) -> str:
+        return f"{self.out.weight}"
+
+    def _load_from_state_dict(self, *args: Any) -> None:
+        nn.init.zeros_(self.out.weight)
+
+    def __len__(self) -> int:
+        return int(self.out.weight.sum())
+
 
 def starred(self: Any, x: Tensor) -> Tensor:
     _, *rest = self.items
@@ -169,6 +184,10 @@ def part(self: Any, x: Any) -> Any:
 
 def part_of_a_part(self: Any, x: Any) -> Any:
     return self.items[:1][0](x)
+
+
+def part_handed_on(self: Any, x: Any) -> Any:
+    return torch.utils.checkpoint.checkpoint(self.items[1:], x)
 
 
 def values(self: Any, x: Any) -> Any:
@@ -484,6 +503,7 @@ FORMS: dict[Forward, tuple[str, str, str]] = {  # called, read, handed on
     key: ("out table.a", "", ""),
     part: ("items.0 items.1", "", ""),
     part_of_a_part: ("items.0 items.1", "", ""),
+    part_handed_on: ("", "", "items items.0 items.1"),
     values: ("table.a", "", ""),
     pairs_of_a_dict: ("table.a", "", ""),
     entry_by_get: ("table.a", "", ""),

@@ -68,6 +68,7 @@ def test_block_is_exact_inside_and_leaves_no_trace(name: str, state: str, traini
         assert not weight.requires_grad
         assert list(layer.state_dict()) == list(plain.state_dict())
         assert [n for n, _ in layer.named_parameters()] == [n for n, _ in plain.named_parameters()]
+        assert len(model.state_dict()) == len(plain.state_dict())
         assert all(m.training is training for m in model.modules())
         model.eval()
         with torch.no_grad():
@@ -215,7 +216,10 @@ def test_hooks_on_module_and_layer_run_as_before(name: str) -> None:
     calls: list[str] = []
     model.register_forward_hook(lambda m, a, o: calls.append("module"))
     if case.layer:
-        layer_of(case, model).register_forward_pre_hook(lambda m, a: calls.append("layer"))
+        layer = layer_of(case, model)
+        layer.register_forward_pre_hook(lambda m, a: calls.append("before the layer"))
+        layer.register_forward_hook(lambda m, a, o: calls.append("after the layer"))
+        layer.register_backward_hook(lambda m, a, o: None)
     case.run(model)
     outside = calls.copy()
     calls.clear()
@@ -261,10 +265,28 @@ def _closed_over() -> Any:
     return hook
 
 
+class Setter:
+    """Holds a pre-hook as a method."""
+
+    set_statically = staticmethod(set_weight)
+
+    def set_weight(self, module: nn.Module, inputs: Any) -> None:
+        set_weight(module, inputs)
+
+
+class SettingModule(Setter, nn.Module):
+    """Is a module, beside the layer."""
+
+
 _FUNCTIONS: dict[str, Any] = {
     "closure": _closed_over,
     "lambda": lambda: lambda module, inputs: set_weight(module, inputs),
     "partial": lambda: functools.partial(set_weight, name="weight"),
+    "partial of a partial": lambda: functools.partial(functools.partial(set_weight), name="weight"),
+    "decorated": lambda: torch.no_grad()(set_weight),
+    "method": lambda: Setter().set_weight,
+    "method of a module": lambda: SettingModule().set_weight,
+    "static method": lambda: Setter.set_statically,
 }
 
 

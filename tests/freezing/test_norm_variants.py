@@ -42,6 +42,22 @@ def test_found_or_named(name: str, training: bool) -> None:
     assert (found, suspects) == ((["0.weight"], []) if variant.is_found else ([], ["0"]))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "name", ["per-group", "per-head", "per-projection", "per-head-link", "soft"]
+)
+def test_dtypes(name: str, dtype: torch.dtype) -> None:
+    """A factor of its own for each row or group is found in any dtype, with its rounding."""
+    variant = VARIANTS[name]
+    model = nn.Sequential(variant.make()).to(dtype).eval()
+    x = variant.x().to(dtype)
+    with torch.no_grad():
+        expected = copy.deepcopy(model)(x)
+    assert [info.name for info in find_spectral_norm(model)] == ["0.weight"]
+    with frozen_spectral_norm(model), torch.no_grad():
+        assert same_bits(model(x), expected)
+
+
 @pytest.mark.parametrize("name", VARIANTS)
 def test_training_goes_on_as_of_a_twin(name: str) -> None:
     """A network that was frozen between its steps trains bit for bit as one that never was."""

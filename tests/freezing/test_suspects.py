@@ -368,6 +368,18 @@ def low_rank() -> nn.Module:
     return layer
 
 
+class Scaled(nn.Module):
+    """Normalises by a vector that is named so, beside a parameter that is no matrix."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(parameter, requires_grad=False)
+        self.register_buffer("u", torch.ones(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.gain * F.normalize(x * cast(Tensor, self.u))
+
+
 class Tagged(nn.BatchNorm2d):
     """A subclass of torch's that adds nothing."""
 
@@ -384,6 +396,9 @@ INNOCENT = {
     "masked": Masked,
     "low-rank": low_rank,
     "batch-norm": lambda: Tagged(4),
+    "scaled by a vector": lambda: Scaled(torch.ones(4)),
+    "scaled by integers": lambda: Scaled(torch.ones(4, 3, dtype=torch.int)),
+    "scaled by nothing": lambda: Scaled(torch.ones(4, 0)),
     "attention": lambda: nn.TransformerEncoderLayer(4, 2, 8),
     "lstm": lambda: nn.LSTM(3, 4, proj_size=2),
     "bilinear": lambda: nn.Bilinear(3, 3, 1),

@@ -131,6 +131,21 @@ class OwnVectorsWrapper(nn.Module):
         return self.module(x)
 
 
+class OwnSigmaWrapper(OwnVectorsWrapper):
+    """Keeps sigma beside its vectors."""
+
+    sigma: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__(module)
+        self.register_buffer("sigma", torch.ones(1))
+
+    def forward(self, x: Tensor) -> Any:
+        matrix = cast(Tensor, self.module.weight_bar).flatten(1)
+        self.sigma.copy_((self.u @ matrix @ self.v).detach())
+        return super().forward(x)
+
+
 class OwnWeightWrapper(nn.Module):
     """Keeps u, v and the raw weight itself, as torchgan does: parameters, iterated in eval too."""
 
@@ -748,6 +763,7 @@ CASES: dict[str, Case] = {
     "wrapper-buffers": _wrapped(BufferWrapper, _conv, _image, "layer"),
     "wrapper-activated": _wrapped(ActivatedWrapper, _conv, _image),
     "wrapper-own-vectors": _wrapped(OwnVectorsWrapper, _conv, _image),
+    "wrapper-own-sigma": _wrapped(OwnSigmaWrapper, _conv, _image),
     "wrapper-own-weight": _wrapped(OwnWeightWrapper, _conv, _image),
     "wrapper-own-weight-linear": _wrapped(
         OwnWeightWrapper, lambda: nn.Linear(3, 1, bias=False), _row

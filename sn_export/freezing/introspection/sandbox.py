@@ -164,7 +164,7 @@ class Probe:
         value = call.arguments[self._position]
         if not isinstance(value, Tensor):
             return None
-        if raw not in module._parameters or raw != "weight":
+        if raw != "weight":
             return Used(value.clone(), False)
         module._parameters["weight"] = nn.Parameter(value.detach(), requires_grad=False)
         expected, _, plain_probe = self._record(self._base.forward)

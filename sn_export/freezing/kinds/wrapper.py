@@ -38,7 +38,7 @@ from ..introspection.source_code import Code, Member, is_mentioned, is_torch_lay
 from ..site import plan_registration
 from .handwritten import Answer, HandwrittenSite, How, Override, frozen_class
 
-_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
 
 
 class WrapperSite(HandwrittenSite):
