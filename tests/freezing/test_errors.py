@@ -11,8 +11,15 @@ from fingerprint import assert_unchanged, fingerprint
 from networks import HOOKS, KINDS
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.utils import parametrize
 
-from sn_export import FreezeError, SnExportError, find_spectral_norm, frozen_spectral_norm
+from sn_export import (
+    FreezeError,
+    SnExportError,
+    find_spectral_norm,
+    frozen_parametrizations,
+    frozen_spectral_norm,
+)
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -185,3 +192,19 @@ def test_removed_property_of_a_copy_is_refused() -> None:
         "share; build the model anew and load its state dict"
     )
     assert (list(vars(model)), type(model)) == before
+
+
+def test_a_value_that_is_no_tensor_is_refused() -> None:
+    """A parametrization that gives a pair has no one weight, which is said with its type."""
+
+    class Pair(nn.Module):
+        def forward(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+            return weight, weight
+
+    model = nn.Linear(2, 2)
+    parametrize.register_parametrization(model, "weight", Pair(), unsafe=True)
+    with (
+        pytest.raises(FreezeError, match="'weight': its parametrization value is of type tuple"),
+        frozen_parametrizations(model),
+    ):
+        raise AssertionError("the block was entered")

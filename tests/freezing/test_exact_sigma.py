@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing import exact_sigma, with_exact_sigma
+from sn_export.freezing import exact_sigma, find_unconverged, with_exact_sigma
 from sn_export.freezing.sigma import exact_sigma_cost
 
 
@@ -120,3 +120,10 @@ def test_export_computes_it_only_when_asked(tmp_path: Path, asked: bool) -> None
         model, rows(), tmp_path / "net.onnx", exporter="torchscript", sigma_exact=asked
     )
     assert [info.sigma_exact is not None for info in report.frozen] == [asked]
+
+
+def test_no_sigma_of_a_weight_of_zeros_is_too_small() -> None:
+    """Where the true sigma is zero the stored one is that, and not far below it."""
+    layer = spectral_norm(nn.Linear(3, 4))
+    nn.init.zeros_(layer.weight_orig)
+    assert find_unconverged(layer) == ()
