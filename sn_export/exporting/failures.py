@@ -226,6 +226,7 @@ def _as_line(error: BaseException) -> str:
 
 
 def _shorten(text: str) -> str:
+    """Return the first paragraph of torch's text, without its frames, colours and graph."""
     paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
     text = paragraphs[0].partition("[Caused by the value")[0].rstrip()  # of torch's graph
     if text.endswith(":") and len(paragraphs) > 1:
@@ -258,6 +259,7 @@ def _describe_place(place: _Place, method: MethodType | None) -> str:
 
 
 def _find_place(chain: list[BaseException], model: nn.Module) -> _Place:
+    """Return the innermost place in the model that the frames of the errors show."""
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     place = _Place()
     for error in chain:

@@ -1,4 +1,4 @@
-"""Where initializers come from: the parameters and buffers of the exported model, by name.
+"""The parameters and buffers of the exported model that initializers come from, by name.
 
 A folded initializer is named after the module that uses it and the tensor that it comes from.
 """
@@ -175,7 +175,13 @@ def plain_path(raw: str) -> str:
 
 
 def folded_name(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:
-    """Return a free name for a folded value.
+    """Return a free name for a folded value: that of the weight, in the module that reads it.
+
+    ::
+
+        folded_name("conv.weight_orig", ["conv"], ())  # "conv.weight"
+        folded_name("mlp.weight_v", ["head"], ())  # "head.weight"
+        folded_name(None, ["conv"], ["conv.weight"])  # "conv.weight_folded"
 
     Args:
         raw: name of the tensor that it is made from, if that has one.

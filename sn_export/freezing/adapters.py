@@ -126,7 +126,7 @@ def _check(adapter: object, method: str, count: int) -> None:
         )
     try:
         signature = inspect.signature(function)
-    except (TypeError, ValueError):  # compiled code tells no signature
+    except (TypeError, ValueError):  # compiled code has no signature to read
         return
     try:
         signature.bind(*range(count))

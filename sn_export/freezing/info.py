@@ -15,7 +15,7 @@ GROUPS: tuple[Group, ...] = get_args(Group)
 
 @dataclass(frozen=True)
 class ParametrizationInfo:
-    """What `find_parametrizations` tells about one tensor.
+    """The record of one tensor that `find_parametrizations` returns.
 
     Attributes:
         module: qualified name of the module, ``""`` for the root.
@@ -50,7 +50,7 @@ class UnconvergedSigma:
         name: qualified name of the tensor.
         stored: ``u^H W v`` from the stored singular vectors.
         true: the largest singular value of the weight matrix.
-        is_exact: False where ``true`` is only a bound that it is not below.
+        is_exact: False where ``true`` is only a lower bound.
     """
 
     name: str
@@ -66,7 +66,7 @@ class UnconvergedSigma:
 
 @dataclass(frozen=True)
 class SpectralNormInfo:
-    """What `find_spectral_norm` tells about one tensor.
+    """The record of one tensor that `find_spectral_norm` returns.
 
     Attributes:
         module: qualified name of the module, ``""`` for the root.

@@ -138,7 +138,10 @@ class Kind(Protocol):
 
 
 def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
-    """Register ``value`` where the plain network has it: a weight stands before its bias."""
+    """Register ``value`` where the plain network has it: a weight stands before its bias.
+
+    Parameters ``{"bias": b}`` become ``{"weight": value, "bias": b}``.
+    """
     content = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
     content[name] = value
     successor = name.replace("weight", "bias")

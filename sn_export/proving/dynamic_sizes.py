@@ -186,7 +186,13 @@ def _now(group: Sequence[DynamicDim]) -> int:
 
 
 def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
-    """Return what can vary alone: dimensions of one name together, any other by itself."""
+    """Return what can vary alone: dimensions of one name together, any other by itself.
+
+    Of ``Dim("batch")`` for two tensors, and ``Dim.AUTO`` for height and width of 8::
+
+        {"batch": [x0, y0], "dim_8": [x2, x3]}
+        # becomes {"batch": [x0, y0], "x[2]": [x2], "x[3]": [x3]}
+    """
     units: dict[str, Sequence[DynamicDim]] = {}
     for root, group in groups.items():
         if group[0].is_named or len(group) == 1:
@@ -226,7 +232,7 @@ class _Resizer:
         def resize(tensor: Tensor) -> Tensor:
             name = self._names[id(tensor)]
             shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
-            stretched = _stretched(tensor, shape)
+            stretched = _stretch(tensor, shape)
             if near:
                 return near_like(stretched, self._generator, shuffled=False)
             return random_like(stretched, self._generator)
@@ -235,8 +241,11 @@ class _Resizer:
         return self._example.map(resize, label)
 
 
-def _stretched(tensor: Tensor, shape: Sequence[int]) -> Tensor:
-    # Only range, dtype and device matter to random_like; every value is seen at least once.
+def _stretch(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return a tensor of another shape, with the values repeated or cut.
+
+    ``[1, 2, 3]`` becomes ``[1, 2, 3, 1, 2]`` for the shape ``[5]``, and ``[1, 2]`` for ``[2]``.
+    """
     index = tensor.detach()
     if not index.numel():
         return index.new_zeros(shape)

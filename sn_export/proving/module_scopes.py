@@ -97,6 +97,7 @@ def _read_by(node: onnx.NodeProto) -> Iterator[str]:
 
 
 def _from_metadata(model: nn.Module, text: str) -> list[nn.Module]:
+    """Return the modules that dynamo's metadata names: ``"['', 'body', 'body.0', 'conv2d']"``."""
     try:
         scopes = ast.literal_eval(text)
     except (ValueError, SyntaxError, RecursionError, MemoryError):
@@ -179,6 +180,7 @@ class _Scopes:
 
 
 def _parts(node: onnx.NodeProto) -> tuple[str, ...]:
+    """Return the scopes in a TorchScript name: ``body`` and ``body.0`` of ``/body/body.0/Conv``."""
     return tuple(node.name.split("/")[1:-1]) if node.name.startswith("/") else ()
 
 

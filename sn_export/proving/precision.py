@@ -171,6 +171,7 @@ def _written_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> li
 
 
 def _name(func: Any) -> str:
+    """Return the name of an operator: ``"conv2d"`` for ``aten.conv2d.default``."""
     return str(func).split(".")[1] if "." in str(func) else str(func)
 
 

@@ -292,6 +292,7 @@ def _hint(entry: Any) -> str:
 
 
 def _root(entry: Any, size: int) -> str:
+    """Return the name of what a dimension varies with: ``"batch"`` for ``2 * Dim("batch")``."""
     if isinstance(entry, str):
         return entry
     root = getattr(entry, "root", entry)
@@ -305,4 +306,5 @@ def _bound(spec: Any, name: str, default: int) -> int:
 
 
 def _identifier(name: str) -> str:
+    """Return a name that ONNX takes for a dimension: ``"batch_size"`` for ``"batch-size"``."""
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)

@@ -27,7 +27,7 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     def change_leaf(leaf: Any) -> Any:
         if isinstance(leaf, Tensor):
             return change(leaf)
-        return _rebuilt(change, leaf) if _is_unregistered(leaf) else leaf
+        return _rebuild(change, leaf) if _is_unregistered(leaf) else leaf
 
     return pytree.tree_map(change_leaf, value)
 
@@ -185,9 +185,12 @@ def _is_cached(value: Any, name: str) -> bool:
     return isinstance(getattr(type(value), name, None), cached_property)
 
 
-def _rebuilt(change: Callable[[Tensor], Tensor], value: Any) -> Any:
-    # Past __init__, __post_init__ and __setattr__: the object may be frozen, or compute from its
-    # fields what is computed already.
+def _rebuild(change: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """Return a copy of an unregistered container with every tensor replaced.
+
+    It is made past ``__init__``, ``__post_init__`` and ``__setattr__``: the object may be frozen,
+    or compute from its fields what it holds already.
+    """
     changed: Any
     if isinstance(value, dict):
         changed = type(value).__new__(type(value))
@@ -223,6 +226,7 @@ def _has_tensor(content: Any) -> bool:
 
 
 def _key(entry: Any) -> str:
+    """Return the key, index or field that an entry of one of pytree's paths stands for."""
     for attribute in ("key", "idx", "name"):
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))

@@ -1,8 +1,8 @@
 """What the code of a class says: the methods it defines, and the names that each one uses.
 
-Handwritten spectral norms are told by what they hold and do. What a class holds is seen on the
-module; which of its methods reads what is seen in their compiled code, without running it. A call
-of a method runs an override, and what that calls of the classes behind it.
+A handwritten spectral norm is recognised by what it holds and does. The module shows what it holds;
+the compiled code of the methods shows, without running, which of them reads what. A call of a
+method runs its override, and the methods of base classes that the override calls.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Member:
 
 
 class Code:
-    """What the classes behind one module class define. Holds names only, so no class leaks."""
+    """What a module class and its bases define, as names alone, so that no class is kept alive."""
 
     def __init__(self, cls: type) -> None:
         self.is_torch = all(map(is_library, cls.__mro__))
@@ -83,9 +83,8 @@ class Code:
         return start.names.union(*(member.names for member in self.iter_used(start, cut)))
 
 
-_LAYERS = frozenset(
-    entry for entry in vars(nn.modules).values() if isinstance(entry, type)
-)  # asked for every module, so not found out anew
+# Collected once, since each module of a network is looked up here.
+_LAYERS = frozenset(entry for entry in vars(nn.modules).values() if isinstance(entry, type))
 
 
 def is_torch_layer(cls: type) -> bool:
@@ -205,7 +204,7 @@ def _around(function: FunctionType) -> Iterator[Any]:
 
 
 def _helper_names(found: Iterable[FunctionType]) -> set[str]:
-    """The names in functions of the user's that those in ``found`` call by a name of their own."""
+    """Return the names in the user's functions that those in ``found`` call, directly or not."""
     queue, names = list(found), set[str]()
     for caller in queue:
         for helper in _around(caller):
@@ -222,7 +221,7 @@ def is_library(thing: type | FunctionType) -> bool:
 
 
 def function_of(entry: Any) -> FunctionType | None:
-    """Return the function of a method or property, as its class holds it."""
+    """Return the function behind an entry of a class: a method, or the getter of a property."""
     if isinstance(entry, (staticmethod, classmethod)):
         entry = entry.__func__
     if isinstance(entry, property):
@@ -236,8 +235,8 @@ def function_of(entry: Any) -> FunctionType | None:
 def functions(classes: Classes, name: str) -> list[FunctionType]:
     """Return what ``name`` runs when it is looked up in ``classes``, the override first.
 
-    An override goes on with ``super().name`` or ``Base.name``, if at all. Of torch's own code
-    only forward counts, since that reads a weight.
+    An override may call ``super().name`` or ``Base.name``, which are returned too. Of torch's own
+    code only forward counts, since that reads a weight.
 
     Args:
         classes: the order of resolution, or the rest of it.
@@ -260,7 +259,7 @@ def functions(classes: Classes, name: str) -> list[FunctionType]:
 
 
 def _behind(function: FunctionType, name: str, order: Classes) -> Iterator[Classes]:
-    """Yield the classes where ``function``, of the first of them, looks up ``name`` again."""
+    """Yield the rest of ``order`` where ``function``, of its first class, calls ``name`` again."""
     places = {base.__name__: order[i:] for i, base in enumerate(order) if i}
     places["super"] = order[1:]
     code = function.__code__

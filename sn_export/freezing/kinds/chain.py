@@ -1,4 +1,4 @@
-"""Tensors under `torch.nn.utils.parametrize`: the whole chain is asked, whatever is in it."""
+"""Tensors under `torch.nn.utils.parametrize`: the whole chain runs, whatever is in it."""
 
 from __future__ import annotations
 

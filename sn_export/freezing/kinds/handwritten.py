@@ -50,7 +50,7 @@ class HandwrittenSite(Site):
 
     @property
     def sources(self) -> Iterable[Tensor]:
-        """The raw weight, and what is kept of its singular vectors."""
+        """The raw weight, and the singular vectors that the module stores."""
         module, owner = self.module, self.owner
         places = (module._parameters, module._buffers, owner._parameters, owner._buffers)
         for name in (self.answer.raw, *self.answer.state):
