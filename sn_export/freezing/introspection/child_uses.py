@@ -1,9 +1,9 @@
 """Which modules a network's code calls, and which tensors of them it merely reads.
 
 The weight of a layer under a pre-hook is set when the layer is called. A forward that reads it and
-never calls the layer, such as ``F.linear(x, self.out.weight)``, uses what stands there. Whether
-it does is asked of the source: each method is evaluated on the real modules, and an expression
-stands for the modules that it may be::
+never calls the layer, such as ``F.linear(x, self.out.weight)``, uses what stands there. Whether it
+does is seen in the source of the methods. Each is evaluated on the real modules; an expression is
+those that it may be::
 
     layer = self.blocks[i].out            # {blocks.0.out, blocks.1.out}
     y = F.linear(x, layer.weight)         # reads (blocks.0.out, weight), (blocks.1.out, weight)
@@ -16,42 +16,27 @@ read, it is not known whether that code calls it.
 from __future__ import annotations
 
 import ast
-import builtins
-import dis
 import inspect
-import textwrap
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import pairwise
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Iterable, Mapping
+from types import FunctionType
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 
-from .source_code import function_of, functions, is_library
+from .module_uses import DEPTH, NONE, Given, Modules, Uses, children_of, entries_of, held_by
+from .source_code import function_of, is_library, iter_methods, parse_function, resolve_name
 
-Modules = frozenset[nn.Module]
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
-
-_NONE: Modules = frozenset()
-_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 # Attributes of a tensor that say nothing of its values.
 _METADATA = {"dtype", "device", "shape", "ndim", "size", "dim", "numel", "requires_grad"}
 _HARMLESS = {"isinstance", "len", "hasattr", "type", "id", "print", "str", "bool", "super"}
 _PASSING = {"enumerate", "zip", "list", "tuple", "dict", "reversed", "iter", "next", "sorted"}
 _ENTRIES = {"values", "items", "get", "children", "named_children", "keys"}
 _OF_ALL = {"modules", "named_modules", "get_submodule"}
-_DEPTH = 8  # of calls within calls, and of lists within lists
 
 
-class ChildUses:
+class ChildUses(Uses):
     """What the code of some modules does with the modules below them.
-
-    Attributes:
-        calls: the modules that are called.
-        handed: the modules that code which cannot be read may call.
-        reads: pairs of a module and the name of an attribute, each with the module whose code
-            reads it.
 
     Args:
         owners: the modules whose methods are evaluated.
@@ -59,12 +44,10 @@ class ChildUses:
     """
 
     def __init__(self, owners: Iterable[nn.Module], from_forward: bool = False) -> None:
-        self.calls: set[nn.Module] = set()
-        self.handed: set[nn.Module] = set()
-        self.reads: dict[tuple[nn.Module, str], nn.Module] = {}
-        self.seen: dict[object, Modules] = {}
+        super().__init__()
+        self._seen: dict[object, Modules] = {}
         for owner in owners:
-            for function in _methods(type(owner), from_forward):
+            for function in iter_methods(type(owner), from_forward):
                 self.run_method(function, owner, 0)
 
     def run_method(self, function: FunctionType, owner: nn.Module, depth: int) -> Modules:
@@ -77,49 +60,28 @@ class ChildUses:
         self, function: FunctionType, owner: nn.Module, arguments: Mapping[str, Modules], depth: int
     ) -> Modules:
         """Evaluate ``function`` of ``owner``, and return the modules that it may return."""
-        key = (function, owner, tuple(sorted(arguments.items(), key=lambda entry: entry[0])))
-        if key in self.seen or depth > _DEPTH:
-            return self.seen.get(key, _NONE)
-        self.seen[key] = _NONE
-        tree = _tree(function)
+        key = (function, owner, frozenset(arguments.items()))
+        if key in self._seen or depth > DEPTH:
+            return self._seen.get(key, NONE)
+        self._seen[key] = NONE
+        tree = parse_function(function)
         if tree is None:
-            self._skim(function, owner)
+            self.skim(function, owner)
         else:
-            self.seen[key] = _Evaluation(self, function, owner, arguments, depth).of(tree)
-        return self.seen[key]
-
-    def read(self, module: nn.Module, name: str, reader: nn.Module) -> None:
-        """Note that the code of ``reader`` reads an attribute of ``module``."""
-        if name in ("forward", "__call__"):
-            self.calls.add(module)
-        elif module is not reader:
-            key = (module, name)
-            if key not in self.reads or any(module is child for child in reader._modules.values()):
-                self.reads[key] = reader  # the parent rather than a module above it
-
-    def call(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
-        """Note that the code of ``owner`` calls ``modules``."""
-        self.calls.update(_with_entries(modules, owner))
-
-    def hand_over(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
-        """Note that ``modules`` may be called by code that cannot be read."""
-        self.handed.update(_with_entries(modules, owner))
-
-    def _skim(self, function: FunctionType, owner: nn.Module) -> None:
-        """Note what compiled code does with children: it reads ``self.child.name``, or may call."""
-        instructions = list(dis.get_instructions(function))
-        for this, following in pairwise(instructions):
-            child = owner._modules.get(this.argval) if isinstance(this.argval, str) else None
-            if child is None or not this.opname.startswith("LOAD_"):
-                continue
-            if this.opname == following.opname == "LOAD_ATTR":
-                self.read(child, following.argval, owner)
-            else:
-                self.hand_over([child], owner)
+            self._seen[key] = _Evaluation(self, function, owner, arguments, depth).of(tree)
+        return self._seen[key]
 
 
 class _Evaluation:
-    """One function, with the modules that its names may stand for."""
+    """One function, with the modules that its names may stand for.
+
+    Args:
+        uses: takes note of what the function does with modules, and evaluates what it calls.
+        function: the function.
+        owner: the module whose method it is, or whose method called it.
+        arguments: the modules that its arguments may be.
+        depth: how many calls of other functions it is in.
+    """
 
     def __init__(
         self,
@@ -136,9 +98,10 @@ class _Evaluation:
         self._names = dict(arguments)
         self._local: dict[str, _Function] = {}
         self._active: list[_Function] = []
-        self._returned = _NONE
+        self._returned = NONE
 
     def of(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
+        """Evaluate the parsed function, and return the modules that it may return."""
         for _ in range(2):  # what a loop sets at its end is used at its start
             for statement in tree.body:
                 self.visit(statement)
@@ -147,7 +110,7 @@ class _Evaluation:
     def visit(self, node: ast.AST | None) -> Modules:
         """Return the modules that an expression may be; of a statement none."""
         if node is None:
-            return _NONE
+            return NONE
         method = getattr(self, f"_{type(node).__name__.lower()}", None)
         if method is not None:
             result: Modules = method(node)
@@ -156,22 +119,20 @@ class _Evaluation:
         is_joined = isinstance(
             node, (ast.IfExp, ast.BoolOp, ast.List, ast.Tuple, ast.Set, ast.Dict, ast.Starred)
         )
-        return _NONE.union(*found) if is_joined else _NONE
-
-    # Names and statements
+        return NONE.union(*found) if is_joined else NONE
 
     def _name(self, node: ast.Name) -> Modules:
-        return self._names.get(node.id, _NONE)
+        return self._names.get(node.id, NONE)
 
     def _bind(self, target: ast.AST, modules: Modules) -> None:
         if isinstance(target, ast.Name):
-            self._names[target.id] = self._names.get(target.id, _NONE) | modules
+            self._names[target.id] = self._names.get(target.id, NONE) | modules
         elif isinstance(target, ast.Starred):
             self._bind(target.value, modules)
         elif isinstance(target, (ast.Tuple, ast.List)):
             for part in target.elts:  # of a container, or of pairs with an entry that is one
-                self._bind(part, modules | _entries(modules))
-        elif modules:  # an attribute or entry, read by whoever wants to
+                self._bind(part, modules | entries_of(modules))
+        elif modules:  # an attribute or an entry, which any code may read
             self._uses.hand_over(modules, self._owner)
 
     def _assign(self, node: ast.Assign | ast.AnnAssign) -> Modules:
@@ -181,37 +142,30 @@ class _Evaluation:
                 self._local[target.id] = node.value
             else:
                 self._bind(target, modules)
-        return _NONE
+        return NONE
 
     _annassign = _assign
 
     def _functiondef(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
         self._local[node.name] = node
-        self._call_local(node, [], {})
-        return _NONE
+        self._call_local(node, Given())
+        return NONE
 
     _asyncfunctiondef = _functiondef
 
-    def _call_local(
-        self,
-        node: _Function,
-        positional: list[Modules],
-        named: Mapping[str | None, Modules],
-    ) -> Modules:
-        """Evaluate a function within this one, whose names are those of this one."""
+    def _call_local(self, node: _Function, given: Given) -> Modules:
+        """Evaluate a function within this one, which shares its names."""
         if node in self._active:  # it calls itself
-            self._hand_over(positional, named)
-            return _NONE
+            self._hand_over(given)
+            return NONE
         arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-        known = dict(zip((a.arg for a in arguments), positional, strict=False))
-        for argument in arguments:
-            given = named.get(argument.arg, _NONE) | known.get(argument.arg, _NONE)
-            self._names[argument.arg] = self._names.get(argument.arg, _NONE) | given
-        names = {argument.arg for argument in arguments}
-        beyond = {key: modules for key, modules in named.items() if key not in names}
-        self._hand_over(positional[len(arguments) :], beyond)
+        names = [argument.arg for argument in arguments]
+        bound, beyond = given.bind(names)
+        for name in names:
+            self._names[name] = self._names.get(name, NONE) | bound.get(name, NONE)
+        self._uses.hand_over(beyond, self._owner)
         self.visit(node.args)
-        outer, self._returned = self._returned, _NONE
+        outer, self._returned = self._returned, NONE
         self._active.append(node)
         if isinstance(node, ast.Lambda):
             self._returned = self.visit(node.body)
@@ -223,11 +177,11 @@ class _Evaluation:
         return found
 
     def _arguments(self, node: ast.arguments) -> Modules:
-        """Bind what a function within this one takes where a call gives it nothing."""
+        """Bind the defaults of a function within this one."""
         last = zip((*node.posonlyargs, *node.args)[::-1], node.defaults[::-1], strict=False)
         for argument, default in (*last, *zip(node.kwonlyargs, node.kw_defaults, strict=True)):
-            self._names[argument.arg] = self._names.get(argument.arg, _NONE) | self.visit(default)
-        return _NONE
+            self._names[argument.arg] = self._names.get(argument.arg, NONE) | self.visit(default)
+        return NONE
 
     def _namedexpr(self, node: ast.NamedExpr) -> Modules:
         modules = self.visit(node.value)
@@ -235,50 +189,44 @@ class _Evaluation:
         return modules
 
     def _for(self, node: ast.For) -> Modules:
-        self._bind(node.target, _entries(self.visit(node.iter)))
+        self._bind(node.target, entries_of(self.visit(node.iter)))
         for statement in (*node.body, *node.orelse):
             self.visit(statement)
-        return _NONE
+        return NONE
 
     def _comprehension(self, node: ast.comprehension) -> Modules:
-        self._bind(node.target, _entries(self.visit(node.iter)))
+        self._bind(node.target, entries_of(self.visit(node.iter)))
         for condition in node.ifs:
             self.visit(condition)
-        return _NONE
+        return NONE
 
     def _listcomp(self, node: Any) -> Modules:
         for generator in node.generators:
             self.visit(generator)
-        return self.visit(node.elt)
+        parts = (node.key, node.value) if isinstance(node, ast.DictComp) else (node.elt,)
+        return NONE.union(*map(self.visit, parts))
 
-    _setcomp = _generatorexp = _listcomp
-
-    def _dictcomp(self, node: ast.DictComp) -> Modules:
-        for generator in node.generators:
-            self.visit(generator)
-        return self.visit(node.key) | self.visit(node.value)
+    _setcomp = _generatorexp = _dictcomp = _listcomp
 
     def _return(self, node: Any) -> Modules:
         self._returned |= self.visit(node.value)
-        return _NONE
+        return NONE
 
     _yield = _yieldfrom = _return
 
-    # Expressions
-
     def _attribute(self, node: ast.Attribute) -> Modules:
         if node.attr in _METADATA and isinstance(node.value, ast.Attribute):
-            return self.visit(node.value.value) and _NONE
+            return self.visit(node.value.value) and NONE
         modules = self.visit(node.value)
-        return _NONE.union(*(self._attribute_of(module, node.attr) for module in modules))
+        return NONE.union(*(self._attribute_of(module, node.attr) for module in modules))
 
     def _attribute_of(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
         if child is not None:
             return frozenset({child})
         if name == "_modules":
-            return frozenset(_children(module))
-        held = _held(module.__dict__.get(name))
+            return frozenset(children_of(module))
+        held = held_by(module.__dict__.get(name))
         entry = inspect.getattr_static(type(module), name, None)
         if isinstance(entry, property) and not held and not is_library(type(module)):
             function = function_of(entry)
@@ -301,205 +249,100 @@ class _Evaluation:
         ]
         if exact and len(exact) == len(modules):
             return frozenset(m for m in exact if m is not None)
-        sliced = modules if isinstance(node.slice, ast.Slice) else _NONE
-        return _entries(modules) | sliced
+        sliced = modules if isinstance(node.slice, ast.Slice) else NONE
+        return entries_of(modules) | sliced
 
     def _call(self, node: ast.Call) -> Modules:
-        positional = [self.visit(argument) for argument in node.args]
-        named = {k.arg: self.visit(k.value) for k in node.keywords}
+        given = Given(
+            [self.visit(argument) for argument in node.args],
+            {k.arg: self.visit(k.value) for k in node.keywords},
+        )
         function = node.func
         if isinstance(function, ast.Attribute):
             if function.attr in _METADATA and isinstance(function.value, ast.Attribute):
-                return self.visit(function.value.value) and _NONE
-            return self._method(function, positional, named)
+                return self.visit(function.value.value) and NONE
+            return self._method(function, given)
         if isinstance(function, ast.Name) and function.id not in self._names:
-            return self._named_function(function.id, node, positional, named)
+            return self._named_function(function.id, node, given)
         called = self.visit(function)
         self._uses.call(called, self._owner)
-        self._hand_over(positional, named)
-        return _NONE
+        self._hand_over(given)
+        return NONE
 
-    def _method(
-        self, node: ast.Attribute, positional: list[Modules], named: dict[str | None, Modules]
-    ) -> Modules:
-        if isinstance(node.value, ast.Call) and _is_super(node.value):
-            return _NONE  # which is evaluated as a method of the owner
+    def _method(self, node: ast.Attribute, given: Given) -> Modules:
+        if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
+            return NONE  # the base's method is evaluated as one of the owner
         modules = self.visit(node.value)
         if not modules:
-            known = self._meaning(node.value)
+            known = resolve_name(node.value, self._function)
             if isinstance(known, type) and isinstance(self._owner, known):
-                return _NONE  # Base.forward(self, x)
-            return self._follow(self._meaning(node), positional, named)
-        found = _NONE
+                return NONE  # Base.forward(self, x)
+            return self._follow(resolve_name(node, self._function), given)
+        found = NONE
         for module in modules:
-            child = self._child_or_held(module, node.attr)
+            child = self._child_orheld_by(module, node.attr)
             if child:
                 self._uses.call(child, self._owner)
-                self._hand_over(positional, named)
+                self._hand_over(given)
             elif node.attr in _ENTRIES:
-                found |= _entries(frozenset({module}))
+                found |= entries_of(frozenset({module}))
                 if node.attr in ("children", "named_children"):
-                    found |= frozenset(_children(module))
+                    found |= frozenset(children_of(module))
             elif node.attr in _OF_ALL:
                 found |= frozenset(module.modules())
             elif node.attr in ("forward", "__call__"):
                 self._uses.call([module], self._owner)
-                self._hand_over(positional, named)
+                self._hand_over(given)
             elif not hasattr(nn.Module, node.attr):
-                found |= self._own_method(module, node.attr, positional, named)
+                found |= self._own_method(module, node.attr, given)
         return found
 
-    def _child_or_held(self, module: nn.Module, name: str) -> Modules:
+    def _child_orheld_by(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
-        return _held(module.__dict__.get(name)) if child is None else frozenset({child})
+        return held_by(module.__dict__.get(name)) if child is None else frozenset({child})
 
-    def _own_method(
-        self,
-        module: nn.Module,
-        name: str,
-        positional: list[Modules],
-        named: dict[str | None, Modules],
-    ) -> Modules:
+    def _own_method(self, module: nn.Module, name: str, given: Given) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)
         function = function_of(entry)
         if function is None or isinstance(entry, property):
             self._uses.call(self._attribute_of(module, name), self._owner)
-            self._hand_over(positional, named)
-            return _NONE
+            self._hand_over(given)
+            return NONE
         first = [] if isinstance(entry, staticmethod) else [frozenset({module})]
-        return self._run(function, module, [*first, *positional], named)
+        return self._run(function, module, given._replace(positional=[*first, *given.positional]))
 
-    def _named_function(
-        self,
-        name: str,
-        node: ast.Call,
-        positional: list[Modules],
-        named: dict[str | None, Modules],
-    ) -> Modules:
+    def _named_function(self, name: str, node: ast.Call, given: Given) -> Modules:
         if name == "getattr" and len(node.args) > 1:
             attribute = node.args[1]
             if isinstance(attribute, ast.Constant) and isinstance(attribute.value, str):
                 wanted = attribute.value
-                return _NONE.union(*(self._attribute_of(m, wanted) for m in positional[0]))
-            for module in positional[0]:
+                return NONE.union(*(self._attribute_of(m, wanted) for m in given.positional[0]))
+            for module in given.positional[0]:
                 self._uses.read(module, "*", self._owner)
-            return _NONE.union(*(_children(module) for module in positional[0]))
+            return NONE.union(*(children_of(module) for module in given.positional[0]))
         if name in self._local:
-            return self._call_local(self._local[name], positional, named)
+            return self._call_local(self._local[name], given)
         if name in _HARMLESS:
-            return _NONE
+            return NONE
         if name == "cast":
-            return _NONE.union(*positional)
+            return NONE.union(*given.positional)
         if name in _PASSING:
-            return _NONE.union(*map(_entries, positional))
-        return self._follow(self._meaning(node.func), positional, named)
+            return NONE.union(*map(entries_of, given.positional))
+        return self._follow(resolve_name(node.func, self._function), given)
 
-    def _follow(
-        self, function: Any, positional: list[Modules], named: dict[str | None, Modules]
-    ) -> Modules:
+    def _follow(self, function: Any, given: Given) -> Modules:
         if isinstance(function, FunctionType) and not is_library(function):
-            return self._run(function, self._owner, positional, named)
-        self._hand_over(positional, named)
-        return _NONE
+            return self._run(function, self._owner, given)
+        self._hand_over(given)
+        return NONE
 
-    def _run(
-        self,
-        function: FunctionType,
-        owner: nn.Module,
-        positional: list[Modules],
-        named: Mapping[str | None, Modules],
-    ) -> Modules:
+    def _run(self, function: FunctionType, owner: nn.Module, given: Given) -> Modules:
         function = inspect.unwrap(function)
         code = function.__code__
         names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-        arguments = dict(zip(names, positional, strict=False))
-        arguments |= {key: modules for key, modules in named.items() if key in names}
-        beyond = [*positional[len(names) :], *(m for key, m in named.items() if key not in names)]
-        self._uses.hand_over(_NONE.union(*beyond), owner)
+        arguments, beyond = given.bind(names)
+        self._uses.hand_over(beyond, owner)
         return self._uses.run(function, owner, arguments, self._depth + 1)
 
-    def _meaning(self, node: ast.AST) -> Any:
-        """Return what a name outside of the function stands for, such as ``F`` in ``F.linear``."""
-        if isinstance(node, ast.Attribute):
-            holder = self._meaning(node.value)
-            is_known = isinstance(holder, (ModuleType, type))  # others run code to be asked
-            return getattr(holder, node.attr, None) if is_known else None
-        if not isinstance(node, ast.Name):
-            return None
-        cells = zip(
-            self._function.__code__.co_freevars, self._function.__closure__ or (), strict=True
-        )
-        for name, cell in cells:
-            if name == node.id:
-                try:
-                    return cell.cell_contents
-                except ValueError:  # not set yet
-                    return None
-        return self._function.__globals__.get(node.id, getattr(builtins, node.id, None))
-
-    def _hand_over(self, positional: list[Modules], named: Mapping[str | None, Modules]) -> None:
-        self._uses.hand_over(_NONE.union(*positional, *named.values()), self._owner)
-
-
-def _methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
-    """Yield what may run in a forward: all methods but those that build; forward alone of torch."""
-    yield from functions(cls.__mro__, "forward")
-    for base in () if from_forward else cls.__mro__[: cls.__mro__.index(nn.Module)]:
-        for name, entry in vars(base).items():
-            is_building = name.startswith("__") or "init" in name or "reset" in name
-            is_known = name in ("forward", "extra_repr", "_load_from_state_dict")
-            function = None if is_building or is_known else function_of(entry)
-            if function is not None and not is_library(base):
-                yield function
-
-
-_trees: WeakKeyDictionary[FunctionType, ast.FunctionDef | ast.AsyncFunctionDef | None] = (
-    WeakKeyDictionary()
-)
-
-
-def _tree(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """Return the source of ``function``, parsed; None where there is none."""
-    if function not in _trees:
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-        except (OSError, TypeError, SyntaxError, ValueError):
-            tree = ast.Pass()
-        is_function = isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
-        _trees[function] = tree if is_function else None  # type: ignore[assignment]
-    return _trees[function]
-
-
-def _with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
-    """Yield ``modules``, the entries of containers among them, and the children of ``owner``."""
-    for module in modules:
-        yield module
-        if module is owner or isinstance(module, _CONTAINERS):
-            yield from _children(module)
-
-
-def _children(module: nn.Module) -> list[nn.Module]:
-    return [child for child in module._modules.values() if child is not None]
-
-
-def _entries(modules: Modules) -> Modules:
-    """Return what iterating over ``modules`` gives: of a container its entries."""
-    inside = (_children(m) if isinstance(m, _CONTAINERS) else [m] for m in modules)
-    return _NONE.union(*inside)
-
-
-def _held(value: Any, depth: int = 0) -> Modules:
-    """Return the modules in an attribute: itself, or the entries of a list, tuple or dict."""
-    if isinstance(value, nn.Module):
-        return frozenset({value})
-    if isinstance(value, MethodType) and isinstance(value.__self__, nn.Module):
-        return frozenset({value.__self__})
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (list, tuple)) and len(value) < 1000 and depth < _DEPTH:
-        return _NONE.union(*(_held(entry, depth + 1) for entry in value))
-    return _NONE
-
-
-def _is_super(node: ast.Call) -> bool:
-    return isinstance(node.func, ast.Name) and node.func.id == "super"
+    def _hand_over(self, given: Given) -> None:
+        self._uses.hand_over(NONE.union(*given.positional, *given.named.values()), self._owner)

@@ -7,13 +7,16 @@ method runs its override, and the methods of base classes that the override call
 
 from __future__ import annotations
 
+import ast
+import builtins
 import dis
 import inspect
+import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from types import CodeType, FunctionType
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -273,3 +276,50 @@ def _behind(function: FunctionType, name: str, order: Classes) -> Iterator[Class
             if instruction.argval == name and place:
                 yield place
             place = ()
+
+
+def iter_methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
+    """Yield what may run in a forward: all methods but those that build; forward alone of torch."""
+    yield from functions(cls.__mro__, "forward")
+    for base in () if from_forward else cls.__mro__[: cls.__mro__.index(nn.Module)]:
+        for name, entry in vars(base).items():
+            is_building = name.startswith("__") or "init" in name or "reset" in name
+            is_known = name in ("forward", "extra_repr", "_load_from_state_dict")
+            function = None if is_building or is_known else function_of(entry)
+            if function is not None and not is_library(base):
+                yield function
+
+
+_trees: WeakKeyDictionary[FunctionType, ast.FunctionDef | ast.AsyncFunctionDef | None] = (
+    WeakKeyDictionary()
+)
+
+
+def parse_function(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
+    """Return the source of ``function``, parsed; None where there is none."""
+    if function not in _trees:
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        except (OSError, TypeError, SyntaxError, ValueError):
+            tree = ast.Pass()
+        is_function = isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
+        _trees[function] = tree if is_function else None  # type: ignore[assignment]
+    return _trees[function]
+
+
+def resolve_name(node: ast.AST, function: FunctionType) -> Any:
+    """Return what a name from outside of ``function`` stands for, such as ``F.linear``."""
+    if isinstance(node, ast.Attribute):
+        holder = resolve_name(node.value, function)
+        is_known = isinstance(holder, (ModuleType, type))  # others may run code of their own
+        return getattr(holder, node.attr, None) if is_known else None
+    if not isinstance(node, ast.Name):
+        return None
+    cells = zip(function.__code__.co_freevars, function.__closure__ or (), strict=True)
+    for name, cell in cells:
+        if name == node.id:
+            try:
+                return cell.cell_contents
+            except ValueError:  # not set yet
+                return None
+    return function.__globals__.get(node.id, getattr(builtins, node.id, None))
