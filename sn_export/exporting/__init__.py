@@ -1,7 +1,7 @@
 """The one job: freeze, export, prove, publish; and leave the model as it was."""
 
 from .export import export_onnx
-from .metadata import require_metadata
+from .onnx_file import require_metadata
 
 __all__ = [
     "export_onnx",

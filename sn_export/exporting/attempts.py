@@ -36,8 +36,7 @@ from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
 from .failures import describe_failures, traced_decision
-from .metadata import file_metadata, versions
-from .onnx_file import Written, write_onnx
+from .onnx_file import Written, file_metadata, versions, write_onnx
 from .references import extend_references
 
 _logger = logging.getLogger("sn_export")

@@ -49,7 +49,7 @@ from .arguments import (
 )
 from .attempts import Made, make_proved_file, warn_of_made
 from .graph import name_inputs, require_opset
-from .metadata import require_metadata, require_source
+from .onnx_file import require_metadata, require_source
 from .references import plan_proof, run_references
 
 _logger = logging.getLogger("sn_export")
@@ -155,7 +155,7 @@ def export_onnx(
         save_case: a file to write too, with the inputs and the model's outputs of the proof,
             which `check_case` replays without the model; its folder must exist.
         metadata: keys and values of your own for the file's ``metadata_props``, beside what
-            sn_export writes: see `sn_export.exporting.metadata`.
+            sn_export writes: see `sn_export.exporting.onnx_file`.
         source: the checkpoint that the weights came from; its SHA-256 is written to the file.
         sigma_exact: compute the largest singular value of each weight under spectral norm for
             the report, as far as that takes seconds.

@@ -1,10 +1,21 @@
-"""ONNX files: the graph that torch makes, cleaned of the machine, folded, saved and checked."""
+"""ONNX files: the graph that torch makes, cleaned, folded, saved and checked, with its metadata.
+
+``metadata_props`` say how a file was made, in the same bytes for the same input. torch stays the
+file's ``producer_name``, since tools go by it; the keys of sn_export begin with ``sn_export.``.
+Nothing of the machine is written: no path, user, host or date.
+"""
 
 from __future__ import annotations
 
+import functools
 import gc
-from collections.abc import Callable, Mapping
+import hashlib
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +24,8 @@ import onnx_ir as ir
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..files import as_path
+from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..proving import save, weight_bytes
 from ..results import Exporter, FileInput, FoldedInitializer
 from ..running import Reference
@@ -24,6 +37,9 @@ from .torch_exporters import run_exporter
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
 _INLINE_LIMIT = 2**31 - 2**26
+_PREFIX = "sn_export."
+_CHUNK = 2**20
+_PACKAGES = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,108 @@ def write_onnx(
     return Written(opset, folded, program, described, declared, notes)
 
 
+def require_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str]:
+    """Return the user's metadata, if it can be written.
+
+    Raises:
+        TypeError: if it is no mapping of text to text.
+        ValueError: for an empty key, or one that begins with ``sn_export.``.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise TypeError(f"metadata must be a mapping of text to text, got {metadata!r}")
+    for key, value in metadata.items():
+        if not isinstance(key, str) or not isinstance(value, str):
+            raise TypeError(f"metadata must be a mapping of text to text, got {key!r}: {value!r}")
+        if not key or key.startswith(_PREFIX):
+            raise ValueError(f"metadata needs keys that do not begin with '{_PREFIX}', got {key!r}")
+        for text in (key, value):
+            if not _is_utf8(text):
+                raise ValueError(f"metadata must be valid Unicode, got {text!r}")
+    return metadata
+
+
+def file_metadata(
+    exporter: str,
+    versions: Mapping[str, str],
+    frozen: Sequence[SpectralNormInfo | ParametrizationInfo],
+    source: Path | None,
+    metadata: Mapping[str, str],
+    draws: str | None = None,
+) -> dict[str, str]:
+    """Return the metadata of a file.
+
+    Args:
+        exporter: the exporter that made it.
+        versions: versions by package.
+        frozen: the tensors under spectral norm.
+        source: the checkpoint that the weights came from.
+        metadata: the user's own keys.
+        draws: how the forward drew random numbers.
+
+    Returns:
+        Text by key: ``sn_export.exporter``; ``sn_export.versions``, a JSON object;
+        ``sn_export.frozen``, a JSON object of sigma as stored by name of the tensor, to six
+        digits (null where it is not finite, or there is none); ``sn_export.source_sha256`` where
+        there is a source; ``sn_export.draws`` where the forward drew zeros; and the user's keys.
+        The file has them all in alphabetical order.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
+    sigmas = {
+        info.name: _round_sigma(info.sigma) if isinstance(info, SpectralNormInfo) else None
+        for info in frozen
+    }
+    made = {
+        f"{_PREFIX}exporter": exporter,
+        f"{_PREFIX}versions": json.dumps(dict(versions)),
+        f"{_PREFIX}frozen": json.dumps(sigmas, allow_nan=False),
+    }
+    if source is not None:
+        made[f"{_PREFIX}source_sha256"] = file_sha256(source)
+    if draws is not None:
+        made[f"{_PREFIX}draws"] = draws
+    return made | dict(metadata)
+
+
+def require_source(source: str | os.PathLike[str] | None) -> Path | None:
+    """Return the path of the checkpoint.
+
+    Raises:
+        TypeError: if it is no path.
+        FileNotFoundError: if there is no such file.
+    """
+    if source is None:
+        return None
+    path = as_path(source, "source")
+    if not path.is_file():
+        raise FileNotFoundError(f"source must be a file, there is none at '{path}'")
+    return path
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Return the versions of sn_export and of the packages behind it."""
+    found = {}
+    for package in ("sn-export", *_PACKAGES):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "unknown"
+    return found
+
+
+def file_sha256(path: Path) -> str:
+    """Return the SHA-256 of a file in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
 def _describe_input(value: ir.Value) -> FileInput:
     dtype = "" if value.dtype is None else str(value.dtype.numpy())
     return FileInput(value.name or "", dtype, _sizes_of(value))
@@ -155,3 +273,16 @@ def _check(model: onnx.ModelProto) -> tuple[str, ...]:
             f"onnx's checker infers other shapes than were seen: {' '.join(str(inferred).split())}",
         )
     return ()
+
+
+def _round_sigma(sigma: float) -> float | None:
+    # Six digits: sums in another order, as another number of threads makes them, agree in these.
+    return float(f"{sigma:.6g}") if math.isfinite(sigma) else None
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # half of a surrogate pair
+        return False
+    return True

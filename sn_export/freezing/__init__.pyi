@@ -1,8 +1,3 @@
-from .adapters import (
-    Registration as Registration,
-    SpectralNormAdapter as SpectralNormAdapter,
-    register_spectral_norm as register_spectral_norm,
-)
 from .block import (
     Block as Block,
     Planner as Planner,
@@ -31,6 +26,11 @@ from .info import (
     UnconvergedSigma as UnconvergedSigma,
 )
 from .introspection.candidates import plain_name as plain_name
+from .kinds.adapters import (
+    Registration as Registration,
+    SpectralNormAdapter as SpectralNormAdapter,
+    register_spectral_norm as register_spectral_norm,
+)
 from .plan import (
     Plan as Plan,
     compute_value as compute_value,

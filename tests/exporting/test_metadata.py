@@ -23,7 +23,7 @@ import torch
 from export_models import EXPORTERS, Head, Raising, contents_of, images, rows, small_net
 
 from sn_export import SpectralNormInfo, export_onnx, find_spectral_norm
-from sn_export.exporting.metadata import file_metadata, file_sha256
+from sn_export.exporting.onnx_file import file_metadata, file_sha256
 
 
 def _metadata(path: Path) -> dict[str, str]:

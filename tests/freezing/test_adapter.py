@@ -95,7 +95,7 @@ def test_own_spectral_norm_is_frozen_and_restored() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_stays_registered() -> Iterator[None]:
     """Ask the registry inside: an adapter that finds nothing shows nowhere else."""
-    from sn_export.freezing.adapters import adapters
+    from sn_export.freezing.kinds.adapters import adapters
 
     yield
     assert not adapters()
@@ -133,7 +133,7 @@ def test_nothing_is_found_without_the_adapter() -> None:
 
 def test_decorator_registers_a_class() -> None:
     """As a decorator it returns the class; without a handle, the registry inside is emptied."""
-    from sn_export.freezing import adapters
+    from sn_export.freezing.kinds import adapters
 
     decorated = register_spectral_norm(PackedAdapter)
     try:

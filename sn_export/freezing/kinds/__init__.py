@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..adapters import adapters
 from ..introspection.source_code import code_of, is_torch_layer
 from ..site import Kind, Site
-from .adapted import find_adapted
+from .adapters import adapters, find_adapted
 from .chain import find_chains
 from .child_norm import find_child_norms
 from .handwritten import Frozen
