@@ -196,7 +196,7 @@ def _rules_out_others(error: ExportError | ParityError) -> bool:
 
 
 def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
-    """Raise one error with what each exporter ended with; a `ParityError` if one of them is."""
+    """Raise one error that has those of all exporters; a `ParityError` if one of them is."""
     errors = [error for _, error in failures]
     if len(errors) == 1:
         raise errors[0]

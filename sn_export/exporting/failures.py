@@ -34,7 +34,7 @@ _DIMENSION = re.compile(
 _SCOPE = re.compile(r"::(?P<name>[^:/]*)(?:/|$)")
 _OURS = str(Path(__file__).parent.parent)
 _TORCH = str(Path(torch.__file__).parent)
-_CHECKING = str(Path(torch.distributions.__file__).parent)  # decides about its arguments alone
+_CHECKING = str(Path(torch.distributions.__file__).parent)  # checks its arguments, no more
 
 _NO_OPERATOR = "write that operator with others that ONNX has"
 _NO_COMPLEX = (
@@ -102,7 +102,7 @@ class Explanation:
     is_at_line: bool
 
     def __str__(self) -> str:
-        """Return all of it on one line."""
+        """Return error, place and advice on one line."""
         return f"{self.text}{self.place}{_describe_advice(self.advice)}"
 
 
@@ -228,7 +228,7 @@ def _as_line(error: BaseException) -> str:
 def _shorten(text: str) -> str:
     """Return the first paragraph of torch's text, without its frames, colours and graph."""
     paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
-    text = paragraphs[0].partition("[Caused by the value")[0].rstrip()  # of torch's graph
+    text = paragraphs[0].partition("[Caused by the value")[0].rstrip()  # torch's graph follows
     if text.endswith(":") and len(paragraphs) > 1:
         text += " " + paragraphs[1]
     text = text.rstrip(".")

@@ -50,7 +50,7 @@ _WEIGHT_INPUTS = {
     "RNN": (1, 2),
     "Gather": (0,),
 }
-# Another result at every run.
+# They give another result at every run.
 _RANDOM = frozenset(
     {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
     | {"Bernoulli", "Multinomial", "Dropout"}
@@ -150,7 +150,7 @@ def _find_cones(graph: ir.Graph, sources: Sources) -> list[Cone]:
         for value in graph.initializers.values()
         if value.const_value is not None and not value.is_graph_input()
     }
-    # The values that depend on a weight, and those of them that more than layout separates.
+    # `dependent` are the values made from a weight, `computed` those by more than a layout.
     dependent = {value for value in constant if sources.is_weight(value)}
     computed: set[ir.Value] = set()
     foldable: dict[ir.Node, int] = {}
@@ -243,7 +243,7 @@ def _run(proto: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> Any:
 
 
 def _array(value: ir.Value) -> NDArray[Any]:
-    assert value.const_value is not None  # `_find_cones` takes no other
+    assert value.const_value is not None  # a cone has no initializer without a value
     return value.const_value.numpy()
 
 
@@ -277,7 +277,7 @@ def _register(
     graph: ir.Graph, value: ir.Value, names: list[str], sources: Sources, cone: Cone | None
 ) -> FoldedInitializer:
     tensor = value.const_value
-    assert tensor is not None  # `_find_cones` and `computed_from` take no other
+    assert tensor is not None  # `_replace` sets it, and `computed_from` takes no other
     raw = sources.main(names, tensor.size)
     users = using_modules(value)
     value.name = tensor.name = folded_name(raw, users, _taken_names(graph))
@@ -314,7 +314,7 @@ def _keep_output(graph: ir.Graph, output: ir.Value, value: ir.Value) -> None:
 
 def _remove_unused(graph: ir.Graph, cone: Cone) -> None:
     for node in reversed(cone.nodes):
-        # An earlier result may have taken it along.
+        # It may have gone with an earlier cone.
         if node.graph is not None and not any(
             out.uses() or out.is_graph_output() for out in node.outputs
         ):

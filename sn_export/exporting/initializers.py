@@ -88,7 +88,9 @@ class Sources:
         ]
         if any(_is_moved(tensor, self._state[name]) for name in near):
             return None
-        if self._are_elements(tensor, dict.fromkeys((*near, *self._state))):  # the near ones first
+        if self._are_elements(
+            tensor, dict.fromkeys((*near, *self._state))
+        ):  # the same module first
             return None
         return [name for name in near if self._state[name].numel() == tensor.size] or None
 
@@ -147,7 +149,7 @@ def _sample(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[An
 
 def _release(tensor: ir.TensorProtocol) -> None:
     if isinstance(tensor, ir.ExternalTensor):
-        tensor.release()  # of a large file, which would stay in memory page by page
+        tensor.release()  # else the pages of a large file would stay in memory
 
 
 def _is_fused(value: ir.Value) -> bool:
@@ -194,7 +196,7 @@ def folded_name(raw: str | None, users: Sequence[str], taken: Collection[str]) -
     else:
         wanted = plain_path(raw)
         module, _, tensor = wanted.rpartition(".")
-        # A module above merely computes in the place of the one that holds the weight.
+        # A module above may compute in the place of the one that holds the weight.
         if user is not None and not _is_within(module, user):
             wanted = qualified(user, tensor)
     candidates = [wanted, qualified(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]

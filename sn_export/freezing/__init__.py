@@ -2,6 +2,6 @@
 
 import lazy_loader
 
-# The names stand in __init__.pyi alone. The records and the list of words need no torch, so that
-# the records of an export and `sn-export --help` come without it.
+# The names stand in __init__.pyi alone. The records in info.py need no torch, so
+# that those of an export, and `sn-export --help`, come without it.
 __getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

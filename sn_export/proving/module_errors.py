@@ -166,7 +166,7 @@ def _badness(entry: tuple[OutputParity, str]) -> tuple[bool, float]:
 
 
 def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) -> OutputParity:
-    """Return the errors of one tensor beside its reference."""
+    """Return the errors of one tensor against its reference."""
     scaled = strictness.scaled_atol
     errors = RunningErrors(
         name, strictness.rtol, None if scaled is None else scaled * largest(expected)
@@ -238,7 +238,7 @@ def trace_inputs(
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
         calls.append(_copies((args, kwargs)) if len(calls) == number else [])
 
-    # After the hooks that are there, which may exchange the arguments.
+    # It runs after the hooks of the user's, which may exchange the arguments.
     handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
     try:
         run_reference(model, state, inputs)

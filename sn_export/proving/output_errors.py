@@ -195,7 +195,7 @@ def _all_finite(left: Tensor, right: Tensor) -> bool:
 
 
 def _difference(expected: Tensor, got: Tensor) -> Tensor:
-    """Return the distances, float64; NaN where one of two numbers is NaN and infinity no number."""
+    """Return the distances in float64: NaN where a number is NaN, 0 between equal infinities."""
     equal = expected == got  # before widening: float64 does not hold every integer
     # Equal infinities differ by nothing; inf - inf would say NaN.
     found = torch.where(equal, 0.0, (_wide(expected) - _wide(got)).abs()).double()
@@ -205,7 +205,7 @@ def _difference(expected: Tensor, got: Tensor) -> Tensor:
 
 
 def _largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) -> float:
-    """Return the largest distance by the reference, over references that are not zero, or 0."""
+    """Return the largest distance divided by its reference, where that is not zero; else 0."""
     if is_finite:
         relative = torch.where(magnitude > 0, difference / magnitude, 0.0)
         return float(relative.max())

@@ -127,7 +127,9 @@ def proof_session(path: Path, settings: ProofSettings) -> Any:
     with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
         copied = Path(folder) / path.name
         write_float32(path, copied)
-        return open_session(copied, settings.providers, at_once=True)  # it is gone when that runs
+        return open_session(
+            copied, settings.providers, at_once=True
+        )  # the copy is gone when that runs
 
 
 def compare(
@@ -272,7 +274,7 @@ def locate_divergence(
         moved = FACTOR * output.rounding.expected.max / size
         if output.passed or output.fraction_outside:
             strictness = strictness.relaxed(moved, output.dtype)
-        else:  # it was within tolerance, and too far all the same
+        else:  # it was within tolerance, and too far from the truth
             strictness = Strictness(0.0, moved)
     try:
         divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))

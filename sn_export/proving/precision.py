@@ -42,7 +42,7 @@ _NAMES = {ir.DataType.DOUBLE: "float64", ir.DataType.FLOAT: "float32"}
 # In float32 onnxruntime computes these by rational functions that are off by units of 1, not of the
 # value: its sigmoid of -9 by 1e-7, which is 1e-3 of it (`torch.special.expit` by a unit of it). How
 # many units at most, measured over [-12, 12] with 1.32. Inside its GRU a Tanh is off by twice that;
-# torch's recurrent cells are told by what they write in place.
+# torch's recurrent cells are recognised by what they write in place.
 _BOUNDED = {"Sigmoid": 1.25, "Tanh": 2.5, "Erf": 1.0, "Softmax": 1.6}
 _WIDER = {
     torch.float32: torch.float64,
@@ -240,7 +240,7 @@ def with_moved_values(path: Path) -> bytes:
 def _moving_nodes(
     exact: str, name: str, unit: float, is_absolute: bool, seed: int
 ) -> Iterator[NodeProto]:
-    """Yield the nodes that make the value ``name`` of ``exact``, but for what is an integer."""
+    """Yield the nodes that move ``exact``, where it is no integer, and call the result ``name``."""
     random, rounded, is_integer, moved = (
         f"{name}.{part}" for part in ("random", "rounded", "integer", "moved")
     )
@@ -293,7 +293,7 @@ def comparable(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def missing_kernel(path: Path, message: str) -> tuple[str, str] | None:
-    """Return operator and dtype if onnxruntime's message says that a kernel is missing.
+    """Return operator and dtype of the kernel that onnxruntime lacks; None for another message.
 
     Args:
         path: the file that it refuses.

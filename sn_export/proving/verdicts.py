@@ -211,6 +211,6 @@ def describe_unconverged(found: Sequence[UnconvergedSigma]) -> str:
 
 
 def is_imprecise(output: OutputParity) -> bool:
-    """Whether a file passed that its own operators keep too far from the truth."""
+    """Whether an output passed though the file's own operators lose precision."""
     found = output.rounding
     return output.passed and found is not None and found.operators is not None

@@ -202,7 +202,7 @@ def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]
                 f"dynamic_shapes of '{name}' has the key {unknown[0]!r}, the input "
                 f"{', '.join(map(repr, held))}"
             )
-        # Of a registered dataclass fields that are None are left out.
+        # ``held`` lacks the fields of a registered dataclass that are None.
         pairs = [(str(key), held.get(str(key)), inner) for key, inner in spec.items()]
     elif isinstance(spec, (tuple, list)) and not isinstance(value, dict):
         if len(content) != len(spec):

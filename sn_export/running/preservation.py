@@ -234,11 +234,11 @@ class Guarded:
         self.memory = tensor.detach()
         self.content: Tensor | None = None if later else self.memory.clone()
         self.was_written = False
-        # A backward of the user's own may be pending, which checks it.
+        # Autograd checks it in a backward of the user's that may be pending.
         self._version = None if tensor.is_inference() else tensor._version
 
     def keep(self) -> None:
-        """Copy the content, unless that is done."""
+        """Copy the content, once."""
         if self.content is None:
             with disable_dispatch_modes():
                 self.content = self.memory.clone()

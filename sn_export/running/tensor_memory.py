@@ -19,7 +19,7 @@ LARGE = 2**29  # bytes of weights, past which a model is a large one
 
 _BY_ROW = (torch.sparse_csr, torch.sparse_bsr)
 _BY_COLUMN = (torch.sparse_csc, torch.sparse_bsc)
-_ALIGNMENT = 16  # bytes of the widest element: a view may start at a multiple of its dtype only
+_ALIGNMENT = 16  # bytes of the widest element: a view starts at a multiple of its dtype
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -168,7 +168,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _group_by_memory(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Yield the tensors in groups, one for each range of bytes that hangs together."""
+    """Yield the tensors in groups: in each, every tensor shares a byte with another."""
     storages: dict[tuple[torch.device, int], list[Tensor]] = {}
     for tensor in tensors:
         if _has_plain_memory(tensor):
@@ -233,7 +233,7 @@ class Watch(TorchDispatchMode):
             return
         try:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-        except IndexError:  # what `__exit__` takes first is gone: it was interrupted behind that
+        except IndexError:  # an interrupted `__exit__` has popped its entry, and not the mode
             pop_dispatch_mode()
 
     def __torch_dispatch__(

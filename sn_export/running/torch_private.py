@@ -117,10 +117,10 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "FSDPParam, later": ("_param_fqn", "_unsharded_param", "param_dtype"),
 }
 
-SAFE_SOFTMAX: Any = torch.ops.aten._safe_softmax.default  # of fused attention with a mask
+SAFE_SOFTMAX: Any = torch.ops.aten._safe_softmax.default  # of attention with a mask
 TorchScriptNode: Any = torch._C.Node
 call_without_subclasses: Any = torch._C._disabled_torch_function_impl
-rebuild: Any = torch._utils  # what files of torch.save name
+rebuild: Any = torch._utils  # has the functions that files of torch.save name
 
 
 def parametrize_cache() -> dict[tuple[int, str], Tensor | None]:

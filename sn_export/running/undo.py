@@ -147,6 +147,6 @@ def _end_abandoned() -> None:
         seen.add(id(error))
         for frame, _ in traceback.walk_tb(error.__traceback__):
             if frame.f_code.co_filename == contextlib.__file__:
-                with contextlib.suppress(RuntimeError):  # it runs: a decorated function's
+                with contextlib.suppress(RuntimeError):  # of a decorated function: it runs
                     frame.clear()
         error = error.__cause__ or error.__context__
