@@ -127,9 +127,8 @@ def proof_session(path: Path, settings: ProofSettings) -> Any:
     with tempfile.TemporaryDirectory(prefix="sn_export_") as folder:
         copied = Path(folder) / path.name
         write_float32(path, copied)
-        return open_session(
-            copied, settings.providers, at_once=True
-        )  # the copy is gone when that runs
+        # The copy is gone when the session runs, so it is not run in pieces.
+        return open_session(copied, settings.providers, at_once=True)
 
 
 def compare(

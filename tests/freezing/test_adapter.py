@@ -95,10 +95,10 @@ def test_own_spectral_norm_is_frozen_and_restored() -> None:
 @pytest.fixture(autouse=True)
 def _nothing_stays_registered() -> Iterator[None]:
     """Ask the registry inside: an adapter that finds nothing shows nowhere else."""
-    from sn_export.freezing.kinds.adapters import adapters
+    from sn_export.freezing.kinds.adapters import list_registrations
 
     yield
-    assert not adapters()
+    assert not list_registrations()
 
 
 def model() -> nn.Module:
@@ -133,7 +133,7 @@ def test_nothing_is_found_without_the_adapter() -> None:
 
 def test_decorator_registers_a_class() -> None:
     """As a decorator it returns the class; without a handle, the registry inside is emptied."""
-    from sn_export.freezing.kinds import adapters
+    from sn_export.freezing.kinds.adapters import list_registrations
 
     decorated = register_spectral_norm(PackedAdapter)
     try:
@@ -141,7 +141,7 @@ def test_decorator_registers_a_class() -> None:
         (info,) = find_spectral_norm(PackedLinear(3, 4))
         assert info.kind == "PackedAdapter"
     finally:
-        cast(list[Any], adapters.adapters()).clear()
+        cast(list[Any], list_registrations()).clear()
 
 
 def test_block_with_an_adapter_is_exact() -> None:

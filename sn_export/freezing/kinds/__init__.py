@@ -9,7 +9,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..introspection.source_code import code_of, is_torch_layer
 from ..site import Kind, Site
-from .adapters import adapters, find_adapted
+from .adapters import find_adapted, list_registrations
 from .chain import find_chains
 from .child_norm import find_child_norms
 from .handwritten import Frozen
@@ -29,7 +29,7 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
     is_layer = is_torch_layer(cls)
     hooks = module._forward_pre_hooks
     has_foreign_hooks = bool(hooks) and not all(map(_is_of_torch, hooks.values()))
-    if is_layer and not has_foreign_hooks and not adapters():
+    if is_layer and not has_foreign_hooks and not list_registrations():
         return ()
     sites: list[Site] = [*find_adapted(path, module)]
     if sites or isinstance(module, Frozen):

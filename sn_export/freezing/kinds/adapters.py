@@ -125,7 +125,7 @@ def register_spectral_norm(adapter: C | SpectralNormAdapter) -> C | Registration
     return adapter if isinstance(adapter, type) else registration
 
 
-def adapters() -> Sequence[Registration]:
+def list_registrations() -> Sequence[Registration]:
     """Return what is registered, in the order in which it is asked; a live list."""
     return _adapters
 
@@ -235,7 +235,7 @@ class AdaptedSite(Site):
 def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:
     """Return the sites that registered adapters find in ``module``."""
     sites: dict[str, AdaptedSite] = {}
-    for adapter in [registration.adapter for registration in adapters()]:
+    for adapter in [registration.adapter for registration in list_registrations()]:
         for name in _names(path, module, adapter):
             if name not in sites:
                 sites[name] = AdaptedSite(path, module, name, adapter)
