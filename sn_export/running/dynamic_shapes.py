@@ -188,6 +188,14 @@ def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]
             if not _is_fixed(f"dimension {position} of '{name}'", entry, value.shape[position])
         }
         return {id(value): entries}
+    found: dict[int, dict[int, Any]] = {}
+    for key, item, inner in _nested_entries(name, value, spec):
+        found.update(_declared_dims(f"{name}_{key}", item, inner))
+    return found
+
+
+def _nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, Any, Any]]:
+    """Return what a container holds: the key, the item, and the entry of ``dynamic_shapes``."""
     content = entries_of(value)
     if content is None:
         kind = type(value).__name__
@@ -203,23 +211,18 @@ def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]
                 f"{', '.join(map(repr, held))}"
             )
         # ``held`` lacks the fields of a registered dataclass that are None.
-        pairs = [(str(key), held.get(str(key)), inner) for key, inner in spec.items()]
-    elif isinstance(spec, (tuple, list)) and not isinstance(value, dict):
+        return [(str(key), held.get(str(key)), inner) for key, inner in spec.items()]
+    if isinstance(spec, (tuple, list)) and not isinstance(value, dict):
         if len(content) != len(spec):
             raise ValueError(
                 f"dynamic_shapes of '{name}' has {format_count(len(spec), 'entry')}, the input "
                 f"{len(content)}"
             )
-        pairs = [(key, item, inner) for (key, item), inner in zip(content, spec, strict=True)]
-    else:
-        raise TypeError(
-            f"dynamic_shapes of '{name}' must be nested like the input, a "
-            f"{type(value).__name__}, got {type(spec).__name__}"
-        )
-    found: dict[int, dict[int, Any]] = {}
-    for key, item, inner in pairs:
-        found.update(_declared_dims(f"{name}_{key}", item, inner))
-    return found
+        return [(key, item, inner) for (key, item), inner in zip(content, spec, strict=True)]
+    raise TypeError(
+        f"dynamic_shapes of '{name}' must be nested like the input, a "
+        f"{type(value).__name__}, got {type(spec).__name__}"
+    )
 
 
 def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
