@@ -390,3 +390,34 @@ def test_weight_in_a_child_is_watched_where_it_stands() -> None:
         with frozen_spectral_norm(layer):
             assert list(layer.state_dict()) == ["0.module.bias", "0.module.weight"]
     assert_unchanged(before, layer)
+
+
+def test_the_second_weight_of_a_module_is_frozen_on_top_of_the_first() -> None:
+    """The adapter finds the module as it left it for the first weight: its tensors and class."""
+    classes: list[str] = []
+
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.raw_a, self.raw_b = nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2, 2))
+
+    class PairAdapter(PackedAdapter):
+        def find(self, module: nn.Module) -> Iterable[str]:
+            return ["a", "b"] if isinstance(module, Pair) else []
+
+        def value(self, module: nn.Module, name: str) -> Tensor:
+            return cast(Tensor, getattr(module, f"raw_{name}")) / 2
+
+        def freeze(self, module: nn.Module, name: str, weight: nn.Parameter) -> None:
+            classes.append(f"{type(module).__name__} with {list(module._parameters)}")
+            delattr(module, f"raw_{name}")
+            module.register_parameter(name, weight)
+            module.__class__ = type(f"{name}_{type(module).__name__}", (type(module),), {})
+
+    pair = Pair()
+    before = fingerprint(pair)
+    with register_spectral_norm(PairAdapter()), frozen_spectral_norm(pair):
+        assert classes == ["Pair with ['raw_a', 'raw_b']", "a_Pair with ['raw_b', 'a']"]
+        assert type(pair).__name__ == "b_a_Pair"
+        assert list(pair.state_dict()) == ["a", "b"]
+    assert_unchanged(before, pair)

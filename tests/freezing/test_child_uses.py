@@ -278,7 +278,7 @@ def stated_type(self: Any, x: Any) -> Any:
 
 def looked_at(self: Any, x: Any) -> Any:
     assert isinstance(self.out, nn.Linear) and hasattr(self.out, "bias"), str(self.items)
-    print(len(self.items), type(self.out), id(self.out), bool(self.table))
+    print(self.out, len(self.items), type(self.out), id(self.out), bool(self.table))
     return x
 
 
@@ -432,6 +432,10 @@ def method_of_the_class(self: Any, x: Any) -> Any:
     return Inner.read_weight(self.out)
 
 
+def method_of_torch_by_its_class(self: Any, x: Any) -> Any:
+    return nn.Module.float(self)
+
+
 def property_with_a_layer(self: Any, x: Any) -> Any:
     return self.inner.only(x)
 
@@ -547,6 +551,7 @@ FORMS: dict[Forward, tuple[str, str, str]] = {  # called, read, handed on
     method_given_more: ("out", "", "items.0 table.a"),
     static_method: ("", "items.0.weight out.weight", ""),
     method_of_the_class: ("", "out.weight", ""),
+    method_of_torch_by_its_class: ("", "", ""),
     property_with_a_layer: ("inner.layer", "", ""),
     attribute_that_is_called: ("", "inner.activation", "out"),
     helper: ("", "items.0.weight out.weight", ""),

@@ -167,6 +167,13 @@ def test_a_function_tells_that_it_normalises(word: str) -> None:
     assert found == ["weight"] * (word not in NO_SIGMAS)
 
 
+@pytest.mark.parametrize("vector", ["bias", "running_bias", "bias_u"])
+def test_a_bias_is_no_vector(vector: str) -> None:
+    """Its shape fits every weight, so beside code that normalises it tells nothing."""
+    model = build(ITERATING, vector=vector, word="normalize", rows=4, iterations="steps")
+    assert [info.name for info in find_spectral_norm(model)] == ["weight"] * (vector == "bias_u")
+
+
 @pytest.mark.parametrize("word", [*SIGMAS, *NORMS, *NO_SIGMAS])
 def test_a_largest_singular_value_needs_no_vectors(word: str) -> None:
     """Without vectors the weight is found if a function says that it is its largest value."""
