@@ -21,7 +21,7 @@ from ..errors import (
     SpectralNormNotConvergedWarning,
     TracedDecisionWarning,
 )
-from ..files import Drafts, disk_errors_as
+from ..files import DraftFolders, disk_errors_as
 from ..freezing import describe_sites
 from ..proving import Case, Proof, called_name, differs, is_imprecise
 from ..results import (
@@ -63,7 +63,7 @@ class Made:
     failures: Sequence[Failure]
 
 
-def make_proved_file(request: Request, proof: Proof, drafts: Drafts) -> Made:
+def make_proved_file(request: Request, proof: Proof, drafts: DraftFolders) -> Made:
     """Return the first file that an exporter makes and that is proved.
 
     Args:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import Drafts, disk_errors_as, publish, side_file
+from ..files import DraftFolders, Drafts, disk_errors_as, publish, side_file
 from ..proving import (
     ProofSettings,
     describe_unconverged,
@@ -283,7 +283,7 @@ def _one_at_a_time() -> Iterator[None]:
         yield
 
 
-def _publish(request: Request, made: Made, drafts: Drafts) -> None:
+def _publish(request: Request, made: Made, drafts: DraftFolders) -> None:
     """Move a file to its place, with its external data and the case that was asked for."""
     draft, target, case = made.draft, request.target, request.case
     moves = [(draft, target)]

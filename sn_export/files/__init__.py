@@ -1,6 +1,6 @@
 """Where files go, and how they get there: several together or not at all. No torch."""
 
-from .drafts import Drafts, require_writable
+from .drafts import DraftFolders, Drafts, require_writable
 from .paths import (
     TEXT_FORMATS,
     are_one_place,
@@ -19,6 +19,7 @@ from .publishing import publish
 
 __all__ = [
     "TEXT_FORMATS",
+    "DraftFolders",
     "Drafts",
     "are_one_place",
     "as_path",

@@ -52,26 +52,11 @@ def require_writable(target: Path) -> None:
         raise type(error)(f"cannot write '{target}': {error.strerror}") from error
 
 
-class Drafts(io.IOBase):
-    """A context manager with paths to write to, whose folders are gone when it is left.
-
-    ::
-
-        with Drafts() as drafts:
-            made = drafts.open(Path("net.onnx"))  # .sn_export.k2x0f8vt/made/net.onnx
-            made.write_bytes(content)
-            publish([(made, Path("net.onnx"))])
-
-    An interrupt cannot prevent the removal. ``__exit__`` is that of `io.IOBase`, which calls
-    ``close``, here that of a generator. Both are written in C, so no line of Python, at which an
-    interrupt could strike, runs before the generator goes on inside its ``try``.
-    """
+class DraftFolders:
+    """Folders for drafts, each beside the place of a file."""
 
     def __init__(self) -> None:
-        self._folders: dict[Path, list[int]] = {}
-        removal = _remove_at_close(self._folders)
-        next(removal)
-        self.__dict__["close"] = removal.close
+        self._locks: dict[Path, list[int]] = {}
 
     def open(self, target: Path) -> Path:
         """Return a path of the same name in a new folder beside ``target``.
@@ -89,19 +74,56 @@ class Drafts(io.IOBase):
         _remove_leftovers(target.parent)
         folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
         _own_folders.add(folder)
-        self._folders[folder] = []
-        _make(folder, self._folders[folder])
+        self._locks[folder] = []
+        _make(folder, self._locks[folder])
         return folder / _MADE / target.name
 
+    def remove(self) -> None:
+        """Remove the folders and their locks; it can be repeated from wherever it was stopped."""
+        for folder, locks in [*self._locks.items()]:
+            _remove(folder)
+            _own_folders.discard(folder)
+            while locks:
+                os.close(locks.pop())
+            del self._locks[folder]
 
-def _remove_at_close(folders: dict[Path, list[int]]) -> Generator[None]:
+
+class Drafts(io.IOBase):
+    """A context manager with paths to write to, whose folders are gone when it is left.
+
+    ::
+
+        with Drafts() as drafts:
+            made = drafts.open(Path("net.onnx"))  # .sn_export.k2x0f8vt/made/net.onnx
+            made.write_bytes(content)
+            publish([(made, Path("net.onnx"))])
+
+    An interrupt cannot prevent the removal. ``__exit__`` is that of `io.IOBase`, which calls
+    ``close``, here that of a generator. Both are written in C, so no line of Python, at which an
+    interrupt could strike, runs before the generator goes on inside its ``try``. An interrupt that
+    strikes after Python has left the block and before it calls ``__exit__`` makes the with
+    statement drop the context manager, whose finaliser, of io, calls ``close``. For that, what the
+    block binds must not refer to the context manager: the traceback holds it.
+    """
+
+    def __init__(self) -> None:
+        self._folders = DraftFolders()
+        removal = _remove_at_close(self._folders)
+        next(removal)
+        self.__dict__["close"] = removal.close
+
+    def __enter__(self) -> DraftFolders:  # type: ignore[override]
+        return self._folders
+
+
+def _remove_at_close(folders: DraftFolders) -> Generator[None]:
     try:
         try:
             yield
         finally:
-            _close(folders)
+            folders.remove()
     finally:  # an interrupt may have stopped the first one
-        _close(folders)
+        folders.remove()
 
 
 def _make(folder: Path, locks: list[int]) -> None:
@@ -120,16 +142,6 @@ def _make(folder: Path, locks: list[int]) -> None:
             (folder / _LOCK).unlink(missing_ok=True)
             break
     (folder / _MADE).mkdir()
-
-
-def _close(folders: dict[Path, list[int]]) -> None:
-    """Remove folders and their locks; it can be repeated from wherever it was stopped."""
-    for folder, locks in [*folders.items()]:
-        _remove(folder)
-        _own_folders.discard(folder)
-        while locks:
-            os.close(locks.pop())
-        del folders[folder]
 
 
 def _lock(path: Path, flags: int = 0) -> int:

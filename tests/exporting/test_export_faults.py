@@ -7,6 +7,8 @@ import sys
 import threading
 from pathlib import Path
 
+import faults
+import pytest
 import torch
 from faults import Fault
 from fingerprint import fingerprint
@@ -15,6 +17,7 @@ from torch import nn
 from torch.nn.utils import spectral_norm
 
 from sn_export import export_onnx
+from sn_export.files import Drafts, publish
 
 OFTEN = (
     "contextlib.py",
@@ -79,3 +82,34 @@ def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> 
     other.start()
     other.join(60)
     assert not other.is_alive()
+
+
+def test_interrupt_within_drafts_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt at any line, the caller's with statement too, leaves no folder while caught."""
+    path = tmp_path / "a"
+
+    def write() -> None:
+        with Drafts() as drafts:
+            draft = drafts.open(path)
+            draft.write_text("a")
+            publish([(draft, path)])
+
+    monkeypatch.setattr(faults, "USERS", (*faults.USERS, write.__code__))
+    dry = Fault()
+    dry.start()
+    write()
+    dry.stop()
+    for step in dry.steps():
+        fault = Fault(KeyboardInterrupt, step)
+        fault.start()
+        try:
+            write()
+        except KeyboardInterrupt:
+            fault.stop()
+            left = {entry.name for entry in tmp_path.iterdir()}
+            assert left <= {"a"}, fault.struck
+        finally:
+            fault.stop()
+    assert len(dry.steps()) > 80
