@@ -19,9 +19,11 @@ from kills import contents, fill
 from networks import KINDS, seed_torch
 from prove_common import Row
 from torch import nn
+from torch.distributed.checkpoint.state_dict_saver import save as save_distributed
 from torch.nn.utils import spectral_norm
 
 from sn_export import export_onnx
+from sn_export.checkpoints import convert_checkpoint
 
 _ERRORS: tuple[type[BaseException], ...] = (RuntimeError, KeyboardInterrupt, MemoryError)
 
@@ -32,9 +34,11 @@ def rows(quick: bool) -> Iterator[Row]:
         yield _block(what, run, stride=20 if quick else 1)
     with tempfile.TemporaryDirectory() as folder:
         earlier, tempfile.tempdir = tempfile.tempdir, folder  # other processes have theirs
-        export = _Export(Path(folder) / "target")
-        yield export.faults(stride=80 if quick else 1)
-        yield export.signals(10 if quick else 200)
+        for name, prepare in _WRITERS.items():
+            writer = _Writer(name, prepare, Path(folder) / name / "target")
+            yield writer.faults(stride=80 if quick else 1)
+            if name == "an export":
+                yield writer.signals(10 if quick else 200)
         tempfile.tempdir = earlier
 
 
@@ -65,38 +69,105 @@ def _layer(kind: str) -> nn.Module:
     return nn.Sequential(KINDS[kind](nn.Linear(2, 2)))
 
 
-class _Export:
-    """A small export over an earlier file, and what is afterwards not as it was."""
+Prepare = Callable[[Path], tuple[nn.Module, Callable[[], object]]]
 
-    def __init__(self, folder: Path) -> None:
-        seed_torch(0)
-        folder.mkdir(exist_ok=True)
-        self.folder = folder
-        self.model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
-        self.before = fingerprint(self.model)
-        self.path = folder / "net.onnx"
-        self.output = _output()
-        self.run()
-        self.new = contents(folder)
-        self.old = {name: f"an earlier {name}".encode() for name in self.new}
 
-    def run(self) -> None:
-        """Export."""
-        export_onnx(
-            self.model,
-            torch.zeros(1, 2),
-            self.path,
-            exporter="torchscript",
-            samples=1,
-            overwrite=True,
-            per_module=True,
-            save_case=self.folder / "net.npz",
+def _export(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
+    """Return a model, and what exports it with a case."""
+    model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
+    return model, lambda: export_onnx(
+        model,
+        torch.zeros(1, 2),
+        folder / "net.onnx",
+        exporter="torchscript",
+        samples=1,
+        overwrite=True,
+        per_module=True,
+        save_case=folder / "net.npz",
+    )
+
+
+def _convert(name: str) -> Prepare:
+    """Return what prepares the conversion of a checkpoint to ``name``, of a folder to a folder."""
+
+    def prepare(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
+        model = nn.Sequential(*(spectral_norm(nn.Linear(8, 8)) for _ in range(2)))
+        source = folder.parent.parent / ("source" if name == "folder" else "source.pt")
+        if name == "folder":
+            save_distributed(model.state_dict(), checkpoint_id=source, no_dist=True)
+        else:
+            torch.save(model.state_dict(), source)
+        shards = None if name == "folder" else 400  # bytes each
+        return model, lambda: convert_checkpoint(
+            source, folder / name, "parametrization", max_shard_size=shards
         )
+
+    return prepare
+
+
+def _save_report(name: str) -> Prepare:
+    """Return what prepares saving the report of an export as ``name``."""
+
+    def prepare(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
+        model = nn.Sequential(spectral_norm(nn.Conv2d(1, 3, 3, padding=1)))
+        onnx = folder / "net.onnx"
+        report = export_onnx(model, torch.zeros(1, 1, 8, 8), onnx, exporter="torchscript")
+        onnx.unlink()
+        return model, lambda: report.save(folder / name)
+
+    return prepare
+
+
+# What writes files, by what it is called in the table.
+_WRITERS: dict[str, Prepare] = {
+    "an export": _export,
+    "a conversion to shards": _convert("net.safetensors"),
+    "a conversion to a folder": _convert("folder"),
+    "saving a report as a page": _save_report("net.html"),
+    "saving a report as JSON": _save_report("net.json"),
+}
+
+
+class _Writer:
+    """Writes files over earlier ones, and says what is afterwards not as it was.
+
+    Args:
+        name: what it does, for the table.
+        prepare: makes a model, and what writes files that belong to it into a folder.
+        folder: where the files are written.
+    """
+
+    def __init__(self, name: str, prepare: Prepare, folder: Path) -> None:
+        self.name = name
+        self.prepare = prepare
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True)
+        earlier = self._prepare(1)
+        # A folder is written as a new one.
+        self.old = {name: content for name, content in earlier.items() if "/" not in name}
+        self.new = self._prepare(0)
+        self.before = fingerprint(self.model)
+        self.output = _output()
+
+    def _prepare(self, seed: int) -> dict[str, bytes]:
+        """Make the model and what writes its files; return what it writes."""
+        seed_torch(seed)
+        fill(self.folder, {})
+        self.model, self.run = self.prepare(self.folder)
+        self.run()
+        return self._read()
+
+    def _read(self) -> dict[str, bytes]:
+        """Return what is in the folder; torch gives metadata another number at each writing."""
+        found = contents(self.folder)
+        return {name: b"" if name.endswith(".metadata") else found[name] for name in found}
 
     def faults(self, stride: int) -> Row:
         """Raise at each line, with one of the errors in turn."""
         dry = Fault()
         self._attack(dry.start, dry.stop)
+        if self._read() != self.new:
+            raise RuntimeError(f"{self.name} fails where nothing is raised")
         steps = dry.steps()[::stride]
         failures = []
         for number, step in enumerate(steps):
@@ -106,7 +177,7 @@ class _Export:
                 failures.append(f"{fault.error.__name__} at {fault.struck}: {found}")
         note = f"{len(set(dry.places))} different lines"
         survived = len(steps) - len(failures)
-        return Row("raise at a line within an export", len(steps), survived, note, failures)
+        return Row(f"raise at a line within {self.name}", len(steps), survived, note, failures)
 
     def signals(self, count: int) -> Row:
         """Interrupt by a real signal at random moments."""
@@ -135,7 +206,7 @@ class _Export:
         return Row("signal at a random moment of an export", count, survived, note, failures)
 
     def _attack(self, start: Callable[[], object], stop: Callable[[], object]) -> str:
-        """Export under attack; say what is damaged, then mend it."""
+        """Write under attack; say what is damaged, then mend it."""
         fill(self.folder, self.old)
         found = []
         try:
@@ -150,7 +221,7 @@ class _Export:
         found += self._damage()
         if found:
             fill(self.folder, {})
-            self.__init__(self.folder)  # type: ignore[misc]
+            self.__init__(self.name, self.prepare, self.folder)  # type: ignore[misc]
         return "; ".join(found[:2])[:300]
 
     def _damage(self) -> list[str]:
@@ -159,7 +230,8 @@ class _Export:
         if self.output != _output():
             found.append("standard output or error is still replaced")
         left = sorted(path.name for path in self.folder.iterdir())
-        if left != sorted(self.old) or contents(self.folder) not in (self.old, self.new):
+        is_known = self._read() in (self.old, self.new)
+        if not is_known or any(name.startswith(".") for name in left):
             found.append(f"the folder holds {left}")
         if more := [path.name for path in self.folder.parent.iterdir() if path != self.folder]:
             found.append(f"temporary files {sorted(more)}")

@@ -86,8 +86,12 @@ def _die(work: Callable[[], None], step: int, since: str) -> None:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Return what is in the files of a folder, without those of killed processes."""
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+    """Return what is in the files of a folder and below, without those of killed processes."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file() and not path.relative_to(folder).parts[0].startswith(".sn_export.")
+    }
 
 
 def verdict(found: Contents, old: Contents, new: Contents, last: str) -> str:
