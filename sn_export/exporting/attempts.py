@@ -35,7 +35,7 @@ from ..results import (
 from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
-from .failures import describe_failures, traced_decision
+from .failures import describe_failures, find_traced_decision
 from .onnx_file import Written, file_metadata, versions, write_onnx
 from .references import extend_references
 
@@ -257,7 +257,7 @@ def _traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
     """Yield a warning if dynamo failed because the forward decides by the values of a tensor."""
     samples = made.report.parity.samples
     for _, error in made.failures:
-        where = traced_decision(error, request.model, request.call.example.method)
+        where = find_traced_decision(error, request.model, request.call.example.method)
         if where is not None:
             yield (
                 TracedDecisionWarning,

@@ -193,7 +193,7 @@ def explain_failure(
     return Explanation(text, _describe_place(place, method), tuple(advice), place.file is not None)
 
 
-def traced_decision(
+def find_traced_decision(
     error: BaseException, model: nn.Module, method: MethodType | None
 ) -> str | None:
     """Return where the forward decides by the values of a tensor, if that is what failed.

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
-from ..proving import ort, using_modules
+from ..proving import find_using_modules, ort
 from ..results import FoldedInitializer
-from .initializers import Sources, folded_name
+from .initializers import Sources, name_folded
 
 _logger = logging.getLogger("sn_export")
 # They put values in other places. Exporters leave them on the weights of plain networks too
@@ -279,8 +279,8 @@ def _register(
     tensor = value.const_value
     assert tensor is not None  # `_replace` sets it, and `computed_from` takes no other
     raw = sources.main(names, tensor.size)
-    users = using_modules(value)
-    value.name = tensor.name = folded_name(raw, users, _taken_names(graph))
+    users = find_using_modules(value)
+    value.name = tensor.name = name_folded(raw, users, _taken_names(graph))
     _insert(graph, value, sources.positions.get(raw or ""), sources.positions)
     return FoldedInitializer(
         name=value.name,

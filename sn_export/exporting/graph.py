@@ -157,16 +157,16 @@ def require_opset(
 
     Raises:
         TypeError: if it is no integer.
-        ValueError: if it is none of `opsets_of` the exporters.
+        ValueError: if it is none of `find_opsets` the exporters.
     """
     if opset is None:
         return None, tuple(exporters)
     number = plain_integer(opset)
     if number is None:
         raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
-    able = tuple(name for name in exporters_of(number) if name in exporters)
+    able = tuple(name for name in find_exporters(number) if name in exporters)
     if not able:
-        ranges = ((opsets_of(name), name) for name in exporters)
+        ranges = ((find_opsets(name), name) for name in exporters)
         wanted = " or ".join(f"{opsets[0]} to {opsets[-1]} ({name})" for opsets, name in ranges)
         raise ValueError(
             f"opset_version must be {wanted} with torch {torch.__version__}, onnx "
@@ -175,22 +175,22 @@ def require_opset(
     return number, able
 
 
-def exporters_of(opset: int | None) -> tuple[Exporter, ...]:
+def find_exporters(opset: int | None) -> tuple[Exporter, ...]:
     """Return the exporters that make files of an opset; all of them for None."""
-    return tuple(name for name in EXPORTERS if opset is None or opset in opsets_of(name))
+    return tuple(name for name in EXPORTERS if opset is None or opset in find_opsets(name))
 
 
-def default_opset(dtype: str | None) -> int | None:
+def choose_opset(dtype: str | None) -> int | None:
     """Return the opset for a network of this dtype, None for torch's own default.
 
     Convolutions and much else have no bfloat16 before opset 22.
     """
-    newest = max(opsets_of(name)[-1] for name in EXPORTERS)
+    newest = max(find_opsets(name)[-1] for name in EXPORTERS)
     return min(_BFLOAT16, newest) if dtype == "bfloat16" else None
 
 
 @functools.cache
-def opsets_of(exporter: Exporter) -> range:
+def find_opsets(exporter: Exporter) -> range:
     """Return the opsets that an exporter writes, onnx knows and onnxruntime runs; tried once.
 
     The TorchScript exporter refuses what is newer than torch's constant; the dynamo exporter lets

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ..freezing import plain_name
-from ..proving import using_modules
+from ..proving import find_using_modules
 from ..running import is_dense, make_distinct
 from ..text import qualified
 
@@ -80,7 +80,7 @@ class Sources:
             return names if names and not self._are_elements(tensor, names) else None
         if _is_fused(value):
             return None
-        users = using_modules(value)
+        users = find_using_modules(value)
         near = [
             name
             for name in self._state
@@ -176,14 +176,14 @@ def plain_path(raw: str) -> str:
     return qualified(module, plain_name(tensor.removesuffix("_v") or tensor))
 
 
-def folded_name(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:
+def name_folded(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:
     """Return a free name for a folded value: that of the weight, in the module that reads it.
 
     ::
 
-        folded_name("conv.weight_orig", ["conv"], ())  # "conv.weight"
-        folded_name("mlp.weight_v", ["head"], ())  # "head.weight"
-        folded_name(None, ["conv"], ["conv.weight"])  # "conv.weight_folded"
+        name_folded("conv.weight_orig", ["conv"], ())  # "conv.weight"
+        name_folded("mlp.weight_v", ["head"], ())  # "head.weight"
+        name_folded(None, ["conv"], ["conv.weight"])  # "conv.weight_folded"
 
     Args:
         raw: name of the tensor that it is made from, if that has one.

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from ..errors import ExportError
 from ..files import as_path
 from ..freezing import ParametrizationInfo, SpectralNormInfo
-from ..proving import save, weight_bytes
+from ..proving import count_weight_bytes, save
 from ..results import Exporter, FileInput, FoldedInitializer
 from ..running import Reference
 from ..text import qualified
@@ -240,7 +240,7 @@ def _save(
     model: ir.Model, path: Path, external_data: ExternalData, release: Callable[[], None]
 ) -> onnx.ModelProto:
     """Write the file, and return its model without the weights."""
-    size = weight_bytes(model)
+    size = count_weight_bytes(model)
     outside = size > _INLINE_LIMIT if external_data == "auto" else external_data
     if not outside and size > _INLINE_LIMIT:
         raise ExportError(

@@ -20,24 +20,24 @@ from ..freezing import freeze_into
 from ..proving import (
     Freezing,
     Proof,
-    coarsest_of,
+    find_coarsest,
     find_shown,
-    references_beyond,
-    resized_references,
+    run_beyond_program,
+    run_resized,
 )
 from ..running import (
     InputSet,
     Preserved,
     Reference,
     are_large,
-    draws_note,
+    describe_draws,
     is_dense,
     left_out_note,
     random_references,
     run_usable,
 )
 from .arguments import Request
-from .graph import default_opset, name_outputs
+from .graph import choose_opset, name_outputs
 
 _logger = logging.getLogger("sn_export")
 _SMALLEST = 2**20  # bytes of a weight
@@ -77,10 +77,10 @@ def run_references(
     drawn = random_references(first, request.samples, run)
     references = [first, *drawn.references, *map(run, call.own)]
     usable = partial(run_usable, first, run=run)
-    references += resized_references(call.example, request.dims, usable, call.own)
+    references += run_resized(call.example, request.dims, usable, call.own)
     request = replace(
         request,
-        opset_version=request.opset_version or default_opset(coarsest_of(request.model, [first])),
+        opset_version=request.opset_version or choose_opset(find_coarsest(request.model, [first])),
         output_names=names,
         settings=replace(settings, input_names=request.input_names),
     )
@@ -100,7 +100,7 @@ def plan_proof(
         left_out: the sentence that it returned.
     """
     spill = Spill(request.model, request.target.parent)
-    notes = draws_note(references[0].inputs.draws), request.note, left_out
+    notes = describe_draws(references[0].inputs.draws), request.note, left_out
     return Proof(
         model=request.model,
         state=state,
@@ -124,7 +124,7 @@ def extend_references(proof: Proof, request: Request, program: Any) -> None:
     """
     run = partial(run_usable, proof.references[0], run=proof.run)
     example = request.call.example
-    proof.references.extend(references_beyond(program, example, request.dims, run))
+    proof.references.extend(run_beyond_program(program, example, request.dims, run))
 
 
 class Spill:

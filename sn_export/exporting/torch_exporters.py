@@ -45,7 +45,7 @@ from ..running import (
 )
 from .arguments import Request
 from .failures import TorchExporterError, explain_failure
-from .graph import exporters_of
+from .graph import find_exporters
 
 # What a `_Call` shares with its model, so that weights keep their names; the rest is new.
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
@@ -63,7 +63,7 @@ def run_exporter(
     model = request.model
     try:
         with quiet(request.verbose), no_fused_attention():
-            call = flat_call(model, reference)
+            call = flatten_call(model, reference)
             if exporter == "torchscript":
                 return _torchscript(request, call, raw), None
             program = _dynamo(request, call)
@@ -84,14 +84,14 @@ def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None
 
     So advice comes to an end. None where both were tried, or one alone makes this opset.
     """
-    if len(request.exporters) > 1 or len(exporters_of(request.opset_version)) < 2:
+    if len(request.exporters) > 1 or len(find_exporters(request.opset_version)) < 2:
         return None
     return "torchscript" if exporter == "dynamo" else "auto"
 
 
 def _dynamo(request: Request, call: FlatCall) -> Any:
     shapes = flat_shapes(list(request.input_names), request.dims)
-    with operators_parsed_once():
+    with parse_operators_once():
         program = torch.onnx.export(
             call.module,
             call.tensors,
@@ -145,7 +145,7 @@ class FlatCall(NamedTuple):
     tensors: tuple[Tensor, ...]
 
 
-def flat_call(model: nn.Module, reference: Reference) -> FlatCall:
+def flatten_call(model: nn.Module, reference: Reference) -> FlatCall:
     """Return the call of a module that takes the tensors of the example, and returns tensors.
 
     Args:
@@ -255,7 +255,7 @@ def quiet(verbose: bool) -> Iterator[None]:
 
 
 @undoing
-def operators_parsed_once() -> Iterator[None]:
+def parse_operators_once() -> Iterator[None]:
     """Let the operators of onnxscript be parsed once in a process, not at every export.
 
     `torch.onnx.export` reads and parses the source of some 500 functions whenever it is called,

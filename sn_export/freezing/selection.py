@@ -14,7 +14,7 @@ from ..errors import FreezeError
 from ..text import qualified, shorten_list
 from .info import GROUPS, Group
 from .introspection.child_uses import ChildUses
-from .introspection.source_code import names_of_methods
+from .introspection.source_code import collect_method_names
 from .kinds import ALL, SPECTRAL_NORM
 from .site import Found, Kind, Site
 
@@ -146,7 +146,7 @@ class Callers:
 
     def _reads_of(self, tensor: str) -> dict[tuple[nn.Module, str], nn.Module]:
         if tensor not in self._reads:
-            readers = [m for m in self._owners if tensor in names_of_methods(type(m))]
+            readers = [m for m in self._owners if tensor in collect_method_names(type(m))]
             self._reads[tensor] = ChildUses(readers).reads  # of most networks no class does
         return self._reads[tensor]
 

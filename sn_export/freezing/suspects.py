@@ -13,17 +13,17 @@ from ..errors import SpectralNormNotRecognisedWarning
 from ..running import SpectralNormLink
 from ..text import quote_names, shorten_list
 from .introspection.candidates import (
+    find_missing_weights,
     fits,
     is_named_as_bounded,
     is_named_as_norm,
     is_named_as_vector,
+    iter_small_state,
     matrices,
     mentions_norm,
     mentions_sigma,
-    missing_weights,
-    small_state,
 )
-from .introspection.source_code import Code, code_of, is_mentioned, is_torch_layer
+from .introspection.source_code import Code, is_mentioned, is_torch_layer, read_code
 from .kinds.handwritten import Frozen
 from .site import Found
 
@@ -93,10 +93,10 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     if isinstance(module, Frozen):
         return None
     if module._forward_pre_hooks:
-        for missing in missing_weights(module, operators=True):
+        for missing in find_missing_weights(module, operators=True):
             if any(map(is_named_as_vector, missing.state)):
                 return f"a pre-hook, and '{missing.raw}' with '{missing.state[0]}'"
-    code = code_of(type(module))
+    code = read_code(type(module))
     if code.is_torch:
         return None
     named = is_named_as_norm(type(module).__name__)
@@ -113,7 +113,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     ):
         return f"its name, and it computes with '{next(iter(own))}'"
     # The norm of a convolution as an operator has vectors of the size of its input and output.
-    vectors = [name for name, _ in small_state(module) if is_named_as_vector(name)]
+    vectors = [name for name, _ in iter_small_state(module) if is_named_as_vector(name)]
     if own and len(vectors) > 1 and mentions_norm(names):
         return f"{quote_names(vectors)} are named like singular vectors of '{next(iter(own))}'"
     return None
@@ -130,18 +130,18 @@ class _Pair(NamedTuple):
 
 
 def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
-    own, beside = matrices(module), list(small_state(module))
+    own, beside = matrices(module), list(iter_small_state(module))
     yield from _product(beside, own, code.names)
     for child, layer in module._modules.items():
         if layer is None or id(layer) in claimed or layer._modules:
             continue
-        inside = [(name, t) for name, t in small_state(layer) if is_named_as_vector(name)]
+        inside = [(name, t) for name, t in iter_small_state(layer) if is_named_as_vector(name)]
         if is_torch_layer(type(layer)):  # wrapped, perhaps
             weights = {f"{child}.{name}": weight for name, weight in matrices(layer).items()}
             yield from _product([*beside, *inside], weights, code.names)
         else:  # a helper that is given the weight, perhaps
             is_torch = isinstance(layer, SpectralNormLink)
-            yield from _product(inside, own, _TORCH if is_torch else code_of(type(layer)).names)
+            yield from _product(inside, own, _TORCH if is_torch else read_code(type(layer)).names)
 
 
 def _product(

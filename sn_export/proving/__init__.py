@@ -1,11 +1,11 @@
 """Run a file in onnxruntime, and hold its outputs against those of the model."""
 
 from .cases import Case, check_case, opened_case, write_case
-from .dynamic_sizes import references_beyond, resized_references
-from .external_data import find_stale_data, save, weight_bytes
+from .dynamic_sizes import run_beyond_program, run_resized
+from .external_data import count_weight_bytes, find_stale_data, save
 from .module_errors import called_name, type_name
-from .module_scopes import using_modules
-from .parity import check_parity, coarsest_of
+from .module_scopes import find_using_modules
+from .parity import check_parity, find_coarsest
 from .pictures import find_shown
 from .proof import Proof, differs, require_same_network
 from .session import ort
@@ -21,21 +21,21 @@ __all__ = [
     "called_name",
     "check_case",
     "check_parity",
-    "coarsest_of",
+    "count_weight_bytes",
     "describe_unconverged",
     "differs",
+    "find_coarsest",
     "find_shown",
     "find_stale_data",
+    "find_using_modules",
     "is_imprecise",
     "opened_case",
     "ort",
-    "references_beyond",
     "require_same_network",
-    "resized_references",
+    "run_beyond_program",
+    "run_resized",
     "save",
     "type_name",
     "unconverged_note",
-    "using_modules",
-    "weight_bytes",
     "write_case",
 ]

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..errors import ExportError, SnExportError
 from ..files import as_path, open_regular
 from ..results import ParityReport, ProofDtype, Tolerance
-from ..running import DRAWS, draws_note
+from ..running import DRAWS, describe_draws
 from ..text import dtype_name, format_count
 from .external_data import require_data_inside
 from .parity import add_results, mark_shown, proof_session, results, running_errors
@@ -144,7 +144,7 @@ def check_case(
         len(case.sets),
         tuple(session.get_providers()),
         proof_dtype=settings.proof_dtype,
-        notes=tuple(filter(None, [draws_note(case.draws)])),
+        notes=tuple(filter(None, [describe_draws(case.draws)])),
     )
 
 

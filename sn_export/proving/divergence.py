@@ -30,7 +30,7 @@ from .module_errors import (
     trace_inputs,
     type_name,
 )
-from .module_scopes import module_values
+from .module_scopes import find_module_values
 from .session import named_inputs, open_session, run_session
 from .tolerances import ProofSettings
 
@@ -72,7 +72,7 @@ def locate(
     except SnExportError as error:  # it ran once already: it depends on what ran before
         return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
     file = onnx.load(path, load_external_data=False)
-    named = module_values(model, file, {call.module for call in calls})
+    named = find_module_values(model, file, {call.module for call in calls})
     try:
         session = open_session(path, settings.providers, _with_all_values(file))
         feed = named_inputs(session, inputs, settings.input_names)

@@ -25,7 +25,7 @@ _LARGEST = 2**24  # elements of a tensor, past which a size is not tried
 Groups = Mapping[str, Sequence[DynamicDim]]
 
 
-def resized_references(
+def run_resized(
     example: InputSet,
     dims: Sequence[DynamicDim],
     run: Callable[[InputSet], Reference],
@@ -72,7 +72,7 @@ def resized_references(
     return tried.references
 
 
-def references_beyond(
+def run_beyond_program(
     program: Any,
     example: InputSet,
     dims: Sequence[DynamicDim],

@@ -28,7 +28,7 @@ _ARGUMENT = 256  # elements at most in shapes, axes and the like, which operator
 _PIECE = 2**28  # bytes of weights in one piece, where that holds a whole node
 
 
-def weight_bytes(model: ir.Model) -> int:
+def count_weight_bytes(model: ir.Model) -> int:
     """Return how many bytes the initializers of ``model`` take."""
     values = model.graph.initializers.values()
     return sum(value.const_value.nbytes for value in values if value.const_value is not None)

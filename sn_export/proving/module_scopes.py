@@ -37,7 +37,7 @@ class ModuleValues:
     entering: tuple[str, ...] = ()
 
 
-def module_values(
+def find_module_values(
     model: nn.Module, file: onnx.ModelProto, called: Collection[str] | None = None
 ) -> dict[str, ModuleValues]:
     """Return the values of each module by its path, without the model itself.
@@ -191,7 +191,7 @@ def _child(model: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
-def using_modules(value: ir.Value) -> list[str]:
+def find_using_modules(value: ir.Value) -> list[str]:
     """Return the paths of the modules whose nodes read ``value``, as the exporter names them."""
     return list(dict.fromkeys(_module_of(node) for node in value.consumers()))
 

@@ -20,7 +20,7 @@ from ..running import (
     Preserved,
     Reference,
     as_input_sets,
-    draws_note,
+    describe_draws,
     find_entry,
     initialise_lazy,
     preserved,
@@ -110,7 +110,7 @@ def check_parity(
         references = [run_reference(network, state, one) for one in sets]
         freezing = Freezing(partial(frozen_spectral_norm, network))
         report = compare(network, freezing, session, path, references, settings)
-        report = replace(report, notes=tuple(filter(None, (draws_note(draws), note))))
+        report = replace(report, notes=tuple(filter(None, (describe_draws(draws), note))))
         if per_module or not report.passed:
             report = locate_divergence(report, network, state, path, references, settings)
     return report
@@ -156,7 +156,7 @@ def compare(
             outputs differs.
     """
     names = [output.name for output in session.get_outputs()]
-    running = running_errors(names, settings, coarsest_of(model, references))
+    running = running_errors(names, settings, find_coarsest(model, references))
     proof_dtype = settings.proof_dtype
     mark_shown(running, references[0].outputs, settings.images)
 
@@ -176,7 +176,7 @@ def compare(
     return judge(report, model, freezing, path, references, settings, run_file)
 
 
-def coarsest_of(model: nn.Module, references: Sequence[Reference]) -> str | None:
+def find_coarsest(model: nn.Module, references: Sequence[Reference]) -> str | None:
     """Return the coarsest floating dtype of a model's parameters, buffers and inputs."""
     inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors()]
     return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
@@ -266,7 +266,7 @@ def locate_divergence(
     strictness = Strictness.of(
         chosen.outputs[position],
         *settings.tolerances_of(position, output.name),
-        coarsest_of(model, references),
+        find_coarsest(model, references),
     )
     if output.rounding is not None:  # what rounding moves in the output, it moves in the modules
         size = largest(chosen.outputs[position]) or 1.0

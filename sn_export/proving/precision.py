@@ -28,7 +28,7 @@ from torch import Tensor
 from ..results import ProofDtype
 from ..running import InputSet, TorchDispatchMode, pytree
 from ..text import shorten_list
-from .external_data import save, weight_bytes
+from .external_data import count_weight_bytes, save
 
 PROOF_DTYPES: tuple[ProofDtype | None, ...] = (None, "float32")
 
@@ -53,7 +53,7 @@ _WIDER = {
 }
 
 
-def widened(value: Any) -> Any:
+def widen(value: Any) -> Any:
     """Return a tensor of low precision in float64; for such a dtype float64; all else as it is."""
     if isinstance(value, Tensor):
         wide = _WIDER.get(value.dtype)
@@ -97,12 +97,12 @@ class InFloat64(TorchDispatchMode):
         if func.is_view:
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map(
-            lambda value: value if id(value) in written else widened(value), (args, kwargs)
+            lambda value: value if id(value) in written else widen(value), (args, kwargs)
         )
         if is_drawing and self._draws_other:
             func(*args, **kwargs)
         result = func(*args, **kwargs)
-        return result if func._schema.is_mutable else pytree.tree_map(widened, result)
+        return result if func._schema.is_mutable else pytree.tree_map(widen, result)
 
 
 class MovedByRounding(TorchDispatchMode):
@@ -175,7 +175,7 @@ def _name(func: Any) -> str:
     return str(func).split(".")[1] if "." in str(func) else str(func)
 
 
-def narrow_operators(path: Path) -> str:
+def find_narrow_operators(path: Path) -> str:
     """Return the operators that a file runs between a cast to float32 and one to float64.
 
     Torch's exporters write such casts where ONNX has no operator in float64, as ``Celu``::
@@ -209,7 +209,7 @@ _UNITS = {TensorProto.FLOAT: 2.0**-23, TensorProto.DOUBLE: 2.0**-52}
 _EXACT = {"Constant", "ConstantOfShape"}
 
 
-def with_moved_values(path: Path) -> bytes:
+def move_values(path: Path) -> bytes:
     """Return a copy of a file that moves the results of its operators by a unit of rounding.
 
     It moves them elsewhere at every run, up or down at random, as `MovedByRounding` does to a
@@ -271,7 +271,7 @@ def write_float32(source: Path, target: Path) -> None:
     for graph in graphs:
         for inner in (graph, *graph.subgraphs()):
             _convert(inner)
-    save(model, target, outside=weight_bytes(model) > _INLINE)
+    save(model, target, outside=count_weight_bytes(model) > _INLINE)
 
 
 def as_float32(tensor: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def comparable(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     return expected.to(narrow), got.to(narrow)
 
 
-def missing_kernel(path: Path, message: str) -> tuple[str, str] | None:
+def find_missing_kernel(path: Path, message: str) -> tuple[str, str] | None:
     """Return operator and dtype of the kernel that onnxruntime lacks; None for another message.
 
     Args:

@@ -19,8 +19,8 @@ from .cases import Case
 from .declared_sizes import correct_declared_sizes, find_tied_dims, require_apart, require_dynamic
 from .dynamic_sizes import sizes_of
 from .parity import (
-    coarsest_of,
     compare,
+    find_coarsest,
     locate_divergence,
     proof_session,
     results,
@@ -163,7 +163,7 @@ def require_same_network(proof: Proof, names: Sequence[str]) -> None:
     if not differs(proof, nullcontext):
         return
     reference = proof.references[0]
-    running = running_errors(names, proof.settings, coarsest_of(proof.model, [reference]))
+    running = running_errors(names, proof.settings, find_coarsest(proof.model, [reference]))
     outputs = _outputs_for_example(proof, nullcontext)
     for errors, wanted, got in zip(running, reference.outputs, outputs, strict=False):
         errors.add(reference.inputs.label, wanted, got)
@@ -206,7 +206,7 @@ def _case_of(
     parity: ParityReport,
 ) -> Case:
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
-    coarsest = coarsest_of(model, references)
+    coarsest = find_coarsest(model, references)
     tolerances = [
         _saved_tolerances(
             settings.tolerances_of(position, output.name),

@@ -20,7 +20,7 @@ from ..errors import ExportError, MissingRuntimeError
 from ..files import side_file
 from ..running import InputSet, as_real_pairs, is_large
 from .external_data import Pieces
-from .precision import missing_kernel
+from .precision import find_missing_kernel
 
 _INSTALL = (
     "install one build of it, 'pip install onnxruntime', or onnxruntime-gpu for CUDA: each is "
@@ -125,7 +125,7 @@ def _open(
     try:
         return ort.InferenceSession(content or str(path), options, providers=list(providers))
     except Exception as error:
-        missing = missing_kernel(path, str(error))
+        missing = find_missing_kernel(path, str(error))
         if missing is None:
             text = str(error).replace(str(path), path.name)
             raise ExportError(f"onnxruntime cannot load '{path.name}': {text}") from error

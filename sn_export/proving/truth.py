@@ -38,7 +38,7 @@ from ..running import (
 )
 from ..text import without_frames
 from .output_errors import Spread
-from .precision import InFloat64, MovedByRounding, widened
+from .precision import InFloat64, MovedByRounding, widen
 
 FEW, MANY = 2, 16  # runs with moved results, for each input set
 _PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
@@ -129,7 +129,7 @@ def measure_operators(
 
     Args:
         references: the input sets.
-        run_moved: gives outputs of the copy by `with_moved_values`, others at every call.
+        run_moved: gives outputs of the copy by `move_values`, others at every call.
         positions: which outputs; they are floating.
     """
     running = {position: _RunningDistance() for position in positions}
@@ -178,7 +178,7 @@ def _run(
     in_float64: bool = False,
 ) -> list[Tensor]:
     """Return the outputs in a mode, from the state that the model started in."""
-    given = inputs.map(widened) if in_float64 else inputs.clone()
+    given = inputs.map(widen) if in_float64 else inputs.clone()
     is_large = are_large(model.parameters())
     try:
         if in_float64 and not is_large:
@@ -214,7 +214,7 @@ def _widen_held(state: Preserved) -> None:
         if not isinstance(value, Tensor):
             return value
         if id(value) not in done:
-            new = widened(value.detach())
+            new = widen(value.detach())
             is_parameter = isinstance(value, nn.Parameter)
             done[id(value)] = nn.Parameter(new, requires_grad=False) if is_parameter else new
         return done[id(value)]

@@ -41,7 +41,7 @@ from ..freezing import UnconvergedSigma, find_unconverged
 from ..results import Distance, OutputParity, ParityReport, Rounding
 from ..running import Reference
 from ..text import shorten_list
-from .precision import narrow_operators, with_moved_values
+from .precision import find_narrow_operators, move_values
 from .session import named_inputs, open_session, run_session
 from .tolerances import DEFAULT_TOLERANCES, ProofSettings
 from .truth import FEW, MANY, Freezing, NoTruthError, measure_operators, measure_rounding
@@ -89,7 +89,7 @@ def judge(
     if asked:
         coarsest = torch.float64
         if all(report.outputs[position].dtype == "float64" for position in asked):
-            narrow = narrow_operators(path)
+            narrow = find_narrow_operators(path)
             coarsest = torch.float32 if narrow else coarsest
         try:
             for runs in (FEW, MANY):
@@ -133,7 +133,7 @@ def _ask_operators(
     if not asked:
         return {}
     try:
-        session = open_session(path, settings.providers, with_moved_values(path))
+        session = open_session(path, settings.providers, move_values(path))
 
         def run_moved(reference: Reference) -> list[Any]:
             feed = named_inputs(session, reference.inputs, settings.input_names)

@@ -1,6 +1,6 @@
 """Call a model in eval mode, as often as needed, and leave it as it was."""
 
-from .draws import DRAWS, draws_note, require_draws
+from .draws import DRAWS, describe_draws, require_draws
 from .dynamic_shapes import DynamicDim, Place, dynamic_axes, dynamic_dims, flat_shapes
 from .input_set import InputSet, as_input_sets, as_kwargs, require_seen
 from .nested import make_distinct, output_names, paths_of_tensors, tensor_leaves
@@ -74,7 +74,7 @@ __all__ = [
     "call_without_subclasses",
     "checkpoint_records",
     "dense_parts",
-    "draws_note",
+    "describe_draws",
     "dynamic_axes",
     "dynamic_dims",
     "find_entry",

@@ -32,7 +32,7 @@ def drawing(draws: str | None) -> AbstractContextManager[Any]:
     return nullcontext() if draws is None else ZeroDraws()
 
 
-def draws_note(draws: str | None) -> str:
+def describe_draws(draws: str | None) -> str:
     """Return a sentence on a proof without noise, or nothing."""
     if draws is None:
         return ""

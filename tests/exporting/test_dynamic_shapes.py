@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
-from sn_export.proving import resized_references
+from sn_export.proving import run_resized
 from sn_export.running import InputSet, Reference, dynamic_dims
 
 
@@ -465,7 +465,7 @@ def test_sizes_that_are_tried(case: str) -> None:
             raise SnExportError("rejected")
         return Reference(inputs, (inputs.args[0],))
 
-    found = resized_references(example, dims, run)
+    found = run_resized(example, dims, run)
     assert [tuple(reference.inputs.args[0].shape) for reference in found] == wanted
 
 

@@ -46,7 +46,7 @@ _SMALL, _REAL = (4, 6), (64, 256)
 
 @pytest.fixture
 def _nothing_handwritten_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sn_export.freezing.kinds.code_of", lambda cls: None)
+    monkeypatch.setattr("sn_export.freezing.kinds.read_code", lambda cls: None)
 
 
 def _picture(channels: int) -> Tensor:

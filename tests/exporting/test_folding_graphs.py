@@ -17,8 +17,8 @@ import torch
 from numpy.typing import NDArray
 
 from sn_export.exporting.folding import fold_initializers
-from sn_export.exporting.initializers import folded_name, plain_path
-from sn_export.proving import using_modules
+from sn_export.exporting.initializers import name_folded, plain_path
+from sn_export.proving import find_using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
 _W = np.arange(1, 13, dtype=np.float32).reshape(3, 4) / 7
@@ -253,7 +253,7 @@ def test_plain_names(raw: str, plain: str) -> None:
 )
 def test_folded_names(raw: str | None, users: list[str], taken: list[str], name: str) -> None:
     """The name is that of the using module and the raw tensor, and is free."""
-    assert folded_name(raw, users, taken) == name
+    assert name_folded(raw, users, taken) == name
 
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
@@ -275,4 +275,4 @@ def test_modules_of_nodes(node_name: str, metadata: dict[str, str], module: str)
     """The path is read from the dynamo exporter's scopes or the TorchScript exporter's names."""
     value = ir.Value(name="w")
     ir.node("Conv", [value], name=node_name, metadata_props=metadata)
-    assert using_modules(value) == [module]
+    assert find_using_modules(value) == [module]

@@ -20,7 +20,7 @@ from torch.nn.utils import spectral_norm
 
 from sn_export import ExportError, ParityError, export_onnx
 from sn_export.exporting import onnx_file
-from sn_export.exporting.graph import opsets_of
+from sn_export.exporting.graph import find_opsets
 
 
 def _opset(path: Path) -> int:
@@ -30,7 +30,7 @@ def _opset(path: Path) -> int:
 
 @pytest.mark.parametrize(
     "exporter, opset",
-    [(name, n) for name in EXPORTERS for n in opsets_of(name)],
+    [(name, n) for name in EXPORTERS for n in find_opsets(name)],
 )
 def test_every_opset(tmp_path: Path, exporter: str, opset: int) -> None:
     """Each exporter makes a proved file of each of its opsets, and it is the one in the file."""
@@ -45,8 +45,8 @@ def test_newest_is_what_is_installed(tmp_path: Path) -> None:
     """The newest opset is torch's, onnx's or onnxruntime's; it is no number that somebody wrote."""
     constants: Any = torch.onnx._constants
     known = onnx.defs.onnx_opset_version()
-    assert 20 <= opsets_of("torchscript")[-1] <= min(constants.ONNX_MAX_OPSET, known)
-    newest = opsets_of("dynamo")[-1]
+    assert 20 <= find_opsets("torchscript")[-1] <= min(constants.ONNX_MAX_OPSET, known)
+    newest = find_opsets("dynamo")[-1]
     assert newest <= known
     if newest < known:  # because onnxruntime lacks it
         torch.onnx.export(
@@ -145,14 +145,14 @@ def test_an_exporter_that_lacks_the_opset(tmp_path: Path) -> None:
         export_onnx(Head(), rows(), tmp_path / "net.onnx", exporter="dynamo", opset_version=16)
 
 
-@pytest.mark.parametrize("opset", [5, 10, opsets_of("dynamo")[-1] + 1, 99, 0, -1])
+@pytest.mark.parametrize("opset", [5, 10, find_opsets("dynamo")[-1] + 1, 99, 0, -1])
 def test_outside(tmp_path: Path, opset: int) -> None:
     """An opset outside is refused, with the range and the versions that give it."""
     with pytest.raises(ValueError) as caught:
         export_onnx(Head(), rows(), tmp_path / "net.onnx", opset_version=opset)
     assert str(caught.value) == (
-        f"opset_version must be 17 to {opsets_of('dynamo')[-1]} (dynamo) or 11 to "
-        f"{opsets_of('torchscript')[-1]} (torchscript) with torch {torch.__version__}, onnx "
+        f"opset_version must be 17 to {find_opsets('dynamo')[-1]} (dynamo) or 11 to "
+        f"{find_opsets('torchscript')[-1]} (torchscript) with torch {torch.__version__}, onnx "
         f"{onnx.__version__} and onnxruntime {ort.__version__}, got {opset}"
     )
     assert list(tmp_path.iterdir()) == []

@@ -93,7 +93,7 @@ def matrices(module: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def iter_small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Yield the module's own buffers, tensors in attributes and parameters without grad."""
     yield from ((n, t) for n, t in module._buffers.items() if t is not None)
     for name, parameter in module._parameters.items():
@@ -221,7 +221,7 @@ class Candidate:
         return self.is_certain or compare(self.weight, value)
 
 
-def missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[Candidate]:
+def find_missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[Candidate]:
     """Yield a candidate for each weight that ``layer`` lacks and has the raw parameter of.
 
     Args:

@@ -23,8 +23,8 @@ from typing import Any
 
 from torch import nn
 
-from .module_uses import DEPTH, NONE, Given, Modules, Uses, children_of, entries_of, held_by
-from .source_code import function_of, is_library, iter_methods, parse_function, resolve_name
+from .module_uses import DEPTH, NONE, Given, Modules, Uses, entries_of, find_held, list_children
+from .source_code import is_library, iter_methods, parse_function, resolve_name, unwrap_function
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # Attributes of a tensor that say nothing of its values.
@@ -225,11 +225,11 @@ class _Evaluation:
         if child is not None:
             return frozenset({child})
         if name == "_modules":
-            return frozenset(children_of(module))
-        held = held_by(module.__dict__.get(name))
+            return frozenset(list_children(module))
+        held = find_held(module.__dict__.get(name))
         entry = inspect.getattr_static(type(module), name, None)
         if isinstance(entry, property) and not held and not is_library(type(module)):
-            function = function_of(entry)
+            function = unwrap_function(entry)
             if function is not None:
                 return self._uses.run_method(function, module, self._depth + 1)
         if not held:
@@ -287,7 +287,7 @@ class _Evaluation:
             elif node.attr in _ENTRIES:
                 found |= entries_of(frozenset({module}))
                 if node.attr in ("children", "named_children"):
-                    found |= frozenset(children_of(module))
+                    found |= frozenset(list_children(module))
             elif node.attr in _OF_ALL:
                 found |= frozenset(module.modules())
             elif node.attr in ("forward", "__call__"):
@@ -299,11 +299,11 @@ class _Evaluation:
 
     def _child_orheld_by(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
-        return held_by(module.__dict__.get(name)) if child is None else frozenset({child})
+        return find_held(module.__dict__.get(name)) if child is None else frozenset({child})
 
     def _own_method(self, module: nn.Module, name: str, given: Given) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)
-        function = function_of(entry)
+        function = unwrap_function(entry)
         if function is None or isinstance(entry, property):
             self._uses.call(self._attribute_of(module, name), self._owner)
             self._hand_over(given)
@@ -319,7 +319,7 @@ class _Evaluation:
                 return NONE.union(*(self._attribute_of(m, wanted) for m in given.positional[0]))
             for module in given.positional[0]:
                 self._uses.read(module, "*", self._owner)
-            return NONE.union(*(children_of(module) for module in given.positional[0]))
+            return NONE.union(*(list_children(module) for module in given.positional[0]))
         if name in self._local:
             return self._call_local(self._local[name], given)
         if name in _HARMLESS:

@@ -80,21 +80,21 @@ def _with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn
     for module in modules:
         yield module
         if module is owner or isinstance(module, _CONTAINERS):
-            yield from children_of(module)
+            yield from list_children(module)
 
 
-def children_of(module: nn.Module) -> list[nn.Module]:
+def list_children(module: nn.Module) -> list[nn.Module]:
     """Return the children of a module, without those that are None."""
     return [child for child in module._modules.values() if child is not None]
 
 
 def entries_of(modules: Modules) -> Modules:
     """Return what iterating over ``modules`` gives: of a container its entries."""
-    inside = (children_of(m) if isinstance(m, _CONTAINERS) else [m] for m in modules)
+    inside = (list_children(m) if isinstance(m, _CONTAINERS) else [m] for m in modules)
     return NONE.union(*inside)
 
 
-def held_by(value: Any, depth: int = 0) -> Modules:
+def find_held(value: Any, depth: int = 0) -> Modules:
     """Return the modules in an attribute: itself, or the entries of a list, tuple or dict."""
     if isinstance(value, nn.Module):
         return frozenset({value})
@@ -103,5 +103,5 @@ def held_by(value: Any, depth: int = 0) -> Modules:
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, (list, tuple)) and len(value) < 1000 and depth < DEPTH:
-        return NONE.union(*(held_by(entry, depth + 1) for entry in value))
+        return NONE.union(*(find_held(entry, depth + 1) for entry in value))
     return NONE

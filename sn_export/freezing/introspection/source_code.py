@@ -108,7 +108,7 @@ def torch_base(cls: type) -> type[nn.Module] | None:
 _codes: WeakKeyDictionary[type, Code] = WeakKeyDictionary()
 
 
-def code_of(cls: type) -> Code:
+def read_code(cls: type) -> Code:
     """Return what the code of ``cls`` says; read once for each class."""
     code = _codes.get(cls)
     if code is None:
@@ -131,7 +131,7 @@ def is_mentioned(name: str, names: Collection[str]) -> bool:
     )
 
 
-def names_in(function: Any) -> frozenset[str]:
+def collect_names(function: Any) -> frozenset[str]:
     """Return the names in the code of a function, a method or the class of a callable object."""
     while isinstance(function, partial):
         function = function.func
@@ -139,23 +139,23 @@ def names_in(function: Any) -> frozenset[str]:
     if isinstance(function, FunctionType):
         function = inspect.unwrap(function)
         return _own_names([function]) | _helper_names([function])
-    return code_of(type(function)).names
+    return read_code(type(function)).names
 
 
 _names_of_methods: WeakKeyDictionary[type, frozenset[str]] = WeakKeyDictionary()
 
 
-def names_of_methods(cls: type[nn.Module]) -> frozenset[str]:
+def collect_method_names(cls: type[nn.Module]) -> frozenset[str]:
     """Return the names in all methods of ``cls`` below `nn.Module`, torch's own included."""
     if cls not in _names_of_methods:
         bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
-        entries = (function_of(entry) for base in bases for entry in vars(base).values())
+        entries = (unwrap_function(entry) for base in bases for entry in vars(base).values())
         found = [function for function in entries if function is not None]
         _names_of_methods[cls] = _own_names(found) | _helper_names(found)
     return _names_of_methods[cls]
 
 
-def times_read(cls: type, method: str, name: str) -> int:
+def count_reads(cls: type, method: str, name: str) -> int:
     """Return how often the code that ``method`` of ``cls`` runs reads the attribute ``name``."""
     return sum(
         instruction.argval == name and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
@@ -223,7 +223,7 @@ def is_library(thing: type | FunctionType) -> bool:
     return module is None or module.partition(".")[0] in _LIBRARIES
 
 
-def function_of(entry: Any) -> FunctionType | None:
+def unwrap_function(entry: Any) -> FunctionType | None:
     """Return the function behind an entry of a class: a method, or the getter of a property."""
     if isinstance(entry, (staticmethod, classmethod)):
         entry = entry.__func__
@@ -252,7 +252,7 @@ def functions(classes: Classes, name: str) -> list[FunctionType]:
             is_foreign = is_library(base)
             if name not in vars(base) or (is_foreign and name != "forward"):
                 continue
-            function = function_of(vars(base)[name])
+            function = unwrap_function(vars(base)[name])
             if function is not None and function not in found:
                 found.append(function)
                 if not is_foreign:
@@ -285,7 +285,7 @@ def iter_methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionT
         for name, entry in vars(base).items():
             is_building = name.startswith("__") or "init" in name or "reset" in name
             is_known = name in ("forward", "extra_repr", "_load_from_state_dict")
-            function = None if is_building or is_known else function_of(entry)
+            function = None if is_building or is_known else unwrap_function(entry)
             if function is not None and not is_library(base):
                 yield function
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..introspection.source_code import code_of, is_torch_layer
+from ..introspection.source_code import is_torch_layer, read_code
 from ..site import Kind, Site
 from .adapters import find_adapted, list_registrations
 from .chain import find_chains
@@ -36,7 +36,7 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
         return sites
     if has_foreign_hooks:
         sites += find_prehooks(path, module)
-    code = None if is_layer else code_of(cls)
+    code = None if is_layer else read_code(cls)
     if code is not None and not code.is_torch:
         for find in FAMILIES:
             if found := find(path, module, code):

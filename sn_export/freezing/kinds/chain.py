@@ -144,7 +144,7 @@ def chains(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
     return [(tensor, chain) for tensor, chain in entries if isinstance(chain, ParametrizationList)]
 
 
-def originals_of(chain: ParametrizationList) -> tuple[Tensor, ...]:
+def list_originals(chain: ParametrizationList) -> tuple[Tensor, ...]:
     """Return the tensors that the first parametrization of ``chain`` starts from."""
     if chain.is_tensor:
         return (chain.original,)

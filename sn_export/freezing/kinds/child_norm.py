@@ -25,12 +25,12 @@ from ..introspection.candidates import (
     Candidate,
     fits,
     is_named_as_vector,
+    iter_small_state,
     matrices,
     mentions_norm,
-    small_state,
 )
 from ..introspection.sandbox import AbsorbingArgument, Probe, placeholders
-from ..introspection.source_code import Code, code_of, times_read
+from ..introspection.source_code import Code, count_reads, read_code
 from .handwritten import Answer, HandwrittenSite, frozen_class
 
 
@@ -82,10 +82,10 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
     for child, helper in module._modules.items():
         if helper is None or isinstance(helper, torch.jit.ScriptModule):
             continue
-        names = code_of(type(helper)).names
+        names = read_code(type(helper)).names
         if not isinstance(helper, SpectralNormLink) and not mentions_norm(names):
             continue
-        state = tuple(name for name, t in small_state(helper) if fits(name, t, weight))
+        state = tuple(name for name, t in iter_small_state(helper) if fits(name, t, weight))
         is_trained = any(p.requires_grad for p in helper.parameters())
         has_hooks = helper._forward_hooks or helper._forward_pre_hooks
         if any(map(is_named_as_vector, state)) and not is_trained and not has_hooks:
@@ -98,7 +98,7 @@ def _confirm(
     """Return what the child makes of the weight, if forward does nothing else with that."""
     methods = ["forward", *(member.name for member in code.iter_used(code.forward))]
     reads, uses = (
-        sum(times_read(type(module), method, name) for method in methods)
+        sum(count_reads(type(module), method, name) for method in methods)
         for name in (candidate.raw, child)
     )
     if not uses or reads != uses:

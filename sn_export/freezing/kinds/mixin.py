@@ -30,14 +30,14 @@ from ..introspection.candidates import (
     Candidate,
     fits,
     is_named_as_vector,
+    iter_small_state,
     matrices,
     mentions_norm,
     mentions_sigma,
     plain_name,
-    small_state,
 )
 from ..introspection.sandbox import AbsorbingArgument, Probe, compute_in_sandbox, placeholders
-from ..introspection.source_code import Code, Member, is_mentioned, times_read
+from ..introspection.source_code import Code, Member, count_reads, is_mentioned
 from ..site import plan_registration
 from .handwritten import Answer, HandwrittenSite, Override, frozen_class
 
@@ -65,7 +65,7 @@ class MixinSite(HandwrittenSite):
         """Exchange the weight, take away the vectors, and let the methods return the weight."""
         module = self.module
         names = (*self.answer.state, self.answer.raw)
-        kept = {n: t.detach().clone() for n, t in small_state(module) if n in self.kept}
+        kept = {n: t.detach().clone() for n, t in iter_small_state(module) if n in self.kept}
         for container in (module._parameters, module._buffers):
             edits.remove(container, [n for n in names if n != self.tensor])
         edits.of(module.__dict__).update(kept)
@@ -149,7 +149,7 @@ def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
     # The vectors of a convolution as an operator have the sizes of its input and output.
     return tuple(
         name
-        for name, tensor in small_state(module)
+        for name, tensor in iter_small_state(module)
         if fits(name, tensor, weight) or (is_named_as_vector(name) and tensor is not weight)
     )
 
@@ -169,7 +169,7 @@ def _state(
     stored = {*module._parameters, *module._buffers} - {raw}
     return tuple(
         name
-        for name, tensor in small_state(module)
+        for name, tensor in iter_small_state(module)
         if name in stored and (name in vectors or tensor.numel() == 1) and is_mentioned(name, names)
     )
 
@@ -261,7 +261,7 @@ def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> 
     """Whether forward reads the raw weight only as the argument of ``member``."""
     others = code.mentions(code.forward, {member.name}) - code.forward.own
     cls = type(module)
-    reads, calls = (times_read(cls, "forward", name) for name in (raw, member.name))
+    reads, calls = (count_reads(cls, "forward", name) for name in (raw, member.name))
     return raw not in others and reads == calls
 
 

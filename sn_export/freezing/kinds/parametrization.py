@@ -17,15 +17,15 @@ from ..introspection.candidates import (
     is_multiple,
     is_named_as_vector,
     is_rescaled,
+    iter_small_state,
     mentions_norm,
     mentions_sigma,
     proportion,
-    small_state,
 )
 from ..introspection.sandbox import compute_in_sandbox
-from ..introspection.source_code import code_of
+from ..introspection.source_code import read_code
 from ..sigma import stored_sigma
-from .chain import ChainSite, chains, originals_of
+from .chain import ChainSite, chains, list_originals
 
 
 class ParametrizationSite(ChainSite):
@@ -102,10 +102,10 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     """Whether ``module``, which is ``link`` or a module within it, is a spectral norm."""
     if isinstance(module, SpectralNormLink):
         return True
-    code = code_of(type(module))
+    code = read_code(type(module))
     if code.is_torch:
         return False
-    vectors = {} if not mentions_norm(code.names) else _select_vectors(small_state(module))
+    vectors = {} if not mentions_norm(code.names) else _select_vectors(iter_small_state(module))
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
     # Parametrizations may keep the vectors at length one; then the code need not normalise.
@@ -189,7 +189,7 @@ def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
     before = links[: links.index(link)]
 
     def run() -> Tensor:
-        inputs = originals_of(chain)
+        inputs = list_originals(chain)
         for other in before:
             inputs = (other(*inputs),)
         return inputs[0].detach()

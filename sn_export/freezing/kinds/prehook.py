@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 from ...running import same_bits
 from ..edits import Edits
-from ..introspection.candidates import Candidate, is_named_as_vector, missing_weights
+from ..introspection.candidates import Candidate, find_missing_weights, is_named_as_vector
 from ..introspection.sandbox import AlwaysEqualArgument
-from ..introspection.source_code import is_mentioned, names_in
+from ..introspection.source_code import collect_names, is_mentioned
 from ..site import owner_of_state_hook, plan_registration
 from .handwritten import Answer, HandwrittenSite
 from .hook import find_hooks
@@ -61,11 +61,11 @@ def find_prehooks(path: str, module: nn.Module) -> list[PrehookSite]:
     """Return the sites of the weights that foreign pre-hooks of ``module`` set."""
     known = {site.tensor for site in find_hooks(path, module)}
     sites = []
-    for missing in missing_weights(module, operators=True):
+    for missing in find_missing_weights(module, operators=True):
         if missing.tensor in known or not any(map(is_named_as_vector, missing.state)):
             continue
         for key, hook in module._forward_pre_hooks.items():
-            if not is_mentioned(missing.raw, names_in(hook)):
+            if not is_mentioned(missing.raw, collect_names(hook)):
                 continue  # somebody else's, which must not run for this
             value = _confirm(module, missing, key)
             if value is not None:

@@ -27,11 +27,11 @@ from ...text import qualified
 from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
+    find_missing_weights,
     fits,
     is_named_as_vector,
+    iter_small_state,
     matrices,
-    missing_weights,
-    small_state,
 )
 from ..introspection.sandbox import placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
@@ -90,12 +90,12 @@ def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]
 
 def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
     own = {**wrapper._parameters, **wrapper._buffers}
-    beside = [(n, t) for n, t in small_state(wrapper) if n in own]
+    beside = [(n, t) for n, t in iter_small_state(wrapper) if n in own]
     kept = matrices(wrapper)
     for child, layer in wrapper._modules.items():
         if layer is None or isinstance(layer, torch.jit.ScriptModule):
             continue
-        missing_here = list(missing_weights(layer))
+        missing_here = list(find_missing_weights(layer))
         if kept and is_torch_layer(type(layer)) and layer._parameters.get("weight") is None:
             missing_here += [Candidate("weight", raw, value) for raw, value in kept.items()]
         for missing in missing_here:
