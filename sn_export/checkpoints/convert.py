@@ -71,7 +71,7 @@ class Conversion:
     key: str
     found: tuple[Reparametrization, ...]
     changed: tuple[Reparametrization, ...]
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def convert_checkpoint(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,11 +65,11 @@ class StoredLayer:
     dim: int | None
     sigma: float
     sigma_exact: float
-    note: str = ""
-    key: str = ""
-    group: str = "spectral_norm"
-    spelling: str = ""
-    keys: Mapping[str, str] = field(default_factory=dict)
+    note: str
+    key: str
+    group: str
+    spelling: str
+    keys: Mapping[str, str]
 
     @property
     def shortfall(self) -> float:
@@ -116,7 +116,7 @@ class Inspection:
     key: str
     layers: tuple[StoredLayer, ...]
     tensors: int
-    notes: tuple[str, ...] = ()
+    notes: tuple[str, ...]
 
 
 def inspect_checkpoint(

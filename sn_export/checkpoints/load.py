@@ -41,9 +41,9 @@ class Loaded:
 
     key: str
     notes: tuple[str, ...]
-    missing: tuple[str, ...] = ()
-    unexpected: tuple[str, ...] = ()
-    warnings: tuple[str, ...] = ()
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    warnings: tuple[str, ...]
 
     def metadata(self) -> dict[str, str]:
         """Return metadata for an exported file: missing and unexpected keys as JSON, if any."""

@@ -221,6 +221,23 @@ def test_what_trust_reads(kind: str, tmp_path: Path) -> None:
     assert "w" in found.tensors or "weight" in found.tensors
 
 
+@pytest.mark.parametrize(
+    ("kind", "content"),
+    [("script", {"c/constants.pkl": b"x"}), ("pickle", b"\x80\x02}X\x01\x00\x00\x00wK")],
+)
+def test_what_trust_cannot_read(kind: str, content: Any, tmp_path: Path) -> None:
+    """A damaged file is said to be one, with its size, whatever it was."""
+    path = tmp_path / "a.pt"
+    if kind == "script":
+        _write_zip(path, *content)
+    else:
+        path.write_bytes(content + bytes(20))
+    size = path.stat().st_size
+    assert _message(path, trust_pickle=True) == (
+        f"'a.pt' is damaged or truncated: torch cannot read its {size} bytes"
+    )
+
+
 def test_an_onnx_file_by_its_name(tmp_path: Path) -> None:
     """An ONNX file with unusual first bytes is recognised by its name."""
     path = tmp_path / "a.onnx"

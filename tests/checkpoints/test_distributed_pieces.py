@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from cli_networks import ALONE, Critic, save_folder, trained_critic
+from fingerprint import same_bits
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata
 
@@ -23,7 +24,7 @@ from sn_export.errors import CheckpointError
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 
-def _folder(path: Path, edit: Callable[[Any, Any], None]) -> Path:
+def _folder(path: Path, edit: Callable[[Any, Any], Any]) -> Path:
     """Write a folder with the tensor 'w' [4, 2], and let ``edit`` change its records."""
     save_folder({"w": torch.arange(8.0).reshape(4, 2)}, path)
     metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -57,7 +58,7 @@ def _add_twin(metadata: Any) -> None:
     metadata.planner_data["twin"] = metadata.planner_data["w"]
 
 
-FAULTS: dict[str, tuple[Callable[[Any, Any], None], str]] = {
+FAULTS: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
     "not covered": (
         lambda metadata, info: _resize(metadata, 5),
         "the pieces of 'w' hold 8 of its 10 elements",
@@ -105,6 +106,13 @@ FAULTS: dict[str, tuple[Callable[[Any, Any], None], str]] = {
     ),
     "two in one place": (
         lambda metadata, info: _add_twin(metadata),
+        "'twin' is where another value is",
+    ),
+    "within another": (
+        lambda metadata, info: (
+            _add_twin(metadata),
+            metadata.planner_data.update(twin=("w", "x")),
+        ),
         "'twin' is where another value is",
     ),
     "no list of keys": (
@@ -233,6 +241,19 @@ def test_a_folder_from_a_folder(tmp_path: Path) -> None:
     assert str({**loaded, "model": 0}) == str({**wanted, "model": 0})
     convert_checkpoint(tmp_path / "a", tmp_path / "only", "plain", weights_only=True)
     assert set(read_checkpoint(tmp_path / "only").content) == set(plain.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+def test_a_folder_keeps_every_dtype(tmp_path: Path) -> None:
+    """What is written again is read again, bit for bit, whatever dtype torch takes by default."""
+    dtypes = (torch.bfloat16, torch.float64, torch.complex64, torch.int8, torch.bool)
+    others = {str(dtype): torch.tensor([1, 0, 1]).to(dtype) for dtype in dtypes}
+    critic = trained_critic().to(torch.bfloat16).state_dict()
+    save_folder({"net": dict(critic) | others}, tmp_path / "a")
+    convert_checkpoint(tmp_path / "a", tmp_path / "b", "hook")
+    before, after = (read_checkpoint(tmp_path / name).content["net"] for name in "ab")
+    assert dict(after.specs) == dict(before.specs)
+    assert all(same_bits(after[name], before[name]) for name in before)
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:

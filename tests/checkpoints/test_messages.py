@@ -289,12 +289,15 @@ def test_trusted_code_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
 
 
+@pytest.mark.parametrize("value", ["1", "y", "YES", "True"])
 def test_torch_is_told_to_use_its_own_unpickler(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """If torch is forced to use its own unpickler, the message names the variable."""
-    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
     torch.save({"w": torch.ones(2)}, tmp_path / "a.pt")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    read_checkpoint(tmp_path / "a.pt")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", value)
     with pytest.raises(CheckpointError) as caught:
         read_checkpoint(tmp_path / "a.pt")
     assert str(caught.value).endswith(

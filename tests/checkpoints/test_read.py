@@ -65,16 +65,38 @@ def _write(form: str, state: dict[str, Tensor], folder: Path) -> Path:
         return _save_sharded(state, folder)
     elif form == "folder":
         return _save_sharded(state, folder).parent
+    elif form == "numpy":
+        with path.open("wb") as file:
+            np.savez(file, **{name: value.numpy() for name, value in state.items()})
     else:
         return _save_distributed(dict(state), path)
     return path
 
 
-@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "index", "folder", "distributed"])
+KINDS = {
+    **dict.fromkeys(("zip", "legacy"), "torch"),
+    **dict.fromkeys(("safetensors", "index", "folder"), "safetensors"),
+    **{"distributed": "distributed", "numpy": "numpy"},
+}
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "numpy"])
+@pytest.mark.parametrize("name", ["a", "a.pt", "a.bin", "a.npz"])
+def test_the_first_bytes_say_what_a_file_is(name: str, form: str, tmp_path: Path) -> None:
+    """Not its name, which people change."""
+    path = _write(form, {"w": torch.ones(2, 3)}, tmp_path).rename(tmp_path / name)
+    checkpoint = read_checkpoint(path)
+    assert checkpoint.format == KINDS[form]
+    assert torch.equal(checkpoint.content["w"], torch.ones(2, 3))
+
+
+@pytest.mark.parametrize("form", KINDS)
 def test_every_format_gives_the_same_tensors(form: str, tmp_path: Path) -> None:
     """A state dict is the same bit for bit in every format."""
     state = Critic().state_dict()
-    (found,) = read_checkpoint(_write(form, state, tmp_path)).state_dicts()
+    checkpoint = read_checkpoint(_write(form, state, tmp_path))
+    (found,) = checkpoint.state_dicts()
+    assert checkpoint.format == KINDS[form]
     assert set(found.tensors) == set(state)
     assert all(torch.equal(found.tensors[name], state[name]) for name in state)
     assert found.key == ""

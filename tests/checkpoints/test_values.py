@@ -147,11 +147,20 @@ lightning.fabric.utilities.data.AttributeDict lightning_fabric.utilities.data.At
 """
 
 
-@pytest.mark.parametrize("name", HARMLESS.split())
-def test_values_that_surround_weights_are_left_unread(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "call"),
+    [
+        *((name, b")R") for name in HARMLESS.split()),
+        ("uuid.UUID", b")\x81"),
+        ("uuid.UUID", b")}\x92"),
+    ],
+)
+def test_values_that_surround_weights_are_left_unread(
+    name: str, call: bytes, tmp_path: Path
+) -> None:
     """Harmless values are left unread and named; their packages may be absent."""
     module, _, short = name.rpartition(".")
-    built = f"c{module}\n{short}\n".encode() + b")R}X\x01\x00\x00\x00aK\x01sb"
+    built = f"c{module}\n{short}\n".encode() + call + b"}X\x01\x00\x00\x00aK\x01sb"
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00x" + built + b"s.")
     (note,) = read_checkpoint(path).notes
     shown = "numpy" if name.startswith("numpy.") else name
@@ -171,6 +180,7 @@ def test_what_stands_beside_harmless_values_is_not_called(name: str, tmp_path: P
 
 
 CONTAINERS: dict[str, Callable[[Any], Any]] = {
+    "class": type,
     "list": lambda value: [[value]],
     "tuple": lambda value: (1, (value,)),
     "deque": lambda value: collections.deque([value]),
