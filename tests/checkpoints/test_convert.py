@@ -19,6 +19,7 @@ import torch
 from cli_networks import Critic, Kind, prefixed, save_folder, trained_critic
 from fingerprint import same_bits
 from safetensors.torch import load_file, save, save_file
+from vocoder_networks import WEIGHT_NORM
 
 from sn_export.checkpoints import convert_checkpoint, read_checkpoint
 from sn_export.checkpoints.lazy_tensors import Entry, spec_of
@@ -81,6 +82,34 @@ def test_everything_else_is_kept(tmp_path: Path) -> None:
     wanted = prefixed(Critic("parametrization").state_dict(), "module.")
     assert list(after["nets"]["d"]) == list(wanted)
     assert after["nets"]["d"]._metadata == wanted._metadata  # type: ignore[attr-defined]
+
+
+def _save_three(path: Path) -> dict[str, Any]:
+    content = {
+        "plain": Critic("plain").state_dict(),
+        "critic": trained_critic().state_dict(),
+        "vocoder": WEIGHT_NORM["hook"](torch.nn.Linear(3, 4)).state_dict(),
+    }
+    torch.save(content, path)
+    return content
+
+
+@pytest.mark.parametrize(("only", "key"), [("spectral_norm", "critic"), ("weight_norm", "vocoder")])
+def test_the_network_that_has_what_is_to_be_converted(only: Any, key: str, tmp_path: Path) -> None:
+    """Of several networks it is taken without being named, and the others stay as they are."""
+    content = _save_three(tmp_path / "a.pt")
+    assert convert_checkpoint(tmp_path / "a.pt", tmp_path / "b.pt", "plain", only=only).key == key
+    found = torch.load(tmp_path / "b.pt")
+    assert {name for name in content if found[name].keys() != content[name].keys()} == {key}
+
+
+def test_several_networks_that_could_be_converted(tmp_path: Path) -> None:
+    """The message lists those alone that have something to convert."""
+    _save_three(tmp_path / "a.pt")
+    assert _message(tmp_path, tmp_path / "a.pt", tmp_path / "b.pt", "plain") == (
+        "'a.pt' holds 2 state dicts, each of which has spectral norm, weight norm or the like in "
+        "it; choose with --key one of 'critic' (20 tensors), 'vocoder' (3 tensors)"
+    )
 
 
 def test_weights_only_keeps_the_state_dict_alone(tmp_path: Path) -> None:
@@ -285,6 +314,12 @@ def test_old_shards_or_files_that_would_contradict_the_new(tmp_path: Path) -> No
     assert _message(tmp_path, tmp_path / "a.safetensors", target, "plain", max_shard_size=700) == (
         "'b.safetensors' is there and would contradict the new shards; remove it or choose "
         "another name"
+    )
+    target = tmp_path / "c.safetensors"
+    convert_checkpoint(tmp_path / "a.safetensors", target, "hook", max_shard_size=700)
+    assert _message(tmp_path, tmp_path / "a.safetensors", target, "plain") == (
+        "'c.safetensors.index.json' is there and would contradict the new file; remove it or "
+        "choose another name"
     )
 
 
