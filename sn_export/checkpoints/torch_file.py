@@ -192,7 +192,7 @@ def _recognise_archive(file: BinaryIO, what: str, trust_pickle: bool) -> str:
                 "or let it run with --trust-pickle if you trust its origin"
             )
         return "script"
-    if not any(name == "data.pkl" or name.endswith("/data.pkl") for name in names):
+    if not any(name.endswith("/data.pkl") for name in names):
         raise CheckpointError(f"{what} is {_describe_archive(names)}")
     packed = [entry.filename for entry in entries if entry.compress_type != zipfile.ZIP_STORED]
     if packed:  # a few bytes may unpack to any size

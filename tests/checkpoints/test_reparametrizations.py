@@ -171,6 +171,23 @@ def test_what_cannot_be_converted_is_named_and_nothing_written(tmp_path: Path) -
     )
 
 
+@pytest.mark.parametrize("name", ["pruned", "orthogonal", "gain", "broken"])
+def test_a_dim_for_what_has_none(name: str, tmp_path: Path) -> None:
+    """It is refused, with the names of the tensors whose dim can be given."""
+    state = _mixed().state_dict()
+    state |= {"broken.weight_orig": torch.ones(4, 3), "broken.weight_u": torch.ones(4)}
+    torch.save(state, tmp_path / "a.pt")
+    dims = {f"{name}.weight": 0}
+    message = (
+        f"--dim {name}.weight=0 names no tensor under spectral or weight norm; there are "
+        "'sn.weight', 'wn.weight'"
+    )
+    assert _message(tmp_path, "plain", dims=dims) == message
+    with pytest.raises(CheckpointError) as caught:
+        inspect_checkpoint(tmp_path / "a.pt", dims=dims)
+    assert str(caught.value) == message
+
+
 class Orthogonal(nn.Module):
     """Square, tall, wide, batched and complex weights that torch keeps orthogonal.
 
