@@ -484,6 +484,7 @@ def test_failure_to_undo_keeps_what_was_there(
     with pytest.raises(OSError, match="Input/output error; what was there is now in") as caught:
         _publish(tmp_path, "abc")
     monkeypatch.undo()
+    assert caught.value.errno == errno.EIO
     kept = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert all(f"'{path / 'kept'}'" in str(caught.value) for path in kept)
     found = {file.name: file.read_bytes() for path in kept for file in (path / "kept").iterdir()}

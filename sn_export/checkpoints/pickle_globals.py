@@ -209,7 +209,7 @@ def _encode(text: Any, encoding: Any) -> bytes:
     return str(text).encode("latin-1")
 
 
-def _bytearray(content: Any = b"", encoding: Any = "latin-1") -> bytearray:
+def _bytearray(content: Any = b"", encoding: Any = None) -> bytearray:
     content = _encode(content, encoding) if type(content) is str else content
     _require(type(content) is bytes, "a bytearray of no bytes")
     return bytearray(content)

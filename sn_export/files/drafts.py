@@ -221,7 +221,7 @@ def _remove(folder: Path) -> None:
     if (folder / KEPT).exists():
         return
     with contextlib.suppress(OSError):
-        (folder / PLAN).unlink(missing_ok=True)  # first: it holds while all drafts are there
+        (folder / PLAN).unlink()  # first: it holds while all drafts are there
     for name in (_MADE, REPLACED):
         shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(OSError):

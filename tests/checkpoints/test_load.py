@@ -287,6 +287,28 @@ class _Tolerant(nn.Linear):
         return super().load_state_dict(state, strict=False, assign=assign)
 
 
+class _Delegating(nn.Module):
+    """Hands a state dict with names of its own to its child, and asks nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+
+    def load_state_dict(self, state: Any, strict: bool = True, assign: bool = False) -> Any:
+        inner = {name.removeprefix("old."): value for name, value in state.items()}
+        return self.inner.load_state_dict(inner, strict=strict, assign=assign)
+
+
+def test_an_override_that_asks_the_children_alone(tmp_path: Path) -> None:
+    """Where it takes a state dict nothing is said to be left out; where not, both are named."""
+    model, state = _Delegating(), nn.Linear(3, 4).state_dict()
+    loaded = _load(model, {f"old.{name}": value for name, value in state.items()}, tmp_path)
+    assert torch.equal(model.inner.weight, state["weight"])
+    assert (loaded.notes, loaded.missing, loaded.unexpected) == ((), (), ())
+    with pytest.raises(CheckpointError, match=r"lacks 'inner\.weight', .*the unknown 'old\.x'"):
+        _load(model, {"old.x": state["weight"]}, tmp_path)
+
+
 @pytest.mark.parametrize("wrapper", ["", "module."])
 def test_what_the_model_brings_up_to_date_itself_is_taken(wrapper: str, tmp_path: Path) -> None:
     """Pre-hooks and overrides of the model act, under the prefixes of wrappers too."""

@@ -71,6 +71,15 @@ def test_buckets(error: float, edge: float) -> None:
     assert sum(histogram.counts) == 1
 
 
+def test_an_edge_between_other_errors_is_in_the_bucket_above_it() -> None:
+    """As it is where no error is smaller."""
+    errors = np.array([1e-5, 1e-3, 0.1, 0.5])
+    histogram = _measure([(np.zeros(4), errors)]).histogram
+    assert histogram is not None
+    held = dict(zip(histogram.edges, histogram.counts, strict=False))
+    assert {edge: count for edge, count in held.items() if count} == {1e-5: 1, 1e-3: 1, 0.1: 2}
+
+
 def test_quantiles_past_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Past the number of errors that are kept, quantiles are at most 2.4 % too large."""
     monkeypatch.setattr(output_errors, "_KEPT", 100)
@@ -131,7 +140,8 @@ def test_worst_values_are_of_the_worst_set() -> None:
 
 
 def test_nothing_compared() -> None:
-    """An output without elements has no histogram and no worst values."""
+    """An output without elements has no histogram and no worst values; no output proves nothing."""
+    assert not _measure([]).passed
     output = _measure([(np.zeros((0, 3)), np.zeros((0, 3)))])
     assert output.passed
     assert output.histogram is None
