@@ -136,7 +136,7 @@ def _find_orig_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization 
     if u not in tensors and v not in tensors:
         if spec is None or dense_spec(tensors, mask) is None:
             return None
-        other = {"g": "v", "v": "g"}.get(name[-1], "")
+        other = {"g": "v", "v": "g"}.get(name[-1])
         is_part = name[-2:-1] == "_" and any(
             f"{name[:-1]}{other}{end}" in tensors for end in ("", "_orig") if other
         )

@@ -78,8 +78,6 @@ class TorchNorm:
         if self.v is not None and self.normalised is None:
             return self.v
         state = {"weight_orig": self.weight, "weight_u": self.u, "weight": self.normalised}
-        if self.v is not None:
-            state["weight_v"] = self.v
         pre_hook = SpectralNormLoadStateDictPreHook(SpectralNorm("weight", dim=dim))
         pre_hook(state, "", {}, True, [], [], [])
         v = state["weight_v"]

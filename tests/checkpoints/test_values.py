@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_networks import Critic, save_folder, trained_critic
@@ -177,6 +178,19 @@ def test_what_stands_beside_harmless_values_is_not_called(name: str, tmp_path: P
     path = FORMATS["zip"](tmp_path / "a.pt", f"c{module}\n{short}\n)R.".encode())
     with pytest.raises(CheckpointError, match=r"wants to call '.*' while it is read"):
         read_checkpoint(path)
+
+
+@pytest.mark.parametrize("protocol", range(2, pickle.HIGHEST_PROTOCOL + 1))
+def test_arrays_of_numpy_are_called_so(protocol: int, tmp_path: Path) -> None:
+    """Each protocol writes them by another function; the message says what to do."""
+    content = {"a": np.ones(2), "b": 3}
+    torch.save(content, tmp_path / "a.pt", pickle_protocol=protocol)
+    with pytest.raises(CheckpointError) as caught:
+        inspect_checkpoint(tmp_path / "a.pt")
+    assert str(caught.value) == (
+        f"'{tmp_path / 'a.pt'}' holds no state dict: 'a' are numpy arrays; write them with "
+        "numpy.savez"
+    )
 
 
 CONTAINERS: dict[str, Callable[[Any], Any]] = {
