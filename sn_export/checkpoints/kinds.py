@@ -27,7 +27,9 @@ from .spectral_norm import (
     compute_normalised,
     decide_dim,
     describe_difference,
+    join_dims,
     make_vectors,
+    require_fitting_dim,
 )
 
 Values = Callable[[Reparametrization, Mapping[str, Any], Mapping[str, int]], Any]
@@ -82,21 +84,14 @@ def decide_weight_norm_dim(
         CheckpointError: if the one in ``dims`` does not fit, or several fit and 0 does not.
     """
     fitting = _find_dims(site, tensors)
-    either = " or ".join(map(str, fitting))
     if site.name in dims:
-        dim, ndim = dims[site.name], len(site.shape)
-        if not -ndim <= dim < ndim or dim % ndim not in fitting:
-            shape = list(spec_of(tensors, site.keys["g"]).shape)
-            raise CheckpointError(
-                f"'{site.name}' {list(site.shape)} with g of shape {shape} has dim {either}, got "
-                f"--dim {site.name}={dim}"
-            )
-        return dim % ndim
+        parts = f"g of shape {list(spec_of(tensors, site.keys['g']).shape)}"
+        return require_fitting_dim(site, dims[site.name], fitting, parts)
     if len(fitting) == 1 or 0 in fitting:
         return fitting[0]
     raise CheckpointError(
-        f"cannot tell the dim of '{site.name}' {list(site.shape)}: the shape of g fits {either}; "
-        f"say which with --dim {site.name}={fitting[0]}"
+        f"cannot tell the dim of '{site.name}' {list(site.shape)}: the shape of g fits "
+        f"{join_dims(fitting)}; say which with --dim {site.name}={fitting[0]}"
     )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -219,15 +219,8 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
     fitting = find_fitting_dims(norm)
     site = norm.site
     if site.name in dims:
-        ndim = len(site.shape)
-        dim = dims[site.name]
-        if not -ndim <= dim < ndim or dim % ndim not in fitting:
-            raise CheckpointError(
-                f"'{site.name}' {list(site.shape)} with u of "
-                f"{format_count(norm.u.numel(), 'element')} has dim "
-                f"{_join_dims(fitting)}, got --dim {site.name}={dim}"
-            )
-        return dim % ndim
+        parts = f"u of {format_count(norm.u.numel(), 'element')}"
+        return require_fitting_dim(site, dims[site.name], fitting, parts)
     if len(fitting) == 1 or norm.u.numel() == 1:  # dimensions of size 1 give the same matrix
         return fitting[0]
     (best, dim), (second, _) = sorted((_measure_residual(norm, d), d) for d in fitting)[:2]
@@ -235,8 +228,31 @@ def decide_dim(norm: TorchNorm, dims: Mapping[str, int]) -> int:
         return dim
     raise CheckpointError(
         f"cannot tell the dim of '{site.name}' {list(site.shape)}: its shape and vectors fit "
-        f"{_join_dims(fitting)}; say which with --dim {site.name}={fitting[0]}"
+        f"{join_dims(fitting)}; say which with --dim {site.name}={fitting[0]}"
     )
+
+
+def require_fitting_dim(
+    site: Reparametrization, dim: int, fitting: Sequence[int | None], parts: str
+) -> int:
+    """Return a given dim, counted from the front, if it is one of those that fit.
+
+    Args:
+        site: the tensor.
+        dim: the dim that the caller gives; a negative one is counted from the end.
+        fitting: the dims that the shapes allow.
+        parts: the part whose shape decides, for the message.
+
+    Raises:
+        CheckpointError: if it does not fit.
+    """
+    ndim = len(site.shape)
+    if not -ndim <= dim < ndim or dim % ndim not in fitting:
+        raise CheckpointError(
+            f"'{site.name}' {list(site.shape)} with {parts} has dim {join_dims(fitting)}, got "
+            f"--dim {site.name}={dim}"
+        )
+    return dim % ndim
 
 
 def find_fitting_dims(norm: TorchNorm) -> list[int]:
@@ -285,5 +301,6 @@ def _measure_distance(vector: Tensor, image: Tensor) -> float:
     return distance if math.isfinite(distance) else math.inf
 
 
-def _join_dims(dims: list[int]) -> str:
+def join_dims(dims: Iterable[int | None]) -> str:
+    """Return ``"0 or 1"``."""
     return " or ".join(map(str, dims))
