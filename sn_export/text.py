@@ -83,7 +83,7 @@ def join_lines(text: str) -> str:
     return " ".join(line.strip() for line in text.splitlines() if line.strip())
 
 
-def without_frames(text: str) -> str:
+def strip_frames(text: str) -> str:
     """Return the text of an error without the stack frames that torch's C++ code appends."""
     return _FRAMES.split(text, maxsplit=1)[0]
 

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from ..errors import CheckpointError
 from ..text import format_count, quote_names
 from .content import StateDict
-from .lazy_tensors import LazyTensors, is_tensor, spec_of
+from .lazy_tensors import LazyTensors, get_spec, is_tensor
 from .reparametrizations import find_reparametrizations
 
 # What DistributedDataParallel, torch.compile and FSDP put into names, in any place.
@@ -307,7 +307,7 @@ def _find_shape(tensors: Mapping[str, Any], key: str) -> tuple[int, ...] | None:
     if key not in tensors or not is_tensor(tensors, key):
         return None
     known = isinstance(tensors, LazyTensors) or not is_lazy(tensors[key])
-    return spec_of(tensors, key).shape if known else None
+    return get_spec(tensors, key).shape if known else None
 
 
 def _unwrap_names(names: Iterable[str]) -> list[dict[str, str]]:

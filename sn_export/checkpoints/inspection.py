@@ -14,7 +14,7 @@ from ..freezing import exact_sigma, stored_sigma
 from ..text import dtype_name, quote_names
 from .content import Checkpoint, StateDict
 from .kinds import decide_weight_norm_dim, resolve_chain
-from .lazy_tensors import float_spec, require_finite
+from .lazy_tensors import get_float_spec, require_finite
 from .read import read_checkpoint
 from .reparametrizations import (
     Reparametrization,
@@ -175,7 +175,7 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
     is_norm = site.group == "spectral_norm"
     dim: int | None = None
     sigma = exact = math.nan
-    specs = {key: float_spec(state.tensors, key) for key in site.keys.values()}
+    specs = {key: get_float_spec(state.tensors, key) for key in site.keys.values()}
     dtypes = [dtype_name(spec) for spec in specs.values() if spec is not None]
     if is_norm and (not site.blocked if site.links else "weight" in site.keys):
         dim, sigma, exact, note = _measure(site, state.tensors, dims)

@@ -20,7 +20,7 @@ from torch.nn.utils.prune import CustomFromMask
 from ..errors import CheckpointError
 from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
-from .lazy_tensors import Entry, align_memory, is_finite, spec_of
+from .lazy_tensors import Entry, align_memory, get_spec, is_finite
 from .reparametrizations import Reparametrization, weight_norm_dims
 from .spectral_norm import (
     TorchNorm,
@@ -40,7 +40,7 @@ def list_stored_parts(
 ) -> list[Entry]:
     """Return the parts as they are stored, in the order of ``site.keys``."""
     return [
-        Entry(spec_of(tensors, key), partial(site.read, part, tensors))
+        Entry(get_spec(tensors, key), partial(site.read, part, tensors))
         for part, key in site.keys.items()
     ]
 
@@ -69,7 +69,7 @@ class Kind:
 
 def _find_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
     """Return the dims that the shape of g allows; several if v has dimensions of size 1."""
-    return weight_norm_dims(spec_of(tensors, site.keys["g"]).shape, site.shape)
+    return weight_norm_dims(get_spec(tensors, site.keys["g"]).shape, site.shape)
 
 
 def decide_weight_norm_dim(
@@ -85,7 +85,7 @@ def decide_weight_norm_dim(
     """
     fitting = _find_dims(site, tensors)
     if site.name in dims:
-        parts = f"g of shape {list(spec_of(tensors, site.keys['g']).shape)}"
+        parts = f"g of shape {list(get_spec(tensors, site.keys['g']).shape)}"
         return require_fitting_dim(site, dims[site.name], fitting, parts)
     if len(fitting) == 1 or 0 in fitting:
         return fitting[0]

@@ -185,7 +185,7 @@ def is_tensor(tensors: Mapping[str, Any], name: str) -> bool:
     return isinstance(tensors[name], Tensor)
 
 
-def spec_of(tensors: Mapping[str, Any], name: str) -> Spec:
+def get_spec(tensors: Mapping[str, Any], name: str) -> Spec:
     """Return dtype and shape of one tensor; a lazy one is not read."""
     if isinstance(tensors, LazyTensors):
         return tensors.specs[name]
@@ -193,7 +193,7 @@ def spec_of(tensors: Mapping[str, Any], name: str) -> Spec:
     return Spec(tensor.dtype, tuple(tensor.shape))
 
 
-def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+def get_dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
     """Return dtype and shape of a dense tensor that has values; None for anything else."""
     if isinstance(tensors, LazyTensors):
         return tensors.specs.get(key)
@@ -203,9 +203,9 @@ def dense_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
     return Spec(value.dtype, tuple(value.shape))
 
 
-def float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
+def get_float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
     """Return dtype and shape of a dense floating or complex tensor; None for anything else."""
-    spec = dense_spec(tensors, key)
+    spec = get_dense_spec(tensors, key)
     if spec is None or not (spec.dtype.is_floating_point or spec.dtype.is_complex):
         return None
     return spec

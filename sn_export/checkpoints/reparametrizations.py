@@ -14,7 +14,7 @@ from torch import Tensor
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
 from ..text import qualified, quote_name, quote_names
-from .lazy_tensors import dense_spec, float_spec, require_finite
+from .lazy_tensors import get_dense_spec, get_float_spec, require_finite
 
 Keys = Mapping[str, str]
 
@@ -132,9 +132,9 @@ def _find_orig_hook(tensors: Mapping[str, Any], name: str) -> Reparametrization 
     """Return the spectral norm or the pruning mask whose raw weight is ``<name>_orig``."""
     module, _, tensor = name.rpartition(".")
     u, v, mask = (f"{name}{end}" for end in ("_u", "_v", "_mask"))
-    spec = float_spec(tensors, f"{name}_orig")
+    spec = get_float_spec(tensors, f"{name}_orig")
     if u not in tensors and v not in tensors:
-        if spec is None or dense_spec(tensors, mask) is None:
+        if spec is None or get_dense_spec(tensors, mask) is None:
             return None
         other = {"g": "v", "v": "g"}.get(name[-1])
         is_part = name[-2:-1] == "_" and any(
@@ -166,7 +166,7 @@ def _find_weight_norm_hook(tensors: Mapping[str, Any], name: str) -> Reparametri
     keys = {part: f"{name}_{part}" for part in ("g", "v") if f"{name}_{part}" in tensors}
     if any(f"{name}{end}" in tensors for end in ("", "_orig", "_bar", "_g_orig", "_v_orig")):
         return None  # a weight beside them, or parts of something else
-    specs = [float_spec(tensors, key) for key in keys.values()]
+    specs = [get_float_spec(tensors, key) for key in keys.values()]
     if len(specs) == 2 and (tensor == "weight" or (specs[1] and len(specs[1].shape) > 1)):
         norm = _make_weight_norm(tensors, module, tensor, "hook", keys["g"], keys["v"])
         if norm is not None:
@@ -189,7 +189,7 @@ def _make_weight_norm(
     g: str,
     v: str,
 ) -> Reparametrization | None:
-    size, direction = float_spec(tensors, g), float_spec(tensors, v)
+    size, direction = get_float_spec(tensors, g), get_float_spec(tensors, v)
     if size is None or direction is None or not weight_norm_dims(size.shape, direction.shape):
         return None
     keys = {"g": g, "v": v}
@@ -213,7 +213,7 @@ def _find_chain(
     # A link without tensors appears in the versions only.
     if len(links) == 1 and f"{path}.1" not in versions:
         return links[0]
-    spec = float_spec(tensors, parts.get("original", ""))
+    spec = get_float_spec(tensors, parts.get("original", ""))
     shape = spec.shape if spec is not None else ()
     norms = sorted(end for end in parts if re.fullmatch(r"\d+\._[uv]", end))
     group: Group = "spectral_norm" if norms else "parametrization"
@@ -245,7 +245,7 @@ def _find_links(
         original0, original1, 1._u, 1._v  # spectral norm of what weight norm makes
     """
     name, left, links = qualified(module, tensor), dict(parts), list[Reparametrization]()
-    spec = float_spec(tensors, parts.get("original", ""))
+    spec = get_float_spec(tensors, parts.get("original", ""))
     shape = spec.shape if spec is not None else ()
     make = partial(Reparametrization, module, tensor, spelling="parametrization")
     if left.keys() >= {"original0", "original1"}:
@@ -276,7 +276,7 @@ def _describe_misfit(tensors: Mapping[str, Any], parts: Keys) -> str:
 
     The base is square: ``original`` [5, 3] has ``0.base`` [5, 5].
     """
-    raw, base = (float_spec(tensors, parts[end]) for end in ("original", "0.base"))
+    raw, base = (get_float_spec(tensors, parts[end]) for end in ("original", "0.base"))
     if raw is None or base is None or len(raw.shape) < 2:
         return f"{quote_names(parts.values())} are no matrices"
     wanted = (*raw.shape[:-2], *2 * (max(raw.shape[-2:]),))
@@ -287,7 +287,7 @@ def _describe_misfit(tensors: Mapping[str, Any], parts: Keys) -> str:
 
 def _describe_unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
     """Return why the parts of a spectral norm cannot be read, or nothing."""
-    specs = {key: float_spec(tensors, key) for key in keys.values()}
+    specs = {key: get_float_spec(tensors, key) for key in keys.values()}
     odd = [key for key, spec in specs.items() if spec is None]
     if odd:
         return f"{quote_names(odd)} is no dense floating tensor"
@@ -336,7 +336,7 @@ def _is_handwritten(tensors: Mapping[str, Any], key: str) -> bool:
         return f"{key}_orig" not in tensors
     if any(all(start + dot + part in tensors for part in parts) for parts in _BESIDE):
         return True
-    weight, vector = float_spec(tensors, key), float_spec(tensors, start + dot + "u")
+    weight, vector = get_float_spec(tensors, key), get_float_spec(tensors, start + dot + "u")
     if weight is None or vector is None or len(weight.shape) < 2:
         return False
     return max(vector.shape, default=0) == math.prod(vector.shape) == weight.shape[0]

@@ -13,7 +13,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 from ..errors import CheckpointError
 from ..running import SpectralNormLink
 from ..text import dtype_name, format_count, quote_names
-from .lazy_tensors import Entry, Spec, align_memory, is_finite, require_finite, spec_of
+from .lazy_tensors import Entry, Spec, align_memory, get_spec, is_finite, require_finite
 from .reparametrizations import Reparametrization
 
 # In training mode a forward sets u = normalize(W v) and v = normalize(W^H u), and a step of the
@@ -124,9 +124,9 @@ def make_vectors(
     site: Reparametrization, tensors: Mapping[str, Any], dims: Mapping[str, int]
 ) -> list[Entry]:
     """Return weight, u and v, in the order of their keys."""
-    weight, u = spec_of(tensors, site.keys["weight"]), spec_of(tensors, site.keys["u"])
+    weight, u = get_spec(tensors, site.keys["weight"]), get_spec(tensors, site.keys["u"])
     columns = math.prod(weight.shape) // max(math.prod(u.shape), 1)
-    v = spec_of(tensors, site.keys["v"]) if "v" in site.keys else Spec(u.dtype, (columns,))
+    v = get_spec(tensors, site.keys["v"]) if "v" in site.keys else Spec(u.dtype, (columns,))
 
     def right_vector() -> Tensor:
         if "v" in site.keys and "normalised" not in site.keys:
@@ -145,7 +145,7 @@ def describe_difference(site: Reparametrization, tensors: Mapping[str, Any]) -> 
     """Return why torch's other spelling would compute something else; ``""`` if it does not."""
     if len(site.shape) == 1:
         return "torch's parametrization treats a vector in another way than its hook does"
-    if spec_of(tensors, site.keys["weight"]).dtype.is_complex:
+    if get_spec(tensors, site.keys["weight"]).dtype.is_complex:
         return "torch's parametrization conjugates u and its hook does not"
     return ""
 

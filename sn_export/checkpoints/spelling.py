@@ -11,7 +11,7 @@ from ..errors import CheckpointError
 from ..text import qualified, quote_names
 from .content import StateDict
 from .kinds import find_kind
-from .lazy_tensors import Entry, dense_spec, spec_of
+from .lazy_tensors import Entry, get_dense_spec, get_spec
 from .reparametrizations import Reparametrization, Spelling, find_reparametrizations
 
 _WITH_DIM = ("spectral_norm", "weight_norm")
@@ -139,7 +139,7 @@ def _make_entries(
     kind = find_kind(site)
     if to == "plain":
         raw = next(part for part in ("weight", "original", "v") if part in site.keys)
-        spec = spec_of(tensors, site.keys[raw])
+        spec = get_spec(tensors, site.keys[raw])
         return {site.name: Entry(spec, lambda: kind.plain_value(site, tensors, dims))}
     if to == "hook":
         names = [site.name + end for end in kind.hook]
@@ -172,7 +172,7 @@ def _order_entries(
 
 
 def _keep_entry(tensors: Mapping[str, Any], key: str) -> Entry:
-    return Entry(dense_spec(tensors, key), lambda: tensors[key])
+    return Entry(get_dense_spec(tensors, key), lambda: tensors[key])
 
 
 def _find_successor(site: Reparametrization) -> str:

@@ -17,7 +17,7 @@ from .console import (
     BAD_INPUT,
     FAILED,
     collect_warnings,
-    number,
+    format_number,
     print_json,
     print_line,
     print_note,
@@ -200,7 +200,7 @@ class Replayed:
         if self.parity is None:
             return f"{self.result}: {self.error}"
         worst = max((output.max_abs for output in self.parity.outputs), default=0.0)
-        text = f"max abs {number(worst)} over {self.parity.samples} input sets"
+        text = f"max abs {format_number(worst)} over {self.parity.samples} input sets"
         return f"{self.result}: {self.file}, {text}"
 
     def content(self) -> dict[str, Any]:

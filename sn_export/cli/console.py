@@ -19,7 +19,7 @@ import typer
 from ..errors import SnExportWarning, UsageError
 from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..results import Divergence, ParityReport
-from ..text import escape_unprintable, join_lines, to_json_values, without_frames
+from ..text import escape_unprintable, join_lines, strip_frames, to_json_values
 
 # click's UsageError: some versions of typer depend on click, and others hold a copy of it.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -117,7 +117,7 @@ def collect_warnings() -> Iterator[list[str]]:
         yield notes
 
 
-def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     """Print a table on stdout; markup in cells and title is shown, not interpreted."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
@@ -142,7 +142,7 @@ def table(title: str, columns: list[str], rows: list[list[str]]) -> None:
     print("\n".join(line for line in lines if line) + "\n")
 
 
-def number(value: float) -> str:
+def format_number(value: float) -> str:
     """Return a number with six digits, or ``-`` for NaN."""
     return "-" if math.isnan(value) else f"{value:.6g}"
 
@@ -169,7 +169,7 @@ def _follow_log(show: Callable[[str], None]) -> Iterator[None]:
 def _describe_error(error: BaseException) -> str:
     from ..errors import SnExportError
 
-    text = join_lines(without_frames(str(error)))
+    text = join_lines(strip_frames(str(error)))
     if isinstance(error, (SnExportError, UsageError, ValueError, TypeError)):
         return text
     if isinstance(error, OSError):
@@ -207,7 +207,7 @@ def show_frozen(frozen: Sequence[SpectralNormInfo | ParametrizationInfo]) -> Non
     if not frozen:
         print("nothing to freeze in the model")
         return
-    table(
+    print_table(
         "frozen",
         ["tensor", "kind", "shape", "dtype", "dim", "sigma"],
         [
@@ -226,7 +226,7 @@ def show_frozen(frozen: Sequence[SpectralNormInfo | ParametrizationInfo]) -> Non
 def _describe_norm(info: SpectralNormInfo | ParametrizationInfo) -> tuple[str, str]:
     if not isinstance(info, SpectralNormInfo):
         return "", ""  # another reparametrization, which has no sigma
-    return str(info.dim), number(info.sigma)
+    return str(info.dim), format_number(info.sigma)
 
 
 def show_parity(
@@ -239,7 +239,7 @@ def show_parity(
         with_modules: print all modules, also where the comparison passed.
         told: notes that were printed before, and are left out.
     """
-    table(
+    print_table(
         f"parity with onnxruntime over {parity.samples} input sets",
         ["output", "shape", "dtype", "max abs", "max rel", "mean abs", "result"],
         [
@@ -247,9 +247,9 @@ def show_parity(
                 output.name,
                 "x".join(map(str, output.shape)),
                 output.dtype,
-                number(output.max_abs),
-                number(output.max_rel),
-                number(output.mean_abs),
+                format_number(output.max_abs),
+                format_number(output.max_rel),
+                format_number(output.mean_abs),
                 "equal" if output.passed else "NOT EQUAL",
             ]
             for output in parity.outputs
@@ -270,14 +270,14 @@ def _show_modules(divergence: Divergence, is_all: bool) -> None:
     modules = divergence.modules
     bad = next((i for i, entry in enumerate(modules) if not entry.passed), len(modules))
     if divergence.first or is_all:
-        table(
+        print_table(
             "modules in network order",
             ["module", "type", "max abs", "result"],
             [
                 [
                     entry.module or "(the model itself)",
                     entry.type,
-                    number(entry.max_abs),
+                    format_number(entry.max_abs),
                     "equal" if entry.passed else "NOT EQUAL" + (", first" if i == bad else ""),
                 ]
                 for i, entry in enumerate(modules)

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..files import starts_as_onnx
 from ..results import FileInput
 from ..text import format_count
-from .console import number, print_json, print_line, print_note, progress, table
+from .console import format_number, print_json, print_line, print_note, print_table, progress
 from .onnx_command import require_apart, require_report, write_report
 from .options import CheckpointArgument, CheckpointOptions, refuse_options, require_checkpoint
 
@@ -101,9 +101,9 @@ def _show(found: Any) -> None:
             f"{layer.group.replace('_', ' ')} ({layer.spelling})",
             "x".join(map(str, layer.shape)),
             _format_dim(layer),
-            number(layer.sigma),
-            number(layer.sigma_exact),
-            number(layer.shortfall),
+            format_number(layer.sigma),
+            format_number(layer.sigma_exact),
+            format_number(layer.shortfall),
             layer.meaning,
         ]
         for layer in found.layers
@@ -111,7 +111,7 @@ def _show(found: Any) -> None:
     if keyed:
         columns.insert(0, "under")
         rows = [[layer.key, *row] for layer, row in zip(found.layers, rows, strict=True)]
-    table(f"{title}: {entries}, {_count_groups(found)}", columns, rows)
+    print_table(f"{title}: {entries}, {_count_groups(found)}", columns, rows)
 
 
 def _count_groups(found: Any) -> str:
@@ -247,14 +247,16 @@ def _show_onnx(found: dict[str, Any]) -> None:
     _show_values("outputs", found["outputs"])
     if found["frozen"]:
         rows = [
-            [name, "" if sigma is None else number(sigma)]
+            [name, "" if sigma is None else format_number(sigma)]
             for name, sigma in found["frozen"].items()
         ]
-        table("frozen", ["tensor", "sigma"], rows)
+        print_table("frozen", ["tensor", "sigma"], rows)
     if found["metadata"]:
-        table("metadata", ["key", "value"], [list(pair) for pair in found["metadata"].items()])
+        print_table(
+            "metadata", ["key", "value"], [list(pair) for pair in found["metadata"].items()]
+        )
 
 
 def _show_values(title: str, values: Iterable[FileInput]) -> None:
     rows = [[one.name, one.dtype, "x".join(map(str, one.shape)) or "scalar"] for one in values]
-    table(title, ["name", "dtype", "shape"], rows)
+    print_table(title, ["name", "dtype", "shape"], rows)

@@ -20,7 +20,7 @@ from ..errors import ExportError
 from ..proving import type_name
 from ..results import ParityError
 from ..running import TorchScriptNode
-from ..text import without_frames
+from ..text import strip_frames
 
 _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -227,7 +227,7 @@ def _as_line(error: BaseException) -> str:
 
 def _shorten(text: str) -> str:
     """Return the first paragraph of torch's text, without its frames, colours and graph."""
-    paragraphs = [p.strip() for p in _COLOUR.sub("", without_frames(text)).strip().split("\n\n")]
+    paragraphs = [p.strip() for p in _COLOUR.sub("", strip_frames(text)).strip().split("\n\n")]
     text = paragraphs[0].partition("[Caused by the value")[0].rstrip()  # torch's graph follows
     if text.endswith(":") and len(paragraphs) > 1:
         text += " " + paragraphs[1]

@@ -36,7 +36,7 @@ from ..running import (
     restore_container,
     tensor_leaves,
 )
-from ..text import without_frames
+from ..text import strip_frames
 from .output_errors import Spread
 from .precision import InFloat64, MovedByRounding, widen
 
@@ -187,7 +187,7 @@ def _run(
             result = given.call(model)
         return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in tensor_leaves(result)]
     except (Exception, SystemExit) as error:
-        reason = without_frames(str(error)).strip().split("\n")[0]
+        reason = strip_frames(str(error)).strip().split("\n")[0]
         raise NoTruthError(f"the forward does not run: {type(error).__name__}: {reason}") from error
     finally:
         state.reset()

@@ -19,7 +19,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from ..errors import SnExportError
-from ..text import without_frames
+from ..text import strip_frames
 from .input_set import InputSet
 from .nested import is_plain, paths_of_tensors, unseen_tensors
 from .preservation import Preserved, set_by_hooks
@@ -150,7 +150,7 @@ def _describe_failures(model: nn.Module, inputs: InputSet) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: "
-            f"{without_frames(str(error))}{_place_of(error, model)}"
+            f"{strip_frames(str(error))}{_place_of(error, model)}"
         ) from error
 
 

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save, save_file
 from vocoder_networks import WEIGHT_NORM
 
 from sn_export.checkpoints import convert_checkpoint, read_checkpoint
-from sn_export.checkpoints.lazy_tensors import Entry, spec_of
+from sn_export.checkpoints.lazy_tensors import Entry, get_spec
 from sn_export.checkpoints.safetensors_file import write_safetensors
 from sn_export.errors import CheckpointError
 
@@ -170,7 +170,7 @@ def test_the_writer_makes_the_bytes_of_safetensors_own(tmp_path: Path) -> None:
             state |= one
     assert len(state) > 20
     save_file(state, tmp_path / "a.safetensors", {"format": "pt"})
-    entries = {name: Entry(spec_of(state, name), lambda v=v: v) for name, v in state.items()}
+    entries = {name: Entry(get_spec(state, name), lambda v=v: v) for name, v in state.items()}
     write_safetensors(tmp_path, "b", entries, {}, None, lambda name: None)
     assert (tmp_path / "b").read_bytes() == (tmp_path / "a.safetensors").read_bytes()
     found = read_checkpoint(tmp_path / "a.safetensors").content

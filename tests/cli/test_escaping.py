@@ -12,7 +12,7 @@ import torch
 from cli_running import Run, runner
 from hostile_texts import HOSTILE
 
-from sn_export.cli.console import print_note, table
+from sn_export.cli.console import print_note, print_table
 from sn_export.text import escape_unprintable, join_lines, quote_name, quote_names
 
 READABLE = ["body.0.weight", "größe", "重み", "[red]x[/red]", ":smile:", "a\\b", "😀", ""]
@@ -76,7 +76,7 @@ def test_names_of_files(kind: str, run: Run) -> None:
 
 def test_markup_and_emoji_codes(capsys: pytest.CaptureFixture[str]) -> None:
     """Markup and emoji codes in cells and titles are shown as text."""
-    table("[red]title[/red] :smile:", ["a"], [["[bold]b[/bold] :smile: [/]"], ["\x1b[1m"]])
+    print_table("[red]title[/red] :smile:", ["a"], [["[bold]b[/bold] :smile: [/]"], ["\x1b[1m"]])
     assert capsys.readouterr().out.splitlines() == [
         "[red]title[/red] :smile:",
         " a",

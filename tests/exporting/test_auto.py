@@ -24,7 +24,7 @@ from sn_export import (
     export_onnx,
 )
 from sn_export.exporting.failures import explain_failure
-from sn_export.text import without_frames
+from sn_export.text import strip_frames
 
 
 class Branching(nn.Module):
@@ -274,7 +274,7 @@ def test_dimensions_as_each_torch_says_them(said: str, names: str) -> None:
 )
 def test_frames_are_cut(said: str, text: str) -> None:
     """What C++ adds to an error's text is left out, in the words of an export too."""
-    assert without_frames(said) == text
+    assert strip_frames(said) == text
     assert str(explain_failure(ValueError(said), Pair(), None, None, [])) == f"ValueError: {text}"
 
 
