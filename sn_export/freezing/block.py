@@ -206,8 +206,8 @@ def _undo(plan: Plan) -> None:
     if plan.edited:
         plan.residence.restore()
     for weight, training in zip(plan.weights, plan.modes, strict=True):
-        if weight.site.module.training != training:
-            weight.site.follow_mode(weight.site.module.training)
+        if weight.site.attributes["training"] != training:
+            weight.site.follow_mode(not training)
 
 
 def _refuse_held(model: nn.Module) -> None:

@@ -31,7 +31,7 @@ class Edits:
         self._planned: dict[int, tuple[Container, Container, Container]] = {}
         self._classes: dict[int, tuple[nn.Module, type, type]] = {}
         self._first: list[Callable[[], None]] = []
-        self._contents: list[tuple[Container, Container]] | None = None  # to be put back
+        self._restored: dict[int, Container] = {}
 
     def before_undoing(self, call: Callable[[], None]) -> None:
         """Plan a call that is made once, before anything is undone; the last planned is first."""
@@ -57,12 +57,14 @@ class Edits:
 
     def remove(self, target: Container, keys: Iterable[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        planned = self._planned.get(id(target))
-        content = target.copy() if planned is None else planned[2]
+        keys = set(keys)
+        if keys.issuperset(target) and id(target) not in self._planned:
+            if target:  # most of those that hold hooks or singular vectors
+                self._planned[id(target)] = target, target.copy(), {}
+            return
+        content = self.of(target)
         for key in keys:
             content.pop(key, None)
-        if planned is None and len(content) < len(target):
-            self._planned[id(target)] = target, target.copy(), content
 
     def planned(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be looked at."""
@@ -121,12 +123,15 @@ class Edits:
         Can be repeated from any point where an interrupt stopped it.
         """
         self.cancel()
-        if self._contents is None:  # remembered, since a cleared dictionary tells nothing
-            self._contents = [
-                (target, before if _is_same(target, after) else _merge(before, after, target))
-                for target, before, after in self._planned.values()
-            ]
-        for target, content in self._contents:
+        restored = self._restored
+        for target, before, after in self._planned.values():
+            if not after and not target:
+                target.update(before)  # most of them: nobody else has put anything in
+                continue
+            content = restored.get(id(target))
+            if content is None:  # remembered, since it cannot be told from a cleared dictionary
+                content = before if _is_same(target, after) else _merge(before, after, target)
+                restored[id(target)] = content
             target.clear()
             target.update(content)
         self._restore_classes()

@@ -49,10 +49,10 @@ class FrozenWeight:
         through ``.data`` leave no version behind. They are seen by comparing bytes: all of
         a small weight, 16 samples of a large one; on the CPU only.
         """
-        module, name = self.site.module, self.site.tensor
-        now: Tensor | None = module._parameters.get(name)
+        attributes, name = self.site.attributes, self.site.tensor
+        now: Tensor | None = attributes["_parameters"].get(name)
         if now is None:
-            now = module._buffers.get(name)
+            now = attributes["_buffers"].get(name)
         if now is None:
             return "edited"
         state = _state(now)

@@ -47,7 +47,7 @@ class Plan:
             raise
         plan_flat_weights(self.edits, self.weights)
         self.residence = self._remember_residence(module for module, _ in found)
-        self.modes = [weight.site.module.training for weight in self.weights]
+        self.modes = [weight.site.attributes["training"] for weight in self.weights]
         self.finished = False  # the body is over; only undoing is left
         self.edited: list[FrozenWeight] = []
         self.next_hook = RemovableHandle.next_id
@@ -59,8 +59,8 @@ class Plan:
         planned = self.edits.planned
         return Residence(
             (container, name, tensor)
-            for module in modules
-            for container in (module._parameters, module._buffers)
+            for attributes in map(vars, modules)
+            for container in (attributes["_parameters"], attributes["_buffers"])
             for name, tensor in planned(container).items()
             if tensor is not None and id(tensor) not in ours
         )

@@ -68,9 +68,9 @@ def walk(
                 seen.update(map(id, site.hidden))
                 callers.mark(site)
         yield module, sites
-        if module._modules:
+        if children := module._modules:
             prefix = path + "." if path else ""
-            for name, child in reversed(module._modules.items()):
+            for name, child in reversed(children.items()):
                 if child is not None:
                     stack.append((prefix + name, child))
 

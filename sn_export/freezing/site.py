@@ -17,17 +17,28 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Site(ABC):
-    """One tensor that is computed; every method but `plan` leaves the model as it is."""
+    """One tensor that is computed; every method but `plan` leaves the model as it is.
 
-    __slots__ = ("module", "path", "tensor", "unapplied")
+    Attributes:
+        path: qualified name of the module.
+        module: holds the tensor.
+        attributes: the module's own. Each parametrized layer has a class of its own, so Python's
+            cache of types does not hold those of thousands: reading ``module._parameters`` takes a
+            microsecond then, and ``attributes["_parameters"]`` nothing.
+        tensor: its name in the module.
+        unapplied: why no forward uses the computed value; empty where one does.
+    """
+
+    __slots__ = ("attributes", "module", "path", "tensor", "unapplied")
     kind: ClassVar[str]
     group: Group = "spectral_norm"
 
     def __init__(self, path: str, module: nn.Module, tensor: str) -> None:
         self.path = path
         self.module = module
+        self.attributes = module.__dict__
         self.tensor = tensor
-        self.unapplied = ""  # why no forward uses the computed value, where none does
+        self.unapplied = ""
 
     @property
     def name(self) -> str:
@@ -76,6 +87,21 @@ class Site(ABC):
     @abstractmethod
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Add the edits that put ``frozen`` in the place of the computed tensor."""
+
+    def register(self, edits: Edits, frozen: Tensor) -> None:
+        """Plan to hold ``frozen`` where the plain network does: a weight stands before its bias.
+
+        Parameters ``{"bias": b}`` become ``{"weight": frozen, "bias": b}``.
+        """
+        name = self.tensor
+        kind = "_parameters" if isinstance(frozen, nn.Parameter) else "_buffers"
+        content = edits.of(self.attributes[kind])
+        content[name] = frozen
+        successor = name.replace("weight", "bias")
+        if successor in content and successor != name:
+            names = list(content)
+            for later in names[names.index(successor) : names.index(name)]:
+                content[later] = content.pop(later)
 
     def matrix(self) -> Tensor | None:
         """Return the raw weight as the matrix whose norm sigma estimates; None if it is none."""
@@ -135,20 +161,6 @@ class Kind(Protocol):
     def __call__(self, path: str, module: nn.Module) -> Iterable[Site]:
         """Return the sites of ``module`` itself, not of its children."""
         ...
-
-
-def plan_registration(edits: Edits, module: nn.Module, name: str, value: Tensor) -> None:
-    """Register ``value`` where the plain network has it: a weight stands before its bias.
-
-    Parameters ``{"bias": b}`` become ``{"weight": value, "bias": b}``.
-    """
-    content = edits.of(module._parameters if isinstance(value, nn.Parameter) else module._buffers)
-    content[name] = value
-    successor = name.replace("weight", "bias")
-    if successor in content and successor != name:
-        names = list(content)
-        for later in names[names.index(successor) : names.index(name)]:
-            content[later] = content.pop(later)
 
 
 def require_module(model: M) -> M:

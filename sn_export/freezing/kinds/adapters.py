@@ -208,7 +208,7 @@ class AdaptedSite(Site):
         for path, module in self.owner.named_modules():
             for name, parameter in module._parameters.items():
                 if parameter is frozen:
-                    self.module, self.tensor = module, name
+                    self.module, self.attributes, self.tensor = module, module.__dict__, name
                     if path:
                         self.path = qualified(self.path, path)
                     return

@@ -22,7 +22,7 @@ from ...running import (
 )
 from ..edits import Edits
 from ..info import Group
-from ..site import Site, plan_registration
+from ..site import Site
 
 # Their forward in eval mode writes nothing and returns memory of its own.
 _PURE = (SpectralNormLink, WeightNormLink)
@@ -49,7 +49,7 @@ class ChainSite(Site):
     ) -> None:
         super().__init__(path, module, tensor)
         self.chain = chain
-        self.lists = cast(nn.ModuleDict, module._modules["parametrizations"])
+        self.lists = cast(nn.ModuleDict, self.attributes["_modules"]["parametrizations"])
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
@@ -119,18 +119,17 @@ class ChainSite(Site):
         if edits.planned(lists._modules):
             plain = changed_class(owner, (name,), {}, owner.__bases__)
         else:
-            edits.remove(module._modules, ("parametrizations",))
+            edits.remove(self.attributes["_modules"], ("parametrizations",))
             plain = owner.__bases__[0]
         edits.set_class(module, with_base(current, owner, plain))
-        hooks = module._load_state_dict_pre_hooks
-        if hooks:
-            keys = [key for key, e in hooks.items() if is_weight_norm_state_hook(e, name)]
-            edits.remove(hooks, keys)
-        plan_registration(edits, module, name, frozen)
+        hooks = self.attributes["_load_state_dict_pre_hooks"]
+        keys = [key for key, entry in hooks.items() if is_weight_norm_state_hook(entry, name)]
+        edits.remove(hooks, keys)
+        self.register(edits, frozen)
 
     def follow_mode(self, training: bool) -> None:
         """Give the chain the mode that ``module.train()`` would have given it."""
-        self.module._modules["parametrizations"].__dict__["training"] = training
+        self.attributes["_modules"]["parametrizations"].__dict__["training"] = training
         for module in self.chain.modules():
             module.__dict__["training"] = training
 

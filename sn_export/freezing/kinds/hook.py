@@ -19,7 +19,7 @@ from ..edits import Edits
 from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
 from ..sigma import stored_sigma
-from ..site import Site, owner_of_state_hook, plan_registration
+from ..site import Site, owner_of_state_hook
 
 
 class HookSite(Site):
@@ -97,15 +97,16 @@ class HookSite(Site):
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take away the hook with all it registered, and store ``frozen`` under its name."""
-        module, name = self.module, self.tensor
-        edits.remove(module._forward_pre_hooks, (self.key,))
-        for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
+        attributes = self.attributes
+        edits.remove(attributes["_forward_pre_hooks"], (self.key,))
+        for kind in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
+            hooks = attributes[kind]
             edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
-        raw = [name + suffix for suffix in self.raw]
-        for container in (module._parameters, module._buffers):
-            edits.remove(container, raw)
-        edits.remove(module.__dict__, (name,))
-        plan_registration(edits, module, name, frozen)
+        raw = [self.tensor + suffix for suffix in self.raw]
+        for kind in ("_parameters", "_buffers"):
+            edits.remove(attributes[kind], raw)
+        edits.remove(attributes, (self.tensor,))
+        self.register(edits, frozen)
 
     def _owns(self, entry: Any) -> bool:
         """Whether ``entry``, a hook on the state dict, serves this one; copies may have parted."""

@@ -38,7 +38,6 @@ from ..introspection.candidates import (
 )
 from ..introspection.sandbox import AbsorbingArgument, Probe, compute_in_sandbox, placeholders
 from ..introspection.source_code import Code, Member, count_reads, is_mentioned
-from ..site import plan_registration
 from .handwritten import Answer, HandwrittenSite, Override, frozen_class
 
 
@@ -74,7 +73,7 @@ class MixinSite(HandwrittenSite):
         if self.tensor in parameters:
             parameters[self.tensor] = frozen
         else:
-            plan_registration(edits, module, self.tensor, frozen)
+            self.register(edits, frozen)
 
 
 def find_mixins(path: str, module: nn.Module, code: Code) -> list[MixinSite]:

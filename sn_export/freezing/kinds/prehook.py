@@ -23,7 +23,7 @@ from ..edits import Edits
 from ..introspection.candidates import Candidate, find_missing_weights, is_named_as_vector
 from ..introspection.sandbox import AlwaysEqualArgument
 from ..introspection.source_code import collect_names, is_mentioned
-from ..site import owner_of_state_hook, plan_registration
+from ..site import owner_of_state_hook
 from .handwritten import Answer, HandwrittenSite
 from .hook import find_hooks
 
@@ -54,7 +54,7 @@ class PrehookSite(HandwrittenSite):
         if self.key in module._forward_pre_hooks_with_kwargs:
             edits.remove(module._forward_pre_hooks_with_kwargs, (self.key,))
         self.take_away(edits)
-        plan_registration(edits, module, self.tensor, frozen)
+        self.register(edits, frozen)
 
 
 def find_prehooks(path: str, module: nn.Module) -> list[PrehookSite]:

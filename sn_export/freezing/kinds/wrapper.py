@@ -35,7 +35,6 @@ from ..introspection.candidates import (
 )
 from ..introspection.sandbox import placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
-from ..site import plan_registration
 from .handwritten import Answer, HandwrittenSite, How, Override, frozen_class
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
@@ -61,12 +60,12 @@ class WrapperSite(HandwrittenSite):
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Give the layer its weight, and the wrapper a class that does not touch it."""
-        layer, wrapper = self.module, self.owner
+        wrapper = self.owner
         self.take_away(edits)
         for container in (wrapper._parameters, wrapper._buffers):
             edits.remove(container, (self.answer.raw, *self.answer.state))
         edits.set_class(wrapper, frozen_class(edits.planned_class(wrapper), self.overrides))
-        plan_registration(edits, layer, self.tensor, frozen)
+        self.register(edits, frozen)
 
 
 @dataclass(frozen=True)
