@@ -41,7 +41,6 @@ __all__ = [
     "WeightNormLink",
     "call_without_subclasses",
     "checkpoint_records",
-    "compiled_class",
     "disable_dispatch_modes",
     "dispatch_modes",
     "hooks_of_all_modules",
@@ -57,7 +56,6 @@ __all__ = [
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "Module": (
         "_backward_hooks",
-        "_backward_pre_hooks",
         "_buffers",
         "_compiled_call_impl",
         "_forward_hooks",
@@ -154,21 +152,13 @@ def newest_torchscript_opset() -> int:
     return newest
 
 
-def compiled_class() -> type[nn.Module] | None:
-    """Return the class of what `torch.compile` returns, None where nothing was compiled.
+def original_of(module: nn.Module) -> nn.Module | None:
+    """Return the module behind one that `torch.compile` returned, None for any other.
 
     Importing torch's compiler takes longer than all else here, and without it nothing can have
-    been compiled; so it is looked for, not imported.
+    been compiled; so its class is looked for, not imported.
     """
-    kind: type[nn.Module] | None = getattr(
-        sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None
-    )
-    return kind
-
-
-def original_of(module: nn.Module) -> nn.Module | None:
-    """Return the module behind one that `torch.compile` returned, None for any other."""
-    kind = compiled_class()
+    kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
     if kind is None or not isinstance(module, kind):
         return None
     return module._modules["_orig_mod"]

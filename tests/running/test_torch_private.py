@@ -80,7 +80,9 @@ def test_what_is_made_of_private_names_works() -> None:
     assert any(handle.id in hooks for hooks in torch_private.hooks_of_all_modules())
     handle.remove()
     assert torch_private.newest_torchscript_opset() >= 18
-    assert isinstance(torch.compile(nn.Linear(1, 1)), torch_private.compiled_class() or ())
+    layer = nn.Linear(1, 1)
+    assert torch_private.original_of(torch.compile(layer)) is layer
+    assert torch_private.original_of(layer) is None
     assert [record.__name__ for record in torch_private.checkpoint_records()] == [
         "_StorageInfo",
         "_MEM_FORMAT_ENCODING",
