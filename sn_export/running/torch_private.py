@@ -161,7 +161,8 @@ def original_of(module: nn.Module) -> nn.Module | None:
     kind = getattr(sys.modules.get("torch._dynamo.eval_frame"), "OptimizedModule", None)
     if kind is None or not isinstance(module, kind):
         return None
-    return module._modules["_orig_mod"]
+    original: nn.Module | None = module._modules["_orig_mod"]
+    return original
 
 
 def checkpoint_records() -> tuple[Any, Any]:
