@@ -23,10 +23,11 @@ from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.nn.utils.parametrizations import orthogonal
 from vocoder_networks import Generator
 
+import sn_export
 from sn_export import check_case, export_onnx
 from sn_export.checkpoints import convert_checkpoint
 
-PAGE = Path(__file__).resolve().parents[2] / "sn_export" / "checkpoints" / "README.md"
+PAGE = Path(sn_export.__file__).parent / "checkpoints" / "README.md"
 ROWS = dict(
     re.findall(r"^\| ([^|]+) \| `(sn-export [^|`]+)` \|$", PAGE.read_text("utf-8"), re.MULTILINE)
 )

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import nn
 
+import sn_export
 from sn_export import export_onnx
 
-ROOT = Path(__file__).parents[2]
+PAGE = Path(sn_export.__file__).parent / "exporting" / "README.md"
 
 
 def test_the_example_of_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,7 +31,7 @@ def test_the_example_of_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.chdir(tmp_path)
     model, x = Critic().eval(), torch.randn(2, 3, 64, 64)
     export_onnx(model, (x,), "critic.onnx", exporter="torchscript")
-    page = (ROOT / "sn_export/exporting/README.md").read_text("utf-8")
+    page = PAGE.read_text("utf-8")
     code = re.search(r"## Serve it.*?```python\n(.*?)```", page, re.DOTALL)
     assert code is not None
     found: dict[str, Any] = {}
