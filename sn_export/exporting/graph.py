@@ -7,7 +7,8 @@ runs.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import onnx
 import onnx_ir as ir
@@ -59,15 +60,7 @@ def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]
         places += zip(graph.inputs, inputs, strict=True)
     named = {id(value) for value, _ in places}
     wanted = {name for _, name in places}
-    others = [
-        value
-        for value in (
-            *graph.inputs,
-            *graph.initializers.values(),
-            *(output for node in graph.all_nodes() for output in node.outputs),
-        )
-        if id(value) not in named
-    ]
+    others = [value for value in _values(graph) if id(value) not in named]
     taken = wanted | {value.name for value in others if value.name}
     for value in others:
         if value.name in wanted:
@@ -78,6 +71,38 @@ def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]
         _set_name(graph, value, f"__{number}__")
     for value, name in places:
         _set_name(graph, value, name)
+
+
+def name_dimensions(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]]) -> None:
+    """Call dimensions by their names where dynamo of torch 2.6 numbers them, in place.
+
+    With ``axes={"x": {0: "batch"}}``::
+
+        x: [s0, 3], y: [2*s0, 1]  ->  x: [batch, 3], y: [2*batch, 1]
+    """
+    names: dict[str, str] = {}
+    for value in graph.inputs:
+        for position, name in axes.get(str(value.name), {}).items():
+            size = value.shape[position] if value.shape is not None else None
+            number = size.value if isinstance(size, ir.SymbolicDim) else None
+            if number is not None and re.fullmatch(r"s\d+", number):
+                names[number] = name
+    for value in _values(graph) if names else ():
+        if value.shape is not None:
+            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+
+
+def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+    if isinstance(size, int) or size.value is None:
+        return size if isinstance(size, int) else None
+    return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
+
+
+def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph.all_nodes():
+        yield from node.outputs
 
 
 def _set_name(graph: ir.Graph, value: ir.Value, name: str) -> None:
@@ -104,13 +129,14 @@ def _separate_outputs(graph: ir.Graph) -> None:
 def widen_indices(graph: ir.Graph) -> None:
     """Cast indices in int32 to int64, the only type that some operators take.
 
-    The dynamo exporter writes int32 indices for ``index_put``, which an inverse STFT needs::
+    The dynamo exporter writes int32 indices for ``index_put``, which an inverse STFT needs, and
+    that of torch 2.6 does not say that they are::
 
         ScatterND(x, indices, y)  ->  ScatterND(x, Cast(indices, to=INT64), y)
     """
     for node in graph.all_nodes():
         index = node.inputs[1] if node.op_type in _INT64_INDICES else None
-        if index is not None and index.dtype == ir.DataType.INT32:
+        if index is not None and index.dtype != ir.DataType.INT64:
             cast = ir.node("Cast", [index], {"to": ir.DataType.INT64})
             cast.outputs[0].shape = index.shape
             cast.outputs[0].dtype = ir.DataType.INT64

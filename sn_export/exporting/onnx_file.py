@@ -28,11 +28,11 @@ from ..files import as_path
 from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..proving import count_weight_bytes, save
 from ..results import Exporter, FileInput, FoldedInitializer
-from ..running import Reference
+from ..running import Reference, dynamic_axes
 from ..text import qualified
 from .arguments import ExternalData, Request
 from .folding import fold_initializers
-from .graph import rename, set_opset, strip_traces, widen_indices
+from .graph import name_dimensions, rename, set_opset, strip_traces, widen_indices
 from .torch_exporters import run_exporter
 
 # A protobuf message ends at 2 GiB; the graph around the weights needs some of that.
@@ -100,8 +100,11 @@ def write_onnx(
         list(request.input_names.values()) if exporter == "dynamo" else None,
         request.output_names,
     )
+    if exporter == "dynamo":
+        plain = [dim for dim in request.dims if dim.is_root]
+        name_dimensions(graph.graph, dynamic_axes(request.input_names, plain))
+        widen_indices(graph.graph)
     strip_traces(graph)
-    widen_indices(graph.graph)
     set_opset(graph, request.opset_version)
     graph.metadata_props.update(metadata)
     folded = fold_initializers(graph, _state(request.model))

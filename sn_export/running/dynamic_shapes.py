@@ -61,6 +61,11 @@ class DynamicDim:
         """Whether it has a name, that of its root; ``Dim.AUTO`` and ``Dim.DYNAMIC`` have none."""
         return _hint(self.spec) not in ("AUTO", "DYNAMIC")
 
+    @property
+    def is_root(self) -> bool:
+        """Whether its name is that of its root; ``2 * dim`` has another."""
+        return self.is_named and not callable(getattr(self.spec, "fn", None))
+
     def size_for(self, root_size: int) -> int:
         """Return the size when the root has ``root_size`` (they differ for ``2 * dim``)."""
         function = getattr(self.spec, "fn", None)
