@@ -10,8 +10,16 @@ import numpy as np
 import pytest
 import torch
 import torch._dynamo  # once: a test that runs pytest within takes what it imports out again
+from torch_versions import lacks_of
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of what the installed torch lacks."""
+    for item in items:
+        for lack in lacks_of(item.nodeid.removeprefix("tests/")):
+            item.add_marker(lack.mark())
 
 
 @pytest.fixture(autouse=True)

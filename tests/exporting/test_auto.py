@@ -92,7 +92,7 @@ class Lying(Head):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
-        return y + 0.5 if torch.compiler.is_exporting() else y
+        return y + 0.5 if torch.compiler.is_compiling() else y
 
 
 def test_the_other_where_the_file_does_not_prove(tmp_path: Path) -> None:

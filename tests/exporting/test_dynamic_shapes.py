@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,18 @@ class Filter(nn.Module):
 _X, _Y = torch.randn(4, 2, 8), torch.randn(4, 8)
 _B, _L = Dim("batch"), Dim("length")
 _BOUND = Dim("batch", min=2, max=6)
-_NOTATIONS: dict[str, Any] = {
-    "named": {"x": {0: _B, 2: _L}, "y": {0: _B, 1: _L}},
-    "bounded": {"x": {0: _BOUND}, "y": {0: _BOUND}},
-    "auto": {"x": {0: Dim.AUTO}, "y": {0: Dim.AUTO}},
-    "dynamic": {"x": {0: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}},
-    "bounded auto": {"x": {0: Dim.AUTO(max=6)}, "y": {0: Dim.AUTO(max=6)}},
-    "text": {"x": {0: "batch"}, "y": {0: "batch"}},
-    "by position": ({0: _B}, {0: _B}),
-    "by position in a list": [{0: _B}, {0: _B}],
-    "tensors by position": {"x": (_B, None, _L), "y": (_B, _L)},
-    "all by position": ((_B, None, None), (_B, None)),
-    "static ones": {"x": {0: _B, 1: Dim.STATIC, 2: 8}, "y": {0: _B}},
+_NOTATIONS: dict[str, Callable[[], Any]] = {  # torch 2.6 has not all of them
+    "named": lambda: {"x": {0: _B, 2: _L}, "y": {0: _B, 1: _L}},
+    "bounded": lambda: {"x": {0: _BOUND}, "y": {0: _BOUND}},
+    "auto": lambda: {"x": {0: Dim.AUTO}, "y": {0: Dim.AUTO}},
+    "dynamic": lambda: {"x": {0: Dim.DYNAMIC}, "y": {0: Dim.DYNAMIC}},
+    "bounded auto": lambda: {"x": {0: Dim.AUTO(max=6)}, "y": {0: Dim.AUTO(max=6)}},
+    "text": lambda: {"x": {0: "batch"}, "y": {0: "batch"}},
+    "by position": lambda: ({0: _B}, {0: _B}),
+    "by position in a list": lambda: [{0: _B}, {0: _B}],
+    "tensors by position": lambda: {"x": (_B, None, _L), "y": (_B, _L)},
+    "all by position": lambda: ((_B, None, None), (_B, None)),
+    "static ones": lambda: {"x": {0: _B, 1: Dim.STATIC, 2: 8}, "y": {0: _B}},
 }
 
 
@@ -65,7 +66,7 @@ def test_notation(tmp_path: Path, exporter: str, notation: str) -> None:
     path = tmp_path / "net.onnx"
     model = Filter()
     report = export_onnx(
-        model, (_X, _Y), path, exporter=exporter, dynamic_shapes=_NOTATIONS[notation], samples=1
+        model, (_X, _Y), path, exporter=exporter, dynamic_shapes=_NOTATIONS[notation](), samples=1
     )
     assert report.parity.samples == 5, "the example, one random input, three other sizes"
     x, y = _shapes(path)

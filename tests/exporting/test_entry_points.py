@@ -114,10 +114,6 @@ def test_method(tmp_path: Path, kind: str, exporter: str, by_name: bool) -> None
 def test_method_that_calls_the_module(tmp_path: Path, exporter: str) -> None:
     """Hooks of the module run where the method calls it, and nowhere else."""
     path, model = tmp_path / "net.onnx", Codec().eval()
-    if exporter == "dynamo" and torch.__version__ < "2.13":  # it appends to a list of the module
-        with pytest.raises(ExportError, match=r"use torch 2\.13 or newer: dynamo of "):
-            export_onnx(model.again, (_X,), path, exporter=exporter)
-        return
     export_onnx(torch.compile(model).again, (_X,), path, exporter=exporter)
     with torch.no_grad():
         expected = model.again(_X)

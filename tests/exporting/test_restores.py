@@ -294,10 +294,7 @@ def test_forward_that_writes(tmp_path: Path, exporter: str, network: type[Head])
     """A forward that changes its module in eval mode is exported, and has changed nothing."""
     model = network()
     before, state = fingerprint(model), _state(model)
-    if exporter == "dynamo" and network is Replacing and torch.__version__ < "2.13":
-        with pytest.raises(ExportError, match=r"use torch 2\.13 or newer: dynamo of "):
-            export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
-    elif (exporter, network) in _WRONGLY_EXPORTED:
+    if (exporter, network) in _WRONGLY_EXPORTED:
         with pytest.raises(ParityError):
             export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter)
         assert list(tmp_path.iterdir()) == []

@@ -24,17 +24,29 @@ from sn_export.running import torch_private
 _PACKAGE = Path(sn_export.__file__).parent
 _FILE = _PACKAGE / "running" / "torch_private.py"
 _NAMES = [(cls, name) for cls, names in torch_private.ATTRIBUTES.items() for name in names]
+_OF_SHARDS = [(cls, name) for cls, name in _NAMES if cls.startswith("FSDP")]
+
+
+def _class_of_shards(cls: str) -> type:
+    """Return the class of FSDP2 that has the names listed under ``cls``."""
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
+
+    name = cls.partition(",")[0]
+    places = (_fsdp_param, _fsdp_param_group, _fsdp_state)
+    found: type = next((vars(m)[name] for m in places if name in vars(m)), FSDPModule)
+    return found
+
+
+def _names_of(owner: type) -> set[str]:
+    """Return what a class has, declares, and has its methods read or set."""
+    codes = [f.__code__ for f in vars(owner).values() if hasattr(f, "__code__")]
+    declared = getattr(owner, "__annotations__", ())
+    return {*dir(owner), *declared}.union(*(code.co_names for code in codes))
 
 
 def _owner(cls: str) -> Any:
     """Return something of torch that has the names listed under ``cls``."""
-    if cls.startswith("FSDP"):
-        from torch.distributed.fsdp import FSDPModule
-        from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group, _fsdp_state
-
-        name = cls.partition(",")[0]
-        places = (_fsdp_param, _fsdp_param_group, _fsdp_state)
-        return next((vars(m)[name] for m in places if name in vars(m)), FSDPModule)
     return {
         "Module": lambda: nn.Linear(1, 1),
         "state dict": lambda: nn.Linear(1, 1).state_dict(),
@@ -52,18 +64,18 @@ def _owner(cls: str) -> Any:
     }[cls]()
 
 
-@pytest.mark.parametrize(("cls", "name"), _NAMES)
+@pytest.mark.parametrize(("cls", "name"), [name for name in _NAMES if name not in _OF_SHARDS])
 def test_torch_has_not_moved_a_name(cls: str, name: str) -> None:
-    """What is read of an object of torch's is there; of sharded ones, their classes set it."""
-    if cls.startswith("FSDP") and torch.__version__ < "2.13":
-        pytest.skip(f"sharded models need torch 2.13: {torch.__version__} has other names")
-    owner = _owner(cls)
-    if not isinstance(owner, type):
-        assert hasattr(owner, name)
-        return
-    known = {*dir(owner), *getattr(owner, "__annotations__", ())}
-    codes = [f.__code__ for f in vars(owner).values() if hasattr(f, "__code__")]
-    assert name in known.union(*(code.co_names for code in codes))
+    """What is read of an object of torch's is there."""
+    assert hasattr(_owner(cls), name)
+
+
+def test_torch_has_not_moved_a_name_of_shards() -> None:
+    """What is read of sharded models is there: no object without a process group, so by class."""
+    missing = [
+        f"{cls}.{name}" for cls, name in _OF_SHARDS if name not in _names_of(_class_of_shards(cls))
+    ]
+    assert missing == []
 
 
 def test_what_is_made_of_private_names_works() -> None:

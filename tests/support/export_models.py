@@ -134,7 +134,7 @@ class Liar(Head):
 
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = self.layer(x)
-        return y + 0.5 if torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export() else y
+        return y + 0.5 if torch.compiler.is_compiling() or torch.onnx.is_in_onnx_export() else y
 
 
 class Unsupported(Head):

@@ -1,0 +1,97 @@
+"""What an older torch cannot do: tests of it must fail there, and with the error that is named.
+
+`conftest.py` marks them on a torch before ``since``: one that passes, or fails in another way, is a
+failure. Nothing is skipped, and no version of torch is asked for anywhere else.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+
+@dataclass(frozen=True)
+class Lack:
+    """Something that torch has since a version.
+
+    Attributes:
+        since: the first torch that has it.
+        what: what an older one lacks.
+        error: how a test fails there, as a regular expression.
+        tests: regular expressions of whole tests, by file and name as pytest prints them.
+    """
+
+    since: str
+    what: str
+    error: str
+    tests: tuple[str, ...]
+
+    def explains(self, error: BaseException) -> bool:
+        """Whether a test failed with it, or while it was handled."""
+        now: BaseException | None = error
+        while now is not None:
+            if re.search(self.error, str(now)):
+                return True
+            now = now.__cause__ or now.__context__
+        return False
+
+    def mark(self) -> pytest.MarkDecorator:
+        """Return the mark of a test that must fail."""
+        return pytest.mark.xfail(
+            raises=pytest.RaisesExc(check=self.explains),
+            reason=f"torch {torch.__version__}, before {self.since}: {self.what}",
+            strict=True,
+        )
+
+
+LACKS = (
+    Lack(
+        since="2.13",
+        what="the names by which shards of fully_shard are reached",
+        error=r"_fsdp_param_groups",
+        tests=(r"running/test_torch_private\.py::test_torch_has_not_moved_a_name_of_shards",),
+    ),
+    Lack(
+        since="2.9",
+        what="BatchNorm by dynamo",
+        error=r"use torch 2\.9 or newer: dynamo of \S+ does not take BatchNorm",
+        tests=(
+            r"proving/test_divergence\.py::test_altered_initializer\[dynamo-.*",
+            r"proving/test_divergence\.py::test_altered_weight_of_a_fused_module\[dynamo\]",
+            r"proving/test_divergence\.py::test_export_that_does_not_prove\[dynamo-.*",
+            r"proving/test_divergence\.py::test_modules_of_a_file_that_passes\[dynamo\]",
+            r"proving/test_divergence\.py::test_no_trace_is_left\[dynamo\]",
+            r"proving/test_divergence\.py::test_per_module_option_of_an_export\[dynamo\]",
+            r"proving/test_pieces\.py::test_networks\[generator-dynamo\]",
+            r"proving/test_verdicts\.py::test_fresh_networks_are_proved\[generator-dynamo\]",
+        ),
+    ),
+    Lack(
+        since="2.7",
+        what="Dim.AUTO with bounds",
+        error=r"'_DimHint' object is not callable",
+        tests=(r"exporting/test_dynamic_shapes\.py::test_notation\[\w+-bounded auto\]",),
+    ),
+    Lack(
+        since="2.13",
+        what="a forward that adds to the attributes or lists of its module",
+        error=r"use torch 2\.13 or newer: dynamo of ",
+        tests=(
+            r"exporting/test_entry_points\.py::test_method_that_calls_the_module\[dynamo\]",
+            r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-Replacing\]",
+        ),
+    ),
+)
+
+
+def lacks_of(test: str) -> list[Lack]:
+    """Return what the installed torch lacks of what a test needs."""
+    return [
+        lack
+        for lack in LACKS
+        if torch.__version__ < lack.since  # compared as versions
+        and any(re.fullmatch(pattern, test) for pattern in lack.tests)
+    ]
