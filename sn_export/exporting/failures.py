@@ -27,7 +27,7 @@ _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 _LINE = re.compile(r'File "(?P<file>[^"]+)", line (?P<line>\d+), in ')  # torch.fx
 _RANGE = re.compile(r"^(?P<file>.+)\((?P<line>\d+)\): ", re.MULTILINE)  # torch.jit
 _DIMENSION = re.compile(
-    r"(?:dimension )?(?:inputs|L)(?:\['(?:args|tensors)'\])?"
+    r"(?:dimension )?(?:inputs|L)(?:\['(?:args|tensors)'\](?:\[0\])?)?"
     r"\[(?:'(?P<name>\w+)'|(?P<position>\d+))\]"
     r"\.(?:shape|size\(\))\[(?P<dim>\d+)\]"
 )
@@ -71,6 +71,9 @@ _ADVICE = (
 # What dynamo of an older torch fails with, the first torch tested that does it, and what it is.
 _SINCE = (
     (r"'tuple' object has no attribute 'dtype'", "2.9", "BatchNorm"),
+    (r"'NoneType' object has no attribute 'name'", "2.9", "None among the outputs"),
+    (r"n=copy_, n\.args", "2.9", "a forward that copies into a tensor that it makes"),
+    (r"requires gradients, and received a mutation", "2.9", "a forward that writes a parameter"),
     (r"Node (arity|keys) mismatch", "2.13", "a forward that adds to its attributes or lists"),
 )
 

@@ -206,12 +206,13 @@ def find_exporters(opset: int | None) -> tuple[Exporter, ...]:
     return tuple(name for name in EXPORTERS if opset is None or opset in find_opsets(name))
 
 
-def choose_opset(dtype: str | None) -> int | None:
+def choose_opset(dtype: str | None, exporters: Sequence[Exporter]) -> int | None:
     """Return the opset for a network of this dtype, None for torch's own default.
 
-    Convolutions and much else have no bfloat16 before opset 22.
+    Convolutions and much else have no bfloat16 before opset 22, which one of the exporters may
+    lack.
     """
-    newest = max(find_opsets(name)[-1] for name in EXPORTERS)
+    newest = max(find_opsets(name)[-1] for name in exporters)
     return min(_BFLOAT16, newest) if dtype == "bfloat16" else None
 
 

@@ -37,7 +37,7 @@ from ..running import (
     run_usable,
 )
 from .arguments import Request
-from .graph import choose_opset, name_outputs
+from .graph import choose_opset, find_exporters, name_outputs
 
 _logger = logging.getLogger("sn_export")
 _SMALLEST = 2**20  # bytes of a weight
@@ -78,9 +78,12 @@ def run_references(
     references = [first, *drawn.references, *map(run, call.own)]
     usable = partial(run_usable, first, run=run)
     references += run_resized(call.example, request.dims, usable, call.own)
+    dtype = find_coarsest(request.model, [first])
+    opset = request.opset_version or choose_opset(dtype, request.exporters)
     request = replace(
         request,
-        opset_version=request.opset_version or choose_opset(find_coarsest(request.model, [first])),
+        opset_version=opset,
+        exporters=tuple(name for name in request.exporters if name in find_exporters(opset)),
         output_names=names,
         settings=replace(settings, input_names=request.input_names),
     )

@@ -42,6 +42,7 @@ from ..running import (
     paths_of_tensors,
     undo_on_exit,
     undoing,
+    without_tracing,
 )
 from .arguments import Request
 from .failures import TorchExporterError, explain_failure
@@ -91,7 +92,7 @@ def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None
 
 def _dynamo(request: Request, call: FlatCall) -> Any:
     shapes = flat_shapes(list(request.input_names), request.dims)
-    with parse_operators_once():
+    with parse_operators_once(), without_tracing():
         program = torch.onnx.export(
             call.module,
             call.tensors,

@@ -46,6 +46,7 @@ from .torch_private import (
     parametrize_cache,
     pytree,
     rebuild,
+    without_tracing,
 )
 from .undo import ClosedOnExit, undo_on_exit, undoing
 
@@ -109,4 +110,5 @@ __all__ = [
     "undoing",
     "unwrap_model",
     "without_trace",
+    "without_tracing",
 ]

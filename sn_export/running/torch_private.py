@@ -9,6 +9,8 @@ part of a format, and stand in ``checkpoints/pickle_globals.py``.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +53,7 @@ __all__ = [
     "pytree",
     "rebuild",
     "set_version",
+    "without_tracing",
 ]
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -174,3 +177,19 @@ def checkpoint_records() -> tuple[Any, Any]:
     from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
     return _StorageInfo, _MEM_FORMAT_ENCODING
+
+
+@contextmanager
+def without_tracing() -> Iterator[None]:
+    """Let dynamo of torch 2.6 fail where torch.export does, and not trace the forward then.
+
+    A trace takes the side of an ``if`` that the example takes, without a word.
+    """
+    from torch.onnx._internal.exporter import _capture_strategies as known
+
+    before = known.CAPTURE_STRATEGIES
+    known.CAPTURE_STRATEGIES = tuple(s for s in before if s.__name__.startswith("TorchExport"))
+    try:
+        yield
+    finally:
+        known.CAPTURE_STRATEGIES = before
