@@ -46,6 +46,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
+from torch_versions import SHARDS
 
 from sn_export import (
     ExportError,
@@ -882,6 +883,18 @@ def refused(kind: type[Exception] | tuple[type[Exception], ...], *texts: str) ->
             assert text in str(error), f"{text!r} is not in {error}"
     else:
         raise AssertionError("nothing was refused")
+
+
+def check_refused() -> None:
+    """A torch that keeps its shards elsewhere is named, and the model runs on."""
+    model = shard(network(spectral_norm), "layers")
+    require_refused(frozen_spectral_norm(model), torch.__version__, "FSDPState._fsdp_param_groups")
+    model(rows(0))
+
+
+if torch.__version__ < SHARDS.since:  # there, what shards nothing holds, and one case for the rest
+    unsharded = ("ddp", "export-of-replicas", "fsdp1", "tensor-parallel")
+    CASES = {"refused": check_refused, **{name: CASES[name] for name in unsharded}}
 
 
 def run(names: list[str]) -> dict[str, list[str]]:
