@@ -19,6 +19,7 @@ from ..files import open_regular
 from ..text import quote_name, quote_names
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
+from .first_bytes import is_of_torch, read_head, require_torch
 from .lazy_tensors import (
     LazyTensors,
     Piece,
@@ -47,16 +48,6 @@ _USUAL = (
 )
 # Compressed arrays may unpack to so many bytes, or to so many times the size of their file.
 _UNPACKED, _RATIO = 2**28, 100
-# The first bytes of other files, what these are, and what the user can do.
-_OTHERS = (
-    (b"version https://git-lfs", "a pointer of Git LFS; fetch the file itself with git lfs pull"),
-    (b"\x89HDF", "an HDF5 file, as Keras writes it"),
-    (b"GGUF", "a GGUF file of llama.cpp"),
-    (b"\x1f\x8b", "a gzip archive; unpack it first"),
-    (b"\x28\xb5\x2f\xfd", "a zstd archive; unpack it first"),
-    (b"7z\xbc\xaf", "a 7z archive; unpack it first"),
-    (b"\x93NUMPY", "a numpy array, not a checkpoint of torch"),
-)
 
 
 def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False) -> Checkpoint:
@@ -80,14 +71,14 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
     source = Path(path)
     if source.is_dir():
         return _read_folder(source, trust_pickle)
-    head = _read_head(source)
+    head = read_head(source)
     if source.name.endswith(_INDEX):
         return _read_index(source, source, trust_pickle)
-    if source.suffix == _SAFETENSORS or head[8:9] == b"{":
+    if head[8:9] == b"{" or (source.suffix == _SAFETENSORS and not is_of_torch(head)):
         return Checkpoint(source, "safetensors", *read_safetensors(source))
     if head.startswith(b"PK") and _is_npz(source):
         return _read_npz(source)
-    _require_torch(source, head)
+    require_torch(source, head)
     return _read_torch(source, source, trust_pickle)
 
 
@@ -142,37 +133,6 @@ def _describe_excess(file: BinaryIO) -> str:
     return "" if is_small else f"unpacks from {packed} to {unpacked} bytes"
 
 
-def _read_head(path: Path) -> bytes:
-    try:
-        with open_regular(path) as file:
-            head = file.read(64)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"there is no checkpoint at {quote_name(path)}") from error
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise CheckpointError(f"cannot read {quote_name(path)}: {reason}") from error
-    if not head:
-        raise CheckpointError(f"{quote_name(path)} is empty")
-    return head
-
-
-def _require_torch(path: Path, head: bytes) -> None:
-    if head.startswith((b"PK", b"\x80")):
-        return
-    for start, kind in _OTHERS:
-        if head.startswith(start):
-            raise CheckpointError(f"{quote_name(path)} is {kind}")
-    if head[:1] == b"\x08" and (head[2:3] == b"\x12" or path.suffix == ".onnx"):
-        raise CheckpointError(
-            f"{quote_name(path)} is an ONNX file, which holds a graph; give the checkpoint that "
-            "it was made from"
-        )
-    raise CheckpointError(
-        f"{quote_name(path)} is no checkpoint: it starts with {head[:8]!r}, which is neither "
-        "torch's format nor safetensors"
-    )
-
-
 def _read_torch(path: Path, file: Path, trust_pickle: bool) -> Checkpoint:
     unread: set[str] = set()
     content = read_torch_file(file, trust_pickle, unread)
@@ -185,7 +145,7 @@ def _read_index(path: Path, index: Path, trust_pickle: bool) -> Checkpoint:
     places, unread = read_index(index), set[str]()
     shards: dict[Path, Any] = {}
     for file in dict.fromkeys(places.values()):
-        _require_torch(file, _read_head(file))
+        require_torch(file, read_head(file))
         shards[file] = read_torch_file(file, trust_pickle, unread)
     for name, file in places.items():
         if not isinstance(shards[file], Mapping) or name not in shards[file]:
@@ -211,7 +171,7 @@ def _read_folder(folder: Path, trust_pickle: bool) -> Checkpoint:
             return _read_safetensors_of(folder, tensors)
     if others := [path for path in files if path.suffix in _TORCH]:
         file = _choose_file(folder, others)
-        _require_torch(file, _read_head(file))
+        require_torch(file, read_head(file))
         return _read_torch(folder, file, trust_pickle)
     raise CheckpointError(
         f"folder {quote_name(folder)} is no checkpoint: it holds "

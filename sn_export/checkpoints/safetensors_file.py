@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import CheckpointError
 from ..files import open_regular, require_regular
 from ..text import join_lines, quote_name, quote_names
+from .first_bytes import read_head, refuse_other_format
 from .lazy_tensors import MOST_DIMS, Entry, LazyTensors, Spec
 
 # A key in the header of the files of single ranks, as HuggingFaceStorageWriter writes them.
@@ -177,6 +178,7 @@ def _open(path: Path) -> Any:
         require_regular(path)
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError, ValueError) as error:
+        refuse_other_format(path, read_head(path))
         raise CheckpointError(
             f"{quote_name(path)} is damaged or truncated: safetensors cannot read it "
             f"({join_lines(str(error))})"

@@ -50,6 +50,9 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
         return _load(
             lambda: pickle.loads(path.read_bytes()), what, f"its {format_count(size, 'byte')}", True
         )
+    if path.suffix == ".safetensors":  # torch.load goes by that name, not by what is in the file
+        with open_regular(path) as file:
+            return _torch_load(file, what, size, trust_pickle, unread, False)
     return _torch_load(source, what, size, trust_pickle, unread, kind == "zip")
 
 

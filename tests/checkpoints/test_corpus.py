@@ -202,12 +202,25 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
 @pytest.mark.parametrize("kind", OTHERS)
-def test_sound_files_of_another_kind(kind: str, tmp_path: Path) -> None:
+def test_sound_files_of_another_kind(kind: str, name: str, tmp_path: Path) -> None:
     """The message for a sound file of another kind names the kind, and what to do."""
     write, what = OTHERS[kind]
-    write(tmp_path / "a.pt")
-    assert _message(tmp_path / "a.pt") == f"'a.pt' is {what}"
+    write(tmp_path / name)
+    assert _message(tmp_path / name) == f"'{name}' is {what}"
+
+
+@pytest.mark.parametrize("has_index", [True, False])
+@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
+def test_shards_of_another_kind(suffix: str, has_index: bool, tmp_path: Path) -> None:
+    """A shard that was cloned without Git LFS is called that, not damaged."""
+    write, what = OTHERS["lfs"]
+    write(tmp_path / f"model.{suffix}")
+    if has_index:
+        index = {"weight_map": {"w": f"model.{suffix}"}}
+        (tmp_path / f"model.{suffix}.index.json").write_text(json.dumps(index))
+    assert _message(tmp_path).endswith(f"/model.{suffix}' is {what}")
 
 
 @pytest.mark.parametrize("kind", ["script", "pickle", "whole module"])

@@ -81,7 +81,7 @@ KINDS = {
 
 
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors", "numpy"])
-@pytest.mark.parametrize("name", ["a", "a.pt", "a.bin", "a.npz"])
+@pytest.mark.parametrize("name", ["a", "a.pt", "a.bin", "a.npz", "a.safetensors"])
 def test_the_first_bytes_say_what_a_file_is(name: str, form: str, tmp_path: Path) -> None:
     """Not its name, which people change."""
     path = _write(form, {"w": torch.ones(2, 3)}, tmp_path).rename(tmp_path / name)
