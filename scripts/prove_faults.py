@@ -146,6 +146,7 @@ class _Writer:
         # A folder is written as a new one.
         self.old = {name: content for name, content in earlier.items() if "/" not in name}
         self.new = self._prepare(0)
+        gc.freeze()  # what is imported by now is not gone through after each fault
         self.before = fingerprint(self.model)
         self.output = _output()
 
