@@ -22,7 +22,8 @@ class Respelled:
     """A state dict in another spelling; values are read and computed one at a time.
 
     Attributes:
-        entries: its values by key, in the order of a network with that spelling.
+        entries: its values by key, in the order of a network with that spelling; where one module
+            has several reparametrized tensors, theirs may stand in another order.
         versions: the versions of the modules of such a network, see `StateDict`.
         changed: the sites whose spelling was changed.
     """
