@@ -88,9 +88,8 @@ class Sources:
         ]
         if any(_is_moved(tensor, self._state[name]) for name in near):
             return None
-        if self._are_elements(
-            tensor, dict.fromkeys((*near, *self._state))
-        ):  # the same module first
+        nearest_first = dict.fromkeys((*near, *self._state))
+        if self._are_elements(tensor, nearest_first):
             return None
         return [name for name in near if self._state[name].numel() == tensor.size] or None
 

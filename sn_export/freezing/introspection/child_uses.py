@@ -280,7 +280,7 @@ class _Evaluation:
             return self._follow(resolve_name(node, self._function), given)
         found = NONE
         for module in modules:
-            child = self._child_orheld_by(module, node.attr)
+            child = self._child_or_held(module, node.attr)
             if child:
                 self._uses.call(child, self._owner)
                 self._hand_over(given)
@@ -297,7 +297,7 @@ class _Evaluation:
                 found |= self._own_method(module, node.attr, given)
         return found
 
-    def _child_orheld_by(self, module: nn.Module, name: str) -> Modules:
+    def _child_or_held(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
         return find_held(module.__dict__.get(name)) if child is None else frozenset({child})
 
