@@ -47,6 +47,12 @@ class Lack:
         )
 
 
+def _refused(since: str, what: str, *tests: str) -> Lack:
+    """Return what dynamo does not take before ``since``, as the package's own error says it."""
+    error = rf"use torch {re.escape(since)} or newer: dynamo of \S+ does not take {re.escape(what)}"
+    return Lack(since, f"{what}, by dynamo", error, tests)
+
+
 SHARDS = Lack(
     since="2.13",
     what="the names by which shards of fully_shard are reached",
@@ -64,47 +70,39 @@ LACKS = (
         error=r"Operator aten\.(mv|clamp_min)\.default does not have a sharding strategy",
         tests=(r"distributed/test_ranks\.py::test_ranks\[tensor-parallel-2\]",),
     ),
-    Lack(
-        since="2.9",
-        what="BatchNorm by dynamo",
-        error=r"use torch 2\.9 or newer: dynamo of \S+ does not take BatchNorm",
-        tests=(
-            r"exporting/test_entry_points\.py::test_lazy_modules\[dynamo\]",
-            r"exporting/test_folding\.py::test_plain_networks_are_not_touched\[dynamo-batch norm\]",
-            r"exporting/test_golden\.py::test_graph_is_as_written_down\[generator-dynamo\]",
-            r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-AlwaysTraining\]",
-            r"proving/test_divergence\.py::test_altered_initializer\[dynamo-.*",
-            r"proving/test_divergence\.py::test_altered_weight_of_a_fused_module\[dynamo\]",
-            r"proving/test_divergence\.py::test_export_that_does_not_prove\[dynamo-.*",
-            r"proving/test_divergence\.py::test_modules_of_a_file_that_passes\[dynamo\]",
-            r"proving/test_divergence\.py::test_no_trace_is_left\[dynamo\]",
-            r"proving/test_divergence\.py::test_per_module_option_of_an_export\[dynamo\]",
-            r"proving/test_pieces\.py::test_networks\[generator-dynamo\]",
-            r"proving/test_verdicts\.py::test_fresh_networks_are_proved\[generator-dynamo\]",
-        ),
+    _refused(
+        "2.9",
+        "BatchNorm",
+        r"exporting/test_entry_points\.py::test_lazy_modules\[dynamo\]",
+        r"exporting/test_folding\.py::test_plain_networks_are_not_touched\[dynamo-batch norm\]",
+        r"exporting/test_golden\.py::test_graph_is_as_written_down\[generator-dynamo\]",
+        r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-AlwaysTraining\]",
+        r"proving/test_divergence\.py::test_altered_initializer\[dynamo-.*",
+        r"proving/test_divergence\.py::test_altered_weight_of_a_fused_module\[dynamo\]",
+        r"proving/test_divergence\.py::test_export_that_does_not_prove\[dynamo-.*",
+        r"proving/test_divergence\.py::test_modules_of_a_file_that_passes\[dynamo\]",
+        r"proving/test_divergence\.py::test_no_trace_is_left\[dynamo\]",
+        r"proving/test_divergence\.py::test_per_module_option_of_an_export\[dynamo\]",
+        r"proving/test_pieces\.py::test_networks\[generator-dynamo\]",
+        r"proving/test_verdicts\.py::test_fresh_networks_are_proved\[generator-dynamo\]",
     ),
-    Lack(
-        since="2.9",
-        what="None among the outputs of dynamo",
-        error=r"use torch 2\.9 or newer: dynamo of \S+ does not take None among the outputs",
-        tests=(r"exporting/test_calls\.py::test_names_of_outputs\[dynamo-None among them\]",),
+    _refused(
+        "2.9",
+        "None among the outputs",
+        r"exporting/test_calls\.py::test_names_of_outputs\[dynamo-None among them\]",
     ),
-    Lack(
-        since="2.9",
-        what="a forward that copies into a tensor that it makes, by dynamo",
-        error=r"use torch 2\.9 or newer: dynamo of \S+ does not take a forward that copies",
-        tests=(r"exporting/test_networks\.py::test_encoder_graph_is_the_plain_one\[\w+-dynamo\]",),
+    _refused(
+        "2.9",
+        "a forward that copies into a tensor that it makes",
+        r"exporting/test_networks\.py::test_encoder_graph_is_the_plain_one\[\w+-dynamo\]",
     ),
-    Lack(
-        since="2.9",
-        what="a forward that writes a parameter, by dynamo",
-        error=r"use torch 2\.9 or newer: dynamo of \S+ does not take a forward that writes",
-        tests=(
-            r"exporting/test_folding\.py::test_graph_is_that_of_the_plain_network"
-            r"\[dynamo-IteratingConv-\w+\]",
-            r"exporting/test_folding\.py::test_proof_stands_for_the_published_file\[dynamo\]",
-            r"exporting/test_folding\.py::test_model_is_as_before\[dynamo-IteratingConv-\w+\]",
-        ),
+    _refused(
+        "2.9",
+        "a forward that writes a parameter",
+        r"exporting/test_folding\.py::test_graph_is_that_of_the_plain_network"
+        r"\[dynamo-IteratingConv-\w+\]",
+        r"exporting/test_folding\.py::test_proof_stands_for_the_published_file\[dynamo\]",
+        r"exporting/test_folding\.py::test_model_is_as_before\[dynamo-IteratingConv-\w+\]",
     ),
     Lack(
         since="2.9",
@@ -141,14 +139,11 @@ LACKS = (
         error=r"'_DimHint' object is not callable",
         tests=(r"exporting/test_dynamic_shapes\.py::test_notation\[\w+-bounded auto\]",),
     ),
-    Lack(
-        since="2.13",
-        what="a forward that adds to the attributes or lists of its module",
-        error=r"use torch 2\.13 or newer: dynamo of ",
-        tests=(
-            r"exporting/test_entry_points\.py::test_method_that_calls_the_module\[dynamo\]",
-            r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-Replacing\]",
-        ),
+    _refused(
+        "2.13",
+        "a forward that adds to its attributes or lists",
+        r"exporting/test_entry_points\.py::test_method_that_calls_the_module\[dynamo\]",
+        r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-Replacing\]",
     ),
 )
 
