@@ -145,6 +145,10 @@ class _Writer:
         earlier = self._prepare(1)
         # A folder is written as a new one.
         self.old = {name: content for name, content in earlier.items() if "/" not in name}
+        self._begin()
+
+    def _begin(self) -> None:
+        """Make a model that is whole, and note what is to stay as it is."""
         self.new = self._prepare(0)
         gc.freeze()  # what is imported by now is not gone through after each fault
         self.before = fingerprint(self.model)
@@ -221,8 +225,7 @@ class _Writer:
         gc.collect()
         found += self._damage()
         if found:
-            fill(self.folder, {})
-            self.__init__(self.name, self.prepare, self.folder)  # type: ignore[misc]
+            self._begin()
         return "; ".join(found[:2])[:300]
 
     def _damage(self) -> list[str]:
