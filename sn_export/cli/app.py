@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import sys
 from typing import Annotated, Any, get_type_hints
 
@@ -42,7 +43,7 @@ def add_command(name: str, command: type[Command]) -> None:
         annotation, default = hints[field.name], field.default
         parsed, *options = getattr(annotation, "__metadata__", (None,))
         if isinstance(parsed, Parsed):
-            annotation = Annotated.__class_getitem__((parsed.written, *options))  # type: ignore[attr-defined]
+            annotation = operator.getitem(Annotated, (parsed.written, *options))
             parsers[field.name], default = parsed.parse, parsed.default
         if default in (..., dataclasses.MISSING):
             default = inspect.Parameter.empty

@@ -149,4 +149,5 @@ def _end_abandoned() -> None:
             if frame.f_code.co_filename == contextlib.__file__:
                 with contextlib.suppress(RuntimeError):  # of a decorated function: it runs
                     frame.clear()
+                    _ = frame.f_locals  # Python 3.10 has copied them for a tracer: copied anew
         error = error.__cause__ or error.__context__

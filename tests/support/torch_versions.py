@@ -1,24 +1,26 @@
 """What an older torch cannot do: tests of it must fail there, and with the error that is named.
 
 `conftest.py` marks them on a torch before ``since``: one that passes, or fails in another way, is a
-failure. Nothing is skipped, and no version of torch is asked for anywhere else.
+failure. Nothing is skipped, and no version of torch is asked for anywhere else. An older
+onnxruntime, which Python 3.10 has, stands here too.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from importlib.metadata import version
 
 import pytest
-import torch
+from packaging.version import Version
 
 
 @dataclass(frozen=True)
 class Lack:
-    """Something that torch has since a version.
+    """Something that torch, or another package, has since a version.
 
     Attributes:
-        since: the first torch that has it.
+        since: the first version that has it.
         what: what an older one lacks.
         error: how a test fails there, as a regular expression.
         tests: regular expressions of whole tests, by file and name as pytest prints them.
@@ -28,6 +30,12 @@ class Lack:
     what: str
     error: str
     tests: tuple[str, ...]
+    package: str = "torch"
+
+    @property
+    def installed(self) -> str:
+        """The version of the package that is installed."""
+        return version(self.package)
 
     def explains(self, error: BaseException) -> bool:
         """Whether a test failed with it, or while it was handled."""
@@ -42,7 +50,7 @@ class Lack:
         """Return the mark of a test that must fail."""
         return pytest.mark.xfail(
             raises=pytest.RaisesExc(check=self.explains),
-            reason=f"torch {torch.__version__}, before {self.since}: {self.what}",
+            reason=f"{self.package} {self.installed}, before {self.since}: {self.what}",
             strict=True,
         )
 
@@ -145,14 +153,21 @@ LACKS = (
         r"exporting/test_entry_points\.py::test_method_that_calls_the_module\[dynamo\]",
         r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-Replacing\]",
     ),
+    Lack(
+        since="1.24",
+        what="the inverse of a one-sided DFT",
+        error=r"is_onesided and inverse attributes cannot be enabled at the same time",
+        tests=(r"proving/test_complex\.py::test_inverse_stft",),
+        package="onnxruntime",
+    ),
 )
 
 
 def lacks_of(test: str) -> list[Lack]:
-    """Return what the installed torch lacks of what a test needs."""
+    """Return what the installed packages lack of what a test needs."""
     return [
         lack
         for lack in LACKS
-        if torch.__version__ < lack.since  # compared as versions
+        if Version(lack.installed) < Version(lack.since)
         and any(re.fullmatch(pattern, test) for pattern in lack.tests)
     ]
