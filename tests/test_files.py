@@ -286,7 +286,7 @@ def test_folders_that_cannot_be_flushed(tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_path_with_a_zero_byte() -> None:
     """A path with a zero byte is refused, and the message escapes it."""
-    with pytest.raises(ValueError, match=r"^cannot write 'a\\x00b': embedded null byte$"):
+    with pytest.raises(ValueError, match=r"^cannot write 'a\\x00b': .*embedded null"):
         require_writable(Path("a\0b"))
 
 
