@@ -1,4 +1,4 @@
-"""Models on several ranks, which torchrun starts on loopback; each case is a test."""
+"""Models on several ranks of this machine; each case is a test."""
 
 from __future__ import annotations
 
@@ -55,17 +55,16 @@ def _results(folder: Path, ranks: int) -> dict[str, list[str]]:
 
 def _run(file: Path, ranks: int) -> None:
     names = ON_FOUR if ranks == 4 else ()
-    done = _torchrun(ranks, str(SUPPORT), str(file), *names)
+    done = _run_python(str(SUPPORT), str(ranks), str(file), *names)
     if not file.exists():
         file.write_text(json.dumps({}))
         raise AssertionError(f"the ranks ended without results:\n{done.stderr[-4000:]}")
 
 
-def _torchrun(ranks: int, *command: str) -> subprocess.CompletedProcess[str]:
+def _run_python(*command: str) -> subprocess.CompletedProcess[str]:
     paths = [str(Path(sn_export.__file__).parent.parent), os.environ.get("PYTHONPATH", "")]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return subprocess.run(
-        [*launcher, f"--nproc-per-node={ranks}", *command],
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -87,7 +86,8 @@ def test_ranks(case: str, ranks: int, results: functools.partial[dict[str, list[
 def test_recipe(tmp_path: Path) -> None:
     """The script of the page on sharded models exports, and a plain network loads what it saves."""
     script, model, state = SUPPORT.parent.parent / "recipes" / "sharded.py", "a.onnx", "plain.pt"
-    done = _torchrun(2, str(script), str(tmp_path / model), str(tmp_path / state))
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = _run_python(*torchrun, str(script), str(tmp_path / model), str(tmp_path / state))
     assert done.returncode == 0, done.stderr[-4000:]
     assert f"proved: {tmp_path / model}" in done.stdout
     assert sorted(torch.load(tmp_path / state)) == ["0.bias", "0.weight", "2.bias", "2.weight"]

@@ -1,8 +1,9 @@
-"""The cases that the tests run on several ranks by torchrun, each a function.
+"""The cases that the tests run on several ranks of this machine, each a function.
 
-    torchrun --standalone --nproc-per-node 2 tests/support/rank_cases.py results.json
+    python tests/support/rank_cases.py RANKS results.json [CASE ...]
 
 Rank 0 writes for each case what failed on any rank, by name; nothing failed where that is empty.
+The ranks are forks of a process that has imported torch, which takes longer than most cases.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ from torch.distributed.tensor.parallel import (
     RowwiseParallel,
     parallelize_module,
 )
+from torch.multiprocessing import start_processes
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm, weight_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -912,14 +914,23 @@ def run(names: list[str]) -> dict[str, list[str]]:
     return results
 
 
+def run_rank(rank: int, ranks: int, store: str, file: str, names: list[str]) -> None:
+    """Be one of the ranks, which find each other by the file ``store``."""
+    limit = timedelta(seconds=60)
+    dist.init_process_group("gloo", f"file://{store}", limit, world_size=ranks, rank=rank)
+    results = run(names or [*CASES])
+    if rank == 0:
+        Path(file).write_text(json.dumps(results))
+    dist.destroy_process_group()
+
+
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    dist.init_process_group("gloo", timeout=timedelta(seconds=60))
-    results = run(sys.argv[2:] or [*CASES])
-    if dist.get_rank() == 0:
-        Path(sys.argv[1]).write_text(json.dumps(results))
-    dist.destroy_process_group()
+    ranks, file, *names = sys.argv[1:]
+    with tempfile.TemporaryDirectory() as folder:
+        rest = (int(ranks), f"{folder}/store", file, names)
+        start_processes(run_rank, rest, int(ranks), start_method="fork")
 
 
 if __name__ == "__main__":
