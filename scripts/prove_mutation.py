@@ -5,8 +5,8 @@ round. mutmut itself would run the tests in a package of trampolines, which the 
 tests start do not import; so each mutant is written to its file, in a copy of the whole project.
 
 The tests that run a line are known from one run of all of them under coverage. A mutant is given
-to those of its line, the quickest of its own wing first, until one fails. A run starts as a fork of
-a process that has imported torch and all the rest, but not the package.
+to those of its line, of its own wing first, and of each the quickest case first, until one fails.
+A run starts as a fork of a process that has imported torch and all the rest, but not the package.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-import xml.etree.ElementTree as ElementTree
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -55,11 +55,19 @@ _GROUPS: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
     ),
     "spelling and readers": (("checkpoints/[a-z]*.py",), 40, ("tests/checkpoints",)),
 }
+# What is run there is not measured.
+_OTHER_PROCESSES = (
+    "tests/distributed/",
+    "tests/test_pytest_plugin.py",
+    "tests/test_readme.py",
+    "tests/test_workflow_recipe.py",
+)
 _SEED = 18
 _NOTICED = ("killed", "hung", "crashed")
 # Both sides have one length wherever the package says so: without it nothing is different.
 _ONE_LENGTH = re.compile(r",\s*strict=\w+")
-_MOST_SECONDS = 120.0  # of tests for one mutant, as they took when nothing was changed
+# Of tests for one mutant, as they took when nothing was changed, and how many.
+_MOST_SECONDS, _MOST_TESTS = 120.0, 500
 
 
 @dataclass(frozen=True)
@@ -74,7 +82,7 @@ class Mutant:
 
 @dataclass
 class Covering:
-    """Which tests run a line, and how long each takes."""
+    """Which tests run a line, by their whole names, and how long each takes."""
 
     tests: dict[tuple[str, int], set[str]]
     seconds: dict[str, float]
@@ -159,67 +167,68 @@ def _tools() -> list[str]:
 
 
 def _measure(copy: Path, folder: Path) -> Covering:
-    """Run all tests under coverage, or take what an earlier run of the same files found.
-
-    A test that raises out of a trace function ends the measurement of its process: files with such
-    tests, which import ``faults``, have one of their own each.
-    """
+    """Run all tests under coverage, or take what an earlier run of the same files found."""
     kept = os.environ.get("PROVE_COVERING")  # a folder that outlives this run
-    data = Path(kept or folder) / "coverage"
-    times = [Path(f"{data}.times{number}.xml") for number in range(100)]
-    settings = folder / "coveragerc"
-    settings.write_text(
-        f"[run]\nsource_pkgs = sn_export\ndynamic_context = test_function\ndata_file = {data}\n"
+    names = sorted(
+        str(file.relative_to(copy))
+        for file in (copy / "tests").rglob("test_*.py")
+        if not file.relative_to(copy).as_posix().startswith(_OTHER_PROCESSES)
     )
-    files = sorted((copy / "tests").rglob("test_*.py"))
-    alone = [file for file in files if "faults import" in file.read_text()]
-    batches = [[file for file in files if file not in alone], *([file] for file in alone)]
-    for batch, report in zip(batches, times, strict=False):
-        if not report.exists():
-            _run_measured(copy, settings, report, batch)
+    measured = [_Measured(Path(kept or folder) / f"half{number}") for number in (0, 1)]
+    with ThreadPoolExecutor() as pool:
+        runs = [pool.submit(half.run, copy, names[n::2]) for n, half in enumerate(measured)]
+        for run in runs:
+            run.result()
     seconds: dict[str, float] = defaultdict(float)
-    for report in filter(Path.exists, times):
-        for case in ElementTree.parse(report).iter("testcase"):
-            name = case.get("name", "").partition("[")[0]
-            seconds[_node(f"{case.get('classname')}.{name}")] += float(case.get("time", 0))
-    return Covering(_read_contexts(data), seconds)
-
-
-def _run_measured(copy: Path, settings: Path, report: Path, files: Sequence[Path]) -> None:
-    coverage = ["-m", "coverage", "run", "--append", f"--rcfile={settings}"]
-    pytest = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", f"--junit-xml={report}"]
-    names = [str(file.relative_to(copy)) for file in files]
-    ran = subprocess.run(
-        [sys.executable, *coverage, *pytest, *names],
-        cwd=copy,
-        env=_environment(copy),
-        stdout=subprocess.PIPE,
-    )
-    if ran.returncode:
-        report.unlink(missing_ok=True)
-        raise RuntimeError(ran.stdout.decode()[-2000:])
-
-
-def _read_contexts(data: Path) -> dict[tuple[str, int], set[str]]:
-    from coverage import CoverageData
-
-    found = CoverageData(str(data))
-    found.read()
     tests: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for file in found.measured_files():
-        name = file.rpartition("/sn_export/")[2]
-        for line, contexts in found.contexts_by_lineno(file).items():
-            tests[name, line] |= {_node(context) for context in contexts if context}
-    return tests
+    for half in measured:
+        seconds.update(json.loads(half.seconds.read_text()))
+        for place, found in half.read().items():
+            tests[place] |= found
+    return Covering(tests, seconds)
 
 
-def _node(context: str) -> str:
-    """Return the name that pytest knows a test by.
+@dataclass(frozen=True)
+class _Measured:
+    """Coverage of half the tests, in a folder."""
 
-    ``tests.test_files.test_x`` becomes ``tests/test_files.py::test_x``.
-    """
-    module, _, name = context.rpartition(".")
-    return f"{module.replace('.', '/')}.py::{name}"
+    folder: Path
+
+    @property
+    def seconds(self) -> Path:
+        return self.folder / "seconds.json"
+
+    def run(self, copy: Path, names: Sequence[str]) -> None:
+        """Run tests by name, unless that is done."""
+        if self.seconds.exists():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        settings = self.folder / "coveragerc"
+        settings.write_text(f"[run]\ndata_file = {self.folder}/coverage\nsource_pkgs = sn_export\n")
+        coverage = ["-m", "coverage", "run", f"--rcfile={settings}"]
+        pytest = ["-m", "pytest", "-q", "-n0", "-p", "no:cacheprovider", "-p", "prove_contexts"]
+        ran = subprocess.run(
+            [sys.executable, *coverage, *pytest, *names],
+            cwd=copy,
+            env=_environment(copy) | {"PROVE_SECONDS": str(self.seconds)},
+            stdout=subprocess.PIPE,
+        )
+        if ran.returncode:
+            self.seconds.unlink(missing_ok=True)
+            raise RuntimeError(ran.stdout.decode()[-2000:])
+
+    def read(self) -> dict[tuple[str, int], set[str]]:
+        """Return the tests that run each line."""
+        from coverage import CoverageData
+
+        found = CoverageData(str(self.folder / "coverage"))
+        found.read()
+        tests = {}
+        for file in found.measured_files():
+            name = file.rpartition("/sn_export/")[2]
+            for line, contexts in found.contexts_by_lineno(file).items():
+                tests[name, line] = {context for context in contexts if context}
+        return tests
 
 
 def _draw(copy: Path, patterns: Iterable[str], count: int) -> tuple[list[Mutant], int]:
@@ -293,7 +302,7 @@ def _turn_round(node: Any) -> Iterator[Any]:
 
 
 def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
-    """Return the tests for a mutant: of its wing first, the quickest first, as many as fit.
+    """Return the tests for a mutant: of its wing first, a case of each first, as many as fit.
 
     A statement over several lines counts where it begins. What runs at import alone is given to the
     tests that run any line of its file.
@@ -306,11 +315,17 @@ def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]
         files = [tests for (file, _), tests in covering.tests.items() if file == mutant.file]
         found = set[str]().union(*files)
     seconds = covering.seconds
-    known = [test for test in found if test in seconds]
-    known.sort(key=lambda test: (not test.startswith(tuple(wing)), seconds[test]))
-    chosen, total = [], 0.0
+    known = sorted((test for test in found if test in seconds), key=seconds.__getitem__)
+    cases: Counter[str] = Counter()
+    ranks = {}
     for test in known:
-        if total + seconds[test] <= _MOST_SECONDS:
+        function = test.partition("[")[0]
+        ranks[test] = (not test.startswith(tuple(wing)), cases[function], seconds[test])
+        cases[function] += 1
+    chosen: list[str] = []
+    total = 0.0
+    for test in sorted(known, key=ranks.__getitem__):
+        if total + seconds[test] <= _MOST_SECONDS and len(chosen) < _MOST_TESTS:
             chosen.append(test)
             total += seconds[test]
     return chosen

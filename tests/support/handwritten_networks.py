@@ -517,6 +517,15 @@ class PropertyDense(UpdatingDense):
         return x @ self.normed.t() + self.bias
 
 
+class ReadingDense(UpdatingDense):
+    """Reads a singular vector for something else too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.update()
+        return x @ self.normalized_weight().t() + self.bias + 0 * self.weight_u
+
+
 class OptionalUpdateDense(UpdatingDense):
     """As residual flows have it: the method iterates unless it is told not to."""
 
@@ -803,6 +812,7 @@ CASES: dict[str, Case] = {
     "updating": Case(lambda: UpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "updating-always": Case(lambda: AlwaysUpdatingDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "updating-property": Case(lambda: PropertyDense(3, 4), lambda: nn.Linear(3, 4), _row),
+    "updating-reading": Case(lambda: ReadingDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "updating-optional": Case(lambda: OptionalUpdateDense(3, 4), lambda: nn.Linear(3, 4), _row),
     "operator": Case(lambda: OperatorConv2d(3, 4), _conv, _image),
     "raw-name": Case(lambda: RawNameLinear(3, 4), lambda: nn.Linear(3, 4), _row),
