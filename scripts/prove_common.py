@@ -17,6 +17,7 @@ class Row:
         note: what else was measured.
         failures: what was not as promised, one text each.
         seconds: how long it took.
+        aim: the part that must survive.
     """
 
     attack: str
@@ -25,3 +26,9 @@ class Row:
     note: str = ""
     failures: Sequence[str] = ()
     seconds: int = 0
+    aim: float = 1.0
+
+    @property
+    def is_missed(self) -> bool:
+        """Whether less survived than must."""
+        return self.survived < self.aim * self.tried

@@ -63,6 +63,7 @@ _OTHER_PROCESSES = (
     "tests/test_workflow_recipe.py",
 )
 _SEED = 18
+_AIM = 0.9  # of the mutants of a group
 _NOTICED = ("killed", "hung", "crashed")
 # Both sides have one length wherever the package says so: without it nothing is different.
 _ONE_LENGTH = re.compile(r",\s*strict=\w+")
@@ -134,6 +135,7 @@ def _row(
         len(chosen) - len(failures),
         note,
         failures,
+        aim=_AIM,
     )
 
 
@@ -174,23 +176,23 @@ def _measure(copy: Path, folder: Path) -> Covering:
         for file in (copy / "tests").rglob("test_*.py")
         if not file.relative_to(copy).as_posix().startswith(_OTHER_PROCESSES)
     )
-    measured = [_Measured(Path(kept or folder) / f"half{number}") for number in (0, 1)]
-    with ThreadPoolExecutor() as pool:
-        runs = [pool.submit(half.run, copy, names[n::2]) for n, half in enumerate(measured)]
+    measured = [_Measured(Path(kept or folder) / f"coverage{number}") for number in range(4)]
+    with ThreadPoolExecutor(2) as pool:
+        runs = [pool.submit(part.run, copy, names[n::4]) for n, part in enumerate(measured)]
         for run in runs:
             run.result()
     seconds: dict[str, float] = defaultdict(float)
     tests: dict[tuple[str, int], set[str]] = defaultdict(set)
-    for half in measured:
-        seconds.update(json.loads(half.seconds.read_text()))
-        for place, found in half.read().items():
+    for part in measured:
+        seconds.update(json.loads(part.seconds.read_text()))
+        for place, found in part.read().items():
             tests[place] |= found
     return Covering(tests, seconds)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """Coverage of half the tests, in a folder."""
+    """Coverage of some of the tests, in a folder."""
 
     folder: Path
 
