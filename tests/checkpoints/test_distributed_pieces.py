@@ -256,6 +256,16 @@ def test_a_folder_keeps_every_dtype(tmp_path: Path) -> None:
     assert all(same_bits(after[name], before[name]) for name in before)
 
 
+def test_a_folder_has_the_same_bytes_each_time(tmp_path: Path) -> None:
+    """Nothing of where and when it was written is in a converted folder."""
+    save_folder({"net": dict(trained_critic().state_dict())}, tmp_path / "a")
+    for name in "bc":
+        convert_checkpoint(tmp_path / "a", tmp_path / name, "plain")
+    found = [{f.name: f.read_bytes() for f in (tmp_path / name).iterdir()} for name in "bc"]
+    assert found[0] == found[1]
+    assert not any(str(tmp_path).encode() in content for content in found[0].values())
+
+
 def test_a_folder_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     """No folder is made over another one, from a file, or with a weight that fails."""
     save_folder(dict(trained_critic().state_dict()), tmp_path / "a")
