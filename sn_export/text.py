@@ -19,12 +19,12 @@ _FRAMES = re.compile(
 )
 
 
-def qualified(path: str, name: str) -> str:
+def qualify(path: str, name: str) -> str:
     """Join a module's path and a name as `torch.nn.Module.state_dict` does; the root's is empty."""
     return f"{path}.{name}" if path else name
 
 
-def dtype_name(tensor: Any) -> str:
+def name_dtype(tensor: Any) -> str:
     """Return the name of a tensor's dtype, such as ``"float32"``."""
     return str(tensor.dtype).removeprefix("torch.")
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..freezing import exact_sigma, stored_sigma
-from ..text import dtype_name, quote_names
+from ..text import name_dtype, quote_names
 from .content import Checkpoint, StateDict
 from .kinds import decide_weight_norm_dim, resolve_chain
 from .lazy_tensors import get_float_spec, require_finite
@@ -176,7 +176,7 @@ def _describe(site: Reparametrization, state: StateDict, dims: Mapping[str, int]
     dim: int | None = None
     sigma = exact = math.nan
     specs = {key: get_float_spec(state.tensors, key) for key in site.keys.values()}
-    dtypes = [dtype_name(spec) for spec in specs.values() if spec is not None]
+    dtypes = [name_dtype(spec) for spec in specs.values() if spec is not None]
     if is_norm and (not site.blocked if site.links else "weight" in site.keys):
         dim, sigma, exact, note = _measure(site, state.tensors, dims)
         note = note or f"the last of {site.label}" * bool(site.links)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
-from ..text import qualified, quote_name, quote_names
+from ..text import qualify, quote_name, quote_names
 from .lazy_tensors import get_dense_spec, get_float_spec, require_finite
 
 Keys = Mapping[str, str]
@@ -69,7 +69,7 @@ class Reparametrization:
     @property
     def name(self) -> str:
         """Qualified name of the tensor, its key in the plain network."""
-        return qualified(self.module, self.tensor)
+        return qualify(self.module, self.tensor)
 
     @property
     def label(self) -> str:
@@ -95,7 +95,7 @@ def find_reparametrizations(
     chains: dict[str, dict[str, str]] = {}
     for key in tensors:
         if match := _CHAIN.fullmatch(key):
-            name = qualified(match["module"] or "", match["tensor"])
+            name = qualify(match["module"] or "", match["tensor"])
             chains.setdefault(name, {})[match["part"]] = key
             found.setdefault(name)  # reserves the place: what it is takes all of its keys to tell
         elif match := _HOOK.fullmatch(key):
@@ -208,7 +208,7 @@ def _find_chain(
         versions: versions of the modules.
     """
     module, _, tensor = name.rpartition(".")
-    path = qualified(module, f"parametrizations.{tensor}")
+    path = qualify(module, f"parametrizations.{tensor}")
     links = _find_links(tensors, module, tensor, parts)
     # A link without tensors appears in the versions only.
     if len(links) == 1 and f"{path}.1" not in versions:
@@ -244,7 +244,7 @@ def _find_links(
 
         original0, original1, 1._u, 1._v  # spectral norm of what weight norm makes
     """
-    name, left, links = qualified(module, tensor), dict(parts), list[Reparametrization]()
+    name, left, links = qualify(module, tensor), dict(parts), list[Reparametrization]()
     spec = get_float_spec(tensors, parts.get("original", ""))
     shape = spec.shape if spec is not None else ()
     make = partial(Reparametrization, module, tensor, spelling="parametrization")

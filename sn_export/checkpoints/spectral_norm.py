@@ -12,7 +12,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm, SpectralNormLoadStateDict
 
 from ..errors import CheckpointError
 from ..running import SpectralNormLink
-from ..text import dtype_name, format_count, quote_names
+from ..text import format_count, name_dtype, quote_names
 from .lazy_tensors import Entry, Spec, align_memory, get_spec, is_finite, require_finite
 from .reparametrizations import Reparametrization
 
@@ -42,7 +42,7 @@ class TorchNorm:
     def __init__(self, site: Reparametrization, tensors: Mapping[str, Any]) -> None:
         self.site = site
         self.parts = {part: align_memory(tensors[key]) for part, key in site.keys.items()}
-        dtypes = {part.dtype: dtype_name(part) for part in self.parts.values()}
+        dtypes = {part.dtype: name_dtype(part) for part in self.parts.values()}
         if len(dtypes) > 1 or any(dtype.itemsize == 1 for dtype in dtypes):
             raise CheckpointError(
                 f"torch cannot normalise '{site.name}': its parts are "

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
-from ..text import qualified, quote_names
+from ..text import qualify, quote_names
 from .content import StateDict
 from .kinds import find_kind
 from .lazy_tensors import Entry, get_dense_spec, get_spec
@@ -145,7 +145,7 @@ def _make_entries(
     if to == "hook":
         names = [site.name + end for end in kind.hook]
     else:
-        chain = qualified(site.module, f"parametrizations.{site.tensor}")
+        chain = qualify(site.module, f"parametrizations.{site.tensor}")
         names = [f"{chain}.{end}" for end in kind.parametrization]
     return dict(zip(names, kind.parts(site, tensors, dims), strict=True))
 
@@ -179,7 +179,7 @@ def _keep_entry(tensors: Mapping[str, Any], key: str) -> Entry:
 def _find_successor(site: Reparametrization) -> str:
     # In a plain network the weight comes before its bias, under spectral norm after it.
     name = site.tensor.replace("weight", "bias")
-    return qualified(site.module, name) if name != site.tensor else ""
+    return qualify(site.module, name) if name != site.tensor else ""
 
 
 def _respell_versions(
@@ -198,7 +198,7 @@ def _respell_versions(
             own = after.setdefault(site.module, {}).setdefault("spectral_norm", {})
             own[f"{site.tensor}.version"] = 1
         elif wanted[site.name] == "parametrization":
-            chains = qualified(site.module, "parametrizations")
+            chains = qualify(site.module, "parametrizations")
             paths = (chains, f"{chains}.{site.tensor}", f"{chains}.{site.tensor}.0")
             _insert_versions(after, site.module, [path for path in paths if path not in after])
         if not after.get(site.module, {}).get("spectral_norm", True):
@@ -221,7 +221,7 @@ def _insert_versions(versions: dict[str, Any], module: str, paths: list[str]) ->
 def _find_gone_versions(versions: Mapping[str, Any], site: Reparametrization) -> Iterator[str]:
     if site.spelling != "parametrization":
         return
-    chains = qualified(site.module, "parametrizations")
+    chains = qualify(site.module, "parametrizations")
     own = f"{chains}.{site.tensor}"
     gone = [path for path in versions if path == own or path.startswith(own + ".")]
     yield from gone

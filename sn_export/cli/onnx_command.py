@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from ..errors import UsageError
-from ..files import require_onnx_place, require_writable, side_file
+from ..files import name_side_file, require_onnx_place, require_writable
 from ..results import ExporterChoice, ExportReport, Freeze, ParityError
 from .console import (
     FAILED,
@@ -256,7 +256,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         require_apart(
             {
                 "-o": self.output,
-                "the external data of -o": side_file(self.output),
+                "the external data of -o": name_side_file(self.output),
                 "--report": self.report,
                 "--save-case": self.save_case,
             },

@@ -16,9 +16,9 @@ from ..errors import ExportError, SnExportError
 from ..files import (
     are_one_place,
     as_path,
+    name_side_file,
     require_onnx_place,
     require_writable,
-    side_file,
 )
 from ..freezing import (
     Only,
@@ -306,7 +306,7 @@ def require_case(path: str | os.PathLike[str] | None, target: Path) -> Path | No
     if path is None:
         return None
     case = _require_file(path, "save_case")
-    if are_one_place(case, target) or are_one_place(case, side_file(target)):
+    if are_one_place(case, target) or are_one_place(case, name_side_file(target)):
         raise ValueError(f"save_case must be another file than path, got '{path}'")
     return case
 

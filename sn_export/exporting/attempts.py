@@ -36,7 +36,7 @@ from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
 from .failures import describe_failures, find_traced_decision
-from .onnx_file import Written, file_metadata, versions, write_onnx
+from .onnx_file import Written, file_metadata, list_versions, write_onnx
 from .references import extend_references
 
 _logger = logging.getLogger("sn_export")
@@ -80,7 +80,7 @@ def make_proved_file(request: Request, proof: Proof, drafts: DraftFolders) -> Ma
         draft = drafts.open(request.target)
         frozen, source = request.frozen, request.source
         metadata = file_metadata(
-            exporter, versions(), frozen, source, request.metadata, request.call.example.draws
+            exporter, list_versions(), frozen, source, request.metadata, request.call.example.draws
         )
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
         try:
@@ -155,7 +155,7 @@ def _describe_export(
         opset=written.opset,
         parity=parity,
         frozen=request.frozen,
-        versions=dict(versions()),
+        versions=dict(list_versions()),
         metadata=dict(metadata),
         folded=written.folded,
         inputs=written.inputs,

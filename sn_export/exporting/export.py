@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from ..files import DraftFolders, Drafts, disk_errors_as, publish, side_file
+from ..files import DraftFolders, Drafts, disk_errors_as, name_side_file, publish
 from ..proving import (
     ProofSettings,
     describe_unconverged,
@@ -287,9 +287,9 @@ def _publish(request: Request, made: Made, drafts: DraftFolders) -> None:
     """Move a file to its place, with its external data and the case that was asked for."""
     draft, target, case = made.draft, request.target, request.case
     moves = [(draft, target)]
-    data = side_file(draft)
+    data = name_side_file(draft)
     if data.exists():
-        moves.insert(0, (data, side_file(target)))
+        moves.insert(0, (data, name_side_file(target)))
     if case is not None and made.case is not None:
         with disk_errors_as(ExportError, case):
             draft_of_case = drafts.open(case)

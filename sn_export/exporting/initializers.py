@@ -19,7 +19,7 @@ from torch import Tensor
 from ..freezing import plain_name
 from ..proving import find_using_modules
 from ..running import is_dense, make_distinct
-from ..text import qualified
+from ..text import qualify
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
@@ -84,7 +84,7 @@ class Sources:
         near = [
             name
             for name in self._state
-            if any(name == qualified(user, name.rpartition(".")[2]) for user in users)
+            if any(name == qualify(user, name.rpartition(".")[2]) for user in users)
         ]
         if any(_is_moved(tensor, self._state[name]) for name in near):
             return None
@@ -170,9 +170,9 @@ def plain_path(raw: str) -> str:
     """
     parametrized = _PARAMETRIZED.match(raw)
     if parametrized:
-        return qualified(parametrized[1] or "", parametrized[2])
+        return qualify(parametrized[1] or "", parametrized[2])
     module, _, tensor = raw.rpartition(".")
-    return qualified(module, plain_name(tensor.removesuffix("_v") or tensor))
+    return qualify(module, plain_name(tensor.removesuffix("_v") or tensor))
 
 
 def name_folded(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:
@@ -191,14 +191,14 @@ def name_folded(raw: str | None, users: Sequence[str], taken: Collection[str]) -
     """
     user = users[0] if len(users) == 1 else None
     if raw is None:
-        wanted = qualified(user or "", "weight")
+        wanted = qualify(user or "", "weight")
     else:
         wanted = plain_path(raw)
         module, _, tensor = wanted.rpartition(".")
         # A module above may compute in the place of the one that holds the weight.
         if user is not None and not _is_within(module, user):
-            wanted = qualified(user, tensor)
-    candidates = [wanted, qualified(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
+            wanted = qualify(user, tensor)
+    candidates = [wanted, qualify(wanted.rpartition(".")[0], "weight"), wanted + "_folded"]
     free = (name for name in candidates if name not in taken)
     return next(free, None) or make_distinct([wanted], taken)[0]
 

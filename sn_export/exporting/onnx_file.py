@@ -29,7 +29,7 @@ from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..proving import count_weight_bytes, save
 from ..results import Exporter, FileInput, FoldedInitializer
 from ..running import Reference, dynamic_axes
-from ..text import qualified
+from ..text import qualify
 from .arguments import ExternalData, Request
 from .folding import fold_initializers
 from .graph import name_dimensions, rename, set_opset, strip_traces, widen_indices
@@ -199,7 +199,7 @@ def require_source(source: str | os.PathLike[str] | None) -> Path | None:
 
 
 @functools.cache
-def versions() -> dict[str, str]:
+def list_versions() -> dict[str, str]:
     """Return the versions of sn_export and of the packages behind it."""
     found = {}
     for package in ("sn-export", *_PACKAGES):
@@ -232,7 +232,7 @@ def _sizes_of(value: ir.Value) -> tuple[int | str, ...]:
 def _state(model: nn.Module) -> dict[str, Tensor]:
     # In the order of the state dict, and with the buffers that a state dict leaves out.
     return {
-        qualified(path, name): tensor
+        qualify(path, name): tensor
         for path, module in model.named_modules(remove_duplicate=False)
         for name, tensor in (*module._parameters.items(), *module._buffers.items())
         if tensor is not None

@@ -7,12 +7,12 @@ from .paths import (
     as_path,
     disk_errors_as,
     find_disk_error,
+    name_side_file,
     open_regular,
     require_folder_place,
     require_onnx_place,
     require_place,
     require_regular,
-    side_file,
     starts_as_onnx,
 )
 from .publishing import publish
@@ -25,6 +25,7 @@ __all__ = [
     "as_path",
     "disk_errors_as",
     "find_disk_error",
+    "name_side_file",
     "open_regular",
     "publish",
     "require_folder_place",
@@ -32,6 +33,5 @@ __all__ = [
     "require_place",
     "require_regular",
     "require_writable",
-    "side_file",
     "starts_as_onnx",
 ]

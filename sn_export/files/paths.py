@@ -26,7 +26,7 @@ TEXT_FORMATS = (
 )
 
 
-def side_file(path: Path) -> Path:
+def name_side_file(path: Path) -> Path:
     """Return where the external data of an ONNX file lies: ``net.onnx.data`` of ``net.onnx``."""
     return path.parent / f"{path.name}.data"
 
@@ -159,7 +159,7 @@ def require_onnx_place(target: Path, *, has_data: bool, overwrite: bool, advice:
             long.
     """
     require_place(target)
-    require_place(side_file(target))
+    require_place(name_side_file(target))
     if has_data:
         _require_room_in_name(target)
     if target.suffix in TEXT_FORMATS:
@@ -185,7 +185,7 @@ def _require_room_in_name(target: Path) -> None:
 
     It writes the external data of ``net.onnx`` in a folder called ``.net.onnx.data.k2x0f8vt``.
     """
-    longer = f".{side_file(target).name}.{'x' * 8}"
+    longer = f".{name_side_file(target).name}.{'x' * 8}"
     try:
         os.lstat(target.with_name(longer))
     except FileNotFoundError:

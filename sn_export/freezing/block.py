@@ -14,7 +14,7 @@ from torch import nn
 
 from ..errors import FreezeError, FrozenWeightChangedWarning
 from ..running import ClosedOnExit, undo_on_exit
-from .interference import complaints, describe_unused
+from .interference import collect_complaints, describe_unused
 from .plan import Keep, Plan
 from .selection import Only, Selection
 from .site import Found, Site, require_module
@@ -143,7 +143,7 @@ class _Freezing:
             else:
                 if not plan.finished:
                     plan.settle()
-                    self._complaints = complaints(plan)
+                    self._complaints = collect_complaints(plan)
                     plan.finished = True
                 _undo(plan)
             self._plan = None

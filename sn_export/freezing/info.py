@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from ..text import qualified
+from ..text import qualify
 
 Group = Literal["spectral_norm", "weight_norm", "orthogonal", "parametrization", "pruning"]
 
@@ -39,7 +39,7 @@ class ParametrizationInfo:
     @property
     def name(self) -> str:
         """Qualified name of the tensor."""
-        return qualified(self.module, self.tensor)
+        return qualify(self.module, self.tensor)
 
 
 @dataclass(frozen=True)
@@ -104,4 +104,4 @@ class SpectralNormInfo:
     @property
     def name(self) -> str:
         """Qualified name of the tensor."""
-        return qualified(self.module, self.tensor)
+        return qualify(self.module, self.tensor)

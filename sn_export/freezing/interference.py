@@ -50,7 +50,7 @@ def _describe_group(group: Group, names: list[str], reason: str) -> str:
     )
 
 
-def complaints(plan: Plan) -> list[str]:
+def collect_complaints(plan: Plan) -> list[str]:
     """Note what was moved or edited in ``plan``, and return the warnings about it."""
     changed = [(weight, change) for weight in plan.weights if (change := weight.change())]
     plan.edited = [weight for weight, _ in changed]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ..errors import FreezeError
-from ..text import qualified, shorten_list
+from ..text import qualify, shorten_list
 from .info import GROUPS, Group
 from .introspection.child_uses import ChildUses
 from .introspection.source_code import collect_method_names
@@ -86,7 +86,7 @@ def _refuse_scripted(path: str, module: torch.jit.ScriptModule) -> None:
             n.startswith(f"{stem}.") and n.endswith("._u") for n in names
         ):
             raise FreezeError(
-                qualified(path, name),
+                qualify(path, name),
                 "it belongs to a ScriptModule, whose spectral norm is compiled code",
                 "Freeze the Python module first, then script or trace it inside the block",
             )

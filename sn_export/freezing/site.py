@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from torch import Tensor, nn
 
-from ..text import dtype_name, qualified
+from ..text import name_dtype, qualify
 from .edits import Edits
 from .info import Group, ParametrizationInfo, SpectralNormInfo
 
@@ -43,7 +43,7 @@ class Site(ABC):
     @property
     def name(self) -> str:
         """Qualified name of the tensor."""
-        return qualified(self.path, self.tensor)
+        return qualify(self.path, self.tensor)
 
     @property
     @abstractmethod
@@ -125,7 +125,7 @@ class Site(ABC):
             tensor=self.tensor,
             kind=self.kind,
             shape=tuple(tensor.shape),
-            dtype=dtype_name(tensor),
+            dtype=name_dtype(tensor),
             dim=dim,
             eps=eps,
             n_power_iterations=n_power_iterations,
@@ -144,7 +144,7 @@ class Site(ABC):
             tensor=self.tensor,
             kind=self.group,
             shape=tuple(value.shape),
-            dtype=dtype_name(value),
+            dtype=name_dtype(value),
             is_applied=self.is_applied,
         )
 

@@ -13,13 +13,13 @@ from ..errors import SpectralNormNotRecognisedWarning
 from ..running import SpectralNormLink
 from ..text import quote_names, shorten_list
 from .introspection.candidates import (
+    find_matrices,
     find_missing_weights,
     fits,
     is_named_as_bounded,
     is_named_as_norm,
     is_named_as_vector,
     iter_small_state,
-    matrices,
     mentions_norm,
     mentions_sigma,
 )
@@ -106,7 +106,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         signs = (named, is_named_as_vector(pair.vector), mentions_norm(pair.names))
         if sum(signs) >= 2 and is_mentioned(pair.vector, pair.names):
             return f"'{pair.vector}' fits the singular vectors of '{pair.matrix}'"
-    own, names = matrices(module), code.mentions(code.forward)
+    own, names = find_matrices(module), code.mentions(code.forward)
     bounded = is_named_as_bounded(type(module).__name__)
     if own and (
         (bounded and not own.keys().isdisjoint(names)) or (named and mentions_sigma(names))
@@ -130,14 +130,14 @@ class _Pair(NamedTuple):
 
 
 def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
-    own, beside = matrices(module), list(iter_small_state(module))
+    own, beside = find_matrices(module), list(iter_small_state(module))
     yield from _product(beside, own, code.names)
     for child, layer in module._modules.items():
         if layer is None or id(layer) in claimed or layer._modules:
             continue
         inside = [(name, t) for name, t in iter_small_state(layer) if is_named_as_vector(name)]
         if is_torch_layer(type(layer)):  # wrapped, perhaps
-            weights = {f"{child}.{name}": weight for name, weight in matrices(layer).items()}
+            weights = {f"{child}.{name}": weight for name, weight in find_matrices(layer).items()}
             yield from _product([*beside, *inside], weights, code.names)
         else:  # a helper that is given the weight, perhaps
             is_torch = isinstance(layer, SpectralNormLink)

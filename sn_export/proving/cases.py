@@ -25,9 +25,9 @@ from ..errors import ExportError, SnExportError
 from ..files import as_path, open_regular
 from ..results import ParityReport, ProofDtype, Tolerance
 from ..running import DRAWS, describe_draws
-from ..text import dtype_name, format_count
+from ..text import format_count, name_dtype
 from .external_data import require_data_inside
-from .parity import add_results, mark_shown, proof_session, results, running_errors
+from .parity import add_results, make_results, make_running_errors, mark_shown, proof_session
 from .precision import PROOF_DTYPES, as_float32
 from .session import DEFAULT_PROVIDERS
 from .tolerances import ProofSettings
@@ -126,7 +126,7 @@ def check_case(
                 f"the file has {format_count(len(names), 'output')}, the case '{saved.name}' "
                 f"{len(case.outputs)}"
             )
-        running = running_errors(names, settings)
+        running = make_running_errors(names, settings)
         wanted = [entry.name for entry in session.get_inputs()]
         if len(wanted) != len(case.inputs):
             raise ExportError(
@@ -140,7 +140,7 @@ def check_case(
             feed = dict(zip(known, given, strict=True))
             add_results(running, session, feed, label, outputs, settings.proof_dtype)
     return ParityReport(
-        results(running),
+        make_results(running),
         len(case.sets),
         tuple(session.get_providers()),
         proof_dtype=settings.proof_dtype,
@@ -167,8 +167,8 @@ def write_case(path: Path, case: Case) -> None:
         sets.append(
             {
                 "label": label,
-                "inputs": [dtype_name(tensor) for tensor in inputs],
-                "outputs": [dtype_name(tensor) for tensor in outputs],
+                "inputs": [name_dtype(tensor) for tensor in inputs],
+                "outputs": [name_dtype(tensor) for tensor in outputs],
             }
         )
     content = {
@@ -292,7 +292,7 @@ def _read_sets(path: Path, archive: Mapping[str, Any], content: Any) -> Sets:
 
 
 def _to_array(tensor: Tensor) -> NDArray[Any]:
-    name = dtype_name(tensor)
+    name = name_dtype(tensor)
     if name not in _STORED:
         raise ExportError(f"a case cannot hold {name}, only {', '.join(_STORED)}")
     tensor = tensor.detach().cpu().contiguous()

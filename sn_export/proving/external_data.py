@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ExportError
-from ..files import side_file
+from ..files import name_side_file
 from ..text import quote_name
 
 # Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
@@ -53,7 +53,7 @@ def save(
     weights = _weights(model)
     bare = _without(weights, model)
     if outside:
-        data = side_file(path)
+        data = name_side_file(path)
         options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
         ir.save(model, path, external_data=data.name, callback=lambda *_: release(), **options)
         release()
@@ -161,8 +161,8 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
 
     A file that only has the name of a side file, and is not named in the ONNX file, is not stale.
     """
-    data = side_file(target)
-    if side_file(made).exists() or not data.is_file() or not target.is_file():
+    data = name_side_file(target)
+    if name_side_file(made).exists() or not data.is_file() or not target.is_file():
         return []
     try:
         tensors = onnx.load(target, load_external_data=False).graph.initializer

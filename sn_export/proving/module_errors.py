@@ -15,7 +15,7 @@ from torch.nn.utils import parametrize
 
 from ..results import ModuleParity, OutputParity
 from ..running import InputSet, Preserved, as_real_pairs, is_dense, run_reference, tensor_leaves
-from ..text import dtype_name
+from ..text import name_dtype
 from .module_scopes import ModuleValues
 from .output_errors import RunningErrors
 from .tolerances import DEFAULT_TOLERANCES, largest
@@ -47,7 +47,7 @@ class Strictness:
         """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
         scale = largest(output)
         scaled = None if atol is None or not scale else atol / scale
-        if coarsest is None or coarsest == dtype_name(output):
+        if coarsest is None or coarsest == name_dtype(output):
             return cls(rtol, scaled)
         # Modules within may return a finer dtype than the one that limits their precision.
         defaults = DEFAULT_TOLERANCES[coarsest]

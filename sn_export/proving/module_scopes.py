@@ -17,7 +17,7 @@ import onnx
 import onnx_ir as ir
 from torch import nn
 
-from ..text import qualified
+from ..text import qualify
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
@@ -162,7 +162,7 @@ class _Scopes:
         if base not in self._bases:
             self._bases[base] = [(base, module), *self._over(base, module)]
         found = [(path, _child(one, relative)) for path, one in self._bases[base]]
-        once = {id(child): (qualified(path, relative), child) for path, child in found[::-1]}
+        once = {id(child): (qualify(path, relative), child) for path, child in found[::-1]}
         there = [(path, child) for path, child in reversed(once.values()) if child is not None]
         for read in reads:
             if len(there) < 2:
@@ -173,7 +173,7 @@ class _Scopes:
 
     def _over(self, base: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
-            path = qualified(base, name)
+            path = qualify(base, name)
             if path in self._passed_over:
                 yield path, child
                 yield from self._over(path, child)
@@ -204,6 +204,6 @@ def _module_of(node: ir.Node) -> str:
     path = before = ""
     for part in (node.name or "").split("/")[1:-1]:
         nested = before and part.startswith(before + ".")
-        path = path.removesuffix(before) + part if nested else qualified(path, part)
+        path = path.removesuffix(before) + part if nested else qualify(path, part)
         before = part
     return path

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..results import Histogram, OutputParity, Picture
 from ..running import is_random
-from ..text import dtype_name
+from ..text import name_dtype
 from .pictures import MOST, kind_of, show_samples
 from .tolerances import resolve_tolerance
 
@@ -61,15 +61,15 @@ class RunningErrors:
         """Take in the model's and the file's output for the input set called ``label``."""
         if self.samples == 0:
             self.shape = tuple(expected.shape)
-            self.dtype = dtype_name(expected)
+            self.dtype = name_dtype(expected)
         self.samples += 1
         expected = expected.cpu()
         if expected.shape != got.shape or expected.dtype != got.dtype:
             self._fail(
                 label,
                 max(expected.numel(), 1),
-                f"the file gives {dtype_name(got)}{list(got.shape)}, "
-                f"the model {dtype_name(expected)}{list(expected.shape)}",
+                f"the file gives {name_dtype(got)}{list(got.shape)}, "
+                f"the model {name_dtype(expected)}{list(expected.shape)}",
             )
             return
         if expected.numel():

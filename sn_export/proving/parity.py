@@ -156,7 +156,7 @@ def compare(
             outputs differs.
     """
     names = [output.name for output in session.get_outputs()]
-    running = running_errors(names, settings, find_coarsest(model, references))
+    running = make_running_errors(names, settings, find_coarsest(model, references))
     proof_dtype = settings.proof_dtype
     mark_shown(running, references[0].outputs, settings.images)
 
@@ -168,7 +168,9 @@ def compare(
         label = reference.inputs.label
         add_results(running, session, feed_of(reference), label, reference.outputs, proof_dtype)
     providers = tuple(session.get_providers())
-    report = ParityReport(results(running), len(references), providers, proof_dtype=proof_dtype)
+    report = ParityReport(
+        make_results(running), len(references), providers, proof_dtype=proof_dtype
+    )
 
     def run_file(reference: Reference) -> list[Any]:
         return run_session(session, feed_of(reference), reference.inputs.label)
@@ -182,7 +184,7 @@ def find_coarsest(model: nn.Module, references: Sequence[Reference]) -> str | No
     return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
 
 
-def running_errors(
+def make_running_errors(
     names: Sequence[str], settings: ProofSettings, coarsest: str | None = None
 ) -> list[RunningErrors]:
     """Return an empty record of errors for each output of the file.
@@ -206,7 +208,7 @@ def mark_shown(
         state.is_shown = state.name in shown
 
 
-def results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
+def make_results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
     """Return the errors of each output; none passes if no output has a single element."""
     found = tuple(state.result() for state in running)
     if any(state.elements for state in running):

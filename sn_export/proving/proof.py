@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..results import OutputParity, ParityError, ParityReport
 from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
-from ..text import dtype_name
+from ..text import name_dtype
 from .cases import Case
 from .declared_sizes import correct_declared_sizes, find_tied_dims, require_apart, require_dynamic
 from .dynamic_sizes import sizes_of
@@ -22,9 +22,9 @@ from .parity import (
     compare,
     find_coarsest,
     locate_divergence,
+    make_results,
+    make_running_errors,
     proof_session,
-    results,
-    running_errors,
 )
 from .session import named_inputs
 from .tolerances import ProofSettings, resolve_tolerance
@@ -163,11 +163,11 @@ def require_same_network(proof: Proof, names: Sequence[str]) -> None:
     if not differs(proof, nullcontext):
         return
     reference = proof.references[0]
-    running = running_errors(names, proof.settings, find_coarsest(proof.model, [reference]))
+    running = make_running_errors(names, proof.settings, find_coarsest(proof.model, [reference]))
     outputs = _outputs_for_example(proof, nullcontext)
     for errors, wanted, got in zip(running, reference.outputs, outputs, strict=False):
         errors.add(reference.inputs.label, wanted, got)
-    report = ParityReport(results(running), 1, ())
+    report = ParityReport(make_results(running), 1, ())
     farthest = max(report.outputs, key=lambda output: output.max_abs)
     raise ParityError(
         "the network that model_factory builds gives other outputs than the sharded model for "
@@ -246,7 +246,7 @@ def _saved_tolerances(
         coarsest: the coarsest dtype that the network computes in.
     """
     rtol, atol = given
-    if coarsest not in (None, dtype_name(references[0])):
+    if coarsest not in (None, name_dtype(references[0])):
         # The dtype of the output does not tell in what precision the network computes.
         defaults = [resolve_tolerance(one, None, None, coarsest) for one in references]
         rtol = max(default for default, _ in defaults) if rtol is None else rtol

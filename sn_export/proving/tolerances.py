@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..results import ProofDtype, Tolerance
-from ..text import dtype_name, plain_integer, plain_number, require_choice
+from ..text import name_dtype, plain_integer, plain_number, require_choice
 from .precision import PROOF_DTYPES
 from .session import DEFAULT_PROVIDERS, require_providers
 
@@ -53,7 +53,7 @@ def coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
 
     A network that computes in half precision anywhere has no more than that in its outputs.
     """
-    names = {dtype_name(tensor) for tensor in tensors} & DEFAULT_TOLERANCES.keys()
+    names = {name_dtype(tensor) for tensor in tensors} & DEFAULT_TOLERANCES.keys()
     return max(names, key=lambda name: DEFAULT_TOLERANCES[name], default=None)
 
 
@@ -68,7 +68,7 @@ def resolve_tolerance(
         atol: absolute tolerance, if one was given.
         coarsest: the coarsest dtype that the network computes in, if that is known.
     """
-    default, scaled = DEFAULT_TOLERANCES.get(dtype_name(expected), (0.0, 0.0))
+    default, scaled = DEFAULT_TOLERANCES.get(name_dtype(expected), (0.0, 0.0))
     if coarsest is not None and expected.is_floating_point():
         default, scaled = max((default, scaled), DEFAULT_TOLERANCES[coarsest])
     if rtol is None:

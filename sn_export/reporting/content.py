@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 
-from ..text import format_count, qualified, to_json_values
+from ..text import format_count, qualify, to_json_values
 
 Number = float | str | None  # in JSON NaN is null, and infinities are the texts "inf" and "-inf"
 
@@ -116,7 +116,7 @@ def module_name(entry: Mapping[str, Any]) -> str:
 
 def tensor_name(entry: Mapping[str, Any]) -> str:
     """Return the qualified name of a frozen tensor."""
-    return qualified(entry["module"], entry["tensor"])
+    return qualify(entry["module"], entry["tensor"])
 
 
 def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import Drafts, as_path, publish, require_place, side_file
+from ..files import Drafts, as_path, name_side_file, publish, require_place
 from ..text import to_json_values
 from .content import Report, as_content
 from .html import inspection_to_html, to_html
@@ -111,7 +111,7 @@ def file_facts(path: Path) -> dict[str, dict[str, Any]]:
     """
     if not path.is_file():
         return {}
-    data = side_file(path)
+    data = name_side_file(path)
     # A data file whose name does not occur in the model is left over from an earlier export.
     facts, has_data = _facts(path, data.name.encode())
     found = {path.name: facts}

@@ -79,7 +79,7 @@ def mentions_norm(names: frozenset[str]) -> bool:
     return not _NORMS.isdisjoint(names) or mentions_sigma(names)
 
 
-def matrices(module: nn.Module) -> dict[str, Tensor]:
+def find_matrices(module: nn.Module) -> dict[str, Tensor]:
     """Return the module's own parameters that can be seen as a matrix."""
     return {
         name: parameter

@@ -159,7 +159,7 @@ def count_reads(cls: type, method: str, name: str) -> int:
     """Return how often the code that ``method`` of ``cls`` runs reads the attribute ``name``."""
     return sum(
         instruction.argval == name and instruction.opname in ("LOAD_ATTR", "LOAD_METHOD")
-        for function in functions(cls.__mro__, method)
+        for function in find_functions(cls.__mro__, method)
         for instruction in dis.get_instructions(function)
     )
 
@@ -169,7 +169,7 @@ def _has_pattern(stem: str, names: Collection[str]) -> bool:
 
 
 def _member(cls: type, name: str) -> Member | None:
-    found = functions(cls.__mro__, name)
+    found = find_functions(cls.__mro__, name)
     if not found:
         return None
     function, code = found[0], found[0].__code__
@@ -235,7 +235,7 @@ def unwrap_function(entry: Any) -> FunctionType | None:
     return function if isinstance(function, FunctionType) else None
 
 
-def functions(classes: Classes, name: str) -> list[FunctionType]:
+def find_functions(classes: Classes, name: str) -> list[FunctionType]:
     """Return what ``name`` runs when it is looked up in ``classes``, the override first.
 
     An override may call ``super().name`` or ``Base.name``, which are returned too. Of torch's own
@@ -280,7 +280,7 @@ def _behind(function: FunctionType, name: str, order: Classes) -> Iterator[Class
 
 def iter_methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionType]:
     """Yield what may run in a forward: all methods but those that build; forward alone of torch."""
-    yield from functions(cls.__mro__, "forward")
+    yield from find_functions(cls.__mro__, "forward")
     for base in () if from_forward else cls.__mro__[: cls.__mro__.index(nn.Module)]:
         for name, entry in vars(base).items():
             is_building = name.startswith("__") or "init" in name or "reset" in name

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
 from ...running import Guarded, Preserved, restore_container, undo_on_exit
-from ...text import qualified
+from ...text import qualify
 from ..edits import Edits
 from ..info import SpectralNormInfo
 from ..introspection.sandbox import compute_in_sandbox
@@ -210,7 +210,7 @@ class AdaptedSite(Site):
                 if parameter is frozen:
                     self.module, self.attributes, self.tensor = module, module.__dict__, name
                     if path:
-                        self.path = qualified(self.path, path)
+                        self.path = qualify(self.path, path)
                     return
         raise self._error(
             "freeze left the weight it was given in no module: register it as a parameter"
@@ -258,7 +258,7 @@ def _names(path: str, module: nn.Module, adapter: SpectralNormAdapter) -> list[s
 
 def _error(path: str, tensor: str, adapter: SpectralNormAdapter, reason: str) -> FreezeError:
     return FreezeError(
-        (qualified(path, tensor) if tensor else path) or "the model",
+        (qualify(path, tensor) if tensor else path) or "the model",
         f"adapter {type(adapter).__name__}: {reason}",
         "Correct the adapter, or unregister it",
     )

@@ -23,10 +23,10 @@ from ...running import SpectralNormLink
 from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
+    find_matrices,
     fits,
     is_named_as_vector,
     iter_small_state,
-    matrices,
     mentions_norm,
 )
 from ..introspection.sandbox import AbsorbingArgument, Probe, placeholders
@@ -68,7 +68,7 @@ class ChildNormSite(HandwrittenSite):
 def find_child_norms(path: str, module: nn.Module, code: Code) -> list[ChildNormSite]:
     """Return the sites of the weights that children of ``module`` normalise."""
     sites = []
-    for raw, weight in matrices(module).items():
+    for raw, weight in find_matrices(module).items():
         for child, helper, state in _helpers(module, weight):
             candidate = Candidate(raw, raw, weight, state)
             value = _confirm(module, code, candidate, child, helper)

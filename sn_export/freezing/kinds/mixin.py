@@ -28,10 +28,10 @@ from ...running import undo_on_exit, undoing
 from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
+    find_matrices,
     fits,
     is_named_as_vector,
     iter_small_state,
-    matrices,
     mentions_norm,
     mentions_sigma,
     plain_name,
@@ -79,7 +79,7 @@ class MixinSite(HandwrittenSite):
 def find_mixins(path: str, module: nn.Module, code: Code) -> list[MixinSite]:
     """Return the sites of the weights that ``module``, with a class of ``code``, normalises."""
     sites = []
-    for raw, weight in matrices(module).items():
+    for raw, weight in find_matrices(module).items():
         state = _vectors(module, weight)
         site = _site(path, module, code, raw, weight, state)
         if site is not None:

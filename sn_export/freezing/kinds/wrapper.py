@@ -23,15 +23,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...text import qualified
+from ...text import qualify
 from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
+    find_matrices,
     find_missing_weights,
     fits,
     is_named_as_vector,
     iter_small_state,
-    matrices,
 )
 from ..introspection.sandbox import placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
@@ -90,7 +90,7 @@ def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]
 def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
     own = {**wrapper._parameters, **wrapper._buffers}
     beside = [(n, t) for n, t in iter_small_state(wrapper) if n in own]
-    kept = matrices(wrapper)
+    kept = find_matrices(wrapper)
     for child, layer in wrapper._modules.items():
         if layer is None or isinstance(layer, torch.jit.ScriptModule):
             continue
@@ -136,7 +136,7 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
     if value is None:
         return None
     answer = Answer(candidate.raw, value, candidate.state)
-    inner = qualified(path, layer.child)
+    inner = qualify(path, layer.child)
     return WrapperSite(inner, layer.module, candidate.tensor, answer, wrapper, overrides)
 
 
