@@ -185,10 +185,10 @@ def test_storages_larger_than_their_file(tmp_path: Path) -> None:
 
 
 def test_many_keys(tmp_path: Path) -> None:
-    """A hundred thousand small tensors are listed."""
-    state = {f"layers.{i}.weight": torch.ones(1) for i in range(100_000)}
+    """Tens of thousands of small tensors are listed."""
+    state = {f"layers.{i}.weight": torch.ones(1) for i in range(30_000)}
     save_file(state, tmp_path / "a.safetensors")
-    assert inspect_checkpoint(tmp_path / "a.safetensors").tensors == 100_000
+    assert inspect_checkpoint(tmp_path / "a.safetensors").tensors == 30_000
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
