@@ -5,7 +5,7 @@ round. mutmut itself would run the tests in a package of trampolines, which the 
 tests start do not import; so each mutant is written to its file, in a copy of the whole project.
 
 The tests that run a line are known from one run of all of them under coverage. A mutant is given
-to those of its line, of its own wing first, and of each the quickest case first, until one fails.
+to those of its line, the quickest case of each first, and those of its own wing, until one fails.
 A run starts as a fork of a process that has imported torch and all the rest, but not the package.
 """
 
@@ -37,10 +37,10 @@ _ROOT = Path(__file__).parents[1]
 _COPIED = ("sn_export", "tests", "scripts", "pyproject.toml", "README.md", "CHANGELOG.md")
 # What is mutated (no __init__.py: it only lists names), how many mutants, the tests of its wing.
 _GROUPS: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
-    "freezing": (("freezing/**/[a-z]*.py",), 60, ("tests/freezing",)),
+    "freezing": (("freezing/**/[a-z]*.py",), 40, ("tests/freezing",)),
     "publishing": (
         ("files/[a-z]*.py",),
-        25,
+        15,
         ("tests/test_files", "tests/exporting/test_publishing"),
     ),
     "comparison": (
@@ -50,10 +50,10 @@ _GROUPS: dict[str, tuple[Sequence[str], int, Sequence[str]]] = {
                 for name in ("output_errors", "tolerances", "verdicts", "parity")
             ),
         ),
-        25,
+        15,
         ("tests/proving",),
     ),
-    "spelling and readers": (("checkpoints/[a-z]*.py",), 40, ("tests/checkpoints",)),
+    "spelling and readers": (("checkpoints/[a-z]*.py",), 30, ("tests/checkpoints",)),
 }
 # What is run there is not measured.
 _OTHER_PROCESSES = (
@@ -68,7 +68,7 @@ _NOTICED = ("killed", "hung", "crashed")
 # Both sides have one length wherever the package says so: without it nothing is different.
 _ONE_LENGTH = re.compile(r",\s*strict=\w+")
 # Of tests for one mutant, as they took when nothing was changed, and how many.
-_MOST_SECONDS, _MOST_TESTS = 120.0, 500
+_MOST_SECONDS, _MOST_TESTS = 60.0, 300
 
 
 @dataclass(frozen=True)
@@ -304,7 +304,7 @@ def _turn_round(node: Any) -> Iterator[Any]:
 
 
 def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
-    """Return the tests for a mutant: of its wing first, a case of each first, as many as fit.
+    """Return the tests for a mutant: one case of each first, of its wing, as many as fit.
 
     A statement over several lines counts where it begins. What runs at import alone is given to the
     tests that run any line of its file.
@@ -322,7 +322,7 @@ def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]
     ranks = {}
     for test in known:
         function = test.partition("[")[0]
-        ranks[test] = (not test.startswith(tuple(wing)), cases[function], seconds[test])
+        ranks[test] = (cases[function], not test.startswith(tuple(wing)), seconds[test])
         cases[function] += 1
     chosen: list[str] = []
     total = 0.0

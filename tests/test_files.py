@@ -235,7 +235,8 @@ def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with monkeypatch.context() as patches, pytest.raises(OSError) as caught:
         patches.setattr(os, "stat", look)
         open_regular(file)
-    assert (caught.value.strerror, caught.value.filename) == ("it is no regular file", str(file))
+    found = (caught.value.errno, caught.value.strerror, caught.value.filename)
+    assert found == (errno.EINVAL, "it is no regular file", str(file))
 
 
 @pytest.mark.parametrize("make", [_pipe, lambda path: _link(path, "/dev/zero")])

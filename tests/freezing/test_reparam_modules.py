@@ -136,6 +136,10 @@ def test_hook_on_out_proj_never_runs(hook: str) -> None:
         f"the {hook.replace('_', ' ')} of '0.out_proj.weight' is never applied: "
         "torch.nn.MultiheadAttention reads the weight of out_proj without calling it"
     )
+    remedy = {"pruning": "Prune in place"}.get(
+        hook, f"Apply torch.nn.utils.parametrizations.{hook}"
+    )
+    assert f". {remedy}" in str(caught[0].message)
 
 
 @each_hook
