@@ -261,11 +261,15 @@ def test_a_damaged_distributed_checkpoint(tmp_path: Path) -> None:
 
 def test_indexes_that_lie(tmp_path: Path) -> None:
     """An index without a map, with an absent shard, or with a tensor in no shard is refused."""
-    index = tmp_path / "m.safetensors.index.json"
-    index.write_text("[1]")
-    assert _message(index) == (
-        "'m.safetensors.index.json' is no index of safetensors shards: it holds no 'weight_map'"
-    )
+    for kind, name in {
+        ".bin": "m.bin.index.json",
+        "safetensors": "m.safetensors.index.json",
+    }.items():
+        index = tmp_path / name
+        index.write_text("[1]")
+        assert _message(index) == (
+            f"'{name}' is no index of {kind} shards: it holds no 'weight_map'"
+        )
     index.write_text('{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}')
     save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
     assert _message(index) == (
