@@ -106,7 +106,7 @@ def with_exact_sigma(
         budget: multiplications for all tensors together. What does not fit keeps None, as do
             tensors whose sigma is no norm of a matrix, and those on the meta device.
     """
-    return add_exact_sigma(infos, _matrices(model), budget)
+    return add_exact_sigma(infos, _collect_matrices(model), budget)
 
 
 def add_exact_sigma(
@@ -140,7 +140,7 @@ def find_unconverged(
         FreezeError: as `find_spectral_norm`.
     """
     infos = describe_sites(model) if infos is None else infos
-    return unconverged_among(infos, _matrices(model))
+    return unconverged_among(infos, _collect_matrices(model))
 
 
 def unconverged_among(
@@ -164,7 +164,7 @@ def unconverged_among(
     )
 
 
-def _matrices(model: nn.Module) -> dict[str, Tensor]:
+def _collect_matrices(model: nn.Module) -> dict[str, Tensor]:
     """Return the weight matrices under spectral norm that have a norm, by name of the tensor."""
     found = {}
     for _, sites in walk(model, SPECTRAL_NORM):

@@ -15,7 +15,7 @@ from ..text import quote_names, shorten_list
 from .introspection.candidates import (
     find_matrices,
     find_missing_weights,
-    fits,
+    fits_weight,
     is_named_as_bounded,
     is_named_as_norm,
     is_named_as_vector,
@@ -101,7 +101,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
         return None
     named = is_named_as_norm(type(module).__name__)
     for pair in _pairs(module, claimed, code):
-        if not fits(pair.vector, pair.state, pair.weight):
+        if not fits_weight(pair.vector, pair.state, pair.weight):
             continue
         signs = (named, is_named_as_vector(pair.vector), mentions_norm(pair.names))
         if sum(signs) >= 2 and is_mentioned(pair.vector, pair.names):

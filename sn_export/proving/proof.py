@@ -119,13 +119,13 @@ class Proof:
         kept = []
         for reference in self.references:
             label = reference.inputs.label
-            if label.startswith("size ") and not self._fits(shapes, reference.inputs):
+            if label.startswith("size ") and not self._fits_file(shapes, reference.inputs):
                 _logger.info("the file has fixed shapes; not run at %s", label)
             else:
                 kept.append(reference)
         return kept
 
-    def _fits(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
+    def _fits_file(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
         sizes = sizes_of(inputs)
         one_for_two = find_tied_dims(shapes, self.dims, sizes)
         if one_for_two is not None:

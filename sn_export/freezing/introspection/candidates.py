@@ -102,7 +102,7 @@ def iter_small_state(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from ((n, t) for n, t in module.__dict__.items() if isinstance(t, Tensor))
 
 
-def fits(name: str, tensor: Tensor, weight: Tensor) -> bool:
+def fits_weight(name: str, tensor: Tensor, weight: Tensor) -> bool:
     """Whether ``tensor`` could hold singular vectors of ``weight`` as a matrix of any reading."""
     if tensor is weight or not is_dense(tensor):
         return False
@@ -239,7 +239,7 @@ def find_missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[
             for name, entry in container.items()
             if entry is not None and name != raw and name.startswith(tensor + "_")
         }
-        fitting = {name for name, entry in beside.items() if fits(name, entry, value)}
+        fitting = {name for name, entry in beside.items() if fits_weight(name, entry, value)}
         state = tuple(
             name
             for name, entry in beside.items()

@@ -24,7 +24,7 @@ from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
     find_matrices,
-    fits,
+    fits_weight,
     is_named_as_vector,
     iter_small_state,
     mentions_norm,
@@ -85,7 +85,7 @@ def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module
         names = read_code(type(helper)).names
         if not isinstance(helper, SpectralNormLink) and not mentions_norm(names):
             continue
-        state = tuple(name for name, t in iter_small_state(helper) if fits(name, t, weight))
+        state = tuple(name for name, t in iter_small_state(helper) if fits_weight(name, t, weight))
         is_trained = any(p.requires_grad for p in helper.parameters())
         has_hooks = helper._forward_hooks or helper._forward_pre_hooks
         if any(map(is_named_as_vector, state)) and not is_trained and not has_hooks:

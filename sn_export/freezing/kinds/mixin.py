@@ -29,7 +29,7 @@ from ..edits import Edits
 from ..introspection.candidates import (
     Candidate,
     find_matrices,
-    fits,
+    fits_weight,
     is_named_as_vector,
     iter_small_state,
     mentions_norm,
@@ -149,7 +149,7 @@ def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
     return tuple(
         name
         for name, tensor in iter_small_state(module)
-        if fits(name, tensor, weight) or (is_named_as_vector(name) and tensor is not weight)
+        if fits_weight(name, tensor, weight) or (is_named_as_vector(name) and tensor is not weight)
     )
 
 

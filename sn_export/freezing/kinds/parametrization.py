@@ -13,7 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ...running import SpectralNormLink, same_bits, without_trace
 from ..info import Group, SpectralNormInfo
 from ..introspection.candidates import (
-    fits,
+    fits_weight,
     is_multiple,
     is_named_as_vector,
     is_rescaled,
@@ -127,7 +127,7 @@ def _fit(vectors: dict[str, Tensor], weight: Tensor) -> bool:
     """Whether a vector could be a singular one of ``weight``, or of each matrix of a batch."""
     if weight.ndim < 2:
         return False
-    if any(fits(name, vector, weight) for name, vector in vectors.items()):
+    if any(fits_weight(name, vector, weight) for name, vector in vectors.items()):
         return True
     batch, sides = weight.shape[:-2], weight.shape[-2:]
     return weight.ndim > 2 and any(

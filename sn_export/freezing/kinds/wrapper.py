@@ -29,7 +29,7 @@ from ..introspection.candidates import (
     Candidate,
     find_matrices,
     find_missing_weights,
-    fits,
+    fits_weight,
     is_named_as_vector,
     iter_small_state,
 )
@@ -101,7 +101,7 @@ def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
             if not is_mentioned(missing.raw, code.names) or _has_hook(layer, missing.tensor):
                 continue
             state = list(missing.state)
-            state += [n for n, t in beside if fits(n, t, missing.weight)]
+            state += [n for n, t in beside if fits_weight(n, t, missing.weight)]
             if any(map(is_named_as_vector, state)):
                 state += [n for n, t in beside if t.numel() == 1]
                 names = tuple(dict.fromkeys(state))
