@@ -28,6 +28,7 @@ from rich.table import Table
 
 BENCHMARKS = {
     "freeze": ("bench_freeze", "against_torch"),
+    "hand": ("bench_freeze", "by_hand"),
     "copy": ("bench_freeze", "against_copying"),
     "growth": ("bench_freeze", "growth"),
     "memory": ("bench_freeze", "memory"),

@@ -10,6 +10,7 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -22,6 +23,14 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from sn_export import frozen_spectral_norm
 
 SHAPES = ((24, 2048), (2000, 16))
+# What a layer has otherwise while it is frozen.
+_CHANGED = {
+    "hook": (
+        *("_forward_pre_hooks", "_state_dict_hooks", "_load_state_dict_pre_hooks"),
+        *("_parameters", "_buffers"),
+    ),
+    "parametrization": ("_parameters", "_modules"),
+}
 
 
 def against_torch(quick: bool) -> list[Row]:
@@ -36,6 +45,21 @@ def against_torch(quick: bool) -> list[Row]:
             aim=aims[width],
         )
         for layers, width in SHAPES
+        for kind in KINDS
+        for model in [linear_stack(kind, layers, width)]
+    ]
+
+
+def by_hand(quick: bool) -> list[Row]:
+    """Time the same swap by hand: nothing looked for, no check, and no way back after a fault."""
+    layers, width = SHAPES[1]
+    return [
+        ratio(
+            f"swap by hand and back, {layers} x Linear {width}, {kind}, to torch's own evaluation",
+            _swapping(kind, model),
+            _evaluating(kind, model),
+            repeats=5 if quick else 31,
+        )
         for kind in KINDS
         for model in [linear_stack(kind, layers, width)]
     ]
@@ -102,20 +126,16 @@ def _freezing(model: nn.Module) -> Step:
     return freeze_and_restore
 
 
-def _evaluating(kind: str, model: nn.Sequential) -> Step:
+def _evaluating(kind: str, model: nn.Sequential) -> Callable[[], list[Tensor]]:
     layers = list(model)
 
-    def evaluate_hooks() -> None:
-        kept: list[Tensor] = []  # all at once, as in the block
+    def evaluate_hooks() -> list[Tensor]:  # all at once, as in the block
         with torch.no_grad():
-            kept.extend(
-                hook.compute_weight(layer, do_power_iteration=False) for layer, hook in hooks
-            )
+            return [hook.compute_weight(layer, do_power_iteration=False) for layer, hook in hooks]
 
-    def evaluate_parametrizations() -> None:
-        kept: list[object] = []
+    def evaluate_parametrizations() -> list[Tensor]:
         with torch.no_grad():
-            kept.extend(layer.weight for layer in layers)
+            return [layer.weight for layer in layers]  # type: ignore[misc]
 
     if kind == "parametrization":
         return evaluate_parametrizations
@@ -126,6 +146,30 @@ def _evaluating(kind: str, model: nn.Sequential) -> Step:
         if isinstance(hook, SpectralNorm)
     ]
     return evaluate_hooks
+
+
+def _swapping(kind: str, model: nn.Sequential) -> Step:
+    evaluate, names = _evaluating(kind, model), _CHANGED[kind]
+
+    def swap_and_restore() -> None:
+        swapped = []
+        for layer, value in zip(model, evaluate(), strict=True):
+            attributes, cls = vars(layer), type(layer)
+            changed = [(attributes[name], attributes[name].copy()) for name in names]
+            swapped.append((layer, cls, changed, attributes.pop("weight", None)))
+            for container, _ in changed:
+                container.clear()
+            attributes["_parameters"]["weight"] = nn.Parameter(value, requires_grad=False)
+            object.__setattr__(layer, "__class__", nn.Linear)
+        for layer, cls, changed, old in swapped:
+            for container, before in changed:
+                container.clear()
+                container.update(before)
+            if old is not None:
+                vars(layer)["weight"] = old
+            object.__setattr__(layer, "__class__", cls)
+
+    return swap_and_restore
 
 
 def _copying(kind: str, model: nn.Sequential) -> Step:
