@@ -119,8 +119,7 @@ def prepare_model(
     show(f"reading {checkpoint}")
     content = read_checkpoint(checkpoint, **options.keywords_of(read_checkpoint))
     show(f"building {factory}")
-    built = build_model(factory, options.model_kwargs)
-    network = _find_module("--network", built, options.network)
+    built, network = build_model(factory, options.model_kwargs, options.network)
     model = _find_module("--submodule", built, options.submodule)
     try:
         method = find_entry(model, options.method)[1]
@@ -149,25 +148,41 @@ def _require_device(text: str) -> torch.device:
     return device
 
 
-def _find_module(option: str, model: nn.Module, path: str | None) -> nn.Module:
+def _find_module(option: str, model: Any, path: str | None) -> nn.Module:
     """Return the module at ``path`` below ``model``, which an option names; ``model`` for None."""
-    found: Any = model
+    found = model
     for name in path.split(".") if path is not None else ():
         found = getattr(found, name, None)
     if isinstance(found, nn.Module):
         return found
-    paths = [name for name, _ in model.named_modules() if name]
     raise UsageError(
         f"{option} {path}: there is no such module in {type(model).__name__}; it has "
-        f"{shorten_list(paths) or 'none'}"
+        f"{shorten_list(_list_paths(model)) or 'none'}"
     )
 
 
-def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
-    """Return the network that ``pkg.nets:critic`` makes; the current folder is importable.
+def _list_paths(made: Any) -> list[str]:
+    """Return the paths of the modules in a module, or in the attributes of another object."""
+    if isinstance(made, nn.Module):
+        return [name for name, _ in made.named_modules() if name]
+    attributes = getattr(made, "__dict__", {})
+    return [name for name, value in attributes.items() if isinstance(value, nn.Module)]
+
+
+def build_model(
+    text: str, kwargs: dict[str, Any], attribute: str | None = None
+) -> tuple[nn.Module, nn.Module]:
+    """Return the network that ``pkg.nets:critic`` makes, and the one in it that is loaded.
+
+    Args:
+        text: ``MODULE:FACTORY``; the current folder is importable.
+        kwargs: arguments of the factory.
+        attribute: path of the network that a checkpoint is for; None for the whole. With it the
+            factory may make an object of any class: then both are the network at that path.
 
     Raises:
-        UsageError: if there is no such module or factory, or it raises or returns no module.
+        UsageError: if there is no such module, factory or attribute, or the factory raises or
+            returns no module.
     """
     module_name, _, factory_name = text.partition(":")
     module = _import(module_name)
@@ -179,16 +194,23 @@ def build_model(text: str, kwargs: dict[str, Any]) -> nn.Module:
                 f"{', '.join(_list_factories(module)) or 'no class and no function of its own'}"
             )
         factory = getattr(factory, part)
-    if isinstance(factory, nn.Module):
-        return factory
-    call = f"{text}({', '.join(f'{name}={value!r}' for name, value in kwargs.items())})"
+    made = factory if isinstance(factory, nn.Module) else _call_factory(text, factory, kwargs)
+    if attribute is None and not isinstance(made, nn.Module):
+        paths = _list_paths(made)
+        raise UsageError(
+            f"{text} made {type(made).__name__}, not a torch.nn.Module"
+            + (f"; --network takes one of its modules: {shorten_list(paths)}" if paths else "")
+        )
+    network = _find_module("--network", made, attribute)
+    return made if isinstance(made, nn.Module) else network, network
+
+
+def _call_factory(text: str, factory: Callable[..., Any], kwargs: dict[str, Any]) -> Any:
     try:
-        model = factory(**kwargs)
+        return factory(**kwargs)
     except (Exception, SystemExit) as error:
+        call = f"{text}({', '.join(f'{name}={value!r}' for name, value in kwargs.items())})"
         raise UsageError(f"{call} raised {type(error).__name__}: {error}") from error
-    if not isinstance(model, nn.Module):
-        raise UsageError(f"{call} returned {type(model).__name__}, not a torch.nn.Module")
-    return model
 
 
 def _import(name: str) -> ModuleType:

@@ -193,9 +193,9 @@ def test_bad_input_files(tmp_path: Path) -> None:
 
 def test_factories() -> None:
     """A factory is a function or a class, and may take arguments."""
-    assert isinstance(build_model("cli_networks:Critic", {}), Critic)
-    assert build_model("cli_networks:critic", {"ch": 6}).body[0].out_channels == 6
-    assert type(critic()) is type(build_model("cli_networks:critic", {"kind": "hook"}))
+    assert isinstance(build_model("cli_networks:Critic", {})[0], Critic)
+    assert build_model("cli_networks:critic", {"ch": 6})[0].body[0].out_channels == 6
+    assert type(critic()) is type(build_model("cli_networks:critic", {"kind": "hook"})[0])
 
 
 def test_factories_that_cannot_be_named() -> None:
@@ -226,12 +226,12 @@ def test_factories_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         "exits_of_a_test:f": "importing 'exits_of_a_test' raised SystemExit: 3",
         "cli_networks:critc": (
             "module 'cli_networks' has no 'critc'; it has Critic, Exits, Lstm, NoisyCritic, "
-            "Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, critic, "
-            "exits, parametrized_critic, plain_critic, prefixed, save_folder, tokens, trained, "
-            "trained_critic, untraceable, wide_critic"
+            "Pipeline, Scored, Tokens, Unknown, Untraceable, a_number, before_v, broken, chatty, "
+            "critic, exits, parametrized_critic, plain_critic, prefixed, save_folder, tokens, "
+            "trained, trained_critic, untraceable, wide_critic"
         ),
         "cli_networks:broken": ("cli_networks:broken() raised ValueError: no configuration given"),
-        "cli_networks:a_number": "cli_networks:a_number() returned int, not a torch.nn.Module",
+        "cli_networks:a_number": "cli_networks:a_number made int, not a torch.nn.Module",
     }
     for text, message in cases.items():
         assert _message(build_model, text, {}) == message

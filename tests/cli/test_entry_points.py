@@ -39,6 +39,25 @@ def test_part(run: Run, options: tuple[str, ...], shape: str, first: str) -> Non
     assert run("check", "o.onnx", *options).code == 0
 
 
+def test_network_in_what_is_no_module(run: Run) -> None:
+    """--network takes it out of an object of any class; without that the message names it."""
+    options = ("a.pt", "--model", "cli_networks:Pipeline", "--input", "2x3x8x8", "-o", "o.onnx")
+    ran = run("onnx", *options, "--network", "critic", "--exporter", "torchscript")
+    assert (ran.code, ran.err) == (0, "")
+    assert "body.3.weight" in {entry.name for entry in onnx.load("o.onnx").graph.initializer}
+    made = "cli_networks:Pipeline made Pipeline, not a torch.nn.Module"
+    for other, message in (
+        ((), f"{made}; --network takes one of its modules: critic"),
+        (
+            ("--network", "rate"),
+            "--network rate: there is no such module in Pipeline; it has ",
+        ),
+    ):
+        ran = run("onnx", *options, *other)
+        assert ran.code == 2
+        assert message in ran.err
+
+
 def test_part_that_is_not_there(run: Run) -> None:
     """A module or method that is absent has exit code 2, and the message lists those there."""
     for options, message in (
