@@ -291,20 +291,15 @@ def write_distributed(
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that there is one process, as intended
-            writer = _Writer(folder, single_file_per_rank=False, sync_files=False)
+            writer = FileSystemWriter(folder, single_file_per_rank=False, sync_files=False)
+            # The same bytes each time: without a random name, and that of the folder of drafts.
+            writer.storage_meta = lambda: None  # type: ignore[method-assign]
             # An older torch, such as 2.6, decides itself by whether there are ranks.
             alone = {"no_dist": True} if "no_dist" in signature(save).parameters else {}
             save(state, storage_writer=writer, planner=planner, **alone)
     except CheckpointException as error:  # torch's wrapper of the real error
         raised = next(iter(error.failures.values()))[0]
         raise find_disk_error(raised) or raised from error
-
-
-class _Writer(FileSystemWriter):
-    """Writes the same bytes each time: no random name, nor that of the folder of drafts."""
-
-    def storage_meta(self) -> None:
-        """Leave out what torch notes of where and when it saved, which nothing needs to load."""
 
 
 class _LazyPlanner(DefaultSavePlanner):
