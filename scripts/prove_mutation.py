@@ -11,6 +11,7 @@ A run starts as a fork of a process that has imported torch and all the rest, bu
 
 from __future__ import annotations
 
+import ast
 import compileall
 import json
 import os
@@ -253,7 +254,11 @@ def _draw(copy: Path, patterns: Iterable[str], count: int) -> tuple[list[Mutant]
 
 
 def _mutants(file: Path, name: str) -> Iterator[Mutant]:
-    """Yield the mutants of a file; the words of a message are left as they are."""
+    """Yield the mutants of a file, but for those that nobody can notice.
+
+    The words of a message and of the log are left as they are, and so are names of types, which
+    annotations alone read, and a False that would be None.
+    """
     import libcst as cst
     from libcst.metadata import MetadataWrapper, PositionProvider
     from mutmut.mutation.file_mutation import MutationVisitor
@@ -266,17 +271,36 @@ def _mutants(file: Path, name: str) -> Iterator[Mutant]:
     nothing = IgnoredCode(set(), set(), set())
     visitor = MutationVisitor([*mutation_operators, *ours], nothing)
     module = wrapper.visit(visitor)
-    places = wrapper.resolve(PositionProvider)
+    places, silent = wrapper.resolve(PositionProvider), _find_silent(code)
     for mutation in visitor.mutations:
         old, new = mutation.original_node, mutation.mutated_node
         place = places.get(old)
         if place is None or (isinstance(old, cst.SimpleString) and " " in old.value):
             continue
         words = [" ".join(module.code_for_node(node).split()) for node in (old, new)]
+        if place.start.line in silent or words[0].replace("False", "None") == words[1]:
+            continue
         if isinstance(old, cst.If):
             words = [text.partition(":")[0] for text in words]
         change = " -> ".join(word[:90] for word in words)
         yield Mutant(name, place.start.line, change, partial(_replace, module, old, new))
+
+
+def _find_silent(code: str) -> set[int]:
+    """Return the lines of names of types, and of calls of the log."""
+    tree = ast.parse(code)
+    found: list[ast.stmt] = [
+        node
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript)
+    ]
+    for node in ast.walk(tree):
+        match node:
+            case ast.Expr(ast.Call(ast.Attribute(ast.Name("_logger")))):
+                found.append(node)
+            case ast.Assign([ast.Name("_logger")]):
+                found.append(node)
+    return {line for one in found for line in range(one.lineno, (one.end_lineno or 0) + 1)}
 
 
 def _replace(module: Any, old: Any, new: Any) -> str:

@@ -55,3 +55,13 @@ def test_a_copy_without_its_tensors_is_none(lacking: str) -> None:
     model._parameters.pop(lacking, None)
     model._buffers.pop(lacking, None)
     assert find_parametrizations(model) == []
+
+
+def test_a_buffer_that_is_named_as_sigma_stays() -> None:
+    """Of torch's own hook it is not; copies for convolutions keep their sigma there."""
+    model = nn.utils.spectral_norm(nn.Linear(3, 4))
+    model.register_buffer("weight_sigma", torch.ones(1))
+    before = fingerprint(model)
+    with frozen_parametrizations(model):
+        assert list(model.state_dict()) == ["weight", "bias", "weight_sigma"]
+    assert_unchanged(before, model)

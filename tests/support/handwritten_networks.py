@@ -60,6 +60,16 @@ class Wrapper(nn.Module):
         return self.module.forward(*args)
 
 
+class MaskedWrapper(Wrapper):
+    """Does more to the weight than divide it."""
+
+    def _update_u_v(self) -> None:
+        super()._update_u_v()
+        weight = getattr(self.module, self.name)
+        mask = torch.arange(weight.numel()).remainder(3).ne(0).view_as(weight)
+        setattr(self.module, self.name, weight * mask)
+
+
 class CallingWrapper(Wrapper):
     """Calls the layer, so that hooks on it run, and takes one argument by name."""
 
@@ -198,13 +208,20 @@ class OldHook:
         setattr(module, self.name + "_u", u)
 
 
+class KeywordsHook(OldHook):
+    """Is given the arguments that the layer is called with by keyword, too."""
+
+    def __call__(self, module: nn.Module, inputs: Any, keywords: Any = None) -> None:
+        super().__call__(module, inputs)
+
+
 def old_spectral_norm(module: nn.Module, hook: Callable[..., None] | None = None) -> nn.Module:
     """Apply `OldHook`, or another that does the same."""
     weight = cast(nn.Parameter, module._parameters.pop("weight"))
     module.register_parameter("weight_orig", weight)
     module.register_buffer("weight_u", F.normalize(torch.randn(weight.size(0)), dim=0))
     module.weight = weight.data
-    module.register_forward_pre_hook(hook or OldHook())
+    module.register_forward_pre_hook(hook or OldHook(), with_kwargs=isinstance(hook, KeywordsHook))
     return module
 
 
@@ -771,6 +788,7 @@ CASES: dict[str, Case] = {
     "wrapper-calling": _wrapped(CallingWrapper, _conv, _image),
     "wrapper-buffers": _wrapped(BufferWrapper, _conv, _image, "layer"),
     "wrapper-activated": _wrapped(ActivatedWrapper, _conv, _image),
+    "wrapper-masked": _wrapped(MaskedWrapper, _conv, _image),
     "wrapper-own-vectors": _wrapped(OwnVectorsWrapper, _conv, _image),
     "wrapper-own-sigma": _wrapped(OwnSigmaWrapper, _conv, _image),
     "wrapper-own-weight": _wrapped(OwnWeightWrapper, _conv, _image),
@@ -785,6 +803,7 @@ CASES: dict[str, Case] = {
     ),
     "wrapper-overridden": _wrapped(ActivatedCalling, _conv, _image),
     "prehook": _prehooked(OldHook),
+    "prehook-keywords": _prehooked(KeywordsHook),
     "prehook-function": _prehooked(lambda: set_weight),
     "prehook-overridden": _prehooked(CountingHook),
     "prehook-operator": Case(lambda: operator_norm(_conv()), _conv, _image, kind="prehook"),
