@@ -166,6 +166,17 @@ def test_pieces_that_are_no_values(tmp_path: Path) -> None:
     )
 
 
+def test_records_of_another_torch(tmp_path: Path) -> None:
+    """Fields of the records that an older torch lacks do not make it call the folder damaged."""
+
+    def renew(metadata: Any, info: Any) -> None:
+        metadata.version, metadata.storage_meta.modules = "1.0.0", []
+        info.transform_descriptors = None
+
+    content = read_checkpoint(_folder(tmp_path / "a", renew)).content
+    assert content["w"].shape == (4, 2)
+
+
 def test_files_that_are_cut_off(tmp_path: Path) -> None:
     """A file that is empty or shorter than the records say is named."""
     path = _folder(tmp_path / "d", lambda metadata, info: None)

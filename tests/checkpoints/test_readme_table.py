@@ -19,7 +19,6 @@ from cli_running import runner
 from export_models import run_file
 from safetensors.torch import save_file
 from torch import nn
-from torch.distributed.checkpoint import HuggingFaceStorageWriter
 from torch.nn.utils.parametrizations import orthogonal
 from vocoder_networks import Generator
 
@@ -88,7 +87,7 @@ def _make(name: str) -> None:
         "shards/model.safetensors.index.json": _save_shards,
         "hub": _save_bin_shards,
         "ranks": lambda path: dcp.save(
-            dict(state), storage_writer=HuggingFaceStorageWriter(path, save_distributed=True)
+            dict(state), storage_writer=dcp.HuggingFaceStorageWriter(path, save_distributed=True)
         ),
         "whole.pt": _save(critic),
         "dcp": lambda path: dcp.save(dict(state), checkpoint_id=path),
