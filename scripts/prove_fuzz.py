@@ -296,7 +296,7 @@ READERS = {
     "metadata of distributed checkpoints": Reader(
         _metadatas, _distributed, ("checkpoints/distributed.py", "checkpoints/unpickling.py")
     ),
-    "saved cases": Reader(_cases, _case, ("proving/case_file.py", "proving/cases.py")),
+    "saved cases": Reader(_cases, _case, ("proving/cases.py",)),
     "ONNX files": Reader(_models, _onnx, ("proving/session.py", "proving/cases.py")),
 }
 

@@ -63,7 +63,7 @@ _OTHER_PROCESSES = (
     "tests/test_readme.py",
     "tests/test_workflow_recipe.py",
 )
-_SEED = 902
+_SEED = 903
 _AIM = 0.9  # of the mutants of a group
 _NOTICED = ("killed", "hung", "crashed")
 # Both sides have one length wherever the package says so: without it nothing is different.

@@ -113,3 +113,10 @@ def test_without_onnxruntime(
     result = CliRunner().invoke(app, ["check", *case])
     assert result.exit_code == 2
     assert "pip install onnxruntime" in result.stderr
+
+
+@pytest.mark.parametrize("script", sorted((_ROOT / "scripts").glob("*.py")), ids=lambda p: p.name)
+def test_modules_that_a_script_names_are_there(script: Path) -> None:
+    """What a script attacks or measures by the path of a module has not been moved away."""
+    for name in re.findall(r'"([a-z_]+/[a-z_]+\.py)"', script.read_text()):
+        assert any((root / name).is_file() for root in (_ROOT, _ROOT / "sn_export")), name

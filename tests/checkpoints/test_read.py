@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sn_export.checkpoints import convert_checkpoint, read_checkpoint
+from sn_export.checkpoints.safetensors_file import read_index
 from sn_export.errors import CheckpointError
 
 
@@ -270,6 +271,9 @@ def test_indexes_that_lie(tmp_path: Path) -> None:
         assert _message(index) == (
             f"'{name}' is no index of {kind} shards: it holds no 'weight_map'"
         )
+        index.unlink()
+        with pytest.raises(CheckpointError, match=r"^cannot read .*: No such file or directory$"):
+            read_index(index)  # gone since it was found
     index.write_text('{"weight_map": {"w": "a.safetensors", "x": "b.safetensors"}}')
     save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
     assert _message(index) == (

@@ -182,6 +182,14 @@ def test_infinities_and_nan(
     assert output.passed == passes
 
 
+def test_what_is_not_finite_is_counted_over_all_sets(identity: Identity) -> None:
+    """Infinite errors and NaN of every input set are in the counts, and at the end of quantiles."""
+    says, file = [1.0, 2.0, 3.0], [math.inf, math.nan, 3.0]
+    histogram = _compare(identity, [(says, file)] * 3).histogram
+    assert histogram is not None
+    assert (histogram.not_finite, histogram.zeros, sum(histogram.counts)) == (6, 3, 0)
+
+
 def test_nan_is_counted(identity: Identity) -> None:
     """The reason says how many elements are NaN, on which input, and max_abs is NaN."""
     output = _compare(
