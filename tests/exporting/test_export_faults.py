@@ -10,7 +10,7 @@ from pathlib import Path
 import faults
 import pytest
 import torch
-from faults import Fault
+from faults import Fault, in_own_thread
 from fingerprint import fingerprint
 from networks import seed_torch
 from torch import nn
@@ -48,6 +48,7 @@ def _output() -> dict[str, object]:
     return {"stdout": (id(sys.stdout), device.st_dev, device.st_ino), "stderr": id(sys.stderr)}
 
 
+@in_own_thread
 def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> None:
     """At whichever line of the export and its block an interrupt strikes, the model is whole.
 
@@ -86,6 +87,7 @@ def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> 
 
 # Where it strikes between a scan of the folder and its with statement, Python 3.13 says so.
 @pytest.mark.filterwarnings("ignore:unclosed scandir iterator:ResourceWarning")
+@in_own_thread
 def test_interrupt_within_drafts_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import sys
 import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ParamSpec
 
 import pytest
 from fingerprint import Fingerprint, fingerprint
@@ -20,6 +23,9 @@ from sn_export import FreezeError, frozen_spectral_norm
 
 # Interrupts may also strike between the with statement and the package's first line.
 WATCHED = (str(Path(sn_export.__file__).parent), contextlib.__file__)
+
+
+P = ParamSpec("P")
 
 
 class Injected(Exception):
@@ -92,6 +98,21 @@ class Fault:
         first = {place: number for number, place in reversed([*enumerate(self.places, start=1)])}
         last = {place: number for number, place in enumerate(self.places, start=1)}
         return sorted({*first.values(), *last.values()})
+
+
+def in_own_thread(test: Callable[P, None]) -> Callable[P, None]:
+    """Run a test in a thread of its own.
+
+    Raising out of a trace function while `contextlib` handles an exception leaves that one behind:
+    for the rest of the thread ``sys.exc_info()`` has it, and what is raised has it as its context.
+    """
+
+    @functools.wraps(test)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(test, *args, **kwargs).result()
+
+    return run
 
 
 def fault_while_entering(model: nn.Module, fault: Fault) -> None:
