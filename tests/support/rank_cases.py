@@ -916,6 +916,7 @@ def run(names: list[str]) -> dict[str, list[str]]:
 
 def run_rank(rank: int, ranks: int, store: str, file: str, names: list[str]) -> None:
     """Be one of the ranks, which find each other by the file ``store``."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", limit, world_size=ranks, rank=rank)
     results = run(names or [*CASES])
