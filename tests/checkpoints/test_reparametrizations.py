@@ -313,6 +313,14 @@ def test_a_pruned_network_becomes_plain(tmp_path: Path) -> None:
     assert all(torch.equal(converted[key], value) for key, value in model.state_dict().items())
 
 
+def test_a_mask_of_another_shape(tmp_path: Path) -> None:
+    """It is named with its shape and the one wanted; torch would broadcast it."""
+    torch.save(
+        {"a.weight_orig": torch.ones(3, 2), "a.weight_mask": torch.ones(3, 1)}, tmp_path / "a.pt"
+    )
+    assert _message(tmp_path, "plain") == "'a.weight_mask' is [3, 1] and should be [3, 2]"
+
+
 def test_a_pruned_weight_norm_is_not_half_converted(tmp_path: Path) -> None:
     """A mask on a part of another reparametrization blocks the conversion."""
     layer = WEIGHT_NORM["hook"](nn.Linear(3, 4))

@@ -414,6 +414,15 @@ def test_input_of_another_dtype(tmp_path: Path) -> None:
         check_parity(SumAndDifference(), _two(tmp_path), (rows().double(), rows().double()))
 
 
+def test_lazy_modules_are_initialised_by_the_inputs(tmp_path: Path) -> None:
+    """A network that never ran is compared, and differs: its weights are drawn now."""
+    model = nn.Sequential(nn.LazyLinear(3))
+    path = tmp_path / "net.onnx"
+    export_onnx(nn.Sequential(nn.Linear(3, 3)), (rows(),), path, exporter="torchscript", samples=0)
+    assert not check_parity(model, path, rows()).passed
+    assert type(model[0]) is nn.Linear
+
+
 def test_missing_file(tmp_path: Path) -> None:
     """A file that is not there is named."""
     path = tmp_path / "absent.onnx"
