@@ -221,11 +221,10 @@ LACKS = (
 )
 
 
+# Asked once: the version of a package is read from the disk.
+_LACKED = [lack for lack in LACKS if Version(lack.installed) < Version(lack.since)]
+
+
 def lacks_of(test: str) -> list[Lack]:
     """Return what the installed packages lack of what a test needs."""
-    return [
-        lack
-        for lack in LACKS
-        if Version(lack.installed) < Version(lack.since)
-        and any(re.fullmatch(pattern, test) for pattern in lack.tests)
-    ]
+    return [lack for lack in _LACKED if any(re.fullmatch(pattern, test) for pattern in lack.tests)]
