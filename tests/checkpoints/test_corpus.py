@@ -161,6 +161,11 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str]] = {
         "a program of torch.export (.pt2), not a checkpoint; torch.save the state_dict of what "
         "torch.export.load returns",
     ),
+    "pt2 of torch 2.1, in a folder of a folder": (
+        lambda path: _write_zip(path, "a/b/serialized_exported_program.json"),
+        "a program of torch.export (.pt2), not a checkpoint; torch.save the state_dict of what "
+        "torch.export.load returns",
+    ),
     "package": (
         lambda path: _write_zip(path, "c/.data/extern_modules"),
         "a torch.package, which holds code; torch.save the state dict of what is in it",

@@ -159,9 +159,14 @@ lightning.fabric.utilities.data.AttributeDict lightning_fabric.utilities.data.At
 def test_values_that_surround_weights_are_left_unread(
     name: str, call: bytes, tmp_path: Path
 ) -> None:
-    """Harmless values are left unread and named; their packages may be absent."""
+    """Harmless values are left unread and named, whatever they are given after they were made.
+
+    That is a state, entries of a dictionary and elements of a list; the packages may be absent.
+    """
     module, _, short = name.rpartition(".")
-    built = f"c{module}\n{short}\n".encode() + call + b"}X\x01\x00\x00\x00aK\x01sb"
+    entry = b"X\x01\x00\x00\x00aK\x01"
+    given = b"}" + entry + b"sb" + entry + b"s(" + entry + b"uK\x01a(K\x01e"
+    built = f"c{module}\n{short}\n".encode() + call + given
     path = FORMATS["zip"](tmp_path / "a.pt", b"\x80\x02}X\x01\x00\x00\x00x" + built + b"s.")
     (note,) = read_checkpoint(path).notes
     shown = "numpy" if name.startswith("numpy.") else name
