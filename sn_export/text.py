@@ -109,7 +109,7 @@ def to_json_values(value: Any) -> Any:
     return fspath(value) if isinstance(value, PathLike) else value
 
 
-def plain_integer(value: object) -> int | None:
+def as_plain_integer(value: object) -> int | None:
     """Return an integer of Python or numpy as Python's; None for anything else, and for a bool."""
     if type(value).__name__ in ("bool", "bool_"):  # numpy 1.26 takes its own for integers
         return None
@@ -131,9 +131,9 @@ def require_choice(option: str, value: Any, choices: Sequence[object]) -> Any:
     raise ValueError(f"{option} must be {', '.join(others)} or {last}, got {value!r}")
 
 
-def plain_number(value: object) -> float | None:
+def as_plain_number(value: object) -> float | None:
     """Return a real number of Python or numpy as Python's; None for anything else."""
-    whole = plain_integer(value)
+    whole = as_plain_integer(value)
     if whole is not None:
         return whole
     return float(value) if isinstance(value, Real) and not isinstance(value, bool) else None

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ..errors import CheckpointError
 from ..freezing import describe_sites
-from ..running import Preserved, restore_container, same_bits
+from ..running import Preserved, have_same_bits, restore_container
 from ..text import format_count, quote_names
 from .content import Checkpoint, StateDict, describe_candidates
 from .fit_names import Refusal, describe_refusal, fit_names, group_by_plain_name, measure_overlap
@@ -319,7 +319,7 @@ def _remember(model: nn.Module) -> Callable[[], None]:
         with torch.no_grad():
             for tensor, data, copy in values.values():
                 tensor.data = data
-                if not same_bits(data, copy):
+                if not have_same_bits(data, copy):
                     data.copy_(copy)
 
     return undo

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 from torch.distributed.checkpoint import metadata as dcp
 
-from ..running import checkpoint_records, rebuild
+from ..running import import_checkpoint_records, rebuild
 from ..text import describe_type, format_count, quote_name
 from .lazy_tensors import is_count, is_shape
 
 # A tensor may have so many elements although its storage has fewer, as after expand(). Without a
 # limit a few bytes could become 4 TB once the tensor is copied.
 _EXPANDED = 2**24
-_StorageInfo, _MemoryFormat = checkpoint_records()
+_StorageInfo, _MemoryFormat = import_checkpoint_records()
 
 
 class ForbiddenPickleError(pickle.UnpicklingError):

@@ -116,15 +116,15 @@ class CheckCommand(ModelOptions, ProofOptions):
         self.require_files(checkpoint)
         with progress() as show, collect_warnings() as warned:
             from ..proving import check_parity
-            from ..running import left_out_note, preserved, random_references, run_reference
+            from ..running import describe_left_out, draw_references, preserved, run_reference
             from .model_factory import prepare_model
 
             model, inputs, loaded = prepare_model(self, checkpoint, factory, show)
             with preserved(model) as state:
                 run = partial(run_reference, model, state)
-                drawn = random_references(run(inputs.example), self.samples, run)
+                drawn = draw_references(run(inputs.example), self.samples, run)
             if drawn.left_out:
-                warned.append(left_out_note(drawn))
+                warned.append(describe_left_out(drawn))
             sets = [inputs.example, *(one.inputs for one in drawn.references), *inputs.own]
             show(f"comparing {len(sets)} input sets with onnxruntime")
             parity = check_parity(model, self.file, sets, **self.keywords_of(check_parity))

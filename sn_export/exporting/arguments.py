@@ -37,10 +37,10 @@ from ..running import (
     are_large,
     as_input_sets,
     as_kwargs,
-    dynamic_dims,
+    find_dynamic_dims,
     require_seen,
 )
-from ..text import plain_integer, require_choice
+from ..text import as_plain_integer, require_choice
 
 ExternalData = Literal["auto"] | bool
 
@@ -237,7 +237,7 @@ def require_dims(
         ValueError: for dynamic shapes that do not fit the example.
     """
     if dynamic_axes is None:
-        return dynamic_dims(example, dynamic_shapes)
+        return find_dynamic_dims(example, dynamic_shapes)
     shapes = _translate_axes(example, dynamic_axes, input_names)
     raise TypeError(
         "dynamic_axes is not taken, since the dynamo exporter does not know it: pass "
@@ -325,7 +325,7 @@ def require_samples(samples: int) -> int:
     Raises:
         ValueError: if it is no integer, or negative.
     """
-    number = plain_integer(samples)
+    number = as_plain_integer(samples)
     if number is None or number < 0:
         raise ValueError(f"samples must be an integer of 0 or more, got {samples!r}")
     return number

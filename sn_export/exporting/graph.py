@@ -19,8 +19,8 @@ from torch import nn
 from ..errors import ExportError
 from ..proving import ort
 from ..results import EXPORTERS, Exporter
-from ..running import InputSet, make_distinct, newest_torchscript_opset, output_names
-from ..text import format_count, plain_integer
+from ..running import InputSet, find_newest_torchscript_opset, make_distinct, make_output_names
+from ..text import as_plain_integer, format_count
 
 # What the exporters write about the machine and the caller's source files.
 _TRACES = ("pkg.torch.onnx.stack_trace",)
@@ -187,7 +187,7 @@ def require_opset(
     """
     if opset is None:
         return None, tuple(exporters)
-    number = plain_integer(opset)
+    number = as_plain_integer(opset)
     if number is None:
         raise TypeError(f"opset_version must be an integer, got {type(opset).__name__}")
     able = tuple(name for name in find_exporters(number) if name in exporters)
@@ -225,7 +225,7 @@ def find_opsets(exporter: Exporter) -> range:
     """
     newest = onnx.defs.onnx_opset_version()
     if exporter == "torchscript":
-        newest = min(newest, newest_torchscript_opset())
+        newest = min(newest, find_newest_torchscript_opset())
     oldest = _OLDEST_OPSETS[exporter]
     newest = next(opset for opset in range(newest, oldest - 1, -1) if _runs(opset))
     return range(oldest, newest + 1)
@@ -292,7 +292,7 @@ def name_outputs(
         TypeError: if ``chosen`` is no sequence of text.
         ValueError: if it has more names than there are tensors, or one twice or of an input.
     """
-    found = output_names(tuple(path) for path in paths)
+    found = make_output_names(tuple(path) for path in paths)
     wanted = _require_names("output_names", chosen, found, "in the model's output")
     both = next((name for name in wanted if name in inputs), None)
     if both is not None:

@@ -28,7 +28,7 @@ from ..files import as_path
 from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..proving import count_weight_bytes, save
 from ..results import Exporter, FileInput, FoldedInitializer
-from ..running import Reference, dynamic_axes
+from ..running import Reference, make_dynamic_axes
 from ..text import qualify
 from .arguments import ExternalData, Request
 from .folding import fold_initializers
@@ -102,7 +102,7 @@ def write_onnx(
     )
     if exporter == "dynamo":
         plain = [dim for dim in request.dims if dim.is_root]
-        name_dimensions(graph.graph, dynamic_axes(request.input_names, plain))
+        name_dimensions(graph.graph, make_dynamic_axes(request.input_names, plain))
         widen_indices(graph.graph)
     strip_traces(graph)
     set_opset(graph, request.opset_version)

@@ -31,9 +31,9 @@ from ..running import (
     Reference,
     are_large,
     describe_draws,
+    describe_left_out,
+    draw_references,
     is_dense,
-    left_out_note,
-    random_references,
     run_usable,
 )
 from .arguments import Request
@@ -74,7 +74,7 @@ def run_references(
     settings = request.settings.checked(names)
     find_shown(names, first.outputs, settings.images)
     _logger.info("running the reference")
-    drawn = random_references(first, request.samples, run)
+    drawn = draw_references(first, request.samples, run)
     references = [first, *drawn.references, *map(run, call.own)]
     usable = partial(run_usable, first, run=run)
     references += run_resized(call.example, request.dims, usable, call.own)
@@ -87,7 +87,7 @@ def run_references(
         output_names=names,
         settings=replace(settings, input_names=request.input_names),
     )
-    return request, references, left_out_note(drawn)
+    return request, references, describe_left_out(drawn)
 
 
 def plan_proof(

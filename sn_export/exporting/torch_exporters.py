@@ -36,10 +36,10 @@ from ..running import (
     InputSet,
     Reference,
     are_large,
-    dynamic_axes,
-    flat_shapes,
+    find_tensors,
+    flatten_shapes,
+    make_dynamic_axes,
     no_fused_attention,
-    paths_of_tensors,
     undo_on_exit,
     undoing,
     without_tracing,
@@ -91,7 +91,7 @@ def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None
 
 
 def _dynamo(request: Request, call: FlatCall) -> Any:
-    shapes = flat_shapes(list(request.input_names), request.dims)
+    shapes = flatten_shapes(list(request.input_names), request.dims)
     with parse_operators_once(), without_tracing():
         program = torch.onnx.export(
             call.module,
@@ -119,7 +119,7 @@ def _torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
             verbose=request.verbose,
             opset_version=request.opset_version,
             input_names=list(request.input_names.values()),
-            dynamic_axes=dynamic_axes(request.input_names, request.dims) or None,
+            dynamic_axes=make_dynamic_axes(request.input_names, request.dims) or None,
         )
     graph = ir.from_proto(onnx.load_from_string(content.getvalue())) if content else ir.load(raw)
     # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
@@ -183,7 +183,7 @@ class _Call(nn.Module):
         def forward(*args: Tensor) -> tuple[Tensor, ...]:
             full = example.map(lambda tensor: args[position[id(tensor)]])
             # By their paths: while a model is traced, sizes are tensors too.
-            found = dict(paths_of_tensors(full.call(model)))
+            found = dict(find_tensors(full.call(model)))
             return tuple(found[path] for path in paths)
 
         # torch 2.9 has no guards for dimensions of ``*args``; others call them by their position.

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ..running import dense_parts
+from ..running import list_dense_parts
 from .site import Site
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -124,7 +124,7 @@ def _went_and_came(now: Tensor, memory: Tensor) -> bool:
         return False
     if type(now) not in _PLAIN or _is_on(now, memory):
         return False
-    parts, others = dense_parts(now.detach()), dense_parts(memory)
+    parts, others = list_dense_parts(now.detach()), list_dense_parts(memory)
     # By way of two dtypes: rounded twice is not always rounded once.
     return len(parts) == len(others) and any(
         all(
@@ -143,7 +143,7 @@ def _is_rounded(part: Tensor, other: Tensor, first: torch.dtype, second: torch.d
 
 
 def _is_on(tensor: Tensor, memory: Tensor) -> bool:
-    parts, others = dense_parts(tensor.detach()), dense_parts(memory)
+    parts, others = list_dense_parts(tensor.detach()), list_dense_parts(memory)
     return [part.data_ptr() for part in parts] == [other.data_ptr() for other in others]
 
 

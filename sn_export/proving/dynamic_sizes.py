@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ExportError, SnExportError
-from ..running import DynamicDim, InputSet, Place, Reference, near_like, random_like
+from ..running import DynamicDim, InputSet, Place, Reference, draw_near_like, draw_random_like
 
 _logger = logging.getLogger("sn_export")
 _SEED = 1
@@ -234,8 +234,8 @@ class _Resizer:
             shape = [wanted.get((name, i), size) for i, size in enumerate(tensor.shape)]
             stretched = _stretch(tensor, shape)
             if near:
-                return near_like(stretched, self._generator, shuffled=False)
-            return random_like(stretched, self._generator)
+                return draw_near_like(stretched, self._generator, shuffled=False)
+            return draw_random_like(stretched, self._generator)
 
         label = "size " + ", ".join(f"{name}={size}" for name, size in sizes.items())
         return self._example.map(resize, label)

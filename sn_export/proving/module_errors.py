@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ..results import ModuleParity, OutputParity
-from ..running import InputSet, Preserved, as_real_pairs, is_dense, run_reference, tensor_leaves
+from ..running import InputSet, Preserved, as_real_pairs, is_dense, list_tensors, run_reference
 from ..text import name_dtype
 from .module_scopes import ModuleValues
 from .output_errors import RunningErrors
@@ -276,7 +276,7 @@ def _copies(value: Any) -> list[Tensor]:
 
     Complex numbers are pairs, as in a file. What is not dense has no value there.
     """
-    leaves = [leaf.detach().cpu() for leaf in tensor_leaves(value) if is_dense(leaf)]
+    leaves = [leaf.detach().cpu() for leaf in list_tensors(value) if is_dense(leaf)]
     return [as_real_pairs(leaf).clone() for leaf in leaves]
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..results import OutputParity, ParityError, ParityReport
-from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, paths_of_tensors
+from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs, find_tensors
 from ..text import name_dtype
 from .cases import Case
 from .declared_sizes import correct_declared_sizes, find_tied_dims, require_apart, require_dynamic
@@ -184,7 +184,7 @@ def _outputs_for_example(
     given = proof.references[0].inputs.clone()
     try:
         with within(), torch.no_grad():
-            found = paths_of_tensors(given.call(proof.model))
+            found = find_tensors(given.call(proof.model))
         return [as_real_pairs(leaf.detach()).clone() for _, leaf in found]
     except Exception:  # an exporter has failed on it as well, and its error says so
         return []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..results import ProofDtype, Tolerance
-from ..text import name_dtype, plain_integer, plain_number, require_choice
+from ..text import as_plain_integer, as_plain_number, name_dtype, require_choice
 from .precision import PROOF_DTYPES
 from .session import DEFAULT_PROVIDERS, require_providers
 
@@ -94,7 +94,7 @@ def _required(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tol
         return _number(name, value)
     found: dict[Any, Any] = {}
     for key, entry in value.items():
-        known = key if isinstance(key, str) else plain_integer(key)
+        known = key if isinstance(key, str) else as_plain_integer(key)
         if known is None:
             raise TypeError(f"{name} must be by name or position of an output, got the key {key!r}")
         found[known] = _number(f"{name}[{known!r}]", entry)
@@ -106,7 +106,7 @@ def _required(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tol
 def _number(name: str, value: object) -> float | None:
     if value is None:
         return None
-    number = plain_number(value)
+    number = as_plain_number(value)
     if number is None or not number >= 0:
         raise ValueError(f"{name} must be 0 or more, got {value!r}")
     return number

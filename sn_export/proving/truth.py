@@ -32,9 +32,9 @@ from ..running import (
     TorchDispatchMode,
     are_large,
     as_real_pairs,
+    list_tensors,
     preserved,
     restore_container,
-    tensor_leaves,
 )
 from ..text import strip_frames
 from .output_errors import Spread
@@ -185,7 +185,7 @@ def _run(
             _widen_held(state)
         with _released(release) if is_large else nullcontext(), torch.no_grad(), mode:
             result = given.call(model)
-        return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in tensor_leaves(result)]
+        return [as_real_pairs(leaf.detach()).cpu().clone() for leaf in list_tensors(result)]
     except (Exception, SystemExit) as error:
         reason = strip_frames(str(error)).strip().split("\n")[0]
         raise NoTruthError(f"the forward does not run: {type(error).__name__}: {reason}") from error

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..text import format_count
 from .input_set import Binding, InputSet
-from .nested import entries_of
+from .nested import list_entries
 
 _FAR = 1 << 30
 _Dim: Any = torch.export.Dim
@@ -49,17 +49,17 @@ class DynamicDim:
     @property
     def range(self) -> tuple[int, int]:
         """Smallest and largest size of the root that the spec allows."""
-        return _bound(self.spec, "min", 0), _bound(self.spec, "max", _FAR)
+        return _read_bound(self.spec, "min", 0), _read_bound(self.spec, "max", _FAR)
 
     @property
     def is_promised(self) -> bool:
         """Whether the user asks for it; ``Dim.AUTO`` leaves it to the exporter."""
-        return _hint(self.spec) != "AUTO"
+        return _read_hint(self.spec) != "AUTO"
 
     @property
     def is_named(self) -> bool:
         """Whether it has a name, that of its root; ``Dim.AUTO`` and ``Dim.DYNAMIC`` have none."""
-        return _hint(self.spec) not in ("AUTO", "DYNAMIC")
+        return _read_hint(self.spec) not in ("AUTO", "DYNAMIC")
 
     @property
     def is_root(self) -> bool:
@@ -78,7 +78,7 @@ class DynamicDim:
         return next((n for n in range(self.size * 4 + 8) if self.size_for(n) == self.size), 0)
 
 
-def dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
+def find_dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
     """Return the dynamic dimensions that ``dynamic_shapes`` declares for ``example``.
 
     Args:
@@ -96,20 +96,20 @@ def dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
     if not dynamic_shapes:
         return []
     declared: dict[int, dict[int, Any]] = {}
-    for name, value, spec in _by_argument(example, dynamic_shapes):
-        declared.update(_declared_dims(name, value, spec))
+    for name, value, spec in _iter_arguments(example, dynamic_shapes):
+        declared.update(_find_declared_dims(name, value, spec))
     found: list[DynamicDim] = []
     for name, tensor in example.named_tensors():
         for position, entry in declared.get(id(tensor), {}).items():
             size = int(tensor.shape[position])
-            dim = DynamicDim(name, position, _root(entry, size), size, entry)
+            dim = DynamicDim(name, position, _name_root(entry, size), size, entry)
             _require_in_range(dim)
             _require_one_size(dim, found)
             found.append(dim)
     return found
 
 
-def flat_shapes(
+def flatten_shapes(
     names: Sequence[str], dims: Sequence[DynamicDim]
 ) -> tuple[dict[int, Any] | None, ...] | None:
     """Return the dimensions as `torch.export.export` takes them, for each of these tensors.
@@ -127,7 +127,9 @@ def flat_shapes(
     return tuple(shapes.get(name) for name in names)
 
 
-def dynamic_axes(names: Mapping[str, str], dims: Sequence[DynamicDim]) -> dict[str, dict[int, str]]:
+def make_dynamic_axes(
+    names: Mapping[str, str], dims: Sequence[DynamicDim]
+) -> dict[str, dict[int, str]]:
     """Return the dimensions as the TorchScript exporter takes them: ``{"x": {0: "batch"}}``.
 
     Args:
@@ -137,11 +139,11 @@ def dynamic_axes(names: Mapping[str, str], dims: Sequence[DynamicDim]) -> dict[s
     axes: dict[str, dict[int, str]] = {}
     for dim in dims:
         name = getattr(dim.spec, "__name__", dim.root)
-        axes.setdefault(names[dim.tensor], {})[dim.position] = _identifier(str(name))
+        axes.setdefault(names[dim.tensor], {})[dim.position] = _make_identifier(str(name))
     return axes
 
 
-def _by_argument(example: InputSet, dynamic_shapes: Any) -> Iterator[tuple[str, Any, Any]]:
+def _iter_arguments(example: InputSet, dynamic_shapes: Any) -> Iterator[tuple[str, Any, Any]]:
     """Yield each argument that ``dynamic_shapes`` names: its name, its value and its entry."""
     arguments, binding = example.arguments, example.binding or Binding({})
     if isinstance(dynamic_shapes, Mapping):
@@ -179,7 +181,7 @@ def _require_known(name: str, is_known: bool, arguments: Mapping[str, Any]) -> N
         )
 
 
-def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
+def _find_declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]]:
     """Return the dynamic dimensions of each tensor in ``value``, by its id.
 
     Not by name: ``a[0]`` and an argument ``a_0`` have the same name until one gets a number.
@@ -189,26 +191,26 @@ def _declared_dims(name: str, value: Any, spec: Any) -> dict[int, dict[int, Any]
     if isinstance(value, Tensor):
         entries = {
             position: entry
-            for position, entry in _entries(name, value, spec)
+            for position, entry in _iter_entries(name, value, spec)
             if not _is_fixed(f"dimension {position} of '{name}'", entry, value.shape[position])
         }
         return {id(value): entries}
     found: dict[int, dict[int, Any]] = {}
-    for key, item, inner in _nested_entries(name, value, spec):
-        found.update(_declared_dims(f"{name}_{key}", item, inner))
+    for key, item, inner in _list_nested_entries(name, value, spec):
+        found.update(_find_declared_dims(f"{name}_{key}", item, inner))
     return found
 
 
-def _nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, Any, Any]]:
+def _list_nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, Any, Any]]:
     """Return what a container holds: the key, the item, and the entry of ``dynamic_shapes``."""
-    content = entries_of(value)
+    content = list_entries(value)
     if content is None:
         kind = type(value).__name__
         raise ValueError(f"dynamic_shapes names '{name}', which is no tensor but of type {kind}")
     is_ordered = isinstance(value, (tuple, list))
     if isinstance(spec, Mapping) and not is_ordered:
         held = dict(content)
-        names = {*held, *(field.name for field in _fields(value))}
+        names = {*held, *(field.name for field in _list_fields(value))}
         unknown = [key for key in spec if str(key) not in names]
         if unknown:
             raise ValueError(
@@ -230,11 +232,11 @@ def _nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, Any, An
     )
 
 
-def _fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
+def _list_fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
     return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
-def _entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
+def _iter_entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
     if isinstance(spec, Mapping):
         for position, entry in spec.items():
             is_index = isinstance(position, int) and not isinstance(position, bool)
@@ -259,10 +261,10 @@ def _entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:
 
 
 def _is_fixed(where: str, entry: Any, size: int) -> bool:
-    if entry is None or _hint(entry) == "STATIC":
+    if entry is None or _read_hint(entry) == "STATIC":
         return True
     if isinstance(entry, bool) or not (
-        isinstance(entry, (int, str, _DimType)) or _hint(entry) in ("AUTO", "DYNAMIC")
+        isinstance(entry, (int, str, _DimType)) or _read_hint(entry) in ("AUTO", "DYNAMIC")
     ):
         raise TypeError(f"dynamic_shapes of {where} must be {_FORMS}, got {entry!r}")
     if isinstance(entry, int):
@@ -293,13 +295,13 @@ def _require_one_size(dim: DynamicDim, others: Sequence[DynamicDim]) -> None:
         )
 
 
-def _hint(entry: Any) -> str:
+def _read_hint(entry: Any) -> str:
     """Return AUTO, DYNAMIC or STATIC for such a hint, and another text for anything else."""
     kind = getattr(entry, "type", entry)  # an enumeration of its own before torch 2.7
     return str(getattr(kind, "name", ""))
 
 
-def _root(entry: Any, size: int) -> str:
+def _name_root(entry: Any, size: int) -> str:
     """Return the name of what a dimension varies with: ``"batch"`` for ``2 * Dim("batch")``."""
     if isinstance(entry, str):
         return entry
@@ -308,11 +310,11 @@ def _root(entry: Any, size: int) -> str:
     return str(getattr(root, "__name__", f"dim_{size}"))
 
 
-def _bound(spec: Any, name: str, default: int) -> int:
+def _read_bound(spec: Any, name: str, default: int) -> int:
     value = getattr(getattr(spec, "root", spec), name, None)
     return default if not isinstance(value, int) else value
 
 
-def _identifier(name: str) -> str:
+def _make_identifier(name: str) -> str:
     """Return a name that ONNX takes for a dimension: ``"batch_size"`` for ``"batch-size"``."""
     return "".join(c if c.isalnum() or c == "_" else "_" for c in name)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .draws import drawing
-from .nested import make_distinct, map_tensors, paths_of_tensors, unseen_tensors
+from .nested import find_tensors, find_unseen_tensors, make_distinct, map_tensors
 from .tensor_memory import is_dense
 from .torch_private import pytree
 
@@ -103,7 +103,7 @@ class InputSet:
         named = [
             ("_".join((name, *path)), tensor)
             for name, value in self.arguments.items()
-            for path, tensor in paths_of_tensors(value)
+            for path, tensor in find_tensors(value)
         ]
         names = make_distinct(name for name, _ in named)
         return [(name, tensor) for name, (_, tensor) in zip(names, named, strict=True)]
@@ -176,10 +176,10 @@ def as_input_sets(
     """
     if inputs is None:
         return []
-    return [one.bind(model, method) for one in _input_sets(inputs, arity, label, example)]
+    return [one.bind(model, method) for one in _make_input_sets(inputs, arity, label, example)]
 
 
-def _input_sets(
+def _make_input_sets(
     inputs: Any, arity: int | None, label: str, example: InputSet | None
 ) -> list[InputSet]:
     if isinstance(inputs, tuple) and _is_several(inputs, arity):
@@ -191,7 +191,7 @@ def _input_sets(
         return [
             InputSet(one.args, one.kwargs, f"{label} {index}")
             for index, item in enumerate(inputs)
-            for one in _input_sets(item, None, label, None)
+            for one in _make_input_sets(item, None, label, None)
         ]
     if isinstance(inputs, InputSet):
         return [inputs]
@@ -220,7 +220,7 @@ def require_seen(inputs: InputSet, example: InputSet | None = None) -> None:
         ValueError: for a tensor that ``example`` does not have.
     """
     for name, value in inputs.arguments.items():
-        for path, kind in unseen_tensors(value):
+        for path, kind in find_unseen_tensors(value):
             raise TypeError(
                 f"{'_'.join((name, *path))!r} in {inputs.label} is of type {kind}, whose content "
                 "would be a constant of the file: pass tensors, in tuples, lists, dicts or "

@@ -32,12 +32,12 @@ def map_tensors(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     return pytree.tree_map(change_leaf, value)
 
 
-def tensor_leaves(value: Any) -> list[Tensor]:
-    """Return the tensors in a nested value, in the order of `paths_of_tensors`."""
-    return [leaf for _, leaf in paths_of_tensors(value)]
+def list_tensors(value: Any) -> list[Tensor]:
+    """Return the tensors in a nested value, in the order of `find_tensors`."""
+    return [leaf for _, leaf in find_tensors(value)]
 
 
-def paths_of_tensors(value: Any) -> list[tuple[Path, Tensor]]:
+def find_tensors(value: Any) -> list[tuple[Path, Tensor]]:
     """Return the tensors with keys, indices and field names on the way to them.
 
     ::
@@ -45,29 +45,31 @@ def paths_of_tensors(value: Any) -> list[tuple[Path, Tensor]]:
         paths_of_tensors({"boxes": [a, b], "score": c, "size": 3})
         # [(("boxes", "0"), a), (("boxes", "1"), b), (("score",), c)]
     """
-    return [(path, leaf) for path, leaf in _leaves(value) if isinstance(leaf, Tensor)]
+    return [(path, leaf) for path, leaf in _iter_leaves(value) if isinstance(leaf, Tensor)]
 
 
-def unseen_tensors(value: Any) -> list[tuple[Path, str]]:
-    """Return where ``value`` holds tensors that are none of `paths_of_tensors`.
+def find_unseen_tensors(value: Any) -> list[tuple[Path, str]]:
+    """Return where ``value`` holds tensors that are none of `find_tensors`.
 
     Returns:
         The way to each object, and what it is: a numpy array, an object with tensors in its
         attributes, a dataclass with tensors in attributes that are no fields. Modules are not
         among them: their tensors are weights.
     """
-    found = [(path, type(leaf).__name__) for path, leaf in _leaves(value) if _holds_tensors(leaf)]
+    found = [
+        (path, type(leaf).__name__) for path, leaf in _iter_leaves(value) if _holds_tensors(leaf)
+    ]
     return found + [
         (path, type(record).__name__)
-        for path, record in _records(value)
-        if _has_tensor(_further_attributes(record))
+        for path, record in _iter_records(value)
+        if _has_tensor(_collect_further_attributes(record))
     ]
 
 
-def entries_of(value: Any) -> list[tuple[str, Any]] | None:
+def list_entries(value: Any) -> list[tuple[str, Any]] | None:
     """Return what a container holds, by key, index or field; None if it is no container."""
     if _is_unregistered(value):
-        return [*_own_entries(value).items()]
+        return [*_collect_own_entries(value).items()]
 
     def is_within(node: Any) -> bool:
         return node is not value
@@ -77,7 +79,7 @@ def entries_of(value: Any) -> list[tuple[str, Any]] | None:
         return None
     try:
         paths, _ = pytree.tree_flatten_with_path(value, is_leaf=is_within)
-        return [(_key(path[0]), entry) for path, entry in paths]
+        return [(_get_key(path[0]), entry) for path, entry in paths]
     except ValueError:  # registered without names, as transformers does
         names = [*value] if isinstance(value, Mapping) else []
         keys = names if len(names) == len(content) else range(len(content))
@@ -95,7 +97,7 @@ def is_plain(value: Any) -> bool:
     return False
 
 
-def output_names(paths: Iterable[Path]) -> list[str]:
+def make_output_names(paths: Iterable[Path]) -> list[str]:
     """Return names for the tensors of an output, each different.
 
     A lone tensor is ``output``, those of a tuple ``output_0`` and on; keys and fields give their
@@ -131,20 +133,20 @@ def make_distinct(names: Iterable[str], taken: Iterable[str] = ()) -> list[str]:
     return found
 
 
-def _leaves(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
-    entries = None if value is None or isinstance(value, Tensor) else entries_of(value)
+def _iter_leaves(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
+    entries = None if value is None or isinstance(value, Tensor) else list_entries(value)
     if entries is None:
         yield path, value
     else:
         for key, entry in entries:
-            yield from _leaves(entry, (*path, key))
+            yield from _iter_leaves(entry, (*path, key))
 
 
-def _records(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
+def _iter_records(value: Any, path: Path = ()) -> Iterable[tuple[Path, Any]]:
     if _is_unregistered(value):
         yield path, value
-    for key, entry in (None if isinstance(value, Tensor) else entries_of(value)) or ():
-        yield from _records(entry, (*path, key))
+    for key, entry in (None if isinstance(value, Tensor) else list_entries(value)) or ():
+        yield from _iter_records(entry, (*path, key))
 
 
 def _is_unregistered(value: Any) -> bool:
@@ -156,28 +158,28 @@ def _is_unregistered(value: Any) -> bool:
     )
 
 
-def _own_entries(value: Any) -> dict[str, Any]:
+def _collect_own_entries(value: Any) -> dict[str, Any]:
     # Some classes are both, and keep their fields among their items.
-    entries = _fields(value)
+    entries = _collect_fields(value)
     if isinstance(value, dict):
         held = set(map(id, entries.values()))
         entries |= {str(key): item for key, item in value.items() if id(item) not in held}
     return entries
 
 
-def _fields(value: Any) -> dict[str, Any]:
+def _collect_fields(value: Any) -> dict[str, Any]:
     if not dataclasses.is_dataclass(value):
         return {}
     names = [field.name for field in dataclasses.fields(value)]
     return {name: getattr(value, name) for name in names if hasattr(value, name)}
 
 
-def _further_attributes(value: Any) -> dict[str, Any]:
+def _collect_further_attributes(value: Any) -> dict[str, Any]:
     """Return the attributes of an unregistered container that are neither entries nor cached."""
     return {
         name: item
         for name, item in getattr(value, "__dict__", {}).items()
-        if name not in _fields(value) and not _is_cached(value, name)
+        if name not in _collect_fields(value) and not _is_cached(value, name)
     }
 
 
@@ -200,7 +202,7 @@ def _rebuild(change: Callable[[Tensor], Tensor], value: Any) -> Any:
     for name in [name for name in getattr(changed, "__dict__", {}) if _is_cached(changed, name)]:
         del changed.__dict__[name]
     done = {}
-    for name, item in _fields(value).items():
+    for name, item in _collect_fields(value).items():
         done[id(item)] = map_tensors(change, item)
         object.__setattr__(changed, name, done[id(item)])
     if isinstance(value, dict):
@@ -225,7 +227,7 @@ def _has_tensor(content: Any) -> bool:
     return any(isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(content))
 
 
-def _key(entry: Any) -> str:
+def _get_key(entry: Any) -> str:
     """Return the key, index or field that an entry of one of pytree's paths stands for."""
     for attribute in ("key", "idx", "name"):
         if hasattr(entry, attribute):

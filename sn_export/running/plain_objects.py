@@ -45,7 +45,7 @@ class PlainObjects:
         self._left = _MOST
         within: list[Any] = []
         for thing in things:
-            attributes = attributes_of(thing)
+            attributes = get_attributes(thing)
             if attributes is not None:
                 within += self._entries(attributes)
             elif is_array(thing):
@@ -79,7 +79,7 @@ class PlainObjects:
             self.arrays.append(KeptArray(thing))
 
 
-def attributes_of(thing: Any) -> dict[str, Any] | None:
+def get_attributes(thing: Any) -> dict[str, Any] | None:
     """Return the ``__dict__`` of a plain object, and None of anything else.
 
     An object is plain if its class is written in Python, outside the standard library, torch

@@ -15,8 +15,13 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from .plain_objects import PlainObjects
-from .tensor_memory import Copies, Watch, are_large, is_in_place, on_memory_of, same_bits
-from .torch_private import disable_dispatch_modes, hooks_of_all_modules, original_of, set_version
+from .tensor_memory import Copies, Watch, are_large, find_on_memory_of, have_same_bits, is_in_place
+from .torch_private import (
+    disable_dispatch_modes,
+    get_hooks_of_all_modules,
+    get_original,
+    set_version,
+)
 from .undo import undo_on_exit, undoing
 
 T = TypeVar("T")
@@ -35,8 +40,8 @@ def preserved_globals() -> Iterator[None]:
     grad = torch.is_grad_enabled()
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if _cuda_is_used() else []
-    hooks = [(of_all, set(of_all)) for of_all in hooks_of_all_modules()]
+    cuda_states = torch.cuda.get_rng_state_all() if _is_cuda_used() else []
+    hooks = [(of_all, set(of_all)) for of_all in get_hooks_of_all_modules()]
 
     def restore() -> None:
         for of_all, before in hooks:
@@ -150,7 +155,7 @@ class Preserved:
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
         tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
         is_large = are_large(tensors)
-        views = on_memory_of(tensors, self.tensors)
+        views = find_on_memory_of(tensors, self.tensors)
         self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
         if is_large:
             self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
@@ -160,7 +165,7 @@ class Preserved:
         """Switch to eval mode and to copies of the buffers."""
         # Exporters take no compiled code, and nothing is to be compiled on the way.
         replaced: dict[int, Any] = {
-            id(m): original for m in self._modules if (original := original_of(m)) is not None
+            id(m): original for m in self._modules if (original := get_original(m)) is not None
         } | {id(m._compiled_call_impl): None for m in self._modules if m._compiled_call_impl}
         guarded = {id(g.tensor) for g in self._guarded}
         self._copies = Copies(tensor for tensor in self.tensors if id(tensor) not in guarded)
@@ -248,7 +253,7 @@ class Guarded:
         if not is_in_place(self.tensor, self.memory):
             self.was_written = True
             self.tensor.data = self.memory
-        if self.content is not None and not same_bits(self.memory, self.content):
+        if self.content is not None and not have_same_bits(self.memory, self.content):
             self.was_written = True
             self.memory.data.copy_(self.content)
         if self._version is not None and self._version != self.tensor._version:
@@ -266,7 +271,9 @@ def preserved(model: nn.Module) -> Iterator[Preserved]:
             yield state
 
 
-def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters: bool = True) -> T:
+def run_without_trace(
+    run: Callable[[], T], modules: Iterable[nn.Module], parameters: bool = True
+) -> T:
     """Return ``run()``, with ``modules`` in eval mode, and put everything back.
 
     Args:
@@ -283,7 +290,7 @@ def without_trace(run: Callable[[], T], modules: Iterable[nn.Module], parameters
             return run()
 
 
-def _cuda_is_used() -> bool:
+def _is_cuda_used() -> bool:
     return bool(torch.cuda.is_initialized())  # type: ignore[no-untyped-call]
 
 

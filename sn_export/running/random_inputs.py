@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SnExportError
 from .input_set import InputSet
-from .nested import tensor_leaves
+from .nested import list_tensors
 from .reference import Reference, no_fused_attention
 from .torch_private import SAFE_SOFTMAX, TorchDispatchMode
 
@@ -39,7 +39,7 @@ class RandomReferences(NamedTuple):
     reason: str
 
 
-def random_references(
+def draw_references(
     first: Reference, count: int, run: Callable[[InputSet], Reference]
 ) -> RandomReferences:
     """Run the model on ``count`` random inputs like the example.
@@ -57,8 +57,8 @@ def random_references(
     generator = torch.Generator().manual_seed(_NEAR_SEED)
     references: list[Reference] = []
     reason = ""
-    for drawn in random_sets(first.inputs, count):
-        for attempt in chain((drawn,), near_sets(first.inputs, drawn.label, generator)):
+    for drawn in draw_random_sets(first.inputs, count):
+        for attempt in chain((drawn,), draw_near_sets(first.inputs, drawn.label, generator)):
             try:
                 references.append(run_usable(first, attempt, run))
                 break
@@ -69,7 +69,7 @@ def random_references(
     return RandomReferences(references, left_out, reason if left_out else "")
 
 
-def left_out_note(drawn: RandomReferences) -> str:
+def describe_left_out(drawn: RandomReferences) -> str:
     """Return a sentence on random inputs that the model does not take, or nothing."""
     if not drawn.left_out:
         return ""
@@ -93,7 +93,7 @@ def run_usable(
     reference = run(inputs)
     if not _is_finite_as(first, reference):
         raise SnExportError(f"the model gives NaN or infinities for {inputs.label}")
-    has_mask = any(map(_may_be_mask, tensor_leaves((inputs.args, dict(inputs.kwargs)))))
+    has_mask = any(map(_may_be_mask, list_tensors((inputs.args, dict(inputs.kwargs)))))
     if has_mask and _hides_rows(inputs, run) and not _hides_rows(first.inputs, run):
         raise SnExportError(
             f"a mask hides all that a query may attend to for {inputs.label}, where attention is "
@@ -148,21 +148,21 @@ class _HiddenRows(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-def random_sets(example: InputSet, count: int) -> list[InputSet]:
+def draw_random_sets(example: InputSet, count: int) -> list[InputSet]:
     """Return ``count`` random sets like ``example``, the same ones at every call."""
     generator = torch.Generator().manual_seed(_SEED)
     return [
-        example.map(lambda tensor: random_like(tensor, generator), f"{_RANDOM} {i}")
+        example.map(lambda tensor: draw_random_like(tensor, generator), f"{_RANDOM} {i}")
         for i in range(count)
     ]
 
 
 def is_random(label: str) -> bool:
-    """Whether an input set of that label was drawn by `random_sets`, or near the example."""
+    """Whether an input set of that label was drawn by `draw_random_sets`, or near the example."""
     return label.startswith(_RANDOM)
 
 
-def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
+def draw_random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     """Return random values within the range of ``tensor``, of its shape, dtype and device.
 
     Floating values are uniform over the range seen (standard normal where the tensor is
@@ -193,7 +193,7 @@ def random_like(tensor: Tensor, generator: torch.Generator) -> Tensor:
     return (low * (1 - uniform) + high * uniform).clamp(low, high).to(tensor)
 
 
-def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iterator[InputSet]:
+def draw_near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iterator[InputSet]:
     """Yield input sets near the example, from a farther to a nearer one.
 
     Floats get a little noise; integers and booleans are in another order within each row, so that
@@ -202,20 +202,20 @@ def near_sets(example: InputSet, label: str, generator: torch.Generator) -> Iter
 
         ids [4, 4, 9], starts [0, 2]  ->  [9, 4, 4], [2, 0], then [4, 9, 4], [0, 2], ...
     """
-    leaves = tensor_leaves((example.args, dict(example.kwargs)))
+    leaves = list_tensors((example.args, dict(example.kwargs)))
     rows = [id(t) for t in leaves if t.ndim and not (t.is_floating_point() or t.is_complex())]
     alone = [[row] for row in rows[:_ALONE]] if len(rows) > 1 else []
     for chosen in (rows, *alone, []):
 
         def change(tensor: Tensor, chosen: Sequence[int] = chosen) -> Tensor:
-            return near_like(tensor, generator, shuffled=id(tensor) in chosen)
+            return draw_near_like(tensor, generator, shuffled=id(tensor) in chosen)
 
         near = example.map(change, f"{label}, near the example")
         if not _is_same(near, example):
             yield near
 
 
-def near_like(tensor: Tensor, generator: torch.Generator, shuffled: bool) -> Tensor:
+def draw_near_like(tensor: Tensor, generator: torch.Generator, shuffled: bool) -> Tensor:
     """Return a tensor with noise of 1 % of each number, or with its integers in another order."""
     values = tensor.detach().clone()
     if tensor.is_floating_point() or tensor.is_complex():
@@ -229,5 +229,5 @@ def near_like(tensor: Tensor, generator: torch.Generator, shuffled: bool) -> Ten
 
 
 def _is_same(one: InputSet, other: InputSet) -> bool:
-    left, right = (tensor_leaves((entry.args, dict(entry.kwargs))) for entry in (one, other))
+    left, right = (list_tensors((entry.args, dict(entry.kwargs))) for entry in (one, other))
     return all(torch.equal(a.cpu(), b.cpu()) for a, b in zip(left, right, strict=True))

@@ -21,10 +21,10 @@ from torch.nn.utils import parametrize
 from ..errors import SnExportError
 from ..text import strip_frames
 from .input_set import InputSet
-from .nested import is_plain, paths_of_tensors, unseen_tensors
+from .nested import find_tensors, find_unseen_tensors, is_plain
 from .preservation import Preserved, set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
-from .torch_private import original_of
+from .torch_private import get_original
 from .undo import undo_on_exit, undoing
 
 
@@ -61,7 +61,7 @@ def find_entry(model: Any, method: str | None) -> tuple[nn.Module, MethodType | 
         TypeError: for anything else.
         ValueError: if the network has no such method.
     """
-    bound = _method_behind(model)
+    bound = _find_method_behind(model)
     if bound is None:
         if not isinstance(model, nn.Module):
             got = type(model).__name__
@@ -74,7 +74,7 @@ def find_entry(model: Any, method: str | None) -> tuple[nn.Module, MethodType | 
         network = unwrap_model(model)
         if method is None or method == "forward":
             return network, None
-        bound = _method_named(network, method)
+        bound = _get_method(network, method)
     elif method is not None:
         raise TypeError(
             f"method={method!r} goes with a module, and model is the method '{bound.__name__}'"
@@ -102,7 +102,7 @@ def unwrap_model(model: nn.Module) -> nn.Module:
         model: any module. It is not changed, and nothing is compiled.
     """
     while True:
-        original = original_of(model)
+        original = get_original(model)
         if original is not None:
             model = original
         elif isinstance(model, (DataParallel, DistributedDataParallel)):
@@ -129,7 +129,7 @@ def run_reference(
     """
     with _describe_failures(model, inputs):
         result = _run(model, state, inputs, drops_weights)
-    found = paths_of_tensors(result)
+    found = find_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
     state.reset()
     if not outputs:
@@ -138,7 +138,7 @@ def run_reference(
         )
     paths = tuple(path for path, _ in found)
     unseen = tuple(
-        f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in unseen_tensors(result)
+        f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in find_unseen_tensors(result)
     )
     return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)
 
@@ -150,7 +150,7 @@ def _describe_failures(model: nn.Module, inputs: InputSet) -> Iterator[None]:
     except (Exception, SystemExit) as error:  # a network that exits has not run
         raise SnExportError(
             f"the model fails on {inputs.label}: {type(error).__name__}: "
-            f"{strip_frames(str(error))}{_place_of(error, model)}"
+            f"{strip_frames(str(error))}{_locate_error(error, model)}"
         ) from error
 
 
@@ -192,7 +192,7 @@ def _never_ran(module: Any) -> bool:
     return "_initialize_hook" in vars(module)  # its first call removes the hook
 
 
-def _place_of(error: BaseException, model: nn.Module) -> str:
+def _locate_error(error: BaseException, model: nn.Module) -> str:
     """Return where below ``model`` an error was raised: ``; in 'body.0' (Conv2d)``."""
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
     place = ""
@@ -247,14 +247,14 @@ def no_fused_attention() -> Iterator[None]:
         yield
 
 
-def _method_behind(thing: Any) -> MethodType | None:
+def _find_method_behind(thing: Any) -> MethodType | None:
     """Return a bound method of a module, the original where `torch.compile` wrapped it."""
     thing = getattr(thing, "_torchdynamo_orig_callable", thing)
     is_method = isinstance(thing, MethodType) and isinstance(thing.__self__, nn.Module)
     return thing if is_method else None
 
 
-def _method_named(network: nn.Module, name: Any) -> MethodType:
+def _get_method(network: nn.Module, name: Any) -> MethodType:
     kind = type(network).__name__
     if not isinstance(name, str):
         raise TypeError(f"method must be the name of a method, got {type(name).__name__}")
@@ -265,7 +265,7 @@ def _method_named(network: nn.Module, name: Any) -> MethodType:
         )
     is_property = isinstance(inspect.getattr_static(network, name, None), property)
     found = property if is_property else getattr(network, name, None)
-    method = _method_behind(found)
+    method = _find_method_behind(found)
     if method is not None and method.__self__ is network:
         return method
     if isinstance(found, nn.Module):

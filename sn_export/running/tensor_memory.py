@@ -27,7 +27,7 @@ def is_dense(tensor: Tensor) -> bool:
     return tensor.layout == torch.strided and not tensor.is_nested and not tensor.is_quantized
 
 
-def dense_parts(tensor: Tensor) -> list[Tensor]:
+def list_dense_parts(tensor: Tensor) -> list[Tensor]:
     """Return dense tensors that hold, together, every value of ``tensor``.
 
     A dense tensor is its only part; a sparse one gives its indices and its values.
@@ -62,7 +62,7 @@ def is_large(size: int) -> bool:
 
 def are_large(tensors: Iterable[Tensor]) -> bool:
     """Whether ``tensors`` take, together, as many bytes as those of a large model."""
-    return is_large(sum(part.nbytes for tensor in tensors for part in dense_parts(tensor)))
+    return is_large(sum(part.nbytes for tensor in tensors for part in list_dense_parts(tensor)))
 
 
 class Copies:
@@ -89,14 +89,14 @@ class Copies:
                 self._pairs.append((copy, tensor))
 
     def _copy_together(self, group: list[Tensor]) -> None:
-        start = min(_first(tensor) for tensor in group) // _ALIGNMENT * _ALIGNMENT
-        stop = max(_end(tensor) for tensor in group)
+        start = min(_find_first_byte(tensor) for tensor in group) // _ALIGNMENT * _ALIGNMENT
+        stop = max(_find_end(tensor) for tensor in group)
         span = torch.empty(0, dtype=torch.uint8, device=group[0].device)
         span.set_(group[0].untyped_storage(), start, (stop - start,), (1,))
         content = span.clone()
         self._pairs.append((content, span))
         for tensor in group:
-            offset = (_first(tensor) - start) // tensor.itemsize
+            offset = (_find_first_byte(tensor) - start) // tensor.itemsize
             view = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
             view.set_(content.untyped_storage(), offset, tensor.shape, tensor.stride())
             self.of[id(tensor)] = view
@@ -106,14 +106,14 @@ class Copies:
         """Give every copy the content of its original again."""
         with torch.no_grad():
             for copy, original in self._pairs:
-                if not same_bits(copy, original):
+                if not have_same_bits(copy, original):
                     copy.copy_(original)
             for view, memory in self._views:
                 if not is_in_place(view, memory):
                     view.data = memory
 
 
-def on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
+def find_on_memory_of(fixed: Iterable[Tensor], tensors: Iterable[Tensor]) -> list[Tensor]:
     """Return the ``tensors`` that share a byte with one of ``fixed``, directly or by another."""
     aliases = {id(alias): alias for alias in (tensor.detach() for tensor in fixed)}
     others = {id(tensor): tensor for tensor in tensors}
@@ -140,7 +140,7 @@ def is_in_place(tensor: Tensor, memory: Tensor) -> bool:
     )
 
 
-def same_bits(left: Tensor, right: Tensor) -> bool:
+def have_same_bits(left: Tensor, right: Tensor) -> bool:
     """Whether two tensors agree in shape, dtype and every bit; on the meta device they do."""
     if left.is_meta or right.is_meta:
         return True
@@ -148,20 +148,20 @@ def same_bits(left: Tensor, right: Tensor) -> bool:
         return False
     if not left.is_nested and left.shape != right.shape:  # nested tensors have none
         return False
-    parts, others = dense_parts(left), dense_parts(right)
+    parts, others = list_dense_parts(left), list_dense_parts(right)
     return len(parts) == len(others) and all(map(_are_same, parts, others))
 
 
 def _are_same(left: Tensor, right: Tensor) -> bool:
     if left.shape != right.shape:
         return False
-    bits = [_bits(left), _bits(right)]
+    bits = [_view_bits(left), _view_bits(right)]
     if all(one.numel() % 8 == 0 and one.storage_offset() % 8 == 0 for one in bits):
         bits = [one.view(torch.int64) for one in bits]  # compared seven times as fast
     return torch.equal(*bits)
 
 
-def _bits(tensor: Tensor) -> Tensor:
+def _view_bits(tensor: Tensor) -> Tensor:
     # NaN equals itself bit for bit.
     real = torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
     return real.resolve_neg().contiguous().flatten().view(torch.uint8)
@@ -175,14 +175,14 @@ def _group_by_memory(tensors: Iterable[Tensor]) -> Iterator[list[Tensor]]:
             key = (tensor.device, tensor.untyped_storage().data_ptr())
             storages.setdefault(key, []).append(tensor)
     for group in storages.values():
-        group.sort(key=_first)
-        together, end = group[:1], _end(group[0])
+        group.sort(key=_find_first_byte)
+        together, end = group[:1], _find_end(group[0])
         for tensor in group[1:]:
-            if _first(tensor) >= end:
+            if _find_first_byte(tensor) >= end:
                 yield together
                 together = []
             together.append(tensor)
-            end = max(end, _end(tensor))
+            end = max(end, _find_end(tensor))
         yield together
 
 
@@ -195,16 +195,16 @@ def _has_plain_memory(tensor: Tensor) -> bool:
     )
 
 
-def _first(tensor: Tensor) -> int:
+def _find_first_byte(tensor: Tensor) -> int:
     """The first byte of the tensor in its storage."""
     return int(tensor.storage_offset()) * tensor.itemsize
 
 
-def _end(tensor: Tensor) -> int:
+def _find_end(tensor: Tensor) -> int:
     """The byte after its last one."""
     steps = zip(tensor.shape, tensor.stride(), strict=True)
     last = sum((size - 1) * stride for size, stride in steps)
-    return _first(tensor) + (last + 1) * tensor.itemsize
+    return _find_first_byte(tensor) + (last + 1) * tensor.itemsize
 
 
 class Watch(TorchDispatchMode):
@@ -221,7 +221,7 @@ class Watch(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._calls: dict[int, list[Callable[[], None]]] = {}
         for tensor, call in watched:
-            self._calls.setdefault(_memory(tensor), []).append(call)
+            self._calls.setdefault(_get_address(tensor), []).append(call)
 
     def start(self) -> None:
         """Watch from here on."""
@@ -250,11 +250,11 @@ class Watch(TorchDispatchMode):
     def _before_write(self, value: Any) -> None:
         for leaf in pytree.tree_leaves(value):
             if isinstance(leaf, Tensor):
-                for call in self._calls.pop(_memory(leaf), ()):
+                for call in self._calls.pop(_get_address(leaf), ()):
                     call()
 
 
-def _memory(tensor: Tensor) -> int:
+def _get_address(tensor: Tensor) -> int:
     try:
         return tensor.untyped_storage().data_ptr()
     except (RuntimeError, NotImplementedError):  # tensor subclasses without memory of their own

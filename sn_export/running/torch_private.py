@@ -42,13 +42,13 @@ __all__ = [
     "TorchScriptNode",
     "WeightNormLink",
     "call_without_subclasses",
-    "checkpoint_records",
     "disable_dispatch_modes",
     "dispatch_modes",
-    "hooks_of_all_modules",
-    "newest_torchscript_opset",
-    "original_of",
-    "parametrize_cache",
+    "find_newest_torchscript_opset",
+    "get_hooks_of_all_modules",
+    "get_original",
+    "get_parametrize_cache",
+    "import_checkpoint_records",
     "pop_dispatch_mode",
     "pytree",
     "rebuild",
@@ -124,7 +124,7 @@ call_without_subclasses: Any = torch._C._disabled_torch_function_impl
 rebuild: Any = torch._utils  # has the functions that files of torch.save name
 
 
-def parametrize_cache() -> dict[tuple[int, str], Tensor | None]:
+def get_parametrize_cache() -> dict[tuple[int, str], Tensor | None]:
     """Return the weights that ``parametrize.cached()`` keeps, by id of module and name.
 
     torch replaces the dictionary at its exit.
@@ -141,7 +141,7 @@ def set_version(tensor: Tensor, version: int) -> None:
         setter(tensor, version)
 
 
-def hooks_of_all_modules() -> list[dict[int, Any]]:
+def get_hooks_of_all_modules() -> list[dict[int, Any]]:
     """Return the dictionaries of hooks that run for every module."""
     names = vars(torch.nn.modules.module).items()
     return [
@@ -149,13 +149,13 @@ def hooks_of_all_modules() -> list[dict[int, Any]]:
     ]
 
 
-def newest_torchscript_opset() -> int:
+def find_newest_torchscript_opset() -> int:
     """Return the newest opset that the TorchScript exporter writes."""
     newest: int = torch.onnx._constants.ONNX_MAX_OPSET
     return newest
 
 
-def original_of(module: nn.Module) -> nn.Module | None:
+def get_original(module: nn.Module) -> nn.Module | None:
     """Return the module behind one that `torch.compile` returned, None for any other.
 
     Importing torch's compiler takes longer than all else here, and without it nothing can have
@@ -168,7 +168,7 @@ def original_of(module: nn.Module) -> nn.Module | None:
     return original
 
 
-def checkpoint_records() -> tuple[Any, Any]:
+def import_checkpoint_records() -> tuple[Any, Any]:
     """Return two classes in the metadata of torch.distributed.checkpoint, which takes a moment.
 
     They are the place of a record in a file, and the enumeration of memory formats.

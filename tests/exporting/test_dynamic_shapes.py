@@ -16,7 +16,7 @@ from torch.export import Dim
 
 from sn_export import ExportError, ParityError, SnExportError, export_onnx
 from sn_export.proving import run_resized
-from sn_export.running import InputSet, Reference, dynamic_dims
+from sn_export.running import InputSet, Reference, find_dynamic_dims
 
 
 class Filter(nn.Module):
@@ -459,7 +459,7 @@ def test_sizes_that_are_tried(case: str) -> None:
     """The smallest, an odd and a larger size together; each alone where the model rejects them."""
     bounds, accepts, wanted = _TRIED[case]
     example = InputSet((torch.zeros(4, 6),)).bind(nn.Flatten())
-    dims = dynamic_dims(example, {"input": {0: Dim("a", **bounds), 1: Dim("b", **bounds)}})
+    dims = find_dynamic_dims(example, {"input": {0: Dim("a", **bounds), 1: Dim("b", **bounds)}})
 
     def run(inputs: InputSet) -> Reference:
         if not accepts(*inputs.args[0].shape):

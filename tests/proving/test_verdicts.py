@@ -32,7 +32,7 @@ from sn_export import (
     export_onnx,
 )
 from sn_export.proving.precision import InFloat64
-from sn_export.running import InputSet, random_sets
+from sn_export.running import InputSet, draw_random_sets
 
 lstm = partial(Recurrent, nn.LSTM, hooked_spectral_norm)
 
@@ -64,7 +64,7 @@ def changed(path: Path, name: str, change: Callable[[Any], Any]) -> Path:
 def sets_of(x: Tensor) -> list[InputSet]:
     """Return the input sets of a proof of three samples."""
     example = InputSet((x,), label="the example input")
-    return [example, *random_sets(example, 3)]
+    return [example, *draw_random_sets(example, 3)]
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)

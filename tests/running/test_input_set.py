@@ -11,14 +11,20 @@ from export_models import Head
 from hypothesis import example, given, settings, strategies as st
 from torch import Tensor, nn
 
-from sn_export.running import InputSet, as_input_sets, random_like, random_sets, tensor_leaves
+from sn_export.running import (
+    InputSet,
+    as_input_sets,
+    draw_random_like,
+    draw_random_sets,
+    list_tensors,
+)
 
 _INTEGERS = (torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def _drawn(tensor: Tensor) -> Tensor:
-    return random_like(tensor, torch.Generator().manual_seed(0))
+    return draw_random_like(tensor, torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("dtype", [*_INTEGERS, *_FLOATS, torch.bool, torch.complex64])
@@ -41,7 +47,7 @@ def test_integers_within_the_range_seen(dtype: torch.dtype, values: list[int], s
     """Integers of every width, the full range of int64 included, stay within those seen."""
     info = torch.iinfo(dtype)
     shown = torch.tensor([min(max(v, info.min), info.max) for v in values], dtype=dtype)
-    drawn = random_like(shown, torch.Generator().manual_seed(seed))
+    drawn = draw_random_like(shown, torch.Generator().manual_seed(seed))
     assert shown.min() <= drawn.min()
     assert drawn.max() <= shown.max()
 
@@ -107,7 +113,7 @@ def test_the_same_sets_every_time() -> None:
     """The sets are the same at every call, differ from one another, and touch no global RNG."""
     example = InputSet((torch.randn(3, 3),), {"more": [torch.arange(9)]})
     states = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    first, second = random_sets(example, 3), random_sets(example, 3)
+    first, second = draw_random_sets(example, 3), draw_random_sets(example, 3)
     assert torch.equal(torch.get_rng_state(), states[0])
     assert repr(np.random.get_state()) == repr(states[1])
     assert random.getstate() == states[2]
@@ -121,14 +127,14 @@ def test_the_same_sets_every_time() -> None:
 def test_more_sets_begin_with_the_same() -> None:
     """Asking for more sets does not change the first ones."""
     example = InputSet((torch.randn(3),))
-    few, many = random_sets(example, 1), random_sets(example, 5)
+    few, many = draw_random_sets(example, 1), draw_random_sets(example, 5)
     assert torch.equal(few[0].args[0], many[0].args[0])
 
 
 def test_nested_structure_is_kept() -> None:
     """Tuples, lists, dicts, numbers and None come back as they were, tensors replaced."""
     example = InputSet((({"a": torch.ones(2)}, [torch.zeros(1), 3, None]),), {"flag": True})
-    (drawn,) = random_sets(example, 1)
+    (drawn,) = draw_random_sets(example, 1)
     (((mapping, items),), kwargs) = drawn.args, drawn.kwargs
     assert (list(mapping), items[1:], dict(kwargs)) == (["a"], [3, None], {"flag": True})
     assert (mapping["a"].shape, items[0].shape) == ((2,), (1,))
@@ -213,4 +219,4 @@ def test_forms_of_inputs(given_inputs: object, arity: int | None, sizes: list[in
 def test_tensor_leaves() -> None:
     """The tensors of a nested output come in order, other leaves are left out."""
     a, b, c = (torch.tensor(float(i)) for i in range(3))
-    assert [float(t) for t in tensor_leaves({"p": (a, [b, None, 3]), "q": {"r": c}})] == [0, 1, 2]
+    assert [float(t) for t in list_tensors({"p": (a, [b, None, 3]), "q": {"r": c}})] == [0, 1, 2]

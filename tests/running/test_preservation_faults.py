@@ -14,7 +14,7 @@ from fingerprint import fingerprint
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from sn_export.running import preserved, tensor_memory, without_trace
+from sn_export.running import preserved, run_without_trace, tensor_memory
 
 
 class Writing(nn.Module):
@@ -69,7 +69,7 @@ def _ask(model: Writing, fault: Fault) -> None:
 
     with fault:
         fault.start()
-        without_trace(run, [model])
+        run_without_trace(run, [model])
 
 
 @pytest.mark.parametrize("limit", [2**29, 0])

@@ -1,6 +1,6 @@
 """Numpy arrays and plain objects that a forward changes start each run anew, and are put back.
 
-`attributes_of` is called inside: what it passes over leaves no trace outside.
+`get_attributes` is called inside: what it passes over leaves no trace outside.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from sn_export import SnExportError, export_onnx, frozen_spectral_norm
 from sn_export.running import Preserved, preserved
-from sn_export.running.plain_objects import attributes_of
+from sn_export.running.plain_objects import get_attributes
 
 T = TypeVar("T")
 
@@ -219,14 +219,14 @@ class Slotted:
 )
 def test_what_is_no_plain_object(make: Callable[[], Any]) -> None:
     """Modules, classes, functions, torch's objects and those of C are not looked into."""
-    assert attributes_of(make()) is None
+    assert get_attributes(make()) is None
 
 
 @pytest.mark.parametrize("make", [Counter, SimpleNamespace, Guarded])
 def test_plain_objects(make: Callable[[], Any]) -> None:
     """Objects of classes of one's own are, without running their code."""
     thing = make()
-    assert attributes_of(thing) is object.__getattribute__(thing, "__dict__")
+    assert get_attributes(thing) is object.__getattribute__(thing, "__dict__")
 
 
 def test_how_far_objects_are_looked_into() -> None:

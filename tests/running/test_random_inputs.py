@@ -11,10 +11,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from sn_export.running import (
     InputSet,
-    left_out_note,
-    near_like,
+    describe_left_out,
+    draw_near_like,
+    draw_references,
     preserved,
-    random_references,
     run_reference,
 )
 
@@ -93,7 +93,7 @@ def test_every_random_input_is_usable_or_left_out(
     example = InputSet(args, label="the example input")
     with preserved(model) as state:
         run = partial(run_reference, model, state)
-        drawn = random_references(run(example), 3, run)
+        drawn = draw_references(run(example), 3, run)
     assert drawn.left_out == left_out and len(drawn.references) == 3 - left_out
     for reference in drawn.references:
         assert reference.inputs.label.startswith("random input ")
@@ -102,7 +102,7 @@ def test_every_random_input_is_usable_or_left_out(
             assert not reference.inputs.args[1].all(-1).any()  # no row is hidden altogether
         pairs = zip(reference.inputs.args, args, strict=True)
         assert not all(torch.equal(one, other) for one, other in pairs)
-    assert bool(left_out_note(drawn)) == bool(left_out)
+    assert bool(describe_left_out(drawn)) == bool(left_out)
 
 
 def test_nothing_that_goes_is_drawn_near_the_example() -> None:
@@ -110,7 +110,7 @@ def test_nothing_that_goes_is_drawn_near_the_example() -> None:
     model, example = nn.Linear(4, 4), InputSet((torch.randn(2, 4),), label="the example input")
     with preserved(model) as state:
         run = partial(run_reference, model, state)
-        drawn = random_references(run(example), 3, run)
+        drawn = draw_references(run(example), 3, run)
     assert [one.inputs.label for one in drawn.references] == [f"random input {i}" for i in range(3)]
 
 
@@ -119,7 +119,7 @@ def test_near_integers_are_those_of_the_example(dtype: torch.dtype) -> None:
     """They come in another order, or as they are."""
     given = torch.tensor([0, 1, 1, 0, 1, 1, 1, 0]).to(dtype)
     draws = torch.Generator().manual_seed(0)
-    assert torch.equal(near_like(given, draws, shuffled=False), given)
-    found = near_like(given, draws, shuffled=True)
+    assert torch.equal(draw_near_like(given, draws, shuffled=False), given)
+    found = draw_near_like(given, draws, shuffled=True)
     assert found.dtype == dtype and not torch.equal(found, given)
     assert torch.equal(found.sort().values, given.sort().values)

@@ -16,7 +16,7 @@ from export_models import APPLY, KINDS, rows
 from torch import Tensor, nn
 
 from sn_export import export_onnx, frozen_spectral_norm
-from sn_export.running import same_bits, tensor_memory
+from sn_export.running import have_same_bits, tensor_memory
 from sn_export.running.tensor_memory import Copies
 
 pytestmark = [
@@ -78,7 +78,7 @@ def test_export(tmp_path: Path, layout: str, limit: int, monkeypatch: pytest.Mon
     for exporter in ("auto", "torchscript"):  # dynamo alone does not take each of them
         assert export_onnx(model, rows(), tmp_path / "net.onnx", exporter=exporter).parity.passed
     assert model.held is held and model.kept[0] is kept
-    assert same_bits(held, before[0]) and same_bits(kept, before[1])
+    assert have_same_bits(held, before[0]) and have_same_bits(kept, before[1])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -88,16 +88,16 @@ def test_copies(layout: str) -> None:
     other = LAYOUTS[layout]()
     copies = Copies([original])
     copied = copies.of[id(original)]
-    assert copied is not original and same_bits(copied, original)
+    assert copied is not original and have_same_bits(copied, original)
     if layout == "expanded":
         other = other + 1
     if layout not in ("mkldnn", "jagged"):  # which cannot be written, or not from another one
         copied.copy_(other)
-        assert same_bits(copied, original) == (layout[:6] == "sparse")
+        assert have_same_bits(copied, original) == (layout[:6] == "sparse")
         copied.copy_(other * 2 if layout[:6] == "sparse" else other)
-        assert not same_bits(copied, original)
+        assert not have_same_bits(copied, original)
     copies.reset()
-    assert same_bits(copied, original)
+    assert have_same_bits(copied, original)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.int8, torch.float64])
@@ -107,10 +107,10 @@ def test_bits_at_any_place(dtype: torch.dtype) -> None:
     for start, stop in [(0, 32), (1, 33), (1, 8), (3, 3)]:
         part = memory[start:stop]
         other = part.clone()
-        assert same_bits(part, other)
+        assert have_same_bits(part, other)
         for place in range(len(part)):
             other[place] += 1
-            assert not same_bits(part, other) and not same_bits(other, part)
+            assert not have_same_bits(part, other) and not have_same_bits(other, part)
             other[place] -= 1
 
 
@@ -135,6 +135,6 @@ def test_moves_within_a_block(layout: str, kind: str, move: str) -> None:
             assert layout == "mkldnn"
     now = dict(model.named_parameters()) | dict(model.named_buffers())
     assert all(now[name] is tensor for name, tensor in tensors.items())
-    assert all(same_bits(now[name].detach(), old) for name, old in before.items())
+    assert all(have_same_bits(now[name].detach(), old) for name, old in before.items())
     assert model.embedding.weight.grad is gradient
-    assert same_bits(gradient, gradient_before)
+    assert have_same_bits(gradient, gradient_before)

@@ -83,19 +83,19 @@ def test_what_is_made_of_private_names_works() -> None:
     layer = spectral_norm(nn.Linear(2, 2))
     with cached():
         _ = layer.weight
-        assert torch_private.parametrize_cache()[id(layer), "weight"] is layer.weight
+        assert torch_private.get_parametrize_cache()[id(layer), "weight"] is layer.weight
     tensor = torch.ones(2)
     tensor.add_(1)
     torch_private.set_version(tensor, 7)
     assert tensor._version == 7
     handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    assert any(handle.id in hooks for hooks in torch_private.hooks_of_all_modules())
+    assert any(handle.id in hooks for hooks in torch_private.get_hooks_of_all_modules())
     handle.remove()
-    assert torch_private.newest_torchscript_opset() >= 18
+    assert torch_private.find_newest_torchscript_opset() >= 18
     layer = nn.Linear(1, 1)
-    assert torch_private.original_of(torch.compile(layer)) is layer
-    assert torch_private.original_of(layer) is None
-    assert [record.__name__ for record in torch_private.checkpoint_records()] == [
+    assert torch_private.get_original(torch.compile(layer)) is layer
+    assert torch_private.get_original(layer) is None
+    assert [record.__name__ for record in torch_private.import_checkpoint_records()] == [
         "_StorageInfo",
         "_MEM_FORMAT_ENCODING",
     ]

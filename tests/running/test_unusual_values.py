@@ -1,6 +1,6 @@
 """Arguments and results of unusual types: taken, or refused by name, but no silent constants.
 
-`entries_of` is called inside: which fields an object has shows in no file.
+`list_entries` is called inside: which fields an object has shows in no file.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from sn_export import OutputNotExportedWarning, SnExportError, export_onnx
-from sn_export.running import random_like
-from sn_export.running.nested import entries_of
+from sn_export.running import draw_random_like
+from sn_export.running.nested import list_entries
 
 
 class Dotted(dict[str, Any]):
@@ -189,9 +189,9 @@ def test_a_result_that_no_exporter_sees(tmp_path: Path) -> None:
 def test_entries_of_fields_and_items() -> None:
     """What is both a field and an item stands there once."""
     tensor = rows()
-    assert entries_of(Result(h=tensor)) == [("h", tensor)]
+    assert list_entries(Result(h=tensor)) == [("h", tensor)]
     assert [field.name for field in fields(Result)] == ["h"]
-    assert entries_of(3) is None
+    assert list_entries(3) is None
 
 
 class Hiding(nn.Module):
@@ -235,7 +235,7 @@ def test_another_default_device(dtype: torch.dtype) -> None:
     """Random values are drawn on the CPU, wherever new tensors go."""
     tensor = rows().to(dtype)
     with torch.device("meta"):
-        drawn = random_like(tensor, torch.Generator("cpu").manual_seed(0))
+        drawn = draw_random_like(tensor, torch.Generator("cpu").manual_seed(0))
     assert drawn.device == tensor.device
 
 

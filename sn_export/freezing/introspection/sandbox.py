@@ -18,9 +18,9 @@ from torch.nn.parameter import is_lazy
 from ...running import (
     call_without_subclasses,
     restore_container,
+    run_without_trace,
     undo_on_exit,
     undoing,
-    without_trace,
 )
 from .source_code import torch_base
 
@@ -30,7 +30,7 @@ T = TypeVar("T")
 def compute_in_sandbox(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
     """Return ``run()`` with ``modules`` in eval mode and on copies of their tensors.
 
-    `sn_export.running.without_trace` swaps buffers for copies. Handwritten spectral norms keep
+    `sn_export.running.run_without_trace` swaps buffers for copies. Handwritten spectral norms keep
     their singular vectors in parameters too, and write them through ``.data``, so here the
     parameters are swapped as well.
 
@@ -51,7 +51,7 @@ def compute_in_sandbox(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
         return run()
 
     with torch.inference_mode(False), torch.no_grad():
-        return without_trace(on_copies, modules, parameters=False)
+        return run_without_trace(on_copies, modules, parameters=False)
 
 
 def placeholders(module: nn.Module, make: Callable[[], object] = object) -> list[object]:

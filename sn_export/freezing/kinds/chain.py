@@ -14,11 +14,11 @@ from ...running import (
     OrthogonalLink,
     SpectralNormLink,
     WeightNormLink,
-    parametrize_cache,
+    get_parametrize_cache,
     restore_container,
+    run_without_trace,
     undo_on_exit,
     undoing,
-    without_trace,
 )
 from ..edits import Edits
 from ..info import Group
@@ -81,14 +81,14 @@ class ChainSite(Site):
                 "remove_parametrizations on a deep copy deletes the property that all copies "
                 "share; build the model anew and load its state dict",
             )
-        cached = parametrize_cache().get((id(self.module), self.tensor))
+        cached = get_parametrize_cache().get((id(self.module), self.tensor))
         if cached is not None:
             return cached.detach().clone()
         if _is_pure(self.chain):
             return self._value_of_pure_chain()
         # A chain that ends in a view or a cached tensor must not lend us its memory.
         with _bypass_cache():
-            value = without_trace(self._run, self.chain.modules())
+            value = run_without_trace(self._run, self.chain.modules())
         return value.clone() if isinstance(value, Tensor) else value
 
     def _run(self) -> Tensor:
@@ -158,7 +158,7 @@ def find_chains(path: str, module: nn.Module) -> list[ChainSite]:
 @undoing
 def _bypass_cache() -> Iterator[None]:
     """Let nothing of a chain stay in torch's cache: it is computed from copies here."""
-    cache = parametrize_cache()
+    cache = get_parametrize_cache()
     content = cache.copy()
     with undo_on_exit(lambda: restore_container(cache, content)):
         yield

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ...errors import FreezeError
-from ...running import without_trace
+from ...running import run_without_trace
 from ..edits import Edits
 from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
@@ -68,7 +68,7 @@ class HookSite(Site):
         if self._is_torch():
             return self._compute()
         with copied_attributes(self.hook):
-            return without_trace(self._compute, [self.module]).clone()
+            return run_without_trace(self._compute, [self.module]).clone()
 
     def _refuse_stacked(self) -> None:
         """Refuse a site whose tensor another hook computes from: that one runs on an old value.

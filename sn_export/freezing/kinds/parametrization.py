@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ...running import SpectralNormLink, same_bits, without_trace
+from ...running import SpectralNormLink, have_same_bits, run_without_trace
 from ..info import Group, SpectralNormInfo
 from ..introspection.candidates import (
     fits_weight,
@@ -173,7 +173,7 @@ def _is_divided(given: Any, result: Any, is_whole: bool) -> bool:
         return False
     if given.is_meta:
         return True
-    if same_bits(given, value):
+    if have_same_bits(given, value):
         return False
     if is_multiple(given, value) or (not is_whole and is_rescaled(given, value)):
         return True
@@ -197,7 +197,7 @@ def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
     if not before:
         return run()
     with torch.inference_mode(False), torch.no_grad():
-        return without_trace(run, chain.modules())
+        return run_without_trace(run, chain.modules())
 
 
 def asked_sigma(link: nn.Module, weight: Tensor) -> float:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...running import same_bits
+from ...running import have_same_bits
 from ..edits import Edits
 from ..introspection.candidates import Candidate, find_missing_weights, is_named_as_vector
 from ..introspection.sandbox import AlwaysEqualArgument
@@ -100,4 +100,6 @@ def _confirm(module: nn.Module, missing: Candidate, key: int) -> Tensor | None:
     # A hook that asserts the shape of its input; if it does more with it, the two differ.
     value = missing.confirm(lambda: run(AlwaysEqualArgument()), modules, holder)
     alone = missing.confirm(ask, modules, holder)
-    return value if value is not None and alone is not None and same_bits(value, alone) else None
+    return (
+        value if value is not None and alone is not None and have_same_bits(value, alone) else None
+    )
