@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from typing import Any
 
 import numpy as np
@@ -86,7 +87,9 @@ def fold_initializers(
     ]
     # All are evaluated before the graph is changed: one cone may hold another's result.
     values = [(cone, _evaluate(cone, model)) for cone in _find_cones(graph, sources)]
-    folded += [_replace(graph, cone, array, sources) for cone, array in values if array is not None]
+    known = [(cone, array) for cone, array in values if array is not None]
+    joined = _join_equal(graph, known)
+    folded += [_replace(graph, cone, array, sources) for cone, array in joined]
     return tuple(folded)
 
 
@@ -240,6 +243,26 @@ def _run(proto: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> Any:
     except Exception:  # no kernel for the dtype, such as bfloat16
         results: Any = ReferenceEvaluator(proto).run(None, feed)
         return results[0]
+
+
+def _join_equal(
+    graph: ir.Graph, cones: list[tuple[Cone, NDArray[Any]]]
+) -> list[tuple[Cone, NDArray[Any]]]:
+    """Return the cones, but of those that compute one value from the same initializers the first.
+
+    Dynamo of torch 2.6 writes the arithmetic of a shared weight at every call.
+    """
+    first: dict[tuple[Any, ...], Cone] = {}
+    kept = []
+    for cone, array in cones:
+        bits = sha256(np.ascontiguousarray(array).data).digest()
+        same = first.setdefault((cone.initializers, array.dtype, array.shape, bits), cone)
+        if same is cone or cone.result.is_graph_output():
+            kept.append((cone, array))
+        else:
+            cone.result.replace_all_uses_with(same.result)
+            _remove_unused(graph, cone)
+    return kept
 
 
 def _array(value: ir.Value) -> NDArray[Any]:

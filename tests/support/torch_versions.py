@@ -151,7 +151,7 @@ LACKS = (
     Lack(
         since="2.9",
         what="weight norm that TorchScript leaves for others to fold",
-        error=r"DID NOT WARN",
+        error=r"DID NOT WARN.*ReparametrizationNotRecognisedWarning.*\n Emitted warnings: \[\]",
         tests=(
             r"exporting/test_folding\.py::test_a_known_reparametrization_is_left_on_request"
             r"\[weight_norm\d-torchscript\]",
@@ -165,14 +165,8 @@ LACKS = (
     ),
     Lack(
         since="2.9",
-        what="one initializer for a weight that three calls fold, by dynamo",
-        error=r"conv\.weight_folded",
-        tests=(r"exporting/test_folding\.py::test_tied_weights_are_stored_once\[dynamo-\d+\]",),
-    ),
-    Lack(
-        since="2.9",
         what="BatchNorm by dynamo, which auto tries and tells",
-        error=r"BatchNorm",
+        error=r"the dynamo exporter cannot export Critic: AttributeError: 'tuple'",
         tests=(
             r"cli/test_commands\.py::test_onnx_proves_and_writes",
             r"cli/test_commands\.py::test_onnx_parity_failure",
@@ -187,7 +181,7 @@ LACKS = (
     Lack(
         since="2.9",
         what="a shape that dynamo knows as it exports",
-        error=r"'Concat'",
+        error=r"Extra items in the left set:\s+'Concat'\s*\Z",
         tests=(
             r"freezing/test_handwritten_models\.py::test_exported_graph_is_the_plain_one"
             r"\[dynamo\]",
@@ -212,9 +206,10 @@ LACKS = (
         r"exporting/test_restores\.py::test_forward_that_writes\[dynamo-Replacing\]",
     ),
     Lack(
-        since="1.24",
+        since="1.28",
         what="the inverse of a one-sided DFT",
-        error=r"is_onesided and inverse attributes cannot be enabled at the same time",
+        # The first up to 1.24, the other in 1.25 and 1.26.
+        error=r"is_onesided and inverse attributes cannot be enabled|while running Mul node",
         tests=(r"proving/test_complex\.py::test_inverse_stft",),
         package="onnxruntime",
     ),
