@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import tarfile
 import warnings
 import zipfile
@@ -22,6 +23,8 @@ from .pickle_globals import DamagedPickleError, ForbiddenPickleError
 from .unpickling import RestrictedUnpickler
 
 _MAGIC = torch.serialization.MAGIC_NUMBER.to_bytes(10, "little")  # of files before zip
+# Bytes at the end of a zip archive: the end itself, with a comment, and with numbers of 64 bits.
+_END, _LONGEST_END, _END_OF_LARGE = 22, 22 + 2**16, 76
 _FORCED = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 _MISSING_ATTRIBUTE = re.compile(r"Can't get attribute '([^']+)' on <module '([^']+)'")
 
@@ -180,6 +183,7 @@ def _recognise(file: BinaryIO, what: str, trust_pickle: bool) -> str:
 
 def _recognise_archive(file: BinaryIO, what: str, trust_pickle: bool) -> str:
     try:
+        _require_one_directory(file)
         with zipfile.ZipFile(file) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
@@ -204,6 +208,35 @@ def _recognise_archive(file: BinaryIO, what: str, trust_pickle: bool) -> str:
             "it again with torch.save"
         )
     return "zip"
+
+
+def _require_one_directory(file: BinaryIO) -> None:
+    """Raise unless the directory of a zip archive stands right before its end, where that says.
+
+    Another archive can hold two. Python's zipfile, which checks here, reads the one before the end;
+    torch, which loads, the one at the place that the end states: an archive with code, say.
+
+    Raises:
+        zipfile.BadZipFile: if it stands elsewhere, or there is no end.
+    """
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - _LONGEST_END, 0))
+    rest = file.read()
+    found = rest.rfind(b"PK\5\6")
+    place, end = size - len(rest) + found, rest[found : found + _END]
+    if found < 0 or len(end) < _END:
+        raise zipfile.BadZipFile("it has no end")
+    length, start = struct.unpack("<2L", end[12:20])
+    if place >= _END_OF_LARGE:  # its numbers of 64 bits, and where these are
+        file.seek(place - _END_OF_LARGE)
+        large = file.read(_END_OF_LARGE)
+        if large[56:60] == b"PK\6\7":
+            place -= _END_OF_LARGE
+            length, start = struct.unpack("<2Q", large[40:56])
+            if large[:4] != b"PK\6\6" or struct.unpack("<Q", large[64:72]) != (place,):
+                raise zipfile.BadZipFile("it has two ends")
+    if start + length != place:
+        raise zipfile.BadZipFile("its directory is not before its end")
 
 
 def _is_tar(file: BinaryIO) -> bool:

@@ -8,7 +8,9 @@ import copyreg
 import io
 import os
 import pickle
+import struct
 import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,65 @@ def test_the_attempts_are_real(attempt: str, tmp_path: Path) -> None:
     """Python's own unpickler runs each attempt, so the test above would notice."""
     pickle.loads(with_protocol(ATTEMPTS[attempt]))
     assert (tmp_path / "trace").is_dir()
+
+
+@pytest.mark.parametrize("ends", ["32 bits", "64 bits"])
+def test_an_archive_has_one_directory(ends: str, tmp_path: Path) -> None:
+    """An archive that shows one list of entries to zipfile, and one with code to torch, is refused.
+
+    torch.jit.load would run the TorchScript in it.
+    """
+    hidden, shown, path = tmp_path / "hidden.pt", tmp_path / "shown.pt", tmp_path / "both.pt"
+    torch.jit.save(torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)), hidden)  # type: ignore[no-untyped-call]
+    torch.save(torch.nn.Linear(2, 2).state_dict(), shown)
+    path.write_bytes(_join_archives(hidden, shown, ends))
+    with zipfile.ZipFile(path) as archive:
+        assert "shown/data.pkl" in archive.namelist()
+    assert torch._C.PyTorchFileReader(str(path)).has_record("constants.pkl")
+    with pytest.raises(CheckpointError, match="is damaged or truncated: torch cannot read its"):
+        read_checkpoint(path)
+
+
+def _join_archives(hidden: Path, shown: Path, ends: str) -> bytes:
+    """Return ``hidden`` with its directory, that of ``shown``, and ends that lead to either."""
+    whole, (start, first, count) = hidden.read_bytes(), _directory(hidden)
+    _, last, _ = _directory(shown)
+    if ends == "32 bits":  # both have one length: a comment fills up the shorter
+        spare = len(first) - len(last)
+        comment = last.rindex(b"PK\1\2") + 32
+        last = last[:comment] + struct.pack("<H", spare) + last[comment + 2 :] + b" " * spare
+        end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(first), start, 0)
+        return whole[:start] + first + last + end
+
+    def large(length: int, at: int) -> bytes:
+        return struct.pack("<4sQ2H2L4Q", b"PK\6\6", 44, 45, 45, 0, 0, count, count, length, at)
+
+    place = start + len(first)
+    locator = struct.pack("<4sLQL", b"PK\6\7", 0, place, 1)
+    end = struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, 2**16 - 1, 2**16 - 1, 2**32 - 1, 2**32 - 1, 0)
+    joined = whole[:start] + first + large(len(first), start) + last
+    return joined + large(len(last), place + 56) + locator + end
+
+
+def _directory(path: Path) -> tuple[int, bytes, int]:
+    with zipfile.ZipFile(path) as archive:
+        start, count = archive.start_dir, len(archive.infolist())
+    content = path.read_bytes()
+    length = struct.unpack("<L", content[-10:-6])[0]
+    return start, content[start : start + length], count
+
+
+def test_archives_of_every_length_are_read(tmp_path: Path) -> None:
+    """Archives with a comment, with bytes behind the end, or of zipfile itself are read as ever."""
+    path, again = tmp_path / "a.pt", tmp_path / "b.pt"
+    torch.save({"w": torch.ones(2)}, path)
+    with zipfile.ZipFile(path) as archive, zipfile.ZipFile(again, "w") as copied:
+        copied.comment = b"a comment"
+        for name in archive.namelist():
+            copied.writestr(name, archive.read(name))
+    path.write_bytes(path.read_bytes() + bytes(100))
+    for one in (path, again):
+        assert torch.equal(read_checkpoint(one).content["w"], torch.ones(2))
 
 
 def _read_everything(checkpoint: Checkpoint) -> None:
