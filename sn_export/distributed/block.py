@@ -26,9 +26,9 @@ from ..freezing import (
     compute_value,
     describe_site,
     exact_sigma_cost,
-    norm_matrix,
+    make_norm_matrix,
     require_module,
-    unconverged_among,
+    select_unconverged,
     warn_of_suspects,
 )
 from .fsdp import Unit, find_ranks
@@ -216,8 +216,8 @@ def describe_sharded(model: nn.Module, only: Only, sigma_exact: bool) -> Descrip
 
     def describe(site: Site) -> SpectralNormInfo | ParametrizationInfo:
         nonlocal left
-        info, matrix = describe_site(site), norm_matrix(site)
-        unconverged.extend(unconverged_among([info], matrix))
+        info, matrix = describe_site(site), make_norm_matrix(site)
+        unconverged.extend(select_unconverged([info], matrix))
         if sigma_exact:
             (info,) = add_exact_sigma([info], matrix, left)
             left -= sum(exact_sigma_cost(tuple(one.shape)) for one in matrix.values())

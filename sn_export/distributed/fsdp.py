@@ -159,7 +159,7 @@ def find_units(model: nn.Module) -> dict[int, Unit]:
     return found
 
 
-def fsdp_modules(model: nn.Module) -> list[nn.Module]:
+def find_fsdp_modules(model: nn.Module) -> list[nn.Module]:
     """Return the modules that `fully_shard` was called on."""
     from torch.distributed.fsdp import FSDPModule  # as above
 

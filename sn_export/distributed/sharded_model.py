@@ -23,7 +23,7 @@ from ..running import (
     unwrap_model,
 )
 from .block import Description, describe_sharded, gather_state
-from .fsdp import Unit, find_mixed_precision, find_ranks, fsdp_modules
+from .fsdp import Unit, find_fsdp_modules, find_mixed_precision, find_ranks
 from .gathered_walk import find_sharded_units
 from .leader import Call, Team
 
@@ -75,7 +75,7 @@ class ShardedModel:
         """
         hooks = [
             module.register_forward_pre_hook(lambda *_: self._check(), prepend=True)
-            for module in fsdp_modules(self._model)
+            for module in find_fsdp_modules(self._model)
         ]
         try:
             with preserved_globals():

@@ -26,7 +26,7 @@ from ..freezing import (
     SpectralNormInfo,
     describe_sites,
     find_unconverged,
-    with_exact_sigma,
+    measure_exact_sigma,
 )
 from ..proving import ProofSettings
 from ..results import EXPORTERS, Exporter, ExportReport
@@ -81,7 +81,7 @@ class OwnNetwork:
             unconverged = find_unconverged(self.network, frozen)
         except SnExportError:  # spectral norm that cannot be read, as in a ScriptModule
             unconverged = ()
-        frozen = with_exact_sigma(self.network, frozen) if sigma_exact else frozen
+        frozen = measure_exact_sigma(self.network, frozen) if sigma_exact else frozen
         return Description(frozen, unconverged)
 
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..freezing import plain_name
+from ..freezing import make_plain_name
 from ..proving import find_using_modules
 from ..running import is_dense, make_distinct
 from ..text import qualify
@@ -172,7 +172,7 @@ def plain_path(raw: str) -> str:
     if parametrized:
         return qualify(parametrized[1] or "", parametrized[2])
     module, _, tensor = raw.rpartition(".")
-    return qualify(module, plain_name(tensor.removesuffix("_v") or tensor))
+    return qualify(module, make_plain_name(tensor.removesuffix("_v") or tensor))
 
 
 def name_folded(raw: str | None, users: Sequence[str], taken: Collection[str]) -> str:

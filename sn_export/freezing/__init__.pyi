@@ -15,9 +15,9 @@ from .find import (
     find_spectral_norm as find_spectral_norm,
     find_suspects as find_suspects,
     find_unconverged as find_unconverged,
-    norm_matrix as norm_matrix,
-    unconverged_among as unconverged_among,
-    with_exact_sigma as with_exact_sigma,
+    make_norm_matrix as make_norm_matrix,
+    measure_exact_sigma as measure_exact_sigma,
+    select_unconverged as select_unconverged,
 )
 from .info import (
     Group as Group,
@@ -25,7 +25,7 @@ from .info import (
     SpectralNormInfo as SpectralNormInfo,
     UnconvergedSigma as UnconvergedSigma,
 )
-from .introspection.candidates import plain_name as plain_name
+from .introspection.candidates import make_plain_name as make_plain_name
 from .kinds.adapters import (
     Registration as Registration,
     SpectralNormAdapter as SpectralNormAdapter,

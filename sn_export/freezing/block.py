@@ -66,10 +66,10 @@ class Block(ClosedOnExit, ContextDecorator, Generic[M]):
         return type(self)(self._model, self._planner)  # as a decorator: one for each call
 
     def __enter__(self) -> M:  # type: ignore[override]
-        return self.closing(_frozen(self._model, self._planner))
+        return self.closing(_hold_frozen(self._model, self._planner))
 
 
-def _frozen(model: M, planner: Planner) -> Generator[M]:
+def _hold_frozen(model: M, planner: Planner) -> Generator[M]:
     """Hold ``model`` frozen until closed."""
     freezing = _Freezing(model, planner)
     try:

@@ -16,7 +16,7 @@ from .plan import compute_value
 from .selection import Only, Selection, walk
 from .sigma import exact_sigma, exact_sigma_cost, least_sigma
 from .site import Found, Site, require_module
-from .suspects import SpectralNormSuspect, suspects_in, warn_of_suspects
+from .suspects import SpectralNormSuspect, find_suspects_in, warn_of_suspects
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds
 QUICK_BUDGET = 5e8  # likewise: a fraction of a second
@@ -79,7 +79,7 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
         FreezeError: if spectral norm sits where it cannot be read, as in a ScriptModule, or an
             adapter fails.
     """
-    return suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
+    return find_suspects_in(model, walk(require_module(model), SPECTRAL_NORM))
 
 
 def describe_site(site: Site) -> SpectralNormInfo | ParametrizationInfo:
@@ -91,7 +91,7 @@ def _describe_sites(found: Iterable[Found]) -> list[SpectralNormInfo]:
     return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
 
 
-def with_exact_sigma(
+def measure_exact_sigma(
     model: nn.Module,
     infos: Sequence[SpectralNormInfo | ParametrizationInfo],
     budget: float = BUDGET,
@@ -114,8 +114,8 @@ def add_exact_sigma(
     matrices: Mapping[str, Tensor],
     budget: float,
 ) -> tuple[SpectralNormInfo | ParametrizationInfo, ...]:
-    """Return what `with_exact_sigma` returns, given the weight matrices by name."""
-    found = _exact_sigmas(matrices, budget)
+    """Return what `measure_exact_sigma` returns, given the weight matrices by name."""
+    found = _compute_exact_sigmas(matrices, budget)
     return tuple(
         replace(info, sigma_exact=found.get(info.name))
         if isinstance(info, SpectralNormInfo)
@@ -140,10 +140,10 @@ def find_unconverged(
         FreezeError: as `find_spectral_norm`.
     """
     infos = describe_sites(model) if infos is None else infos
-    return unconverged_among(infos, _collect_matrices(model))
+    return select_unconverged(infos, _collect_matrices(model))
 
 
-def unconverged_among(
+def select_unconverged(
     infos: Iterable[SpectralNormInfo | ParametrizationInfo], matrices: Mapping[str, Tensor]
 ) -> tuple[UnconvergedSigma, ...]:
     """Return what `find_unconverged` returns, given the weight matrices by name."""
@@ -157,7 +157,7 @@ def unconverged_among(
     }
     least = {name: least_sigma(matrices[name], stored[name]) for name in stored}
     far = {name: matrices[name] for name in stored if stored[name] < FAR * least[name]}
-    exact = _exact_sigmas(far, QUICK_BUDGET)
+    exact = _compute_exact_sigmas(far, QUICK_BUDGET)
     return tuple(
         UnconvergedSigma(name, stored[name], exact.get(name, least[name]), name in exact)
         for name in far
@@ -169,27 +169,27 @@ def _collect_matrices(model: nn.Module) -> dict[str, Tensor]:
     found = {}
     for _, sites in walk(model, SPECTRAL_NORM):
         for site in sites:
-            found.update(norm_matrix(site))
+            found.update(make_norm_matrix(site))
     return found
 
 
-def norm_matrix(site: Site) -> dict[str, Tensor]:
+def make_norm_matrix(site: Site) -> dict[str, Tensor]:
     """Return the weight matrix of one tensor by its name; nothing if that has no norm."""
     matrix = site.matrix()
     has_norm = matrix is not None and matrix.ndim == 2 and not matrix.is_meta
     return {site.name: matrix} if matrix is not None and has_norm else {}
 
 
-def _exact_sigmas(matrices: Mapping[str, Tensor], budget: float) -> dict[str, float]:
+def _compute_exact_sigmas(matrices: Mapping[str, Tensor], budget: float) -> dict[str, float]:
     found: dict[str, float] = {}
     spent = 0.0
-    for name, matrix in sorted(matrices.items(), key=lambda entry: _cost(entry[1])):
-        spent += _cost(matrix)
+    for name, matrix in sorted(matrices.items(), key=lambda entry: _estimate_cost(entry[1])):
+        spent += _estimate_cost(matrix)
         if spent > budget:
             break
         found[name] = exact_sigma(matrix)
     return found
 
 
-def _cost(matrix: Tensor) -> float:
+def _estimate_cost(matrix: Tensor) -> float:
     return exact_sigma_cost(tuple(matrix.shape))

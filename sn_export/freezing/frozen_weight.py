@@ -40,7 +40,7 @@ class FrozenWeight:
         if value.requires_grad:
             value = value.detach()
         self.tensor: Tensor = value if site.is_buffer else nn.Parameter(value, requires_grad=False)
-        self._state = _state(value)
+        self._state = _record_state(value)
 
     def change(self) -> Literal["moved", "edited"] | None:
         """Return what was done to the weight since, if anything.
@@ -55,7 +55,7 @@ class FrozenWeight:
             now = attributes["_buffers"].get(name)
         if now is None:
             return "edited"
-        state = _state(now)
+        state = _record_state(now)
         if state[:2] != self._state[:2]:
             return "moved"
         return None if now is self.tensor and state == self._state else "edited"
@@ -64,7 +64,7 @@ class FrozenWeight:
 _State = tuple[torch.dtype, torch.device, int, int, bytes]
 
 
-def _state(tensor: Tensor) -> _State:
+def _record_state(tensor: Tensor) -> _State:
     """Return dtype, device, version and address of ``tensor``, and the bytes that are there."""
     dtype, device, version = tensor.dtype, tensor.device, tensor._version
     try:

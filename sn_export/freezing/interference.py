@@ -17,9 +17,9 @@ from .edits import Edits
 from .frozen_weight import FrozenWeight
 from .info import GROUPS, Group
 from .kinds import TORCH
-from .kinds.chain import ChainSite, chains, changed_class, is_weight_norm_state_hook
+from .kinds.chain import ChainSite, change_class, is_weight_norm_state_hook, list_chains
 from .plan import Plan
-from .site import Site, owner_of_state_hook
+from .site import Site, find_owner_of_state_hook
 
 
 def describe_unused(sites: Sequence[Site]) -> list[tuple[str, type[UserWarning]]]:
@@ -100,7 +100,7 @@ def plan_debris(edits: Edits, edited: Iterable[FrozenWeight], since: int) -> Non
 
 def _is_state_hook(entry: Any, tensor: str) -> bool:
     """Whether ``entry`` is a hook that torch's norms put on the state dict for ``tensor``."""
-    owner = owner_of_state_hook(entry)
+    owner = find_owner_of_state_hook(entry)
     is_spectral = isinstance(owner, SpectralNorm) and owner.name == tensor
     return is_spectral or is_weight_norm_state_hook(entry, tensor)
 
@@ -129,10 +129,10 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
         own = lists.get(id(module))
         if own is None:  # a handwritten layer under a parametrization now
             if now.__bases__ == (planned,):
-                edits.set_class(module, planned, old=changed_class(now, (), {}, (old,)))
+                edits.set_class(module, planned, old=change_class(now, (), {}, (old,)))
             continue
         frozen = tensors[id(module)]
-        others = {tensor: chain for tensor, chain in chains(module) if tensor not in frozen}
+        others = {tensor: chain for tensor, chain in list_chains(module) if tensor not in frozen}
         before = set(edits.before(own._modules))
         moved = {t: c for t, c in others.items() if own._modules.get(t) is not c}
         if moved:
@@ -142,4 +142,4 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
         gone = before - frozen - set(others)
         new = {tensor: vars(now)[tensor] for tensor in others if tensor not in before}
         if gone or new:
-            edits.set_class(module, planned, old=changed_class(old, gone, new, old.__bases__))
+            edits.set_class(module, planned, old=change_class(old, gone, new, old.__bases__))

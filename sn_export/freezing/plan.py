@@ -32,7 +32,7 @@ class Plan:
         # thirds of the time that going module by module takes.
         sites = [site for _, module_sites in found for site in module_sites]
         with torch.inference_mode(False), torch.no_grad():
-            values = keep(_value(site) for site in sites)
+            values = keep(_compute_value(site) for site in sites)
             weights: dict[tuple[int, str], FrozenWeight] = {}  # two wrappers may share a layer
             places = [(id(site.module), site.tensor) for site in sites]
             for place, site, value in zip(places, sites, values, strict=True):
@@ -73,7 +73,7 @@ class Plan:
         """
 
 
-def _value(site: Site) -> Tensor:
+def _compute_value(site: Site) -> Tensor:
     value = compute_value(site)
     if value.is_meta:
         _refuse_without_values(site, None)

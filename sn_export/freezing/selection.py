@@ -109,7 +109,7 @@ class Callers:
         if caller is None:
             return
         if not _is_called(caller):
-            site.unapplied = "nothing calls a " + _class_name(caller)
+            site.unapplied = "nothing calls a " + _name_class(caller)
             return
         reads = self._reads_of(site.tensor)
         reader = reads.get((site.module, site.tensor)) or reads.get((site.module, "*"))
@@ -119,9 +119,9 @@ class Callers:
         child = site.path.rpartition(".")[2]
         if reader is not None and caller not in self._uses.handed:
             what = f"reads the {site.tensor} of {child} without calling it"
-            site.unapplied = f"{_class_name(reader)} {what}"
+            site.unapplied = f"{_name_class(reader)} {what}"
         elif runner is not None or (runner := self._runner_around(site)) is not None:
-            site.unapplied = f"{_class_name(runner)} has run without calling {child}"
+            site.unapplied = f"{_name_class(runner)} has run without calling {child}"
 
     def _runner_around(self, site: Site) -> nn.Module | None:
         """Return the module around a layer that has run, though the layer has not.
@@ -203,7 +203,7 @@ def _has_raw_weight(module: nn.Module, tensor: str) -> bool | None:
     return weight.data_ptr() == raw.data_ptr()
 
 
-def _class_name(module: nn.Module) -> str:
+def _name_class(module: nn.Module) -> str:
     cls = type(module)
     return f"torch.nn.{cls.__name__}" if cls.__module__.startswith("torch.nn.") else cls.__name__
 
@@ -220,7 +220,7 @@ class Selection:
     """
 
     def __init__(self, only: Only) -> None:
-        self._values: tuple[str, ...] | None = None if only is None else _values(only)
+        self._values: tuple[str, ...] | None = None if only is None else _list_values(only)
         self.groups = set(GROUPS if self._values is None else self._values) & set(GROUPS)
         self._names = [v for v in self._values or () if v not in GROUPS]
 
@@ -283,7 +283,7 @@ def _is_at(site: Site, places: set[tuple[int, str | None]]) -> bool:
     return (id(site.module), None) in places or (id(site.module), site.tensor) in places
 
 
-def _values(only: str | Iterable[str]) -> tuple[str, ...]:
+def _list_values(only: str | Iterable[str]) -> tuple[str, ...]:
     if isinstance(only, str):
         return (only,)
     values = tuple(only) if isinstance(only, Iterable) else (only,)

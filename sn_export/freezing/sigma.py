@@ -46,11 +46,11 @@ def exact_sigma(matrix: Tensor) -> float:
 
     The product and its eigenvalues take hours for the layers of a large network. Where they
     would take more than 2**31 multiplications (724 x 724, 512 x 5000), Lanczos iterations look
-    for the singular vector instead, until it is one but for a relative 1e-6 (`_leading_vector`),
-    and ``||W v||`` is computed in float64. It never exceeds the true value but for rounding. The
-    error is that of the vector squared, below 1e-9 for the weights of networks; where the largest
-    values differ by less than 1e-5, it may be their difference. What is in memory beside the
-    matrix is a block of rows and the vectors of the iterations.
+    for the singular vector instead, until it is one but for a relative 1e-6
+    (`_compute_leading_vector`), and ``||W v||`` is computed in float64. It never exceeds the true
+    value but for rounding. The error is that of the vector squared, below 1e-9 for the weights of
+    networks; where the largest values differ by less than 1e-5, it may be their difference. What is
+    in memory beside the matrix is a block of rows and the vectors of the iterations.
 
     Args:
         matrix: shape ``(h, w)``, any floating or complex dtype, on any device but meta.
@@ -59,7 +59,7 @@ def exact_sigma(matrix: Tensor) -> float:
         The spectral norm; NaN where an element is not finite.
     """
     tall = matrix.detach().cpu()
-    scale = _largest_element(tall)
+    scale = _find_largest_element(tall)
     if not scale or not math.isfinite(scale):
         return math.nan if scale else 0.0
     if tall.shape[0] < tall.shape[1]:
@@ -67,17 +67,17 @@ def exact_sigma(matrix: Tensor) -> float:
     wide = torch.complex128 if tall.is_complex() else torch.float64
     if _gram_cost(tuple(tall.shape)) <= _SMALL:
         gram = torch.zeros(tall.shape[1], tall.shape[1], dtype=wide)
-        for block in _blocks(tall, wide):
+        for block in _iter_blocks(tall, wide):
             scaled = block / scale  # squares of float64 would overflow or vanish
             gram += scaled.mH @ scaled
         return scale * math.sqrt(max(float(torch.linalg.eigvalsh(gram)[-1]), 0.0))
-    v = _leading_vector(tall, scale).to(wide)
+    v = _compute_leading_vector(tall, scale).to(wide)
     v /= v.norm() * scale
-    lengths = [float((block @ v).norm()) for block in _blocks(tall, wide)]
+    lengths = [float((block @ v).norm()) for block in _iter_blocks(tall, wide)]
     return scale * math.hypot(*lengths)
 
 
-def _largest_element(matrix: Tensor) -> float:
+def _find_largest_element(matrix: Tensor) -> float:
     """Return the largest absolute value of a real number in ``matrix``, without a copy of it."""
     if not matrix.numel():
         return 0.0
@@ -88,13 +88,13 @@ def _largest_element(matrix: Tensor) -> float:
     return max(-float(least), float(largest)) if least <= largest else math.nan
 
 
-def _blocks(tall: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+def _iter_blocks(tall: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield a few rows at a time, as many as the caches of a processor hold."""
     for rows in torch.split(tall, max(_BLOCK // tall.shape[1], 1)):
         yield rows.to(dtype)
 
 
-def _leading_vector(tall: Tensor, scale: float) -> Tensor:
+def _compute_leading_vector(tall: Tensor, scale: float) -> Tensor:
     """Return the right singular vector of the largest singular value, by Lanczos' method.
 
     From a random start it builds an orthonormal basis in which ``W^H W`` is tridiagonal, and
@@ -120,7 +120,7 @@ def _leading_vector(tall: Tensor, scale: float) -> Tensor:
     for done in range(1, _ITERATIONS + 1):
         basis[done - 1] = following / length
         known, following = basis[:done], torch.zeros_like(following)
-        for block in _blocks(tall, dtype):
+        for block in _iter_blocks(tall, dtype):
             following += block.mH @ (block @ (known[-1] / scale))
         following /= scale
         projected[done - 1, done - 1] = torch.vdot(known[-1], following).real

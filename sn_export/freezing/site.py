@@ -170,6 +170,6 @@ def require_module(model: M) -> M:
     return model
 
 
-def owner_of_state_hook(entry: Any) -> Any:
+def find_owner_of_state_hook(entry: Any) -> Any:
     """Return the pre-hook that a hook on the state dict belongs to, if it is one of torch's."""
     return getattr(getattr(entry, "hook", entry), "fn", None)

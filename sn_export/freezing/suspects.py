@@ -48,7 +48,7 @@ class SpectralNormSuspect:
         return f"'{self.module}' ({self.class_name}: {self.reason})"
 
 
-def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSuspect]:
+def find_suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSuspect]:
     """Return the modules of a walk that look like spectral norm and have no site."""
     found = list(found)
     others = [
@@ -62,7 +62,7 @@ def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSu
     reasons = {
         id(module): reason
         for module in others
-        if id(module) not in claimed and (reason := _reason(module, claimed))
+        if id(module) not in claimed and (reason := _find_reason(module, claimed))
     }
     if not reasons:
         return []
@@ -74,14 +74,14 @@ def suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSu
 
 
 def warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) -> None:
-    """Warn of the modules that `suspects_in` returns, as from ``stacklevel`` above the caller."""
-    suspects = suspects_in(model, found)
+    """Warn of what `find_suspects_in` returns, as from ``stacklevel`` above the caller."""
+    suspects = find_suspects_in(model, found)
     if suspects:
-        text = _description(suspects)
+        text = _describe(suspects)
         warnings.warn(text, SpectralNormNotRecognisedWarning, stacklevel=stacklevel + 1)
 
 
-def _description(suspects: Sequence[SpectralNormSuspect]) -> str:
+def _describe(suspects: Sequence[SpectralNormSuspect]) -> str:
     verb = "looks" if len(suspects) == 1 else "look"
     return (
         f"{shorten_list(map(str, suspects))} {verb} like a spectral norm that is not known, and is "
@@ -89,7 +89,7 @@ def _description(suspects: Sequence[SpectralNormSuspect]) -> str:
     )
 
 
-def _reason(module: nn.Module, claimed: set[int]) -> str | None:
+def _find_reason(module: nn.Module, claimed: set[int]) -> str | None:
     if isinstance(module, Frozen):
         return None
     if module._forward_pre_hooks:
@@ -100,7 +100,7 @@ def _reason(module: nn.Module, claimed: set[int]) -> str | None:
     if code.is_torch:
         return None
     named = is_named_as_norm(type(module).__name__)
-    for pair in _pairs(module, claimed, code):
+    for pair in _find_pairs(module, claimed, code):
         if not fits_weight(pair.vector, pair.state, pair.weight):
             continue
         signs = (named, is_named_as_vector(pair.vector), mentions_norm(pair.names))
@@ -129,22 +129,24 @@ class _Pair(NamedTuple):
     names: frozenset[str]
 
 
-def _pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
+def _find_pairs(module: nn.Module, claimed: set[int], code: Code) -> Iterator[_Pair]:
     own, beside = find_matrices(module), list(iter_small_state(module))
-    yield from _product(beside, own, code.names)
+    yield from _find_products(beside, own, code.names)
     for child, layer in module._modules.items():
         if layer is None or id(layer) in claimed or layer._modules:
             continue
         inside = [(name, t) for name, t in iter_small_state(layer) if is_named_as_vector(name)]
         if is_torch_layer(type(layer)):  # wrapped, perhaps
             weights = {f"{child}.{name}": weight for name, weight in find_matrices(layer).items()}
-            yield from _product([*beside, *inside], weights, code.names)
+            yield from _find_products([*beside, *inside], weights, code.names)
         else:  # a helper that is given the weight, perhaps
             is_torch = isinstance(layer, SpectralNormLink)
-            yield from _product(inside, own, _TORCH if is_torch else read_code(type(layer)).names)
+            yield from _find_products(
+                inside, own, _TORCH if is_torch else read_code(type(layer)).names
+            )
 
 
-def _product(
+def _find_products(
     state: Iterable[tuple[str, Tensor]], weights: dict[str, Tensor], names: frozenset[str]
 ) -> Iterator[_Pair]:
     for vector, tensor in state:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrizations
 from torch.nn.utils.spectral_norm import spectral_norm
 
 from sn_export import export_onnx, find_spectral_norm
-from sn_export.freezing import exact_sigma, find_unconverged, with_exact_sigma
+from sn_export.freezing import exact_sigma, find_unconverged, measure_exact_sigma
 from sn_export.freezing.sigma import exact_sigma_cost
 
 
@@ -70,7 +70,7 @@ def test_trained_network(kind: str) -> None:
     before = fingerprint(model)
     infos = find_spectral_norm(model)
     assert [info.sigma_exact for info in infos] == [None, None]
-    found = with_exact_sigma(model, infos)
+    found = measure_exact_sigma(model, infos)
     assert fingerprint(model) == before
     names = [
         f"{i}.weight_orig" if kind == "hook" else f"{i}.parametrizations.weight.original"
@@ -89,7 +89,7 @@ def test_transposed_convolution_and_vector() -> None:
         spectral_norm(nn.ConvTranspose2d(2, 5, 3)),
         parametrizations.spectral_norm(nn.Linear(3, 4), "bias"),
     )
-    first, second = with_exact_sigma(model, find_spectral_norm(model))
+    first, second = measure_exact_sigma(model, find_spectral_norm(model))
     raw = model[0].weight_orig.detach().transpose(0, 1).flatten(1)  # type: ignore[union-attr,operator]
     assert first.sigma_exact == pytest.approx(float(torch.linalg.matrix_norm(raw, 2)), rel=1e-5)
     assert second.sigma_exact == pytest.approx(second.sigma, rel=1e-5)
@@ -99,16 +99,16 @@ def test_budget() -> None:
     """What does not fit keeps None, and the cheap ones come first wherever they are."""
     model = nn.Sequential(spectral_norm(nn.Linear(50, 50)), spectral_norm(nn.Linear(50, 2)))
     infos = find_spectral_norm(model)
-    large, small = with_exact_sigma(model, infos, budget=exact_sigma_cost((50, 50)))
+    large, small = measure_exact_sigma(model, infos, budget=exact_sigma_cost((50, 50)))
     assert large.sigma_exact is None
     assert small.sigma_exact is not None
-    assert all(i.sigma_exact is None for i in with_exact_sigma(model, infos, budget=0))
+    assert all(i.sigma_exact is None for i in measure_exact_sigma(model, infos, budget=0))
 
 
 def test_meta_device() -> None:
     """Without values there is nothing to compute."""
     model = nn.Sequential(spectral_norm(nn.Linear(3, 2))).to("meta")
-    (info,) = with_exact_sigma(model, find_spectral_norm(model))
+    (info,) = measure_exact_sigma(model, find_spectral_norm(model))
     assert info.sigma_exact is None
 
 

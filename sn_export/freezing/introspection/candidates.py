@@ -42,7 +42,7 @@ _SIGMA = re.compile(
 _NORMS = frozenset({"normalize", "normalise", "norm", "vector_norm", "rsqrt"})
 
 
-def plain_name(raw: str) -> str:
+def make_plain_name(raw: str) -> str:
     """Return the name of a weight behind that of its raw tensor.
 
     ::
@@ -118,7 +118,7 @@ def fits_weight(name: str, tensor: Tensor, weight: Tensor) -> bool:
     return length in sizes and (length > 1 or bool(_STATE.search(name)))
 
 
-def proportion(raw: Tensor, value: Tensor) -> float | None:
+def find_proportion(raw: Tensor, value: Tensor) -> float | None:
     """Return ``c`` where ``raw = c * value`` up to rounding, such as sigma; None if there is none.
 
     Args:
@@ -143,7 +143,7 @@ def is_multiple(weight: Tensor, value: Tensor) -> bool:
     """Whether ``value`` is ``weight`` times a number, up to rounding; on the meta device it is."""
     if value.dtype != weight.dtype or value.shape != weight.shape:
         return False
-    return weight.is_meta or proportion(weight, value) is not None
+    return weight.is_meta or find_proportion(weight, value) is not None
 
 
 def is_rescaled(weight: Tensor, value: Tensor) -> bool:
@@ -230,7 +230,7 @@ def find_missing_weights(layer: nn.Module, operators: bool = False) -> Iterator[
             operator have the sizes of its input and output.
     """
     for raw, value in layer._parameters.items():
-        tensor = plain_name(raw)
+        tensor = make_plain_name(raw)
         if value is None or is_lazy(value) or tensor in layer._parameters or tensor == raw:
             continue
         beside = {

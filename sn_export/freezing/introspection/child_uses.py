@@ -23,7 +23,7 @@ from typing import Any
 
 from torch import nn
 
-from .module_uses import DEPTH, NONE, Given, Modules, Uses, entries_of, find_held, list_children
+from .module_uses import DEPTH, NONE, Given, Modules, Uses, find_held, list_children, list_entries
 from .source_code import is_library, iter_methods, parse_function, resolve_name, unwrap_function
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
@@ -131,7 +131,7 @@ class _Evaluation:
             self._bind(target.value, modules)
         elif isinstance(target, (ast.Tuple, ast.List)):
             for part in target.elts:  # of a container, or of pairs with an entry that is one
-                self._bind(part, modules | entries_of(modules))
+                self._bind(part, modules | list_entries(modules))
         elif modules:  # an attribute or an entry, which any code may read
             self._uses.hand_over(modules, self._owner)
 
@@ -189,13 +189,13 @@ class _Evaluation:
         return modules
 
     def _for(self, node: ast.For) -> Modules:
-        self._bind(node.target, entries_of(self.visit(node.iter)))
+        self._bind(node.target, list_entries(self.visit(node.iter)))
         for statement in (*node.body, *node.orelse):
             self.visit(statement)
         return NONE
 
     def _comprehension(self, node: ast.comprehension) -> Modules:
-        self._bind(node.target, entries_of(self.visit(node.iter)))
+        self._bind(node.target, list_entries(self.visit(node.iter)))
         for condition in node.ifs:
             self.visit(condition)
         return NONE
@@ -250,7 +250,7 @@ class _Evaluation:
         if exact and len(exact) == len(modules):
             return frozenset(m for m in exact if m is not None)
         sliced = modules if isinstance(node.slice, ast.Slice) else NONE
-        return entries_of(modules) | sliced
+        return list_entries(modules) | sliced
 
     def _call(self, node: ast.Call) -> Modules:
         given = Given(
@@ -285,7 +285,7 @@ class _Evaluation:
                 self._uses.call(child, self._owner)
                 self._hand_over(given)
             elif node.attr in _ENTRIES:
-                found |= entries_of(frozenset({module}))
+                found |= list_entries(frozenset({module}))
                 if node.attr in ("children", "named_children"):
                     found |= frozenset(list_children(module))
             elif node.attr in _OF_ALL:
@@ -327,7 +327,7 @@ class _Evaluation:
         if name == "cast":
             return NONE.union(*given.positional)
         if name in _PASSING:
-            return NONE.union(*map(entries_of, given.positional))
+            return NONE.union(*map(list_entries, given.positional))
         return self._follow(resolve_name(node.func, self._function), given)
 
     def _follow(self, function: Any, given: Given) -> Modules:

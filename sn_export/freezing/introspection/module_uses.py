@@ -42,11 +42,11 @@ class Uses:
 
     def call(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         """Note that the code of ``owner`` calls ``modules``."""
-        self.calls.update(_with_entries(modules, owner))
+        self.calls.update(_iter_with_entries(modules, owner))
 
     def hand_over(self, modules: Iterable[nn.Module], owner: nn.Module) -> None:
         """Note that ``modules`` may be called by code that cannot be read."""
-        self.handed.update(_with_entries(modules, owner))
+        self.handed.update(_iter_with_entries(modules, owner))
 
     def skim(self, function: FunctionType, owner: nn.Module) -> None:
         """Note what compiled code does with children: it reads ``self.child.name``, or may call."""
@@ -75,7 +75,7 @@ class Given(NamedTuple):
         return bound, NONE.union(*self.positional[len(names) :], *more)
 
 
-def _with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
+def _iter_with_entries(modules: Iterable[nn.Module], owner: nn.Module) -> Iterator[nn.Module]:
     """Yield ``modules``, the entries of containers among them, and the children of ``owner``."""
     for module in modules:
         yield module
@@ -88,7 +88,7 @@ def list_children(module: nn.Module) -> list[nn.Module]:
     return [child for child in module._modules.values() if child is not None]
 
 
-def entries_of(modules: Modules) -> Modules:
+def list_entries(modules: Modules) -> Modules:
     """Return what iterating over ``modules`` gives: of a container its entries."""
     inside = (list_children(m) if isinstance(m, _CONTAINERS) else [m] for m in modules)
     return NONE.union(*inside)

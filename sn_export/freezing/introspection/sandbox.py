@@ -22,7 +22,7 @@ from ...running import (
     undo_on_exit,
     undoing,
 )
-from .source_code import torch_base
+from .source_code import find_torch_base
 
 T = TypeVar("T")
 
@@ -54,7 +54,7 @@ def compute_in_sandbox(run: Callable[[], T], modules: Iterable[nn.Module]) -> T:
         return run_without_trace(on_copies, modules, parameters=False)
 
 
-def placeholders(module: nn.Module, make: Callable[[], object] = object) -> list[object]:
+def make_placeholders(module: nn.Module, make: Callable[[], object] = object) -> list[object]:
     """Return as many objects as ``module`` needs arguments, to run its forward up to their use."""
     parameters = inspect.signature(module.forward).parameters.values()
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -142,7 +142,7 @@ class Probe:
     @classmethod
     def of(cls, module: nn.Module) -> Probe | None:
         """Return the probe for ``module``, if it derives from a layer that is known here."""
-        base = torch_base(type(module))
+        base = find_torch_base(type(module))
         return cls(module, base) if base in _FUNCTIONS else None
 
     def weight(self, raw: str) -> Used | None:
@@ -226,7 +226,7 @@ class _Recorder(Tensor):
         result = call_without_subclasses(func, types, args, kwargs)
         probe = args[0] if args else kwargs.get("input")
         if isinstance(probe, _Recorder) and func is probe.function:
-            probe.calls.append(_Call(_in_order(func, args, kwargs), result))
+            probe.calls.append(_Call(_order_arguments(func, args, kwargs), result))
         return result
 
 
@@ -266,7 +266,7 @@ _DEFAULTS: dict[str, Any] = {
 }
 
 
-def _in_order(
+def _order_arguments(
     function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[Any, ...]:
     names = _ORDER[function]

@@ -61,10 +61,12 @@ class Code:
             return
         own = [base for base in reversed(cls.__mro__) if not is_library(base)]
         for name in dict.fromkeys(name for base in own for name in vars(base)):
-            member = _member(cls, name)
+            member = _find_member(cls, name)
             if member is not None:
                 self.members[name] = member
-        self.forward = _member(cls, "forward") or Member("forward", False, 0, False, _NONE, _NONE)
+        self.forward = _find_member(cls, "forward") or Member(
+            "forward", False, 0, False, _NONE, _NONE
+        )
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -97,7 +99,7 @@ def is_torch_layer(cls: type) -> bool:
     return cls.__module__ == "torch.nn.utils.parametrize" and cls.__bases__[0] in _LAYERS
 
 
-def torch_base(cls: type) -> type[nn.Module] | None:
+def find_torch_base(cls: type) -> type[nn.Module] | None:
     """Return the nearest class of torch behind ``cls``, unless that is `nn.Module` itself."""
     for base in cls.__mro__:
         if base.__module__.startswith("torch.nn.modules."):
@@ -138,7 +140,7 @@ def collect_names(function: Any) -> frozenset[str]:
     function = getattr(function, "__func__", function)
     if isinstance(function, FunctionType):
         function = inspect.unwrap(function)
-        return _own_names([function]) | _helper_names([function])
+        return _collect_names([function]) | _find_helper_names([function])
     return read_code(type(function)).names
 
 
@@ -151,7 +153,7 @@ def collect_method_names(cls: type[nn.Module]) -> frozenset[str]:
         bases = cls.__mro__[: cls.__mro__.index(nn.Module)]
         entries = (unwrap_function(entry) for base in bases for entry in vars(base).values())
         found = [function for function in entries if function is not None]
-        _names_of_methods[cls] = _own_names(found) | _helper_names(found)
+        _names_of_methods[cls] = _collect_names(found) | _find_helper_names(found)
     return _names_of_methods[cls]
 
 
@@ -168,7 +170,7 @@ def _has_pattern(stem: str, names: Collection[str]) -> bool:
     return any(n == stem or n.startswith((stem + "%", stem + "{")) for n in names)
 
 
-def _member(cls: type, name: str) -> Member | None:
+def _find_member(cls: type, name: str) -> Member | None:
     found = find_functions(cls.__mro__, name)
     if not found:
         return None
@@ -178,16 +180,16 @@ def _member(cls: type, name: str) -> Member | None:
         is_property=isinstance(inspect.getattr_static(cls, name), (property, cached_property)),
         required=max(0, code.co_argcount - 1 - len(function.__defaults__ or ())),
         has_options=bool(function.__defaults__ or function.__kwdefaults__),
-        names=_own_names(found) | _helper_names(found),
-        own=_own_names(found),
+        names=_collect_names(found) | _find_helper_names(found),
+        own=_collect_names(found),
     )
 
 
-def _own_names(found: Iterable[FunctionType]) -> frozenset[str]:
-    return frozenset(name for function in found for name in _names(function.__code__))
+def _collect_names(found: Iterable[FunctionType]) -> frozenset[str]:
+    return frozenset(name for function in found for name in _iter_names(function.__code__))
 
 
-def _names(code: CodeType) -> Iterator[str]:
+def _iter_names(code: CodeType) -> Iterator[str]:
     yield from code.co_names
     for constant in code.co_consts:
         if isinstance(constant, str):
@@ -195,10 +197,10 @@ def _names(code: CodeType) -> Iterator[str]:
         elif isinstance(constant, tuple):
             yield from (c for c in constant if isinstance(c, str))
         elif isinstance(constant, CodeType):
-            yield from _names(constant)
+            yield from _iter_names(constant)
 
 
-def _around(function: FunctionType) -> Iterator[Any]:
+def _iter_around(function: FunctionType) -> Iterator[Any]:
     """Yield what the names in a function may mean, of its module and of functions around it."""
     yield from (function.__globals__.get(name) for name in function.__code__.co_names)
     for cell in function.__closure__ or ():
@@ -206,14 +208,14 @@ def _around(function: FunctionType) -> Iterator[Any]:
             yield cell.cell_contents
 
 
-def _helper_names(found: Iterable[FunctionType]) -> set[str]:
+def _find_helper_names(found: Iterable[FunctionType]) -> set[str]:
     """Return the names in the user's functions that those in ``found`` call, directly or not."""
     queue, names = list(found), set[str]()
     for caller in queue:
-        for helper in _around(caller):
+        for helper in _iter_around(caller):
             if isinstance(helper, FunctionType) and helper not in queue and not is_library(helper):
                 queue.append(helper)
-                names.update(_names(helper.__code__))
+                names.update(_iter_names(helper.__code__))
     return names
 
 
@@ -256,12 +258,12 @@ def find_functions(classes: Classes, name: str) -> list[FunctionType]:
             if function is not None and function not in found:
                 found.append(function)
                 if not is_foreign:
-                    queue += _behind(function, name, order[position:])
+                    queue += _iter_behind(function, name, order[position:])
             break
     return found
 
 
-def _behind(function: FunctionType, name: str, order: Classes) -> Iterator[Classes]:
+def _iter_behind(function: FunctionType, name: str, order: Classes) -> Iterator[Classes]:
     """Yield the rest of ``order`` where ``function``, of its first class, calls ``name`` again."""
     places = {base.__name__: order[i:] for i, base in enumerate(order) if i}
     places["super"] = order[1:]

@@ -225,7 +225,7 @@ class AdaptedSite(Site):
             raise self._error(f"{method} raised {type(error).__name__}: {error}") from error
 
     def _error(self, reason: str) -> FreezeError:
-        return _error(self.path, self.given_name, self.adapter, reason)
+        return _make_error(self.path, self.given_name, self.adapter, reason)
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; only the adapter knows sigma."""
@@ -236,27 +236,27 @@ def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:
     """Return the sites that registered adapters find in ``module``."""
     sites: dict[str, AdaptedSite] = {}
     for adapter in [registration.adapter for registration in list_registrations()]:
-        for name in _names(path, module, adapter):
+        for name in _ask_names(path, module, adapter):
             if name not in sites:
                 sites[name] = AdaptedSite(path, module, name, adapter)
     return list(sites.values())
 
 
-def _names(path: str, module: nn.Module, adapter: SpectralNormAdapter) -> list[str]:
+def _ask_names(path: str, module: nn.Module, adapter: SpectralNormAdapter) -> list[str]:
     try:
         names = adapter.find(module)
         names = [names] if isinstance(names, str) else list(names)
     except Exception as error:
         reason = f"find raised {type(error).__name__}: {error}"
-        raise _error(path, "", adapter, reason) from error
+        raise _make_error(path, "", adapter, reason) from error
     for name in names:
         if not isinstance(name, str):
             reason = f"find returned {name!r}, not the name of a tensor"
-            raise _error(path, "", adapter, reason)
+            raise _make_error(path, "", adapter, reason)
     return names
 
 
-def _error(path: str, tensor: str, adapter: SpectralNormAdapter, reason: str) -> FreezeError:
+def _make_error(path: str, tensor: str, adapter: SpectralNormAdapter, reason: str) -> FreezeError:
     return FreezeError(
         (qualify(path, tensor) if tensor else path) or "the model",
         f"adapter {type(adapter).__name__}: {reason}",

@@ -74,7 +74,7 @@ class ChainSite(Site):
 
     def value(self) -> Tensor:
         """Run the whole chain in eval mode, or take what `parametrize.cached` holds."""
-        if class_with_property(type(self.module), self.tensor) is None:
+        if find_class_with_property(type(self.module), self.tensor) is None:
             raise FreezeError(
                 self.name,
                 f"class {type(self.module).__name__} has no property of its own for it",
@@ -114,14 +114,14 @@ class ChainSite(Site):
         module, name, lists = self.module, self.tensor, self.lists
         edits.remove(lists._modules, (name,))
         current = edits.planned_class(module)
-        owner = class_with_property(current, name)
+        owner = find_class_with_property(current, name)
         assert owner is not None  # `value` has seen it
         if edits.planned(lists._modules):
-            plain = changed_class(owner, (name,), {}, owner.__bases__)
+            plain = change_class(owner, (name,), {}, owner.__bases__)
         else:
             edits.remove(self.attributes["_modules"], ("parametrizations",))
             plain = owner.__bases__[0]
-        edits.set_class(module, with_base(current, owner, plain))
+        edits.set_class(module, replace_base(current, owner, plain))
         hooks = self.attributes["_load_state_dict_pre_hooks"]
         keys = [key for key, entry in hooks.items() if is_weight_norm_state_hook(entry, name)]
         edits.remove(hooks, keys)
@@ -134,7 +134,7 @@ class ChainSite(Site):
             module.__dict__["training"] = training
 
 
-def chains(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
+def list_chains(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
     """Return the chains of ``module`` with the names of their tensors."""
     lists = module._modules.get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
@@ -152,7 +152,7 @@ def list_originals(chain: ParametrizationList) -> tuple[Tensor, ...]:
 
 def find_chains(path: str, module: nn.Module) -> list[ChainSite]:
     """Return the sites of every parametrization in ``module``, of whatever kind."""
-    return [ChainSite(path, module, tensor, chain) for tensor, chain in chains(module)]
+    return [ChainSite(path, module, tensor, chain) for tensor, chain in list_chains(module)]
 
 
 @undoing
@@ -192,7 +192,7 @@ def is_weight_norm_state_hook(entry: Any, tensor: str) -> bool:
     return "name" in cells and cells["name"].cell_contents == tensor
 
 
-def class_with_property(cls: type, name: str) -> type | None:
+def find_class_with_property(cls: type, name: str) -> type | None:
     """Return the class among ``cls`` and its bases that `parametrize` gave the property ``name``.
 
     It is ``cls`` itself, unless something else has made a class on top of it: an FSDP module is of
@@ -204,7 +204,7 @@ def class_with_property(cls: type, name: str) -> type | None:
     return None
 
 
-def with_base(cls: type, old: type, new: type) -> type:
+def replace_base(cls: type, old: type, new: type) -> type:
     """Return ``cls`` with ``new`` in the place of ``old`` among its bases, however far down.
 
     Example: of ``FSDPParametrizedLinear(FSDPModule, ParametrizedLinear)`` with ``nn.Linear`` in the
@@ -212,11 +212,11 @@ def with_base(cls: type, old: type, new: type) -> type:
     """
     if cls is old:
         return new
-    bases = tuple(with_base(b, old, new) if old in b.__mro__ else b for b in cls.__bases__)
-    return changed_class(cls, (), {}, bases)
+    bases = tuple(replace_base(b, old, new) if old in b.__mro__ else b for b in cls.__bases__)
+    return change_class(cls, (), {}, bases)
 
 
-def changed_class(
+def change_class(
     cls: type, without: Iterable[str], added: dict[str, Any], bases: tuple[type, ...]
 ) -> type:
     """Return ``cls`` for one instance alone: without some properties, with others, on ``bases``.

@@ -29,9 +29,9 @@ from ..introspection.candidates import (
     iter_small_state,
     mentions_norm,
 )
-from ..introspection.sandbox import AbsorbingArgument, Probe, placeholders
+from ..introspection.sandbox import AbsorbingArgument, Probe, make_placeholders
 from ..introspection.source_code import Code, count_reads, read_code
-from .handwritten import Answer, HandwrittenSite, frozen_class
+from .handwritten import Answer, HandwrittenSite, make_frozen_class
 
 
 class ChildNormSite(HandwrittenSite):
@@ -57,7 +57,7 @@ class ChildNormSite(HandwrittenSite):
         # The child itself stays as it is: other modules may share it.
         edits.of(module._modules)[self.child] = nn.Identity().train(module.training)
         edits.of(module._parameters)[self.tensor] = frozen
-        edits.set_class(module, frozen_class(edits.planned_class(module), ()))
+        edits.set_class(module, make_frozen_class(edits.planned_class(module), ()))
 
     def follow_mode(self, training: bool) -> None:
         """Give the child the mode that ``module.train()`` would have given it."""
@@ -69,7 +69,7 @@ def find_child_norms(path: str, module: nn.Module, code: Code) -> list[ChildNorm
     """Return the sites of the weights that children of ``module`` normalise."""
     sites = []
     for raw, weight in find_matrices(module).items():
-        for child, helper, state in _helpers(module, weight):
+        for child, helper, state in _find_helpers(module, weight):
             candidate = Candidate(raw, raw, weight, state)
             value = _confirm(module, code, candidate, child, helper)
             if value is not None:
@@ -78,7 +78,9 @@ def find_child_norms(path: str, module: nn.Module, code: Code) -> list[ChildNorm
     return sites
 
 
-def _helpers(module: nn.Module, weight: Tensor) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
+def _find_helpers(
+    module: nn.Module, weight: Tensor
+) -> Iterator[tuple[str, nn.Module, tuple[str, ...]]]:
     for child, helper in module._modules.items():
         if helper is None or isinstance(helper, torch.jit.ScriptModule):
             continue
@@ -115,7 +117,9 @@ def _confirm(
         helper.__dict__["forward"] = record_call
         helper.__dict__["_compiled_call_impl"] = None
         probe = Probe.of(module)
-        inputs = placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]
+        inputs = (
+            make_placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]
+        )
         with contextlib.suppress(Exception):
             module.forward(*inputs)
         weight = module._parameters[candidate.raw]

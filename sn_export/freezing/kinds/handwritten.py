@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from ..edits import Edits
 from ..info import SpectralNormInfo
-from ..introspection.candidates import ITERATIONS, proportion
-from ..introspection.source_code import torch_base
+from ..introspection.candidates import ITERATIONS, find_proportion
+from ..introspection.source_code import find_torch_base
 from ..site import Site
 
 
@@ -85,7 +85,7 @@ class HandwrittenSite(Site):
             value,
             dim=self._dim(raw),
             n_power_iterations=self._iterations(),
-            sigma=_sigma(raw, value),
+            sigma=_find_sigma(raw, value),
         )
 
     def _dim(self, raw: Tensor) -> int:
@@ -100,10 +100,10 @@ class HandwrittenSite(Site):
         return None
 
 
-def _sigma(raw: Tensor, value: Tensor) -> float:
+def _find_sigma(raw: Tensor, value: Tensor) -> float:
     if raw.is_meta:
         return float("nan")
-    sigma = proportion(raw, value)
+    sigma = find_proportion(raw, value)
     return float("nan") if sigma is None else sigma
 
 
@@ -144,7 +144,7 @@ class Frozen:
         return (_new, (cls, overrides, *reduced[1][1:]), *reduced[2:])
 
 
-def frozen_class(cls: type, overrides: Iterable[Override]) -> type:
+def make_frozen_class(cls: type, overrides: Iterable[Override]) -> type:
     """Return a subclass of ``cls`` with its name, in which ``overrides`` are replaced."""
     overrides = tuple(overrides)
     if issubclass(cls, Frozen):  # for another tensor of the same instance
@@ -157,25 +157,25 @@ def frozen_class(cls: type, overrides: Iterable[Override]) -> type:
         "_sn_export_overrides": (cls, overrides),
     }
     for override in overrides:
-        namespace[override.name] = _attribute(cls, override)
+        namespace[override.name] = _make_attribute(cls, override)
     # Not by calling the metaclass, which may keep a list of classes.
     new: type = type.__new__(type(cls), cls.__name__, (Frozen, cls), namespace)
     return new
 
 
 def _new(cls: type, overrides: tuple[Override, ...], *args: Any) -> Any:
-    new = frozen_class(cls, overrides)
+    new = make_frozen_class(cls, overrides)
     return new.__new__(new, *args)
 
 
-def _attribute(cls: type, override: Override) -> Any:
+def _make_attribute(cls: type, override: Override) -> Any:
     name, how, target = override
     if how == "property":
         if name == target:  # the class attribute hides the parameter of that name
             return property(lambda self: self._parameters[target])
         return property(lambda self: getattr(self, target))
     if how == "base":
-        return getattr(torch_base(cls), name)
+        return getattr(find_torch_base(cls), name)
     original = getattr(cls, name)
 
     def replacement(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -19,7 +19,7 @@ from ..edits import Edits
 from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
 from ..sigma import stored_sigma
-from ..site import Site, owner_of_state_hook
+from ..site import Site, find_owner_of_state_hook
 
 
 class HookSite(Site):
@@ -110,7 +110,7 @@ class HookSite(Site):
 
     def _owns(self, entry: Any) -> bool:
         """Whether ``entry``, a hook on the state dict, serves this one; copies may have parted."""
-        owner = owner_of_state_hook(entry)
+        owner = find_owner_of_state_hook(entry)
         return owner is self.hook or (
             isinstance(owner, (SpectralNorm, type(self.hook))) and owner.name == self.tensor
         )
@@ -218,7 +218,7 @@ def _is_copy_of_spectral_norm(hook: Any, module: nn.Module) -> bool:
         and name + "_orig" in module._parameters
         and {name + "_u", name + "_v"} <= module._buffers.keys()
         and hasattr(hook, "reshape_weight_to_matrix")
-        and "do_power_iteration" in _parameters_of(compute)
+        and "do_power_iteration" in _list_parameters(compute)
     )
 
 
@@ -232,5 +232,5 @@ def _is_copy_of_weight_norm(hook: Any, module: nn.Module) -> bool:
     )
 
 
-def _parameters_of(function: Callable[..., Any] | None) -> frozenset[str]:
+def _list_parameters(function: Callable[..., Any] | None) -> frozenset[str]:
     return frozenset() if function is None else frozenset(inspect.signature(function).parameters)

@@ -32,13 +32,13 @@ from ..introspection.candidates import (
     fits_weight,
     is_named_as_vector,
     iter_small_state,
+    make_plain_name,
     mentions_norm,
     mentions_sigma,
-    plain_name,
 )
-from ..introspection.sandbox import AbsorbingArgument, Probe, compute_in_sandbox, placeholders
+from ..introspection.sandbox import AbsorbingArgument, Probe, compute_in_sandbox, make_placeholders
 from ..introspection.source_code import Code, Member, count_reads, is_mentioned
-from .handwritten import Answer, HandwrittenSite, Override, frozen_class
+from .handwritten import Answer, HandwrittenSite, Override, make_frozen_class
 
 
 class MixinSite(HandwrittenSite):
@@ -68,7 +68,7 @@ class MixinSite(HandwrittenSite):
         for container in (module._parameters, module._buffers):
             edits.remove(container, [n for n in names if n != self.tensor])
         edits.of(module.__dict__).update(kept)
-        edits.set_class(module, frozen_class(edits.planned_class(module), self.overrides))
+        edits.set_class(module, make_frozen_class(edits.planned_class(module), self.overrides))
         parameters = edits.of(module._parameters)
         if self.tensor in parameters:
             parameters[self.tensor] = frozen
@@ -80,14 +80,14 @@ def find_mixins(path: str, module: nn.Module, code: Code) -> list[MixinSite]:
     """Return the sites of the weights that ``module``, with a class of ``code``, normalises."""
     sites = []
     for raw, weight in find_matrices(module).items():
-        state = _vectors(module, weight)
-        site = _site(path, module, code, raw, weight, state)
+        state = _find_vectors(module, weight)
+        site = _make_site(path, module, code, raw, weight, state)
         if site is not None:
             sites.append(site)
     return sites
 
 
-def _site(
+def _make_site(
     path: str, module: nn.Module, code: Code, raw: str, weight: Tensor, vectors: Collection[str]
 ) -> MixinSite | None:
     if not _is_normalised(code.mentions(code.forward), raw, vectors):
@@ -104,20 +104,20 @@ def _site(
         value = _observe(module, member, candidate)
         if value is None and (used is not None or not member.has_options):
             value = candidate.confirm(lambda m=member: _call(module, m, raw), [module])  # type: ignore[misc]
-        if value is None or (used is not None and not _same(used.value, value)):
+        if value is None or (used is not None and not _is_same(used.value, value)):
             continue  # forward uses another one
-        site = _method_site(path, module, code, raw, vectors, member, value)
+        site = _make_method_site(path, module, code, raw, vectors, member, value)
         if site is not None:
             return site
     if used is None or not used.is_all or not candidate.accepts(used.value):
         return None
     # The forward does what that of torch's layer does, with the weight that it computes inline.
-    state = _state(module, code.mentions(code.forward), raw, vectors)
+    state = _find_state(module, code.mentions(code.forward), raw, vectors)
     answer = Answer(raw, used.value, state)
     return MixinSite(path, module, raw, answer, (Override("forward", "base"),))
 
 
-def _method_site(
+def _make_method_site(
     path: str,
     module: nn.Module,
     code: Code,
@@ -127,10 +127,10 @@ def _method_site(
     value: Tensor,
 ) -> MixinSite | None:
     """Plan that ``member`` returns the frozen weight, if nothing else reads the raw one."""
-    tensor = _plain_name(module, code, member, raw)
-    updates = _updates(module, code, member, vectors)
+    tensor = _choose_plain_name(module, code, member, raw)
+    updates = _find_updates(module, code, member, vectors)
     serving = code.mentions(member).union(*(code.mentions(m) for m in updates))
-    state = _state(module, serving, raw, vectors)
+    state = _find_state(module, serving, raw, vectors)
     cut = {member.name, *(m.name for m in updates)}
     rest = code.mentions(code.forward, cut)
     if raw in rest and not (member.required and _is_handed_over(module, code, member, raw)):
@@ -144,7 +144,7 @@ def _method_site(
     return MixinSite(path, module, tensor, Answer(raw, value, state), overrides, kept)
 
 
-def _vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
+def _find_vectors(module: nn.Module, weight: Tensor) -> tuple[str, ...]:
     # The vectors of a convolution as an operator have the sizes of its input and output.
     return tuple(
         name
@@ -161,7 +161,7 @@ def _is_normalised(
     return reads and (any(is_mentioned(v, names) for v in vectors) or mentions_sigma(names))
 
 
-def _state(
+def _find_state(
     module: nn.Module, names: Collection[str], raw: str, vectors: Collection[str]
 ) -> tuple[str, ...]:
     """Name the buffers and parameters that only serve to compute the weight."""
@@ -182,9 +182,9 @@ def _observe(module: nn.Module, member: Member, candidate: Candidate) -> Tensor 
     def run() -> Tensor | None:
         with contextlib.suppress(Exception), _collect_returns(module, member, values):
             module.forward(
-                *placeholders(module, AbsorbingArgument)
+                *make_placeholders(module, AbsorbingArgument)
             )  # it ends where it needs an input
-        return _weight_in(values[:1], module, candidate.raw)
+        return _copy_weight_in(values[:1], module, candidate.raw)
 
     first = candidate.confirm(run, [module])
     return first if all(_is_equal(first, value) for value in values) else None
@@ -205,7 +205,7 @@ def _collect_returns(module: nn.Module, member: Member, values: list[Any]) -> It
         return
     cls = type(module)
     entry: property = inspect.getattr_static(cls, member.name)
-    listening = frozen_class(cls, ())
+    listening = make_frozen_class(cls, ())
     setattr(listening, member.name, property(lambda self: collect(entry.__get__(self))))
     with undo_on_exit(lambda: object.__setattr__(module, "__class__", cls)):
         object.__setattr__(module, "__class__", listening)
@@ -216,10 +216,10 @@ def _call(module: nn.Module, member: Member, raw: str) -> Tensor | None:
     value = getattr(module, member.name)
     if not member.is_property:
         value = value(module._parameters[raw]) if member.required else value()
-    return _weight_in([value], module, raw)
+    return _copy_weight_in([value], module, raw)
 
 
-def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
+def _copy_weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
     """Return a copy; call it inside `compute_in_sandbox`, as a caller may be in inference mode."""
     shape = module._parameters[raw].shape  # type: ignore[union-attr]
     tensors = [v for v in values if isinstance(v, Tensor) and v.shape == shape]
@@ -227,14 +227,14 @@ def _weight_in(values: list[Any], module: nn.Module, raw: str) -> Tensor | None:
 
 
 def _is_equal(first: Tensor | None, value: Any) -> bool:
-    return first is not None and isinstance(value, Tensor) and _same(first, value)
+    return first is not None and isinstance(value, Tensor) and _is_same(first, value)
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def _is_same(left: Tensor, right: Tensor) -> bool:
     return left.is_meta or (left.dtype == right.dtype and torch.equal(left, right))
 
 
-def _updates(
+def _find_updates(
     module: nn.Module, code: Code, member: Member, vectors: Collection[str]
 ) -> list[Member]:
     """Return the methods beside ``member`` that forward calls to bring the vectors up to date."""
@@ -264,9 +264,9 @@ def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> 
     return raw not in others and reads == calls
 
 
-def _plain_name(module: nn.Module, code: Code, member: Member, raw: str) -> str:
+def _choose_plain_name(module: nn.Module, code: Code, member: Member, raw: str) -> str:
     """Return the name of the weight in a network without spectral norm."""
-    plain = plain_name(raw)
+    plain = make_plain_name(raw)
     if member.is_property and member.name in (plain, raw.lstrip("_"), raw.removeprefix("raw_")):
         return member.name  # read as self.weight, as in the plain layer
     is_free = plain not in code.members and not hasattr(module, plain)

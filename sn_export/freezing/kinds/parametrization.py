@@ -13,6 +13,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from ...running import SpectralNormLink, have_same_bits, run_without_trace
 from ..info import Group, SpectralNormInfo
 from ..introspection.candidates import (
+    find_proportion,
     fits_weight,
     is_multiple,
     is_named_as_vector,
@@ -20,12 +21,11 @@ from ..introspection.candidates import (
     iter_small_state,
     mentions_norm,
     mentions_sigma,
-    proportion,
 )
 from ..introspection.sandbox import compute_in_sandbox
 from ..introspection.source_code import read_code
 from ..sigma import stored_sigma
-from .chain import ChainSite, chains, list_originals
+from .chain import ChainSite, list_chains, list_originals
 
 
 class ParametrizationSite(ChainSite):
@@ -48,13 +48,13 @@ class ParametrizationSite(ChainSite):
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
         norm = self.norm
-        weight = input_of_link(self.chain, norm)
+        weight = compute_input(self.chain, norm)
         return self.norm_info(
             weight,
             dim=getattr(norm, "dim", 0),
             eps=getattr(norm, "eps", None),
             n_power_iterations=getattr(norm, "n_power_iterations", None),
-            sigma=_sigma(norm, weight),
+            sigma=_compute_sigma(norm, weight),
         )
 
     def matrix(self) -> Tensor | None:
@@ -62,7 +62,7 @@ class ParametrizationSite(ChainSite):
         norm = self.norm
         if not isinstance(norm, SpectralNormLink):
             return None  # a link of somebody's own need not take the norm of a matrix
-        weight = input_of_link(self.chain, norm)
+        weight = compute_input(self.chain, norm)
         return weight[None] if weight.ndim == 1 else norm._reshape_weight_to_matrix(weight)
 
 
@@ -70,21 +70,21 @@ def find_parametrizations(path: str, module: nn.Module) -> list[ParametrizationS
     """Return the sites of `torch.nn.utils.parametrizations.spectral_norm` in ``module``."""
     return [
         ParametrizationSite(path, module, tensor, chain, norm)
-        for tensor, chain in chains(module)
-        if (norm := spectral_norm_in(chain)) is not None
+        for tensor, chain in list_chains(module)
+        if (norm := find_spectral_norm_in(chain)) is not None
     ]
 
 
-def _sigma(norm: nn.Module, weight: Tensor) -> float:
+def _compute_sigma(norm: nn.Module, weight: Tensor) -> float:
     if not isinstance(norm, SpectralNormLink):
-        return asked_sigma(norm, weight)
+        return ask_sigma(norm, weight)
     if weight.ndim == 1:
         return float("nan") if weight.is_meta else float(torch.linalg.vector_norm(weight))
     matrix = norm._reshape_weight_to_matrix(weight)
     return stored_sigma(matrix, norm._u, norm._v)
 
 
-def spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
+def find_spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
     """Return the first link that is torch's spectral norm, or one that keeps its own vectors."""
     for link in chain._modules.values():
         if link is not None and (
@@ -109,12 +109,12 @@ def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) 
     if vectors and chain.is_tensor and _fit(vectors, chain.original):
         return True
     # Parametrizations may keep the vectors at length one; then the code need not normalise.
-    inner = ((name, c.original) for name, c in chains(module) if c.is_tensor)
+    inner = ((name, c.original) for name, c in list_chains(module) if c.is_tensor)
     vectors |= _select_vectors((name, t) for name, t in inner if not t.requires_grad)
     if not vectors and (module is not link or not mentions_sigma(code.names)):
         return False
     try:
-        return _divides(module, link, input_of_link(chain, link), is_whole=not vectors)
+        return _divides(module, link, compute_input(chain, link), is_whole=not vectors)
     except Exception:  # an eval-mode forward would fail as well
         return False
 
@@ -183,7 +183,7 @@ def _is_divided(given: Any, result: Any, is_whole: bool) -> bool:
     return all(is_multiple(one, other) for one, other in matrices)
 
 
-def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
+def compute_input(chain: ParametrizationList, link: nn.Module) -> Tensor:
     """Return what ``link`` of ``chain`` is given: the links before it run, and leave no trace."""
     links = list(chain.children())
     before = links[: links.index(link)]
@@ -200,7 +200,7 @@ def input_of_link(chain: ParametrizationList, link: nn.Module) -> Tensor:
         return run_without_trace(run, chain.modules())
 
 
-def asked_sigma(link: nn.Module, weight: Tensor) -> float:
+def ask_sigma(link: nn.Module, weight: Tensor) -> float:
     """Return what ``link`` divides ``weight`` by in eval mode; NaN if it does something else."""
     if weight.is_meta:
         return math.nan
@@ -208,5 +208,5 @@ def asked_sigma(link: nn.Module, weight: Tensor) -> float:
     if not isinstance(value, Tensor) or value.shape != weight.shape or value.dtype != weight.dtype:
         return math.nan
     with torch.no_grad():
-        sigma = proportion(weight, value)
+        sigma = find_proportion(weight, value)
     return math.nan if sigma is None else sigma

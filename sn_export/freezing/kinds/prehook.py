@@ -23,7 +23,7 @@ from ..edits import Edits
 from ..introspection.candidates import Candidate, find_missing_weights, is_named_as_vector
 from ..introspection.sandbox import AlwaysEqualArgument
 from ..introspection.source_code import collect_names, is_mentioned
-from ..site import owner_of_state_hook
+from ..site import find_owner_of_state_hook
 from .handwritten import Answer, HandwrittenSite
 from .hook import find_hooks
 
@@ -49,7 +49,7 @@ class PrehookSite(HandwrittenSite):
         hook = module._forward_pre_hooks[self.key]
         edits.remove(module._forward_pre_hooks, (self.key,))
         for hooks in (module._state_dict_hooks, module._load_state_dict_pre_hooks):
-            keys = [k for k, entry in hooks.items() if owner_of_state_hook(entry) is hook]
+            keys = [k for k, entry in hooks.items() if find_owner_of_state_hook(entry) is hook]
             edits.remove(hooks, keys)
         if self.key in module._forward_pre_hooks_with_kwargs:
             edits.remove(module._forward_pre_hooks_with_kwargs, (self.key,))

@@ -33,9 +33,9 @@ from ..introspection.candidates import (
     is_named_as_vector,
     iter_small_state,
 )
-from ..introspection.sandbox import placeholders
+from ..introspection.sandbox import make_placeholders
 from ..introspection.source_code import Code, Member, is_mentioned, is_torch_layer
-from .handwritten import Answer, HandwrittenSite, How, Override, frozen_class
+from .handwritten import Answer, HandwrittenSite, How, Override, make_frozen_class
 
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_hooks")
 
@@ -64,7 +64,7 @@ class WrapperSite(HandwrittenSite):
         self.take_away(edits)
         for container in (wrapper._parameters, wrapper._buffers):
             edits.remove(container, (self.answer.raw, *self.answer.state))
-        edits.set_class(wrapper, frozen_class(edits.planned_class(wrapper), self.overrides))
+        edits.set_class(wrapper, make_frozen_class(edits.planned_class(wrapper), self.overrides))
         self.register(edits, frozen)
 
 
@@ -80,14 +80,14 @@ class _Layer:
 def find_wrappers(path: str, module: nn.Module, code: Code) -> list[WrapperSite]:
     """Return the sites of the layers that ``module``, with a class of ``code``, wraps."""
     sites = []
-    for layer in _layers(module, code):
+    for layer in _find_layers(module, code):
         site = _confirm(path, module, code, layer)
         if site is not None:
             sites.append(site)
     return sites
 
 
-def _layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
+def _find_layers(wrapper: nn.Module, code: Code) -> Iterator[_Layer]:
     own = {**wrapper._parameters, **wrapper._buffers}
     beside = [(n, t) for n, t in iter_small_state(wrapper) if n in own]
     kept = find_matrices(wrapper)
@@ -126,10 +126,10 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
     overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
     if not call.is_all:
         # The forward does more than that, so it stays; the methods that set the weight do not.
-        setters = _setters(code, candidate)
+        setters = _find_setters(code, candidate)
         overrides = tuple(Override(m.name, "nothing") for m in setters)
         if value is None:
-            value = _value_after(wrapper, layer, setters)
+            value = _compute_value_after(wrapper, layer, setters)
         rest = code.mentions(code.forward, {m.name for m in setters})
         if not setters or any(is_mentioned(n, rest) for n in (candidate.raw, *candidate.state)):
             return None
@@ -143,7 +143,7 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
 def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
     """Run the wrapper's forward up to that of the layer, and return the weight found there."""
     result = object()
-    given = placeholders(wrapper)
+    given = make_placeholders(wrapper)
     value: Tensor | None = None
     is_same = False
 
@@ -173,7 +173,7 @@ def _is(a: object, b: object) -> bool:
     return a is b
 
 
-def _setters(code: Code, candidate: Candidate) -> list[Member]:
+def _find_setters(code: Code, candidate: Candidate) -> list[Member]:
     names = (candidate.raw, *candidate.state)
     return [
         member
@@ -185,7 +185,9 @@ def _setters(code: Code, candidate: Candidate) -> list[Member]:
     ]
 
 
-def _value_after(wrapper: nn.Module, layer: _Layer, setters: Sequence[Member]) -> Tensor | None:
+def _compute_value_after(
+    wrapper: nn.Module, layer: _Layer, setters: Sequence[Member]
+) -> Tensor | None:
     def run() -> Tensor:
         for member in setters:
             getattr(wrapper, member.name)()
