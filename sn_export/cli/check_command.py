@@ -236,10 +236,10 @@ def _find_files(folder: Path) -> list[Path]:
 
 
 def _is_case(path: Path) -> bool:
-    from ..proving import opened_case
+    from ..proving import open_case
 
     try:
-        with opened_case(path):
+        with open_case(path):
             return True
     except SnExportError:
         return False

@@ -23,7 +23,7 @@ from ..errors import (
 )
 from ..files import DraftFolders, disk_errors_as
 from ..freezing import describe_sites
-from ..proving import Case, Proof, called_name, differs, is_imprecise
+from ..proving import Case, Proof, differs, is_imprecise, name_called
 from ..results import (
     Attempt,
     Exporter,
@@ -159,7 +159,7 @@ def _describe_export(
         metadata=dict(metadata),
         folded=written.folded,
         inputs=written.inputs,
-        model=called_name(request.model, request.call.example),
+        model=name_called(request.model, request.call.example),
     )
 
 

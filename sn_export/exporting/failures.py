@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ExportError
-from ..proving import type_name
+from ..proving import name_type
 from ..results import ParityError
 from ..running import TorchScriptNode
 from ..text import strip_frames
@@ -270,7 +270,7 @@ def _find_place(chain: list[BaseException], model: nn.Module) -> _Place:
         for frame, line in frames:
             module = frame.f_locals.get("self")
             if isinstance(module, nn.Module) and id(module) in paths:
-                place = _Place(paths[id(module)], type_name(module))
+                place = _Place(paths[id(module)], name_type(module))
             if place.module is not None and _is_of_user(frame.f_code.co_filename):
                 place.file, place.line = frame.f_code.co_filename, line
         for frame, _ in reversed(frames):
@@ -303,7 +303,7 @@ def _find_place_of_node(node: Any, model: nn.Module) -> _Place | None:
     place = _Place()
     module = dict(model.named_modules()).get(path) if path is not None else None
     if module is not None:
-        place = _Place(path, type_name(module))
+        place = _Place(path, name_type(module))
     if users:
         place.file, place.line = users[0]["file"], int(users[0]["line"])
     return place if place.module is not None or place.file is not None else None

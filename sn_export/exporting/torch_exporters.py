@@ -30,7 +30,7 @@ from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 
 from ..files import find_disk_error
-from ..proving import called_name
+from ..proving import name_called
 from ..results import Exporter, ExporterChoice
 from ..running import (
     InputSet,
@@ -75,7 +75,7 @@ def run_exporter(
             raise OSError(full.errno, full.strerror) from error
         other, inputs = _other_choice(request, exporter), list(request.input_names)
         raise TorchExporterError(
-            f"the {exporter} exporter cannot export {called_name(model, reference.inputs)}",
+            f"the {exporter} exporter cannot export {name_called(model, reference.inputs)}",
             explain_failure(error, model, reference.inputs.method, other, inputs),
         ) from error
 

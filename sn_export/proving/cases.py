@@ -27,7 +27,7 @@ from ..results import ParityReport, ProofDtype, Tolerance
 from ..running import DRAWS, describe_draws
 from ..text import format_count, name_dtype
 from .external_data import require_data_inside
-from .parity import add_results, make_results, make_running_errors, mark_shown, proof_session
+from .parity import add_results, make_results, make_running_errors, mark_shown, open_proof_session
 from .precision import PROOF_DTYPES, as_float32
 from .session import DEFAULT_PROVIDERS
 from .tolerances import ProofSettings
@@ -112,14 +112,14 @@ def check_case(
         if not file.is_file():
             raise FileNotFoundError(f"no {kind} at '{file}'")
     require_data_inside(path)
-    with opened_case(saved) as (case, sets):
+    with open_case(saved) as (case, sets):
         settings = replace(
             settings,
-            rtol=_by_position(case.rtol) if settings.rtol is None else settings.rtol,
-            atol=_by_position(case.atol) if settings.atol is None else settings.atol,
+            rtol=_key_by_position(case.rtol) if settings.rtol is None else settings.rtol,
+            atol=_key_by_position(case.atol) if settings.atol is None else settings.atol,
             proof_dtype=proof_dtype or case.proof_dtype,
         )
-        session = proof_session(path, settings)
+        session = open_proof_session(path, settings)
         names = [output.name for output in session.get_outputs()]
         if len(names) != len(case.outputs):
             raise ExportError(
@@ -148,7 +148,7 @@ def check_case(
     )
 
 
-def _by_position(tolerances: Sequence[float | None]) -> dict[int, float]:
+def _key_by_position(tolerances: Sequence[float | None]) -> dict[int, float]:
     return {i: value for i, value in enumerate(tolerances) if value is not None}
 
 
@@ -191,12 +191,12 @@ Sets = Iterator[tuple[str, list[Tensor], list[Tensor]]]
 
 
 @contextmanager
-def opened_case(path: Path) -> Iterator[tuple[Case, Sets]]:
+def open_case(path: Path) -> Iterator[tuple[Case, Sets]]:
     """Yield the case without tensors, and an iterator that reads one input set after the other."""
     try:
         file = open_regular(path)
     except OSError as error:
-        raise _unreadable(path, error.strerror or str(error)) from error
+        raise _make_error(path, error.strerror or str(error)) from error
     with file:
         yield _open_archive(path, file)
 
@@ -206,15 +206,15 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
         with zipfile.ZipFile(file) as archive:
             packed = [e.filename for e in archive.infolist() if e.compress_type]
     except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-        raise _unreadable(path, f"it is no npz archive: {error}") from error
+        raise _make_error(path, f"it is no npz archive: {error}") from error
     if packed:  # a few bytes may unpack to any size
-        raise _unreadable(path, f"'{packed[0]}' is compressed, wanted uncompressed arrays")
+        raise _make_error(path, f"'{packed[0]}' is compressed, wanted uncompressed arrays")
     file.seek(0)
     try:
         arrays = np.load(file, allow_pickle=False)
     except Exception as error:
-        raise _unreadable(path, f"{type(error).__name__}: {error}") from error
-    content = _content(path, arrays)
+        raise _make_error(path, f"{type(error).__name__}: {error}") from error
+    content = _read_content(path, arrays)
     case = Case(
         tuple(content["inputs"]),
         tuple(content["outputs"]),
@@ -227,33 +227,33 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
     return case, _read_sets(path, arrays, content)
 
 
-def _content(path: Path, archive: Mapping[str, Any]) -> Any:
+def _read_content(path: Path, archive: Mapping[str, Any]) -> Any:
     try:
-        content = json.loads(_array(path, archive, "case").tobytes())
+        content = json.loads(_read_array(path, archive, "case").tobytes())
     except (ValueError, RecursionError) as error:
-        raise _unreadable(path, f"'case' is no JSON: {error}") from error
+        raise _make_error(path, f"'case' is no JSON: {error}") from error
     if not isinstance(content, dict) or content.get("format") != _FORMAT:
-        raise _unreadable(path, f"'case' does not say that its format is '{_FORMAT}'")
+        raise _make_error(path, f"'case' does not say that its format is '{_FORMAT}'")
     if content.get("version") != _VERSION:
-        raise _unreadable(path, f"it has version {content.get('version')!r}, wanted {_VERSION}")
+        raise _make_error(path, f"it has version {content.get('version')!r}, wanted {_VERSION}")
     names: Any = content.get("inputs")
     results: Any = content.get("outputs")
     sets: Any = content.get("sets")
     is_sound = (
-        _all(names, lambda name: isinstance(name, str))
-        and _all(results, lambda name: isinstance(name, str))
+        _is_list_of(names, lambda name: isinstance(name, str))
+        and _is_list_of(results, lambda name: isinstance(name, str))
         and all(
-            _all(content.get(key), _is_tolerance) and len(content[key]) == len(results)
+            _is_list_of(content.get(key), _is_tolerance) and len(content[key]) == len(results)
             for key in ("rtol", "atol")
         )
-        and _all(sets, lambda entry: _is_set(entry, len(names), len(results)))
+        and _is_list_of(sets, lambda entry: _is_set(entry, len(names), len(results)))
         and len(sets) > 0
         and len(results) > 0
         and content.get("proof_dtype") in PROOF_DTYPES
         and content.get("draws") in DRAWS
     )
     if not is_sound:
-        raise _unreadable(path, "'case' lacks names, tolerances or sets, or they do not fit")
+        raise _make_error(path, "'case' lacks names, tolerances or sets, or they do not fit")
     return content
 
 
@@ -268,14 +268,14 @@ def _is_set(entry: Any, inputs: int, outputs: int) -> bool:
         isinstance(entry, dict)
         and isinstance(entry.get("label"), str)
         and all(
-            _all(entry.get(key), lambda name: isinstance(name, str) and name in _STORED)
+            _is_list_of(entry.get(key), lambda name: isinstance(name, str) and name in _STORED)
             and len(entry[key]) == count
             for key, count in (("inputs", inputs), ("outputs", outputs))
         )
     )
 
 
-def _all(values: Any, test: Any) -> bool:
+def _is_list_of(values: Any, test: Any) -> bool:
     return isinstance(values, list) and all(map(test, values))
 
 
@@ -302,26 +302,26 @@ def _to_array(tensor: Tensor) -> NDArray[Any]:
 
 
 def _to_tensor(path: Path, archive: Mapping[str, Any], name: str, dtype: str) -> Tensor:
-    array = _array(path, archive, name)
+    array = _read_array(path, archive, name)
     if array.dtype != np.dtype(_STORED[dtype]):
-        raise _unreadable(
+        raise _make_error(
             path, f"'{name}' holds {array.dtype}, wanted {np.dtype(_STORED[dtype])} for {dtype}"
         )
     tensor = torch.from_numpy(np.ascontiguousarray(array).reshape(array.shape))
     return tensor.view(torch.bfloat16) if dtype == "bfloat16" else tensor
 
 
-def _array(path: Path, archive: Mapping[str, Any], name: str) -> NDArray[Any]:
+def _read_array(path: Path, archive: Mapping[str, Any], name: str) -> NDArray[Any]:
     try:
         array: NDArray[Any] = archive[name]
     except KeyError as error:
-        raise _unreadable(path, f"it has no array '{name}'") from error
+        raise _make_error(path, f"it has no array '{name}'") from error
     except Exception as error:
-        raise _unreadable(path, f"array '{name}': {type(error).__name__}: {error}") from error
+        raise _make_error(path, f"array '{name}': {type(error).__name__}: {error}") from error
     if not isinstance(array, np.ndarray):
-        raise _unreadable(path, f"'{name}' is no array")
+        raise _make_error(path, f"'{name}' is no array")
     return array
 
 
-def _unreadable(path: Path, reason: str) -> SnExportError:
+def _make_error(path: Path, reason: str) -> SnExportError:
     return SnExportError(f"cannot read the case '{path}': {reason}")

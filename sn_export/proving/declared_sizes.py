@@ -43,7 +43,7 @@ def find_tied_dims(
     Args:
         shapes: as for `require_dynamic`.
         dims: the dynamic dimensions.
-        sizes: the sizes in one input set: see `sizes_of`.
+        sizes: the sizes in one input set: see `list_sizes`.
     """
     first: dict[object, DynamicDim] = {}
     for dim in dims:

@@ -23,15 +23,15 @@ from .module_errors import (
     ModuleCall,
     Strictness,
     compare_calls,
+    compare_nearest,
     compare_whole,
-    first_random,
-    nearest,
+    find_first_random,
+    name_type,
     trace,
     trace_inputs,
-    type_name,
 )
 from .module_scopes import find_module_values
-from .session import named_inputs, open_session, run_session
+from .session import name_inputs, open_session, run_session
 from .tolerances import ProofSettings
 
 _SHOWN = 4  # how many modules a finding names
@@ -74,9 +74,9 @@ def locate(
     file = onnx.load(path, load_external_data=False)
     named = find_module_values(model, file, {call.module for call in calls})
     try:
-        session = open_session(path, settings.providers, _with_all_values(file))
-        feed = named_inputs(session, inputs, settings.input_names)
-        names = [*_made_values(file), *(output.name for output in file.graph.output)]
+        session = open_session(path, settings.providers, _expose_all_values(file))
+        feed = name_inputs(session, inputs, settings.input_names)
+        names = [*_list_made_values(file), *(output.name for output in file.graph.output)]
         tensors = run_session(session, feed, inputs.label, names)
     except (ExportError, ValueError, EncodeError, MemoryError) as error:
         return Divergence((), None, f"cannot tell where: {error}", sample=inputs.label)
@@ -87,24 +87,24 @@ def locate(
     found = Divergence(
         tuple(modules), None, "", tuple(dict.fromkeys(unmatched)), sample=inputs.label
     )
-    random = first_random(calls, again, strictness)
+    random = find_first_random(calls, again, strictness)
     if random is not None:
-        return _random(found, random, model, state, inputs, calls, strictness)
+        return _blame_random(found, random, model, state, inputs, calls, strictness)
     undefined = next((call for call in calls if _has_nan(call)), None)
     if undefined is not None and _has_nan(calls[-1]):
-        title = _title(undefined.module, undefined.type)
+        title = _format_title(undefined.module, undefined.type)
         reason = (
             f"the model itself gives NaN on {inputs.label}, first in {title}: no file can be held "
             "against that"
         )
         return replace(found, first=undefined.module, reason=reason)
-    found = _judged(found, failed)
+    found = _judge(found, failed)
     bad = next((entry for entry in found.modules if not entry.passed), None)
     if bad is None or not bad.module or bad.module != found.first:
         return found
     given = trace_inputs(model, state, inputs, bad.module, bad.call)
     call = ModuleCall(bad.module, bad.type, bad.call, given)
-    entering = nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
+    entering = compare_nearest(call, named[bad.module].entering, {**feed, **values}, strictness)
     addition = _describe_before(bad, entering, model, calls, found.modules, feed.values())
     return replace(found, reason=found.reason + addition)
 
@@ -132,21 +132,21 @@ def _describe_before(
         given: the inputs of the model.
     """
     idle = {path for path, module in model.named_modules() if isinstance(module, _IDLE)}
-    before = _hidden_before(bad, calls, compared, given)
+    before = _list_hidden_before(bad, calls, compared, given)
     hidden = [path for path in before if path not in idle]
     if hidden:
         untold = quote_names(hidden, _SHOWN)
         return f"; nothing can be told of {untold} before it, for want of a value in the file"
     if entering is None or entering.passed:
         return ""
-    _, title = _around(bad.module, model, calls)
+    _, title = _find_caller(bad.module, model, calls)
     return (
         "; what it is given differs already, so the cause lies before it, in the forward of "
         f"{title}"
     )
 
 
-def _random(
+def _blame_random(
     found: Divergence,
     first: ModuleCall,
     model: nn.Module,
@@ -156,14 +156,14 @@ def _random(
     strictness: Strictness,
 ) -> Divergence:
     """Say which module draws at random: the first to differ, or the one that calls it."""
-    path, title = first.module, _title(first.module, first.type)
+    path, title = first.module, _format_title(first.module, first.type)
     if path:
         one, other = (
             replace(first, outputs=trace_inputs(model, state, inputs, path, first.number))
             for _ in range(2)
         )
-        if first_random([one], [other], strictness) is not None:
-            path, title = _around(path, model, calls)
+        if find_first_random([one], [other], strictness) is not None:
+            path, title = _find_caller(path, model, calls)
             title = f"the forward of {title}"
     reason = (
         "the model is not deterministic: it gives different outputs for the same input, first in "
@@ -172,17 +172,17 @@ def _random(
     return replace(found, first=path, reason=reason, is_deterministic=False)
 
 
-def _around(path: str, model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[str, str]:
+def _find_caller(path: str, model: nn.Module, calls: Sequence[ModuleCall]) -> tuple[str, str]:
     """Return the module that calls the one at ``path``, and its title."""
     called = {"", *(call.module for call in calls)}
     around = path.rpartition(".")[0]
     while around not in called:  # past a ModuleList
         around = around.rpartition(".")[0]
-    kind = type_name(model.get_submodule(around)) if around else calls[-1].type
-    return around, _title(around, kind)
+    kind = name_type(model.get_submodule(around)) if around else calls[-1].type
+    return around, _format_title(around, kind)
 
 
-def _hidden_before(
+def _list_hidden_before(
     bad: ModuleParity,
     calls: Sequence[ModuleCall],
     compared: Sequence[ModuleParity],
@@ -198,16 +198,16 @@ def _hidden_before(
             break
         # A module that returns its input, such as dropout, hides nothing.
         before = [*given, *(output for earlier in calls[:index] for output in earlier.outputs)]
-        if not all(any(_same(output, one) for one in before) for output in call.outputs):
+        if not all(any(_is_same(output, one) for one in before) for output in call.outputs):
             hidden.insert(0, call.module)
     return hidden
 
 
-def _same(left: Tensor, right: Tensor) -> bool:
+def _is_same(left: Tensor, right: Tensor) -> bool:
     return left.dtype == right.dtype and torch.equal(left, right.cpu())
 
 
-def _judged(found: Divergence, failed: bool) -> Divergence:
+def _judge(found: Divergence, failed: bool) -> Divergence:
     bad = next((entry for entry in found.modules if not entry.passed), None)
     root = found.modules[-1]
     if failed and root.passed:
@@ -227,8 +227,8 @@ def _judged(found: Divergence, failed: bool) -> Divergence:
         return replace(found, reason=reason)
     if bad is root:
         reason = (
-            f"the difference arises in the forward of {_title('', bad.type)}: every module in "
-            "it that has a value in the file agrees"
+            f"the difference arises in the forward of {_format_title('', bad.type)}: every module "
+            "in it that has a value in the file agrees"
         )
         if found.unmatched:
             reason += f", which cannot be told of {quote_names(found.unmatched, _SHOWN)}"
@@ -236,26 +236,26 @@ def _judged(found: Divergence, failed: bool) -> Divergence:
     return replace(
         found,
         first=bad.module,
-        reason=f"the first module to differ is {_title(bad.module, bad.type)}"
+        reason=f"the first module to differ is {_format_title(bad.module, bad.type)}"
         + (f" in call {bad.call + 1}" if bad.call else "")
         + f", max_abs {bad.max_abs:.3g} on {found.sample}",
     )
 
 
-def _made_values(file: onnx.ModelProto) -> list[str]:
+def _list_made_values(file: onnx.ModelProto) -> list[str]:
     """Return the names of the values that the nodes of a file make, in its order."""
     return [name for node in file.graph.node for name in node.output if name]
 
 
-def _with_all_values(file: onnx.ModelProto) -> bytes:
+def _expose_all_values(file: onnx.ModelProto) -> bytes:
     """Make every value an output of ``file``, and return its bytes."""
     known = {output.name for output in file.graph.output}
-    for name in _made_values(file):
+    for name in _list_made_values(file):
         if name not in known:
             file.graph.output.add(name=name)
     content: bytes = file.SerializeToString()
     return content
 
 
-def _title(path: str, kind: str) -> str:
+def _format_title(path: str, kind: str) -> str:
     return f"'{path}' ({kind})" if path else f"the model itself ({kind})"

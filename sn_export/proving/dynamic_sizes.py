@@ -47,10 +47,10 @@ def run_resized(
         ExportError: if the model takes no other size in a dimension that the user names.
     """
     tried = _Tried(example, run, own)
-    groups = _by_root(dims)
+    groups = _group_by_root(dims)
     if not all(tried.varies(group) for group in groups.values()):
         for position in range(len(_KINDS)):
-            sizes = {root: _sizes(group)[position] for root, group in groups.items()}
+            sizes = {root: _choose_sizes(group)[position] for root, group in groups.items()}
             if not tried.run(groups, sizes):
                 for root, size in sizes.items():
                     tried.run(groups, {root: size})
@@ -59,7 +59,11 @@ def run_resized(
         others = [other for key, other in units.items() if key != name]
         if any(tried.has_equal(group[0], other[0]) for other in others):
             # The larger sizes first, and never 1: that may be broadcast, and says nothing.
-            any(tried.run(units, {name: size}) for size in reversed(_sizes(group)) if size > 1)
+            any(
+                tried.run(units, {name: size})
+                for size in reversed(_choose_sizes(group))
+                if size > 1
+            )
     for root, group in groups.items():
         error = tried.errors.get(root)
         if error is not None and not tried.varies(group) and any(d.is_promised for d in group):
@@ -90,9 +94,9 @@ def run_beyond_program(
         What the model returned; nothing for sizes that it rejects, or that take tensors of more
         than 2**24 elements.
     """
-    groups, tensors, inputs = _by_root(dims), dict(example.named_tensors()), _Resizer(example)
+    groups, tensors, inputs = _group_by_root(dims), dict(example.named_tensors()), _Resizer(example)
     found = []
-    for root, smallest, largest in _narrowed(program, list(tensors), dims):
+    for root, smallest, largest in _find_narrowed(program, list(tensors), dims):
         _logger.info("torch's program is for %s from %d to %d", root, smallest, largest)
         for size in (smallest - 1, largest + 1):
             if not _is_tried(size, groups[root], tensors):
@@ -119,12 +123,12 @@ class _Tried:
         self.errors: dict[str, SnExportError] = {}
         self._inputs = _Resizer(example)
         self._run = run
-        self._shapes = [sizes_of(one) for one in (example, *own)]
+        self._shapes = [list_sizes(one) for one in (example, *own)]
         self._done: dict[frozenset[tuple[str, int]], bool] = {}
 
     def run(self, groups: Groups, sizes: Mapping[str, int]) -> bool:
         """Run the model once at ``sizes``, if those are not the example's; False if it fails."""
-        others = {name: size for name, size in sizes.items() if size != _now(groups[name])}
+        others = {name: size for name, size in sizes.items() if size != _get_size(groups[name])}
         key = frozenset(others.items())
         if not others or key in self._done:
             return self._done.get(key, True)
@@ -136,7 +140,7 @@ class _Tried:
             self.errors.update(dict.fromkeys(others, error))
             return False
         self.references.append(reference)
-        self._shapes.append(sizes_of(reference.inputs))
+        self._shapes.append(list_sizes(reference.inputs))
         self._done[key] = True
         return True
 
@@ -149,7 +153,7 @@ class _Tried:
         return all(shape.get(one.place) == shape.get(other.place) for shape in self._shapes)
 
 
-def _by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
+def _group_by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
     """Return the dimensions in groups of those that vary together."""
     roots: dict[str, list[DynamicDim]] = {}
     for dim in dims:
@@ -157,7 +161,7 @@ def _by_root(dims: Sequence[DynamicDim]) -> dict[str, list[DynamicDim]]:
     return roots
 
 
-def sizes_of(inputs: InputSet) -> dict[Place, int]:
+def list_sizes(inputs: InputSet) -> dict[Place, int]:
     """Return the size of every dimension of every tensor."""
     return {
         (name, position): size
@@ -166,13 +170,13 @@ def sizes_of(inputs: InputSet) -> dict[Place, int]:
     }
 
 
-def _sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
+def _choose_sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
     """Return the sizes of `_KINDS` within the range that is declared.
 
     For a dimension of 4 without a range ``(1, 5, 8)``; with ``min=2, max=6`` it is ``(2, 5, 6)``.
     Where nothing larger is allowed the half takes its place: ``(1, 3, 2)`` with ``max=4``.
     """
-    now = _now(group)
+    now = _get_size(group)
     low = max([1, *(dim.range[0] for dim in group)])
     high = min(dim.range[1] for dim in group)
     odd = now + 1 + now % 2
@@ -181,7 +185,7 @@ def _sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
     return low, odd, min(2 * now, high) if high > now else max(low, now // 2)
 
 
-def _now(group: Sequence[DynamicDim]) -> int:
+def _get_size(group: Sequence[DynamicDim]) -> int:
     return group[0].root_size()
 
 
@@ -265,7 +269,7 @@ def _is_tried(size: int, group: Sequence[DynamicDim], example: Mapping[str, Tens
     return low <= size <= high and all(math.prod(shape) <= _LARGEST for shape in shapes.values())
 
 
-def _narrowed(
+def _find_narrowed(
     program: Any, names: Sequence[str], dims: Sequence[DynamicDim]
 ) -> Iterator[tuple[str, int, int]]:
     """Yield the smallest and the largest size of each root for which the program was made."""
@@ -284,9 +288,9 @@ def _narrowed(
         bounds = exported.range_constraints.get(size.node.expr)
         if bounds is not None and dim.root not in seen:
             seen.add(dim.root)
-            yield dim.root, _number(bounds.lower, 0), _number(bounds.upper, _ENDLESS)
+            yield dim.root, _to_number(bounds.lower, 0), _to_number(bounds.upper, _ENDLESS)
 
 
-def _number(bound: Any, default: int) -> int:
+def _to_number(bound: Any, default: int) -> int:
     is_finite = getattr(bound, "is_Integer", isinstance(bound, int))  # sympy has infinities
     return int(bound) if is_finite else default

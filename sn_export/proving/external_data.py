@@ -50,8 +50,8 @@ def save(
     Returns:
         The model without its weights, which are among its inputs.
     """
-    weights = _weights(model)
-    bare = _without(weights, model)
+    weights = _find_weights(model)
+    bare = _drop_data(weights, model)
     if outside:
         data = name_side_file(path)
         options: dict[str, Any] = {"alignment": _PAGE} if _PACKS_DENSELY else {}
@@ -71,7 +71,7 @@ def save(
     return bare
 
 
-def _weights(model: ir.Model) -> dict[str, Any]:
+def _find_weights(model: ir.Model) -> dict[str, Any]:
     """Return the initializers that are larger than shapes, axes and other arguments, by name."""
     return {
         name: tensor
@@ -84,7 +84,7 @@ def _weights(model: ir.Model) -> dict[str, Any]:
     }
 
 
-def _without(weights: Mapping[str, Any], model: ir.Model) -> ModelProto:
+def _drop_data(weights: Mapping[str, Any], model: ir.Model) -> ModelProto:
     """Return a model in which each of the weights has a dtype and a shape, and no data."""
     initializers = model.graph.initializers
     try:
@@ -117,7 +117,7 @@ def _write_whole(
         ... | graph 3180: nodes ... | initializer 1052: name, shape ... | data 1024: ... | ...
 
     Args:
-        bare: as `_without` returns it.
+        bare: as `_drop_data` returns it.
         weights: by name.
         path: the file.
         release: called whenever a weight has been read.
@@ -133,11 +133,13 @@ def _write_whole(
         content, size = value.SerializeToString(), 0
         if value.name in weights:
             size = weights[value.name].nbytes
-            content += _field(TensorProto, "raw_data", size)
-        parts.append(_field(GraphProto, "initializer", len(content) + size) + content)
+            content += _encode_field(TensorProto, "raw_data", size)
+        parts.append(_encode_field(GraphProto, "initializer", len(content) + size) + content)
         sizes.append(len(parts[-1]) + size)
     with path.open("wb") as file:
-        file.write(rest.SerializeToString() + _field(ModelProto, "graph", sum(sizes)) + parts[0])
+        file.write(
+            rest.SerializeToString() + _encode_field(ModelProto, "graph", sum(sizes)) + parts[0]
+        )
         for value, part in zip(bare.graph.initializer, parts[1:], strict=True):
             file.write(part)
             if value.name in weights:
@@ -145,7 +147,7 @@ def _write_whole(
                 release()
 
 
-def _field(message: Any, name: str, length: int) -> bytes:
+def _encode_field(message: Any, name: str, length: int) -> bytes:
     """Return how a field of so many bytes begins: its number and its length, each a varint."""
     found = bytearray()
     for number in (message.DESCRIPTOR.fields_by_name[name].number << 3 | 2, length):
@@ -187,7 +189,7 @@ def require_data_inside(path: Path) -> None:
         return
     names = {
         entry.value
-        for tensor in _tensors_of(graph)
+        for tensor in _iter_tensors(graph)
         for entry in tensor.external_data
         if entry.key == "location"
     }
@@ -200,7 +202,7 @@ def require_data_inside(path: Path) -> None:
             )
 
 
-def _tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
+def _iter_tensors(graph: GraphProto) -> Iterator[TensorProto]:
     """Yield the tensors of a graph, those in attributes and in graphs within it included."""
     yield from graph.initializer
     for sparse in graph.sparse_initializer:
@@ -209,7 +211,7 @@ def _tensors_of(graph: GraphProto) -> Iterator[TensorProto]:
         for attribute in node.attribute:
             yield from (attribute.t, *attribute.tensors)
             for within in (attribute.g, *attribute.graphs):
-                yield from _tensors_of(within)
+                yield from _iter_tensors(within)
 
 
 class Pieces:
@@ -250,7 +252,7 @@ class Pieces:
             if not all(value.is_tensor() for value in given.values()):
                 return self._at_once(outputs, feed)  # a sequence has no type of its own
             try:
-                session = self._open(_model(self._file, piece, given).SerializeToString())
+                session = self._open(_make_model(self._file, piece, given).SerializeToString())
             except ExportError:  # it cannot be loaded without the nodes around it
                 return self._at_once(outputs, feed)
             results = session.run_with_ort_values(piece.makes, given)
@@ -282,10 +284,10 @@ def _cut(graph: GraphProto) -> list[_Piece]:
     pieces, size = [_Piece()], 0
     for node in graph.node:
         read = {name: weights[name] for name in _reads(node) if name in weights}
-        more = sum(_size(read[name]) for name in read.keys() - pieces[-1].weights.keys())
+        more = sum(_measure_size(read[name]) for name in read.keys() - pieces[-1].weights.keys())
         if size + more > _PIECE and pieces[-1].nodes:
             pieces.append(_Piece())
-            size, more = 0, sum(map(_size, read.values()))
+            size, more = 0, sum(map(_measure_size, read.values()))
         pieces[-1].nodes.append(node)
         pieces[-1].weights |= read
         size += more
@@ -309,7 +311,7 @@ def _reads(node: NodeProto) -> Iterator[str]:
                 yield from _reads(inner)
 
 
-def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelProto:
+def _make_model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelProto:
     model = ModelProto(ir_version=file.ir_version)
     model.opset_import.extend(file.opset_import)
     model.functions.extend(file.functions)
@@ -326,6 +328,6 @@ def _model(file: ModelProto, piece: _Piece, given: Mapping[str, Any]) -> ModelPr
     return model
 
 
-def _size(tensor: TensorProto) -> int:
+def _measure_size(tensor: TensorProto) -> int:
     lengths = (int(entry.value) for entry in tensor.external_data if entry.key == "length")
     return next(lengths, tensor.ByteSize())

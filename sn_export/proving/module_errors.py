@@ -18,7 +18,7 @@ from ..running import InputSet, Preserved, as_real_pairs, is_dense, list_tensors
 from ..text import name_dtype
 from .module_scopes import ModuleValues
 from .output_errors import RunningErrors
-from .tolerances import DEFAULT_TOLERANCES, largest
+from .tolerances import DEFAULT_TOLERANCES, find_largest
 
 _SAMPLED = 4096  # elements that are enough to tell most values apart
 _CLOSE = 1e-3  # of the largest value: values whose samples are nearer are compared in full
@@ -45,7 +45,7 @@ class Strictness:
         coarsest: str | None = None,
     ) -> Strictness:
         """Return what ``rtol`` and ``atol`` mean for an output of the size of ``output``."""
-        scale = largest(output)
+        scale = find_largest(output)
         scaled = None if atol is None or not scale else atol / scale
         if coarsest is None or coarsest == name_dtype(output):
             return cls(rtol, scaled)
@@ -87,15 +87,17 @@ def compare_calls(
         own = named[call.module]
         # Calls cannot be told apart in the file, and one may feed the next.
         names = own.inside if count[call.module] > 1 else own.leaving
-        found = nearest(call, names, values, strictness)
+        found = compare_nearest(call, names, values, strictness)
         if found is None:
             continue
         if not found.passed and not is_astray:
             later = [name for name in values if order[name] > order[found.value]]
-            elsewhere = nearest(call, [n for n in later if n not in own.inside], values, strictness)
+            elsewhere = compare_nearest(
+                call, [n for n in later if n not in own.inside], values, strictness
+            )
             if elsewhere is not None and elsewhere.passed:
                 continue  # computed, but by nodes that count for another module
-            heirs = (nearest(other, [found.value], values, strictness) for other in alone)
+            heirs = (compare_nearest(other, [found.value], values, strictness) for other in alone)
             heir = next((heir for heir in heirs if heir is not None and heir.passed), None)
             if heir is not None:  # fused with a module that comes later, whose output this is
                 results[next(i for i, c in enumerate(calls) if _is(c, heir))] = heir
@@ -111,14 +113,14 @@ def compare_whole(
 ) -> ModuleParity:
     """Compare the outputs of the model itself, each with its own."""
     compared = [
-        (errors_of(name, output, value, strictness), name)
+        (measure_errors(name, output, value, strictness), name)
         for name, output, value in zip(names, call.outputs, values, strict=False)
         if value is not None
     ]
-    return _entry(call, *max(compared, key=_badness))
+    return _make_entry(call, *max(compared, key=_rate_entry))
 
 
-def nearest(
+def compare_nearest(
     call: ModuleCall, names: Iterable[str], values: Mapping[str, Tensor], strictness: Strictness
 ) -> ModuleParity | None:
     """Compare each output of a call with the value among ``names`` that is nearest to it.
@@ -136,17 +138,17 @@ def nearest(
     for outputs, found in groups.values():
         # The file lacks outputs that nothing reads: then each value is paired, not each output.
         if len(found) < len(outputs):
-            pairs = [(outputs[_nearest(values[name], outputs)], name) for name in found]
+            pairs = [(outputs[_find_nearest(values[name], outputs)], name) for name in found]
         else:
             there = [values[name] for name in found]
-            pairs = [(output, found[_nearest(output, there)]) for output in outputs]
+            pairs = [(output, found[_find_nearest(output, there)]) for output in outputs]
         for output, name in pairs:
-            compared.append((errors_of(name, output, values[name], strictness), name))
-    worst = max(compared, key=_badness, default=None)
-    return _entry(call, *worst) if worst is not None else None
+            compared.append((measure_errors(name, output, values[name], strictness), name))
+    worst = max(compared, key=_rate_entry, default=None)
+    return _make_entry(call, *worst) if worst is not None else None
 
 
-def _entry(call: ModuleCall, found: OutputParity, name: str) -> ModuleParity:
+def _make_entry(call: ModuleCall, found: OutputParity, name: str) -> ModuleParity:
     return ModuleParity(
         call.module,
         call.type,
@@ -160,34 +162,36 @@ def _entry(call: ModuleCall, found: OutputParity, name: str) -> ModuleParity:
     )
 
 
-def _badness(entry: tuple[OutputParity, str]) -> tuple[bool, float]:
+def _rate_entry(entry: tuple[OutputParity, str]) -> tuple[bool, float]:
     error = entry[0].max_abs
     return not entry[0].passed, math.inf if math.isnan(error) else error
 
 
-def errors_of(name: str, expected: Tensor, got: Tensor, strictness: Strictness) -> OutputParity:
+def measure_errors(
+    name: str, expected: Tensor, got: Tensor, strictness: Strictness
+) -> OutputParity:
     """Return the errors of one tensor against its reference."""
     scaled = strictness.scaled_atol
     errors = RunningErrors(
-        name, strictness.rtol, None if scaled is None else scaled * largest(expected)
+        name, strictness.rtol, None if scaled is None else scaled * find_largest(expected)
     )
     errors.add("", expected, got)
     return errors.result()
 
 
-def _nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:
+def _find_nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:
     """Return the position of the nearest tensor, found by samples as far as these tell."""
     step = max(wanted.numel() // _SAMPLED, 1)
     sample = wanted.flatten()[::step]
-    rough = [_distance(sample, tensor.flatten()[::step]) for tensor in among]
-    close = max(4 * min(rough), _CLOSE * largest(sample))
+    rough = [_measure_distance(sample, tensor.flatten()[::step]) for tensor in among]
+    close = max(4 * min(rough), _CLOSE * find_largest(sample))
     left = [position for position, distance in enumerate(rough) if distance <= close]
     if len(left) == 1:
         return left[0]
-    return min(left, key=lambda position: _distance(wanted, among[position]))
+    return min(left, key=lambda position: _measure_distance(wanted, among[position]))
 
 
-def _distance(left: Tensor, right: Tensor) -> float:
+def _measure_distance(left: Tensor, right: Tensor) -> float:
     if not left.numel():
         return 0.0
     apart = torch.where(left == right, 0.0, (left.double() - right.double()).abs())
@@ -208,21 +212,21 @@ def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCa
         SnExportError: if the model rejects the inputs.
     """
     calls: list[ModuleCall] = []
-    with _recording(model, calls):
+    with _record_calls(model, calls):
         reference = run_reference(model, state, inputs)
-    kind = called_name(model, inputs)
+    kind = name_called(model, inputs)
     return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
 
 
-def type_name(module: nn.Module) -> str:
+def name_type(module: nn.Module) -> str:
     """Return the name of a module's class, as it was before something was parametrized."""
     return parametrize.type_before_parametrizations(module).__name__
 
 
-def called_name(model: nn.Module, inputs: InputSet) -> str:
+def name_called(model: nn.Module, inputs: InputSet) -> str:
     """Return the name of a model's class, with the method that is called: ``"Net.decode"``."""
     method = inputs.method
-    return type_name(model) if method is None else f"{type_name(model)}.{method.__name__}"
+    return name_type(model) if method is None else f"{name_type(model)}.{method.__name__}"
 
 
 def trace_inputs(
@@ -236,7 +240,7 @@ def trace_inputs(
     calls: list[list[Tensor]] = []
 
     def note(module: nn.Module, args: Any, kwargs: Any) -> None:
-        calls.append(_copies((args, kwargs)) if len(calls) == number else [])
+        calls.append(_copy_tensors((args, kwargs)) if len(calls) == number else [])
 
     # It runs after the hooks of the user's, which may exchange the arguments.
     handle = model.get_submodule(path).register_forward_pre_hook(note, with_kwargs=True)
@@ -248,13 +252,13 @@ def trace_inputs(
 
 
 @contextmanager
-def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
+def _record_calls(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
     count: Counter[str] = Counter()
     handles = []
 
     def watch(path: str, kind: str) -> Any:
         def note(module: nn.Module, args: Any, result: Any) -> None:
-            calls.append(ModuleCall(path, kind, count[path], _copies(result)))
+            calls.append(ModuleCall(path, kind, count[path], _copy_tensors(result)))
             count[path] += 1
 
         return note
@@ -263,7 +267,7 @@ def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
         for path, module in model.named_modules():
             inside = "parametrizations" in path.split(".")
             if path and not inside and not isinstance(module, torch.jit.ScriptModule):
-                kind = type_name(module)
+                kind = name_type(module)
                 handles.append(module.register_forward_hook(watch(path, kind)))
         yield
     finally:
@@ -271,7 +275,7 @@ def _recording(model: nn.Module, calls: list[ModuleCall]) -> Iterator[None]:
             handle.remove()
 
 
-def _copies(value: Any) -> list[Tensor]:
+def _copy_tensors(value: Any) -> list[Tensor]:
     """Return copies of the tensors in ``value``, since what comes after may write to them.
 
     Complex numbers are pairs, as in a file. What is not dense has no value there.
@@ -280,7 +284,7 @@ def _copies(value: Any) -> list[Tensor]:
     return [as_real_pairs(leaf).clone() for leaf in leaves]
 
 
-def first_random(
+def find_first_random(
     calls: Sequence[ModuleCall], again: Sequence[ModuleCall], strictness: Strictness
 ) -> ModuleCall | None:
     """Return the first call that differs between two runs of the model."""
@@ -288,12 +292,14 @@ def first_random(
         if one.module != other.module or len(one.outputs) != len(other.outputs):
             return one
         for left, right in zip(one.outputs, other.outputs, strict=True):
-            if not errors_of("", left, right, strictness).passed and not _same_nan(left, right):
+            if not measure_errors("", left, right, strictness).passed and not _has_same_nan(
+                left, right
+            ):
                 return one
     return None
 
 
-def _same_nan(left: Tensor, right: Tensor) -> bool:
+def _has_same_nan(left: Tensor, right: Tensor) -> bool:
     if left.dtype != right.dtype:
         return False
     return torch.equal(torch.nan_to_num(left, 0.0), torch.nan_to_num(right, 0.0))

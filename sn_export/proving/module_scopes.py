@@ -96,7 +96,7 @@ def _read_by(node: onnx.NodeProto) -> Iterator[str]:
             yield from (output.name for output in graph.output)
 
 
-def _from_metadata(model: nn.Module, text: str) -> list[nn.Module]:
+def _find_in_metadata(model: nn.Module, text: str) -> list[nn.Module]:
     """Return the modules that dynamo's metadata names: ``"['', 'body', 'body.0', 'conv2d']"``."""
     try:
         scopes = ast.literal_eval(text)
@@ -106,7 +106,7 @@ def _from_metadata(model: nn.Module, text: str) -> list[nn.Module]:
         return []
     # The last entry is the operator; torch may mark later calls of a module by '@1'.
     paths = [scope.partition("@")[0] for scope in scopes[:-1] if isinstance(scope, str)]
-    found = (_child(model, path) for path in paths if path)
+    found = (_get_child(model, path) for path in paths if path)
     return [module for module in found if module is not None]
 
 
@@ -122,7 +122,7 @@ class _Scopes:
         weights = {weight.name for weight in file.graph.initializer}
         self._read: dict[tuple[str, ...], set[str]] = defaultdict(set)
         for node in file.graph.node:
-            parts = _parts(node)
+            parts = _split_name(node)
             for end in range(1, len(parts) + 1):
                 self._read[parts[:end]].update(weights.intersection(node.input))
 
@@ -130,8 +130,8 @@ class _Scopes:
         """Return the modules of a node, from dynamo's metadata or from its name by TorchScript."""
         for entry in node.metadata_props:
             if entry.key == _SCOPES:
-                return _from_metadata(self._model, entry.value)
-        return self._from_name(_parts(node), node.input)
+                return _find_in_metadata(self._model, entry.value)
+        return self._from_name(_split_name(node), node.input)
 
     def _from_name(self, parts: tuple[str, ...], read: Collection[str]) -> list[nn.Module]:
         """Walk down from the model by the parts of a TorchScript name.
@@ -161,7 +161,7 @@ class _Scopes:
         """
         if base not in self._bases:
             self._bases[base] = [(base, module), *self._over(base, module)]
-        found = [(path, _child(one, relative)) for path, one in self._bases[base]]
+        found = [(path, _get_child(one, relative)) for path, one in self._bases[base]]
         once = {id(child): (qualify(path, relative), child) for path, child in found[::-1]}
         there = [(path, child) for path, child in reversed(once.values()) if child is not None]
         for read in reads:
@@ -179,12 +179,12 @@ class _Scopes:
                 yield from self._over(path, child)
 
 
-def _parts(node: onnx.NodeProto) -> tuple[str, ...]:
+def _split_name(node: onnx.NodeProto) -> tuple[str, ...]:
     """Return the scopes in a TorchScript name: ``body`` and ``body.0`` of ``/body/body.0/Conv``."""
     return tuple(node.name.split("/")[1:-1]) if node.name.startswith("/") else ()
 
 
-def _child(model: nn.Module, path: str) -> nn.Module | None:
+def _get_child(model: nn.Module, path: str) -> nn.Module | None:
     module: nn.Module | None = model
     for name in path.split("."):
         module = module._modules.get(name) if module is not None else None
@@ -193,10 +193,10 @@ def _child(model: nn.Module, path: str) -> nn.Module | None:
 
 def find_using_modules(value: ir.Value) -> list[str]:
     """Return the paths of the modules whose nodes read ``value``, as the exporter names them."""
-    return list(dict.fromkeys(_module_of(node) for node in value.consumers()))
+    return list(dict.fromkeys(_name_module(node) for node in value.consumers()))
 
 
-def _module_of(node: ir.Node) -> str:
+def _name_module(node: ir.Node) -> str:
     scopes = node.metadata_props.get(_SCOPES)
     if scopes is not None:  # ['', 'body', 'body.0', 'conv2d'], by the dynamo exporter
         return str(["", *ast.literal_eval(scopes)[:-1]][-1])

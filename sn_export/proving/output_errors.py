@@ -13,7 +13,7 @@ from torch import Tensor
 from ..results import Histogram, OutputParity, Picture
 from ..running import is_random
 from ..text import name_dtype
-from .pictures import MOST, kind_of, show_samples
+from .pictures import MOST, choose_kind, show_samples
 from .tolerances import resolve_tolerance
 
 _LOWEST, _HIGHEST = -18, 6  # decades of the histogram
@@ -75,14 +75,14 @@ class RunningErrors:
         if expected.numel():
             blamed = self.blamed
             self._measure(label, expected, got)
-            if self.is_shown and kind_of(expected.shape):
+            if self.is_shown and choose_kind(expected.shape):
                 self._show(label, expected, got, self.blamed > blamed)
 
     def _measure(self, label: str, expected: Tensor, got: Tensor) -> None:
         rtol, atol = resolve_tolerance(expected, self.rtol, self.atol, self.coarsest)
-        left, right = _wide(expected), _wide(got)
-        is_finite = expected.is_floating_point() and _all_finite(left, right)
-        difference = (left - right).abs_() if is_finite else _difference(expected, got)
+        left, right = _widen(expected), _widen(got)
+        is_finite = expected.is_floating_point() and _are_finite(left, right)
+        difference = (left - right).abs_() if is_finite else _measure_difference(expected, got)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
         worst = int(
@@ -90,9 +90,11 @@ class RunningErrors:
         )
         largest = float(difference.flatten()[worst])
         if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
-            values = _value(expected, worst), _value(got, worst)
-            self._note_worst(label, largest, _index(worst, expected.shape), values)
-        self.max_rel = _larger(self.max_rel, _largest_relative(difference, magnitude, is_finite))
+            values = _get_value(expected, worst), _get_value(got, worst)
+            self._note_worst(label, largest, _unravel_index(worst, expected.shape), values)
+        self.max_rel = _take_larger(
+            self.max_rel, _find_largest_relative(difference, magnitude, is_finite)
+        )
         self.total += float(difference.sum())
         self.elements += expected.numel()
         self.spread.add(difference.flatten().numpy())
@@ -103,7 +105,7 @@ class RunningErrors:
             outside |= (difference != 0) & ~(difference.isfinite() & magnitude.isfinite())
         self.outside += int(outside.count_nonzero())
         if not is_finite and bool((nan := torch.isnan(difference)).any()):
-            self._blame(label, math.inf, _nan_reason(nan, torch.isnan(left), label))
+            self._blame(label, math.inf, _describe_nan(nan, torch.isnan(left), label))
         elif bool(outside.any()):
             at = int(torch.where(outside, difference, -1.0).argmax())
             self._blame(
@@ -111,7 +113,7 @@ class RunningErrors:
                 float(difference.flatten()[at]),
                 f"{int(outside.sum())} of {expected.numel()} elements are outside "
                 f"atol {atol:.3g} + rtol {rtol:.3g} on {label}; worst at "
-                f"{list(_index(at, expected.shape))}: the model says "
+                f"{list(_unravel_index(at, expected.shape))}: the model says "
                 f"{expected.flatten()[at].item():.7g}, the file {got.flatten()[at].item():.7g}",
             )
 
@@ -135,7 +137,7 @@ class RunningErrors:
 
     def _fail(self, label: str, elements: int, reason: str) -> None:
         self._note_worst(label, math.inf, (), (None, None))
-        self.max_rel = _larger(self.max_rel, math.inf)
+        self.max_rel = _take_larger(self.max_rel, math.inf)
         self.total += math.inf
         self.elements += elements
         self.outside += elements
@@ -186,25 +188,25 @@ class RunningErrors:
         )
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _widen(tensor: Tensor) -> Tensor:
     return tensor.detach().cpu().to(torch.complex128 if tensor.is_complex() else torch.float64)
 
 
-def _all_finite(left: Tensor, right: Tensor) -> bool:
+def _are_finite(left: Tensor, right: Tensor) -> bool:
     return all(math.isfinite(float(bound)) for one in (left, right) for bound in one.aminmax())
 
 
-def _difference(expected: Tensor, got: Tensor) -> Tensor:
+def _measure_difference(expected: Tensor, got: Tensor) -> Tensor:
     """Return the distances in float64: NaN where a number is NaN, 0 between equal infinities."""
     equal = expected == got  # before widening: float64 does not hold every integer
     # Equal infinities differ by nothing; inf - inf would say NaN.
-    found = torch.where(equal, 0.0, (_wide(expected) - _wide(got)).abs()).double()
+    found = torch.where(equal, 0.0, (_widen(expected) - _widen(got)).abs()).double()
     if expected.is_floating_point() or expected.is_complex():
         return found
     return torch.where(equal, 0.0, found.clamp(min=1))
 
 
-def _largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) -> float:
+def _find_largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) -> float:
     """Return the largest distance divided by its reference, where that is not zero; else 0."""
     if is_finite:
         relative = torch.where(magnitude > 0, difference / magnitude, 0.0)
@@ -215,25 +217,25 @@ def _largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) ->
     return float(relative.max()) if relative.numel() else 0.0
 
 
-def _value(tensor: Tensor, at: int) -> float | None:
+def _get_value(tensor: Tensor, at: int) -> float | None:
     if tensor.is_complex():
         return None
     value: float = tensor.flatten()[at].item()
     return int(value) if tensor.dtype == torch.bool else value
 
 
-def _index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
+def _unravel_index(flat: int, shape: Sequence[int]) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(flat, tuple(shape)))
 
 
-def _nan_reason(nan: Tensor, own: Tensor, label: str) -> str:
+def _describe_nan(nan: Tensor, own: Tensor, label: str) -> str:
     reason = f"{int(nan.sum())} of {nan.numel()} elements are NaN on {label}"
     if not bool(own.any()):
         return reason
     return f"{reason}, {int(own.sum())} of them in the model itself"
 
 
-def _larger(left: float, right: float) -> float:
+def _take_larger(left: float, right: float) -> float:
     return math.nan if math.isnan(left) or math.isnan(right) else max(left, right)
 
 

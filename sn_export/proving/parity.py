@@ -33,11 +33,11 @@ from .external_data import require_data_inside
 from .module_errors import Strictness
 from .output_errors import RunningErrors
 from .pictures import find_shown
-from .precision import comparable, float32_inputs, write_float32
-from .session import DEFAULT_PROVIDERS, named_inputs, open_session, run_session
-from .tolerances import ProofSettings, coarsest_dtype, largest
+from .precision import convert_inputs, make_comparable, write_float32
+from .session import DEFAULT_PROVIDERS, name_inputs, open_session, run_session
+from .tolerances import ProofSettings, find_coarsest_dtype, find_largest
 from .truth import Freezing
-from .verdicts import FACTOR, judge, unconverged_note
+from .verdicts import FACTOR, explain_unconverged, judge
 
 
 def check_parity(
@@ -99,13 +99,13 @@ def check_parity(
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
     require_data_inside(path)
-    session = proof_session(path, settings)
+    session = open_proof_session(path, settings)
     sets = as_input_sets(network, inputs, arity=len(session.get_inputs()), method=entry)
     if not sets:
         raise ValueError("inputs must hold at least one input, got none")
     sets = [replace(one, draws=require_draws(draws)) for one in sets]
     initialise_lazy(network, sets[0])
-    note = unconverged_note(network)
+    note = explain_unconverged(network)
     with preserved(network) as state:
         references = [run_reference(network, state, one) for one in sets]
         freezing = Freezing(partial(frozen_spectral_norm, network))
@@ -116,7 +116,7 @@ def check_parity(
     return report
 
 
-def proof_session(path: Path, settings: ProofSettings) -> Any:
+def open_proof_session(path: Path, settings: ProofSettings) -> Any:
     """Return a session with the file, or with a copy of it in the dtype of the proof.
 
     Raises:
@@ -144,8 +144,8 @@ def compare(
     Args:
         model: the unfrozen model.
         freezing: how it is frozen.
-        session: that of `proof_session` with the same settings. The file's inputs are matched as
-            by `named_inputs`.
+        session: that of `open_proof_session` with the same settings. The file's inputs are
+            matched as by `name_inputs`.
         path: the file.
         references: the input sets, with what the model returned.
         settings: how the file is run, and with which tolerances.
@@ -161,8 +161,8 @@ def compare(
     mark_shown(running, references[0].outputs, settings.images)
 
     def feed_of(reference: Reference) -> dict[str, Tensor]:
-        inputs = float32_inputs(reference.inputs) if proof_dtype else reference.inputs
-        return named_inputs(session, inputs, settings.input_names)
+        inputs = convert_inputs(reference.inputs) if proof_dtype else reference.inputs
+        return name_inputs(session, inputs, settings.input_names)
 
     for reference in references:
         label = reference.inputs.label
@@ -181,7 +181,7 @@ def compare(
 def find_coarsest(model: nn.Module, references: Sequence[Reference]) -> str | None:
     """Return the coarsest floating dtype of a model's parameters, buffers and inputs."""
     inputs = [t for r in references[:1] for _, t in r.inputs.named_tensors()]
-    return coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
+    return find_coarsest_dtype([*model.parameters(), *model.buffers(), *inputs])
 
 
 def make_running_errors(
@@ -241,7 +241,7 @@ def add_results(
     for state, wanted, got in zip(running, expected, found, strict=True):
         if got is None:
             raise ExportError(f"the file's output '{state.name}' is no tensor of numbers")
-        state.add(label, *(comparable(wanted, got) if proof_dtype else (wanted, got)))
+        state.add(label, *(make_comparable(wanted, got) if proof_dtype else (wanted, got)))
 
 
 def locate_divergence(
@@ -271,7 +271,7 @@ def locate_divergence(
         find_coarsest(model, references),
     )
     if output.rounding is not None:  # what rounding moves in the output, it moves in the modules
-        size = largest(chosen.outputs[position]) or 1.0
+        size = find_largest(chosen.outputs[position]) or 1.0
         moved = FACTOR * output.rounding.expected.max / size
         if output.passed or output.fraction_outside:
             strictness = strictness.relaxed(moved, output.dtype)

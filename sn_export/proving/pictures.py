@@ -25,7 +25,7 @@ _SMALLEST, _SHORTEST = 8, 64  # pixels and numbers; less is a feature map, or a 
 Kind = Literal["picture", "sound"]
 
 
-def kind_of(shape: Sequence[int]) -> Kind | None:
+def choose_kind(shape: Sequence[int]) -> Kind | None:
     """Return what an output of a shape can be shown as, None if it is neither.
 
     ::
@@ -55,7 +55,7 @@ def find_shown(
     if wanted is None:
         return frozenset([name for name in found if _looks_like_it(found[name])][:_OUTPUTS])
     for name in wanted:
-        if name in found and (kind_of(found[name].shape) is None or found[name].is_complex()):
+        if name in found and (choose_kind(found[name].shape) is None or found[name].is_complex()):
             raise ValueError(
                 f"images names the output '{name}', of shape {list(found[name].shape)}: pictures "
                 "are N x 1, 3 or 4 x H x W, and sound is N x 1 x T"
@@ -64,7 +64,7 @@ def find_shown(
 
 
 def _looks_like_it(output: Tensor) -> bool:
-    kind = kind_of(output.shape)
+    kind = choose_kind(output.shape)
     if kind is None or not (output.is_floating_point() or output.dtype == torch.uint8):
         return False
     sizes = output.shape[2:]
@@ -78,11 +78,11 @@ def show_samples(
 
     Args:
         label: of the input set.
-        expected: what the model gives, of a shape that `kind_of` knows.
+        expected: what the model gives, of a shape that `choose_kind` knows.
         got: what the file gives, of the same shape.
         places: of the samples in the batch.
     """
-    kind = kind_of(expected.shape)
+    kind = choose_kind(expected.shape)
     if kind is None:
         return
     for index in places:
@@ -93,8 +93,8 @@ def show_samples(
 
 def _show_picture(label: str, expected: NDArray[np.float64], got: NDArray[np.float64]) -> Picture:
     """Show one picture of shape (channels, height, width)."""
-    low, high = _range(expected)
-    error = _errors(expected, got).max(0)
+    low, high = _choose_range(expected)
+    error = _measure_errors(expected, got).max(0)
     step = -(-max(error.shape) // _SIDE)
     height, width = (-(-size // step) for size in error.shape)
     # The largest error of each block, so that none disappears.
@@ -103,10 +103,11 @@ def _show_picture(label: str, expected: NDArray[np.float64], got: NDArray[np.flo
     )
     blocks = padded.reshape(height, step, width, step).max((1, 3))
     left, right = (
-        _bytes(one[:, ::step, ::step].transpose(1, 2, 0), low, high) for one in (expected, got)
+        _encode_bytes(one[:, ::step, ::step].transpose(1, 2, 0), low, high)
+        for one in (expected, got)
     )
     largest = float(error.max())
-    difference = _bytes(blocks, 0.0, largest)
+    difference = _encode_bytes(blocks, 0.0, largest)
     channels = len(expected)
     return Picture(
         label, "picture", width, height, channels, low, high, largest, left, right, difference
@@ -115,7 +116,7 @@ def _show_picture(label: str, expected: NDArray[np.float64], got: NDArray[np.flo
 
 def _show_sound(label: str, expected: NDArray[np.float64], got: NDArray[np.float64]) -> Picture:
     """Show one sound of shape (1, length) by the lowest and highest number of each column."""
-    error = _errors(expected, got)[0]
+    error = _measure_errors(expected, got)[0]
     finite = expected[np.isfinite(expected)]
     loudest = float(np.abs(finite).max()) if finite.size else 0.0
     largest, columns = float(error.max()), min(_COLUMNS, len(error))
@@ -123,7 +124,7 @@ def _show_sound(label: str, expected: NDArray[np.float64], got: NDArray[np.float
 
     def envelope(values: NDArray[np.float64], low: float, high: float) -> str:
         bounds = [function.reduceat(values, edges) for function in (np.fmin, np.fmax)]
-        return _bytes(np.stack(bounds), low, high)
+        return _encode_bytes(np.stack(bounds), low, high)
 
     left, right = (envelope(one[0], -loudest, loudest) for one in (expected, got))
     difference = envelope(error, 0.0, largest)
@@ -132,14 +133,14 @@ def _show_sound(label: str, expected: NDArray[np.float64], got: NDArray[np.float
     )
 
 
-def _errors(expected: NDArray[np.float64], got: NDArray[np.float64]) -> NDArray[np.float64]:
+def _measure_errors(expected: NDArray[np.float64], got: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the absolute errors; NaN is infinitely far from all, and equal infinities agree."""
     with np.errstate(invalid="ignore"):
         error = np.where(expected == got, 0.0, np.abs(expected - got))
     return np.where(np.isnan(error), np.inf, error)
 
 
-def _range(values: NDArray[np.float64]) -> tuple[float, float]:
+def _choose_range(values: NDArray[np.float64]) -> tuple[float, float]:
     """Return what black and white stand for: the common ranges of pictures, or the values' own."""
     finite = values[np.isfinite(values)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -150,7 +151,7 @@ def _range(values: NDArray[np.float64]) -> tuple[float, float]:
     return low, high
 
 
-def _bytes(values: NDArray[np.float64], low: float, high: float) -> str:
+def _encode_bytes(values: NDArray[np.float64], low: float, high: float) -> str:
     """Return values as bytes, 0 for ``low`` and 255 for ``high``, in base64."""
     width = high - low
     if not np.isfinite(width) or width <= 0:

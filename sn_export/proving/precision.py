@@ -93,7 +93,7 @@ class InFloat64(TorchDispatchMode):
         if func is torch.ops.aten.view.dtype:
             self.obstacle = "the forward reads the bits of numbers (view as another dtype)"
             return func(*args, **kwargs)
-        written = set(map(id, _written_to(func, args, kwargs)))
+        written = set(map(id, _find_written(func, args, kwargs)))
         if func.is_view:
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map(
@@ -136,7 +136,7 @@ class MovedByRounding(TorchDispatchMode):
         bound = _BOUNDED.get(_name(func).strip("_").capitalize(), 0.0)
         move = partial(self._moved, bound=2 * bound if func._schema.is_mutable else bound)
         if func._schema.is_mutable:
-            for tensor in _written_to(func, args, kwargs or {}):
+            for tensor in _find_written(func, args, kwargs or {}):
                 tensor.copy_(move(tensor))
             return result
         return result if func.is_view else pytree.tree_map(move, result)
@@ -160,7 +160,7 @@ class MovedByRounding(TorchDispatchMode):
         return torch.where(wide == wide.trunc(), wide, moved).to(value.dtype)
 
 
-def _written_to(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+def _find_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
     """Return the arguments that an operator writes to."""
     found: list[Tensor] = []
     for position, argument in enumerate(func._schema.arguments):
@@ -192,7 +192,7 @@ def find_narrow_operators(path: Path) -> str:
     narrow: set[str] = set()
     found: dict[str, None] = {}
     for node in graph.node:
-        to = _cast_to(node)
+        to = _read_cast(node)
         if to == TensorProto.FLOAT:
             narrow.update(node.output)
         elif to is None and narrow.intersection(node.input):
@@ -201,7 +201,7 @@ def find_narrow_operators(path: Path) -> str:
     return shorten_list(found)
 
 
-def _cast_to(node: NodeProto) -> int | None:
+def _read_cast(node: NodeProto) -> int | None:
     return next((a.i for a in node.attribute if a.name == "to"), None)
 
 
@@ -230,14 +230,14 @@ def move_values(path: Path) -> bytes:
             unit = _UNITS.get(kinds.get(name, 0))
             if unit is not None and node.op_type not in _EXACT:
                 node.output[position] = exact = f"{name}.exact"
-                nodes += _moving_nodes(exact, name, unit, node.op_type in _BOUNDED, len(nodes))
+                nodes += _make_moving_nodes(exact, name, unit, node.op_type in _BOUNDED, len(nodes))
     del file.graph.node[:]
     file.graph.node.extend(nodes)
     content: bytes = file.SerializeToString()
     return content
 
 
-def _moving_nodes(
+def _make_moving_nodes(
     exact: str, name: str, unit: float, is_absolute: bool, seed: int
 ) -> Iterator[NodeProto]:
     """Yield the nodes that move ``exact``, where it is no integer, and call the result ``name``."""
@@ -279,12 +279,12 @@ def as_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def float32_inputs(inputs: InputSet) -> InputSet:
+def convert_inputs(inputs: InputSet) -> InputSet:
     """Return an input set with floating tensors in float32."""
     return inputs.map(as_float32)
 
 
-def comparable(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
+def make_comparable(expected: Tensor, got: Tensor) -> tuple[Tensor, Tensor]:
     """Return a reference of any floating dtype and a float32 result in the narrower dtype."""
     if not (expected.is_floating_point() and got.is_floating_point()):
         return expected, got
@@ -311,13 +311,13 @@ def find_missing_kernel(path: Path, message: str) -> tuple[str, str] | None:
 def _convert(graph: ir.Graph | ir.GraphView) -> None:
     for value in graph.initializers.values():
         if value.const_value is not None and value.const_value.dtype in _OTHERS:
-            value.const_value = _tensor(value.const_value)
+            value.const_value = _convert_tensor(value.const_value)
     values = [*graph.inputs, *graph.outputs, *graph.initializers.values()]
     for node in graph:
         values += node.outputs
         for name, attribute in node.attributes.items():
             if attribute.type == ir.AttributeType.TENSOR and attribute.value.dtype in _OTHERS:
-                node.attributes[name] = ir.AttrTensor(name, _tensor(attribute.value))
+                node.attributes[name] = ir.AttrTensor(name, _convert_tensor(attribute.value))
             elif name in _DTYPE_ATTRIBUTES and attribute.value in _OTHERS:
                 node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
     for value in values:
@@ -325,5 +325,5 @@ def _convert(graph: ir.Graph | ir.GraphView) -> None:
             value.dtype = ir.DataType.FLOAT
 
 
-def _tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
+def _convert_tensor(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(np.asarray(tensor.numpy(), dtype=np.float32), name=tensor.name)

@@ -17,16 +17,16 @@ from ..running import DynamicDim, InputSet, Preserved, Reference, as_real_pairs,
 from ..text import name_dtype
 from .cases import Case
 from .declared_sizes import correct_declared_sizes, find_tied_dims, require_apart, require_dynamic
-from .dynamic_sizes import sizes_of
+from .dynamic_sizes import list_sizes
 from .parity import (
     compare,
     find_coarsest,
     locate_divergence,
     make_results,
     make_running_errors,
-    proof_session,
+    open_proof_session,
 )
-from .session import named_inputs
+from .session import name_inputs
 from .tolerances import ProofSettings, resolve_tolerance
 from .truth import Freezing
 from .verdicts import FACTOR
@@ -93,7 +93,7 @@ class Proof:
             ParityError: if it does not reproduce the model.
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
-        session = proof_session(draft, self.settings)
+        session = open_proof_session(draft, self.settings)
         shapes = self._shapes(session)
         require_dynamic(shapes, self.dims)
         runnable = self._runnable(shapes)
@@ -101,7 +101,7 @@ class Proof:
         self.state.reset()  # outside of the block: the state knows nothing of its weights
         parity = replace(parity, notes=(*parity.notes, *self.notes))
         keeps = self.keeps_case and parity.passed
-        case = _case_of(self.model, session, runnable, self.settings, parity) if keeps else None
+        case = _make_case(self.model, session, runnable, self.settings, parity) if keeps else None
         del session
         if parity.passed:
             corrected = correct_declared_sizes(draft, runnable, declared, is_last)
@@ -126,7 +126,7 @@ class Proof:
         return kept
 
     def _fits_file(self, shapes: Mapping[str, Sequence[Any]], inputs: InputSet) -> bool:
-        sizes = sizes_of(inputs)
+        sizes = list_sizes(inputs)
         one_for_two = find_tied_dims(shapes, self.dims, sizes)
         if one_for_two is not None:
             require_apart(one_for_two, inputs.label)
@@ -145,7 +145,7 @@ class Proof:
 
 def differs(proof: Proof, within: Callable[[], AbstractContextManager[Any]]) -> bool:
     """Whether the model gives other outputs for the example within a context than without."""
-    outputs = _outputs_for_example(proof, within)
+    outputs = _compute_outputs(proof, within)
     pairs = zip(outputs, proof.references[0].outputs, strict=False)
     return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
 
@@ -164,7 +164,7 @@ def require_same_network(proof: Proof, names: Sequence[str]) -> None:
         return
     reference = proof.references[0]
     running = make_running_errors(names, proof.settings, find_coarsest(proof.model, [reference]))
-    outputs = _outputs_for_example(proof, nullcontext)
+    outputs = _compute_outputs(proof, nullcontext)
     for errors, wanted, got in zip(running, reference.outputs, outputs, strict=False):
         errors.add(reference.inputs.label, wanted, got)
     report = ParityReport(make_results(running), 1, ())
@@ -177,7 +177,7 @@ def require_same_network(proof: Proof, names: Sequence[str]) -> None:
     )
 
 
-def _outputs_for_example(
+def _compute_outputs(
     proof: Proof, within: Callable[[], AbstractContextManager[Any]]
 ) -> list[Tensor]:
     """Return what the model gives within a context; nothing if it fails there."""
@@ -198,7 +198,7 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale, equal_nan=True)
 
 
-def _case_of(
+def _make_case(
     model: nn.Module,
     session: Any,
     references: Sequence[Reference],
@@ -208,7 +208,7 @@ def _case_of(
     """Return the case of a proof: its inputs by the names in the file, and the model's outputs."""
     coarsest = find_coarsest(model, references)
     tolerances = [
-        _saved_tolerances(
+        _choose_saved_tolerances(
             settings.tolerances_of(position, output.name),
             output,
             [reference.outputs[position] for reference in references],
@@ -218,7 +218,7 @@ def _case_of(
     ]
     sets = []
     for reference in references:
-        feed = named_inputs(session, reference.inputs, settings.input_names)
+        feed = name_inputs(session, reference.inputs, settings.input_names)
         sets.append((reference.inputs.label, list(feed.values()), reference.outputs))
     return Case(
         tuple(entry.name for entry in session.get_inputs()),
@@ -231,7 +231,7 @@ def _case_of(
     )
 
 
-def _saved_tolerances(
+def _choose_saved_tolerances(
     given: tuple[float | None, float | None],
     output: OutputParity,
     references: Sequence[Tensor],

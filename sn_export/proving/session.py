@@ -95,7 +95,7 @@ def open_session(
     require_providers(providers)
     if content is not None:
         return _open(path, providers, content, optimised=False)
-    if at_once or not is_large(_size(name_side_file(path))):
+    if at_once or not is_large(_measure_size(name_side_file(path))):
         return _open(path, providers)
     try:  # optimising the whole may fold its weights, so read and copy them all
         whole = _open(path, providers, optimised=False)
@@ -111,7 +111,7 @@ def _open(
     options.log_severity_level = 4  # the exception says it
     # Threads that wait by spinning take longer to start than most networks to run.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-    if is_large(_size(path) + _size(name_side_file(path))):
+    if is_large(_measure_size(path) + _measure_size(name_side_file(path))):
         # Weights in another order run faster and take their memory twice.
         options.add_session_config_entry("session.disable_prepacking", "1")
         options.enable_cpu_mem_arena = False
@@ -136,11 +136,11 @@ def _open(
         ) from error
 
 
-def _size(path: Path) -> int:
+def _measure_size(path: Path) -> int:
     return os.path.getsize(path) if os.path.isfile(path) else 0  # too long a name is no file
 
 
-def named_inputs(
+def name_inputs(
     session: Any, inputs: InputSet, names: Mapping[str, str] | None
 ) -> dict[str, Tensor]:
     """Return the tensors of ``inputs`` by the names of the file's inputs.

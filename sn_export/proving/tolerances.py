@@ -38,17 +38,17 @@ def require_tolerances(
         TypeError: for a key that is neither a name nor a position.
         ValueError: for a tolerance that is negative or not a number, or a key that is no output.
     """
-    return _required("rtol", rtol, outputs), _required("atol", atol, outputs)
+    return _require_each("rtol", rtol, outputs), _require_each("atol", atol, outputs)
 
 
-def tolerance_of(tolerance: Tolerance, position: int, name: str) -> float | None:
+def get_tolerance(tolerance: Tolerance, position: int, name: str) -> float | None:
     """Return the tolerance for one output, None where the default for its dtype applies."""
     if not isinstance(tolerance, Mapping):
         return tolerance
     return tolerance.get(name, tolerance.get(position))
 
 
-def coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
+def find_coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
     """Return the name of the floating dtype with the widest default tolerance, if there is one.
 
     A network that computes in half precision anywhere has no more than that in its outputs.
@@ -75,10 +75,10 @@ def resolve_tolerance(
         rtol = default
     if atol is not None:
         return rtol, atol
-    return rtol, scaled * largest(expected)
+    return rtol, scaled * find_largest(expected)
 
 
-def largest(tensor: Tensor) -> float:
+def find_largest(tensor: Tensor) -> float:
     """Return the largest finite magnitude in ``tensor``, or 0."""
     values = tensor.detach().cpu()
     values = values.abs() if values.is_complex() else values.to(torch.float64).abs()
@@ -89,21 +89,21 @@ def largest(tensor: Tensor) -> float:
     return float(finite.max()) if finite.numel() else 0.0
 
 
-def _required(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tolerance:
+def _require_each(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tolerance:
     if not isinstance(value, Mapping):
-        return _number(name, value)
+        return _require_number(name, value)
     found: dict[Any, Any] = {}
     for key, entry in value.items():
         known = key if isinstance(key, str) else as_plain_integer(key)
         if known is None:
             raise TypeError(f"{name} must be by name or position of an output, got the key {key!r}")
-        found[known] = _number(f"{name}[{known!r}]", entry)
+        found[known] = _require_number(f"{name}[{known!r}]", entry)
     if outputs is not None:
         _require_known(name, found, outputs)
     return found
 
 
-def _number(name: str, value: object) -> float | None:
+def _require_number(name: str, value: object) -> float | None:
     if value is None:
         return None
     number = as_plain_number(value)
@@ -161,7 +161,7 @@ class ProofSettings:
 
     def tolerances_of(self, position: int, name: str) -> tuple[float | None, float | None]:
         """Return rtol and atol of one output, None where the default for its dtype applies."""
-        return (tolerance_of(self.rtol, position, name), tolerance_of(self.atol, position, name))
+        return (get_tolerance(self.rtol, position, name), get_tolerance(self.atol, position, name))
 
 
 def _require_images(images: Sequence[str] | None, outputs: Sequence[str] | None) -> None:

@@ -42,7 +42,7 @@ from ..results import Distance, OutputParity, ParityReport, Rounding
 from ..running import Reference
 from ..text import shorten_list
 from .precision import find_narrow_operators, move_values
-from .session import named_inputs, open_session, run_session
+from .session import name_inputs, open_session, run_session
 from .tolerances import DEFAULT_TOLERANCES, ProofSettings
 from .truth import FEW, MANY, Freezing, NoTruthError, measure_operators, measure_rounding
 
@@ -102,7 +102,7 @@ def judge(
         except NoTruthError as error:
             obstacle = str(error)
     outputs = tuple(
-        _judged(output, found.get(position), obstacle if position in asked else "", narrow)
+        _judge_output(output, found.get(position), obstacle if position in asked else "", narrow)
         for position, output in enumerate(report.outputs)
     )
     return replace(report, outputs=outputs)
@@ -136,7 +136,7 @@ def _ask_operators(
         session = open_session(path, settings.providers, move_values(path))
 
         def run_moved(reference: Reference) -> list[Any]:
-            feed = named_inputs(session, reference.inputs, settings.input_names)
+            feed = name_inputs(session, reference.inputs, settings.input_names)
             return run_session(session, feed, reference.inputs.label)
 
         moved = measure_operators(references, run_moved, asked)
@@ -146,7 +146,7 @@ def _ask_operators(
     return {position: replace(found[position], operators=one) for position, one in moved.items()}
 
 
-def _judged(
+def _judge_output(
     output: OutputParity, rounding: Rounding | None, obstacle: str, narrow: str
 ) -> OutputParity:
     """Return one output with its verdict."""
@@ -192,7 +192,7 @@ def _is_excused(rounding: Rounding, own: Distance) -> bool:
     return rounding.operators_ratio <= FACTOR
 
 
-def unconverged_note(model: nn.Module) -> str:
+def explain_unconverged(model: nn.Module) -> str:
     """Return a sentence on the layers whose stored sigma is far below the true one, or nothing."""
     try:
         return describe_unconverged(find_unconverged(model))

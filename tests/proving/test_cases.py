@@ -31,7 +31,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from sn_export import ExportError, ParityError, SnExportError, check_case, export_onnx
-from sn_export.proving import opened_case, write_case
+from sn_export.proving import open_case, write_case
 from sn_export.proving.cases import Case
 
 
@@ -77,7 +77,7 @@ def test_bfloat16(tmp_path: Path) -> None:
     tensor = torch.randn(40).to(torch.bfloat16)
     case = Case(("x",), ("y",), (None,), (None,), [("one", [tensor], [tensor])])
     write_case(tmp_path / "case.npz", case)
-    with opened_case(tmp_path / "case.npz") as (_, sets):
+    with open_case(tmp_path / "case.npz") as (_, sets):
         ((label, inputs, outputs),) = list(sets)
     assert label == "one"
     for found in (*inputs, *outputs):
@@ -337,6 +337,6 @@ def test_model_is_untouched_and_case_is_complete(tmp_path: Path) -> None:
     batch = torch.export.Dim("batch", min=2, max=9)
     report = export_onnx(model, rows(), path, dynamic_shapes=({0: batch},), save_case=case)
     assert check_case(path, case) == report.parity
-    with opened_case(case) as (_, sets):
+    with open_case(case) as (_, sets):
         heights = {inputs[0].shape[0] for _, inputs, _ in sets}
     assert len(heights) > 1

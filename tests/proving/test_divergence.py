@@ -25,7 +25,7 @@ from torch.nn.utils.spectral_norm import spectral_norm as hooked_spectral_norm
 from sn_export import ParityError, check_parity, export_onnx
 from sn_export.exporting import attempts as exporting
 from sn_export.proving import ProofSettings, parity
-from sn_export.proving.module_errors import ModuleCall, Strictness, nearest
+from sn_export.proving.module_errors import ModuleCall, Strictness, compare_nearest
 from sn_export.proving.parity import locate_divergence
 from sn_export.running import as_input_sets, preserved, run_reference
 
@@ -545,14 +545,14 @@ def test_nearest_value_of_large_ones() -> None:
     strictness = Strictness()
     for names in (["other", "noisy"], ["noisy", "other"]):
         values = {name: {"other": other, "noisy": noisy}[name] for name in names}
-        found = nearest(call, names, values, strictness)
+        found = compare_nearest(call, names, values, strictness)
         assert found is not None
         assert (found.value, found.passed) == ("noisy", True)
-    found = nearest(call, ["other"], {"other": other}, strictness)
+    found = compare_nearest(call, ["other"], {"other": other}, strictness)
     assert found is not None
     assert (found.max_abs, found.passed) == (pytest.approx(1.0, abs=1e-6), False)
-    assert nearest(call, ["none"], {}, strictness) is None
-    assert nearest(call, ["short"], {"short": wanted[:5]}, strictness) is None
+    assert compare_nearest(call, ["none"], {}, strictness) is None
+    assert compare_nearest(call, ["short"], {"short": wanted[:5]}, strictness) is None
 
 
 class RawReader(nn.Module):
