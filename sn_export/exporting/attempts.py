@@ -36,7 +36,7 @@ from ..running import Reference, no_fused_attention
 from ..text import quote_names
 from .arguments import Request
 from .failures import describe_failures, find_traced_decision
-from .onnx_file import Written, file_metadata, list_versions, write_onnx
+from .onnx_file import Written, list_versions, make_metadata, write_onnx
 from .references import extend_references
 
 _logger = logging.getLogger("sn_export")
@@ -79,7 +79,7 @@ def make_proved_file(request: Request, proof: Proof, drafts: DraftFolders) -> Ma
     for exporter in request.exporters:
         draft = drafts.open(request.target)
         frozen, source = request.frozen, request.source
-        metadata = file_metadata(
+        metadata = make_metadata(
             exporter, list_versions(), frozen, source, request.metadata, request.call.example.draws
         )
         _logger.info("exporting with %s, %d tensors frozen", exporter, len(frozen))
@@ -114,7 +114,7 @@ def _make(
             is_last=exporter == request.exporters[-1],
         )
     except ParityError as error:
-        found = _with_cause(error, proof)
+        found = _add_cause(error, proof)
         found.export = _describe_export(request, exporter, metadata, written, found.report)
         raise found from None
     parity = replace(proved.parity, notes=(*proved.parity.notes, *written.notes))
@@ -163,7 +163,7 @@ def _describe_export(
     )
 
 
-def _with_cause(error: ParityError, proof: Proof) -> ParityError:
+def _add_cause(error: ParityError, proof: Proof) -> ParityError:
     """Add the cause where the model itself, not an exporter, gives other outputs when frozen."""
     found = error.divergence
     if found is None or not found.is_deterministic:
@@ -220,18 +220,20 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
     """
     report = made.report
     found: Iterator[Finding] = chain(
-        _folded_weights(request.model, report.folded),
-        _traced_decisions(request, made),
-        _unseen_outputs(example.unseen),
+        _find_folded_weights(request.model, report.folded),
+        _find_traced_decisions(request, made),
+        _find_unseen_outputs(example.unseen),
         [(RandomInputsLeftOutWarning, left_out)] if left_out else (),
         [(SpectralNormNotConvergedWarning, request.note)] if request.note else (),
-        _lost_precision(report.parity),
+        _find_lost_precision(report.parity),
     )
     for category, message in found:
         warnings.warn(message, category, stacklevel=_CALLER)
 
 
-def _folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> Iterator[Finding]:
+def _find_folded_weights(
+    model: nn.Module, folded: Sequence[FoldedInitializer]
+) -> Iterator[Finding]:
     """Yield warnings of weights that the block left, so that the file holds folded values."""
     weights = [entry.name for entry in folded if entry.is_weight]
     known = {info.name for info in describe_sites(model, None)} if weights else set()
@@ -253,7 +255,7 @@ def _folded_weights(model: nn.Module, folded: Sequence[FoldedInitializer]) -> It
         )
 
 
-def _traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
+def _find_traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
     """Yield a warning if dynamo failed because the forward decides by the values of a tensor."""
     samples = made.report.parity.samples
     for _, error in made.failures:
@@ -268,7 +270,7 @@ def _traced_decisions(request: Request, made: Made) -> Iterator[Finding]:
             )
 
 
-def _lost_precision(parity: ParityReport) -> Iterator[Finding]:
+def _find_lost_precision(parity: ParityReport) -> Iterator[Finding]:
     for output in parity.outputs:
         if is_imprecise(output):
             yield (
@@ -278,7 +280,7 @@ def _lost_precision(parity: ParityReport) -> Iterator[Finding]:
             )
 
 
-def _unseen_outputs(unseen: Sequence[str]) -> Iterator[Finding]:
+def _find_unseen_outputs(unseen: Sequence[str]) -> Iterator[Finding]:
     if unseen:
         yield (
             OutputNotExportedWarning,

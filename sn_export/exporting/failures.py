@@ -175,12 +175,12 @@ def explain_failure(
         other: another value of ``exporter`` to try; None if there is none.
         inputs: the names of the tensors that it was given, in their order.
     """
-    chain = list(_causes(error))
+    chain = list(_iter_causes(error))
     root = chain[-1]
     text = f"{type(root).__name__}: {_name_dimensions(_shorten(str(root)), inputs)}"
     place = _find_place(chain, model)
     advice = [
-        text for pattern, text in _ADVICE if any(re.search(pattern, _as_line(e)) for e in chain)
+        text for pattern, text in _ADVICE if any(re.search(pattern, _format_line(e)) for e in chain)
     ][:1]
     if advice == [_NO_OPERATOR] and any(
         isinstance(m, ParametrizationList) for m in model.modules()
@@ -189,7 +189,7 @@ def explain_failure(
     advice += [
         f"use torch {since} or newer: dynamo of {torch.__version__} does not take {what}"
         for pattern, since, what in _SINCE
-        if torch.__version__ < since and any(re.search(pattern, _as_line(e)) for e in chain)
+        if torch.__version__ < since and any(re.search(pattern, _format_line(e)) for e in chain)
     ]
     if other is not None and not (advice == [_NO_COMPLEX] and other == "torchscript"):
         advice.append(f"try exporter='{other}'")
@@ -206,8 +206,8 @@ def find_traced_decision(
         model: as for `explain_failure`.
         method: as for `explain_failure`.
     """
-    chain = list(_causes(error))
-    if not any(re.search(_DECIDES, _as_line(e)) for e in chain):
+    chain = list(_iter_causes(error))
+    if not any(re.search(_DECIDES, _format_line(e)) for e in chain):
         return None
     files = [
         frame.f_code.co_filename for e in chain for frame, _ in traceback.walk_tb(e.__traceback__)
@@ -217,14 +217,14 @@ def find_traced_decision(
     return _describe_place(_find_place(chain, model), method).lstrip("; ")
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
+def _iter_causes(error: BaseException) -> Iterator[BaseException]:
     now: BaseException | None = error
     while now is not None:
         yield now
         now = now.__cause__
 
 
-def _as_line(error: BaseException) -> str:
+def _format_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 

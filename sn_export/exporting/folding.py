@@ -173,16 +173,16 @@ def _find_cones(graph: ir.Graph, sources: Sources) -> list[Cone]:
         for node in foldable
         for value in node.outputs
         if value in computed and _is_read_outside(value, foldable)
-        for root in _before_growth(value, computed)
+        for root in _iter_before_growth(value, computed)
     )
-    return [_cone(root, foldable) for root in roots]
+    return [_find_cone(root, foldable) for root in roots]
 
 
 def _is_read_outside(value: ir.Value, foldable: dict[ir.Node, int]) -> bool:
     return value.is_graph_output() or any(node not in foldable for node in value.consumers())
 
 
-def _before_growth(value: ir.Value, computed: set[ir.Value]) -> Iterator[ir.Value]:
+def _iter_before_growth(value: ir.Value, computed: set[ir.Value]) -> Iterator[ir.Value]:
     node = value.producer()
     if node is None or value not in computed:
         return
@@ -191,10 +191,10 @@ def _before_growth(value: ir.Value, computed: set[ir.Value]) -> Iterator[ir.Valu
         return
     for before in node.inputs:
         if before is not None:
-            yield from _before_growth(before, computed)
+            yield from _iter_before_growth(before, computed)
 
 
-def _cone(root: ir.Value, foldable: dict[ir.Node, int]) -> Cone:
+def _find_cone(root: ir.Value, foldable: dict[ir.Node, int]) -> Cone:
     nodes: set[ir.Node] = set()
     initializers: dict[ir.Value, None] = {}
     waiting = [root]
@@ -224,7 +224,7 @@ def _evaluate(cone: Cone, model: ir.Model) -> NDArray[Any] | None:
     )
     try:
         proto = ir.to_proto(ir.Model(view.clone(), ir_version=model.ir_version))
-        feed = {str(value.name): _array(value) for value in cone.initializers}
+        feed = {str(value.name): _get_array(value) for value in cone.initializers}
         return np.asarray(_run(proto, feed))
     except Exception as error:
         _logger.warning("cannot fold '%s': %s", cone.result.name, error)
@@ -265,7 +265,7 @@ def _join_equal(
     return kept
 
 
-def _array(value: ir.Value) -> NDArray[Any]:
+def _get_array(value: ir.Value) -> NDArray[Any]:
     assert value.const_value is not None  # a cone has no initializer without a value
     return value.const_value.numpy()
 
@@ -303,7 +303,7 @@ def _register(
     assert tensor is not None  # `_replace` sets it, and `computed_from` takes no other
     raw = sources.main(names, tensor.size)
     users = find_using_modules(value)
-    value.name = tensor.name = name_folded(raw, users, _taken_names(graph))
+    value.name = tensor.name = name_folded(raw, users, _collect_names(graph))
     _insert(graph, value, sources.positions.get(raw or ""), sources.positions)
     return FoldedInitializer(
         name=value.name,
@@ -316,7 +316,7 @@ def _register(
     )
 
 
-def _taken_names(graph: ir.Graph) -> set[str]:
+def _collect_names(graph: ir.Graph) -> set[str]:
     values = [*graph.inputs, *graph.initializers.values()]
     for node in graph:
         values.extend(node.outputs)

@@ -60,7 +60,7 @@ def rename(graph: ir.Graph, inputs: Sequence[str] | None, outputs: Sequence[str]
         places += zip(graph.inputs, inputs, strict=True)
     named = {id(value) for value, _ in places}
     wanted = {name for _, name in places}
-    others = [value for value in _values(graph) if id(value) not in named]
+    others = [value for value in _iter_values(graph) if id(value) not in named]
     taken = wanted | {value.name for value in others if value.name}
     for value in others:
         if value.name in wanted:
@@ -87,18 +87,18 @@ def name_dimensions(graph: ir.Graph, axes: Mapping[str, Mapping[int, str]]) -> N
             number = size.value if isinstance(size, ir.SymbolicDim) else None
             if number is not None and re.fullmatch(r"s\d+", number):
                 names[number] = name
-    for value in _values(graph) if names else ():
+    for value in _iter_values(graph) if names else ():
         if value.shape is not None:
-            value.shape = ir.Shape([_named(size, names) for size in value.shape])
+            value.shape = ir.Shape([_rename_size(size, names) for size in value.shape])
 
 
-def _named(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
+def _rename_size(size: int | ir.SymbolicDim, names: Mapping[str, str]) -> int | str | None:
     if isinstance(size, int) or size.value is None:
         return size if isinstance(size, int) else None
     return re.sub(r"\w+", lambda word: names.get(word[0], word[0]), size.value)
 
 
-def _values(graph: ir.Graph) -> Iterator[ir.Value]:
+def _iter_values(graph: ir.Graph) -> Iterator[ir.Value]:
     yield from graph.inputs
     yield from graph.initializers.values()
     for node in graph.all_nodes():
@@ -157,7 +157,9 @@ def set_opset(model: ir.Model, wanted: int | None) -> None:
     if wanted is None or found == wanted:
         return
     names = {node.op_type for node in model.graph.all_nodes() if node.domain == ""}
-    changed = sorted(name for name in names if _since(name, found) != _since(name, wanted))
+    changed = sorted(
+        name for name in names if _find_since(name, found) != _find_since(name, wanted)
+    )
     if changed:
         raise ExportError(
             f"opset {wanted} was asked for and the exporter wrote {found}, in which "
@@ -169,7 +171,7 @@ def set_opset(model: ir.Model, wanted: int | None) -> None:
         function.opset_imports[""] = wanted
 
 
-def _since(name: str, opset: int) -> int:
+def _find_since(name: str, opset: int) -> int:
     try:
         return int(onnx.defs.get_schema(name, opset).since_version)
     except onnx.defs.SchemaError:
@@ -270,7 +272,7 @@ def name_inputs(
     """
     signature = [name for name, _ in example.named_tensors()]
     wanted = _require_names("input_names", chosen, signature, "among the arguments of the example")
-    rest = make_distinct(signature[len(wanted) :], {*wanted, *_state_names(model)})
+    rest = make_distinct(signature[len(wanted) :], {*wanted, *_list_state(model)})
     return dict(zip(signature, [*wanted, *rest], strict=True))
 
 
@@ -297,7 +299,7 @@ def name_outputs(
     both = next((name for name in wanted if name in inputs), None)
     if both is not None:
         raise ValueError(f"output_names has '{both}', which is the name of an input")
-    taken = {*wanted, *inputs, *_state_names(model)}
+    taken = {*wanted, *inputs, *_list_state(model)}
     rest = found[len(wanted) :]
     free = make_distinct([f"output_{name}" if name in taken else name for name in rest], taken)
     return [*wanted, *free]
@@ -324,5 +326,5 @@ def _require_names(
     return names
 
 
-def _state_names(model: nn.Module) -> set[str]:
+def _list_state(model: nn.Module) -> set[str]:
     return {name for name, _ in (*model.named_parameters(), *model.named_buffers())}

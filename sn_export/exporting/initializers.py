@@ -118,7 +118,7 @@ def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
     if weight.dtype not in _OF_NUMPY or not is_dense(weight) or weight.is_meta:
         return False
     array, weight = tensor.numpy(), weight.cpu()
-    shape, places = array.shape, _places(array.size)
+    shape, places = array.shape, _choose_places(array.size)
     found = array.flat[places]
     del array
     _release(tensor)
@@ -128,7 +128,7 @@ def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
     )
 
 
-def _places(size: int) -> NDArray[np.int64]:
+def _choose_places(size: int) -> NDArray[np.int64]:
     return np.arange(0, size, max(1, size // _SAMPLES))
 
 
@@ -139,7 +139,7 @@ def _sample(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[An
     """
     array = tensor.numpy()
     # A transposed weight would be copied by `ravel`.
-    wanted = np.unique(array.flat[_places(array.size)].astype(np.float64))
+    wanted = np.unique(array.flat[_choose_places(array.size)].astype(np.float64))
     dtype = array.dtype
     del array
     _release(tensor)
@@ -159,7 +159,7 @@ def _is_fused(value: ir.Value) -> bool:
     )
 
 
-def plain_path(raw: str) -> str:
+def make_plain_path(raw: str) -> str:
     """Return the qualified name of a weight behind that of its raw tensor.
 
     ::
@@ -193,7 +193,7 @@ def name_folded(raw: str | None, users: Sequence[str], taken: Collection[str]) -
     if raw is None:
         wanted = qualify(user or "", "weight")
     else:
-        wanted = plain_path(raw)
+        wanted = make_plain_path(raw)
         module, _, tensor = wanted.rpartition(".")
         # A module above may compute in the place of the one that holds the weight.
         if user is not None and not _is_within(module, user):

@@ -107,9 +107,9 @@ def write_onnx(
     strip_traces(graph)
     set_opset(graph, request.opset_version)
     graph.metadata_props.update(metadata)
-    folded = fold_initializers(graph, _state(request.model))
+    folded = fold_initializers(graph, _collect_state(request.model))
     described = tuple(map(_describe_input, graph.graph.inputs))
-    declared = tuple(map(_sizes_of, graph.graph.outputs))
+    declared = tuple(map(_list_sizes, graph.graph.outputs))
     notes = _check(_save(graph, path, request.external_data, release))
     if program is None:
         _free(graph)  # and unmap what the exporter wrote
@@ -139,7 +139,7 @@ def require_metadata(metadata: Mapping[str, str] | None) -> Mapping[str, str]:
     return metadata
 
 
-def file_metadata(
+def make_metadata(
     exporter: str,
     versions: Mapping[str, str],
     frozen: Sequence[SpectralNormInfo | ParametrizationInfo],
@@ -177,7 +177,7 @@ def file_metadata(
         f"{_PREFIX}frozen": json.dumps(sigmas, allow_nan=False),
     }
     if source is not None:
-        made[f"{_PREFIX}source_sha256"] = file_sha256(source)
+        made[f"{_PREFIX}source_sha256"] = compute_sha256(source)
     if draws is not None:
         made[f"{_PREFIX}draws"] = draws
     return made | dict(metadata)
@@ -210,7 +210,7 @@ def list_versions() -> dict[str, str]:
     return found
 
 
-def file_sha256(path: Path) -> str:
+def compute_sha256(path: Path) -> str:
     """Return the SHA-256 of a file in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
@@ -221,15 +221,15 @@ def file_sha256(path: Path) -> str:
 
 def _describe_input(value: ir.Value) -> FileInput:
     dtype = "" if value.dtype is None else str(value.dtype.numpy())
-    return FileInput(value.name or "", dtype, _sizes_of(value))
+    return FileInput(value.name or "", dtype, _list_sizes(value))
 
 
-def _sizes_of(value: ir.Value) -> tuple[int | str, ...]:
+def _list_sizes(value: ir.Value) -> tuple[int | str, ...]:
     sizes = () if value.shape is None else value.shape
     return tuple(size if isinstance(size, int) else size.value or "?" for size in sizes)
 
 
-def _state(model: nn.Module) -> dict[str, Tensor]:
+def _collect_state(model: nn.Module) -> dict[str, Tensor]:
     # In the order of the state dict, and with the buffers that a state dict leaves out.
     return {
         qualify(path, name): tensor

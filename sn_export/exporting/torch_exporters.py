@@ -66,21 +66,21 @@ def run_exporter(
         with quiet(request.verbose), no_fused_attention():
             call = flatten_call(model, reference)
             if exporter == "torchscript":
-                return _torchscript(request, call, raw), None
-            program = _dynamo(request, call)
+                return _run_torchscript(request, call, raw), None
+            program = _run_dynamo(request, call)
             return program.model, program
     except Exception as error:
         full = find_disk_error(error)
         if full is not None:  # the exporter is not to blame, and the other would fail too
             raise OSError(full.errno, full.strerror) from error
-        other, inputs = _other_choice(request, exporter), list(request.input_names)
+        other, inputs = _choose_other(request, exporter), list(request.input_names)
         raise TorchExporterError(
             f"the {exporter} exporter cannot export {name_called(model, reference.inputs)}",
             explain_failure(error, model, reference.inputs.method, other, inputs),
         ) from error
 
 
-def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None:
+def _choose_other(request: Request, exporter: Exporter) -> ExporterChoice | None:
     """Return what to try where an exporter fails: after dynamo torchscript, after that both.
 
     So advice comes to an end. None where both were tried, or one alone makes this opset.
@@ -90,7 +90,7 @@ def _other_choice(request: Request, exporter: Exporter) -> ExporterChoice | None
     return "torchscript" if exporter == "dynamo" else "auto"
 
 
-def _dynamo(request: Request, call: FlatCall) -> Any:
+def _run_dynamo(request: Request, call: FlatCall) -> Any:
     shapes = flatten_shapes(list(request.input_names), request.dims)
     with parse_operators_once(), without_tracing():
         program = torch.onnx.export(
@@ -105,7 +105,7 @@ def _dynamo(request: Request, call: FlatCall) -> Any:
     return program
 
 
-def _torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
+def _run_torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
     model = request.model
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
     # A large file goes to the disk: past 2 GB torch takes nothing but the text of a path.
@@ -187,11 +187,11 @@ class _Call(nn.Module):
             return tuple(found[path] for path in paths)
 
         # torch 2.9 has no guards for dimensions of ``*args``; others call them by their position.
-        forward.__signature__ = _signature(tensors)  # type: ignore[attr-defined]
+        forward.__signature__ = _make_signature(tensors)  # type: ignore[attr-defined]
         own["forward"] = forward
 
 
-def _signature(names: Iterable[str]) -> inspect.Signature:
+def _make_signature(names: Iterable[str]) -> inspect.Signature:
     """Return the signature of a forward with these parameters.
 
     A name that Python does not take is replaced::

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 
 from sn_export.exporting.folding import fold_initializers
-from sn_export.exporting.initializers import name_folded, plain_path
+from sn_export.exporting.initializers import make_plain_path, name_folded
 from sn_export.proving import find_using_modules
 
 _HEAD = '<ir_version: 10, opset_import: ["" : 20]>'
@@ -234,7 +234,7 @@ def test_cone_that_nobody_can_evaluate_stays(caplog: pytest.LogCaptureFixture) -
 )
 def test_plain_names(raw: str, plain: str) -> None:
     """Suffixes of raw tensors and torch's parametrization names give the plain name."""
-    assert plain_path(raw) == plain
+    assert make_plain_path(raw) == plain
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ import torch
 from export_models import EXPORTERS, Head, Raising, contents_of, images, rows, small_net
 
 from sn_export import SpectralNormInfo, export_onnx, find_spectral_norm
-from sn_export.exporting.onnx_file import file_metadata, file_sha256
+from sn_export.exporting.onnx_file import compute_sha256, make_metadata
 
 
 def _metadata(path: Path) -> dict[str, str]:
@@ -73,7 +73,7 @@ def test_own_metadata_and_source(tmp_path: Path) -> None:
     assert own.items() <= found.items()
     assert list(found) == sorted(found)
     digest = hashlib.sha256(source.read_bytes()).hexdigest()
-    assert found["sn_export.source_sha256"] == digest == file_sha256(source)
+    assert found["sn_export.source_sha256"] == digest == compute_sha256(source)
     assert "checkpoint" not in path.read_bytes().decode("latin-1")
 
 
@@ -83,10 +83,10 @@ def test_sigma_that_is_no_number(tmp_path: Path) -> None:
         SpectralNormInfo("a", "weight", "hook", (1,), "float32", 0, None, 1, sigma)
         for sigma in (float("nan"), float("inf"))
     ]
-    assert file_metadata("dynamo", {}, infos[:1], None, {})["sn_export.frozen"] == (
+    assert make_metadata("dynamo", {}, infos[:1], None, {})["sn_export.frozen"] == (
         '{"a.weight": null}'
     )
-    assert "null" in file_metadata("dynamo", {}, infos[1:], None, {})["sn_export.frozen"]
+    assert "null" in make_metadata("dynamo", {}, infos[1:], None, {})["sn_export.frozen"]
 
 
 _BAD: dict[str, tuple[Any, type[Exception], str]] = {
