@@ -95,7 +95,7 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
             options.setdefault("per_module", True)
         if path is None:
             tmp_path: Path = request.getfixturevalue("tmp_path")
-            path = tmp_path / f"model{_suffix(number)}.onnx"
+            path = tmp_path / f"model{_make_suffix(number)}.onnx"
         name = report_name(request.node.nodeid, number)
         try:
             report = export_onnx(model, args, path, **options)
@@ -125,10 +125,10 @@ def report_name(nodeid: str, call: int = 1) -> str:
     """
     digest = hashlib.sha256(nodeid.encode("utf-8", "surrogatepass")).hexdigest()[:8]
     readable = re.sub(r"[^A-Za-z0-9]+", "_", nodeid).strip("_")[-_LONGEST:].lstrip("_")
-    return f"{readable}-{digest}{_suffix(call)}"
+    return f"{readable}-{digest}{_make_suffix(call)}"
 
 
-def _suffix(call: int) -> str:
+def _make_suffix(call: int) -> str:
     return f"-{call}" if call > 1 else ""
 
 

@@ -37,8 +37,8 @@ from .reparametrizations import (
 )
 from .safetensors_file import (
     find_stale_shards,
+    name_shard,
     require_unambiguous,
-    shard_name,
     write_safetensors,
 )
 from .spectral_norm import describe_lengths
@@ -165,7 +165,7 @@ def _require_target(target: Path, source: Path, max_shard_size: int | None) -> b
         else:
             require_folder_place(target)
         if max_shard_size is not None:
-            require_place(target.with_name(shard_name(target.name, 1, 1)))
+            require_place(target.with_name(name_shard(target.name, 1, 1)))
     if max_shard_size is not None and target.suffix != ".safetensors":
         raise CheckpointError(f"only safetensors can be sharded, and '{target}' is not")
     return not is_file

@@ -21,7 +21,7 @@ from ..errors import CheckpointError
 from ..running import OrthogonalLink, OrthogonalMaps, WeightNormLink
 from ..text import quote_names
 from .lazy_tensors import Entry, align_memory, get_spec, is_finite
-from .reparametrizations import Reparametrization, weight_norm_dims
+from .reparametrizations import Reparametrization, find_weight_norm_dims
 from .spectral_norm import (
     TorchNorm,
     compute_normalised,
@@ -69,7 +69,7 @@ class Kind:
 
 def _find_dims(site: Reparametrization, tensors: Mapping[str, Any]) -> list[int | None]:
     """Return the dims that the shape of g allows; several if v has dimensions of size 1."""
-    return weight_norm_dims(get_spec(tensors, site.keys["g"]).shape, site.shape)
+    return find_weight_norm_dims(get_spec(tensors, site.keys["g"]).shape, site.shape)
 
 
 def decide_weight_norm_dim(

@@ -214,7 +214,7 @@ def get_float_spec(tensors: Mapping[str, Any], key: str) -> Spec | None:
 def require_finite(key: str, tensor: Tensor) -> Tensor:
     """Return ``tensor``; raise a CheckpointError that names ``key`` if it holds NaN or infinity."""
     if not is_finite(tensor):
-        values = _values(tensor)
+        values = _take_values(tensor)
         raise CheckpointError(
             f"'{key}' is NaN or infinite in {int((~torch.isfinite(values)).sum())} of "
             f"{format_count(values.numel(), 'value')}"
@@ -226,13 +226,13 @@ def is_finite(tensor: Tensor) -> bool:
     """Whether all values are finite; unlike `torch.isfinite`, no copy is made."""
     if not tensor.dtype.is_floating_point and not tensor.dtype.is_complex:
         return True
-    values = _values(tensor)
+    values = _take_values(tensor)
     parts = torch.view_as_real(values.resolve_conj()) if values.is_complex() else values
     # If a value is NaN or infinite, so is the smallest or the largest one.
     return not parts.numel() or all(map(math.isfinite, map(float, torch.aminmax(parts))))
 
 
-def _values(tensor: Tensor) -> Tensor:
+def _take_values(tensor: Tensor) -> Tensor:
     """Return the values that are stored, of a sparse tensor too; float8 as float32, to compare."""
     values = tensor.detach()
     if values.layout is not torch.strided:

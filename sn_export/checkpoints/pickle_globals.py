@@ -116,7 +116,7 @@ def _require_held(storage: Any, size: Any, stride: Any) -> None:
     )
 
 
-def _flags(metadata: Any) -> dict[str, bool]:
+def _read_flags(metadata: Any) -> dict[str, bool]:
     """Return the flags of a tensor that is stored conjugated or negated: ``{"conj": True}``."""
     given = metadata if type(metadata) is dict else {}
     return {name: True for name in ("conj", "neg") if given.get(name) is True}
@@ -136,8 +136,8 @@ def _tensor(
     # Hooks are code. Torch writes none, so the empty dictionary replaces whatever is there.
     known: Any = (storage, offset, size, stride, requires_grad is True, OrderedDict())
     if dtype is None:
-        return rebuild._rebuild_tensor_v2(*known, _flags(metadata))  # type: ignore[no-any-return]
-    return rebuild._rebuild_tensor_v3(*known, dtype, _flags(metadata))  # type: ignore[no-any-return]
+        return rebuild._rebuild_tensor_v2(*known, _read_flags(metadata))  # type: ignore[no-any-return]
+    return rebuild._rebuild_tensor_v3(*known, dtype, _read_flags(metadata))  # type: ignore[no-any-return]
 
 
 def _tensor_of_dtype(*args: Any) -> Tensor:

@@ -110,7 +110,7 @@ def find_reparametrizations(
     return [one for one in found.values() if one is not None]
 
 
-def weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]:
+def find_weight_norm_dims(g: tuple[int, ...], v: tuple[int, ...]) -> list[int | None]:
     """Return every dim that a weight norm can have whose parts have these shapes.
 
     ``(8, 1, 1)`` and ``(8, 4, 3)`` have dim 0; ``()`` and ``(8, 4, 3)`` have ``dim=None``, one norm
@@ -190,7 +190,7 @@ def _make_weight_norm(
     v: str,
 ) -> Reparametrization | None:
     size, direction = get_float_spec(tensors, g), get_float_spec(tensors, v)
-    if size is None or direction is None or not weight_norm_dims(size.shape, direction.shape):
+    if size is None or direction is None or not find_weight_norm_dims(size.shape, direction.shape):
         return None
     keys = {"g": g, "v": v}
     return Reparametrization(module, tensor, "weight_norm", spelling, direction.shape, keys)

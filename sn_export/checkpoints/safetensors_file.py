@@ -218,7 +218,7 @@ def write_safetensors(
         return [folder / name]
     files, weight_map = [], {}
     for number, keys in enumerate(shards, 1):
-        shard = shard_name(name, number, len(shards))
+        shard = name_shard(name, number, len(shards))
         _write(folder / shard, keys, specs, entries, texts, written)
         files.append(folder / shard)
         weight_map.update(dict.fromkeys(keys, shard))
@@ -231,7 +231,7 @@ def write_safetensors(
     return files
 
 
-def shard_name(name: str, number: int, count: int) -> str:
+def name_shard(name: str, number: int, count: int) -> str:
     """Return ``net-00001-of-00003.safetensors`` for the first of three of ``net.safetensors``."""
     return f"{name.removesuffix('.safetensors')}-{number:05d}-of-{count:05d}.safetensors"
 

@@ -55,8 +55,8 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
         )
     if path.suffix == ".safetensors":  # torch.load goes by that name, not by what is in the file
         with open_regular(path) as file:
-            return _torch_load(file, what, size, trust_pickle, unread, False)
-    return _torch_load(source, what, size, trust_pickle, unread, kind == "zip")
+            return _run_torch_load(file, what, size, trust_pickle, unread, False)
+    return _run_torch_load(source, what, size, trust_pickle, unread, kind == "zip")
 
 
 def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[str]) -> Any:
@@ -74,7 +74,7 @@ def read_torch_part(file: BinaryIO, what: str, trust_pickle: bool, unread: set[s
     _recognise(file, what, False)
     size = file.seek(0, os.SEEK_END)
     file.seek(0)
-    return _torch_load(file, what, size, trust_pickle, unread, False)
+    return _run_torch_load(file, what, size, trust_pickle, unread, False)
 
 
 def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any:
@@ -88,7 +88,7 @@ def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any
     return _load(lambda: reader(file).load(), what, content, trust_pickle)
 
 
-def _torch_load(
+def _run_torch_load(
     source: str | BinaryIO, what: str, size: int, trust_pickle: bool, unread: set[str], mmap: bool
 ) -> Any:
     if trust_pickle:
@@ -99,7 +99,7 @@ def _torch_load(
             "but its own; unset it: here nothing in a file is run either"
         )
     else:
-        module = _restricted_module(unread, size)
+        module = _make_restricted_module(unread, size)
 
     def read() -> Any:
         # Checked, since a file may give a sparse tensor indices that lie outside of it.
@@ -112,7 +112,7 @@ def _torch_load(
     return _load(read, what, f"its {format_count(size, 'byte')}", trust_pickle)
 
 
-def _restricted_module(unread: set[str], room: int) -> Any:
+def _make_restricted_module(unread: set[str], room: int) -> Any:
     """Return a stand-in for the module pickle, as `torch.load` takes one, for one file."""
 
     class Unpickler(RestrictedUnpickler):

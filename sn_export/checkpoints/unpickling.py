@@ -175,14 +175,14 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
 
     def _set_all(self, target: Any, pairs: list[Any]) -> None:
         if type(target) in (dict, OrderedDict, Counter, defaultdict):
-            for key, item in _pairs(pairs):  # not by update(): that of a Counter adds
+            for key, item in _make_pairs(pairs):  # not by update(): that of a Counter adds
                 target[key] = item
         elif type(target) is not Unread:
             raise ForbiddenPickleError(f"set entries of {describe_value(target)}")
 
     def _dict(self) -> None:
         pairs = self.pop_mark()  # which puts another stack in the place of this one
-        self.append(dict(_pairs(pairs)))
+        self.append(dict(_make_pairs(pairs)))
 
     def _add_items(self) -> None:
         values = self.pop_mark()
@@ -248,7 +248,7 @@ class RestrictedUnpickler(_Machine):  # type: ignore[misc]
     }
 
 
-def _pairs(items: list[Any]) -> list[tuple[Any, Any]]:
+def _make_pairs(items: list[Any]) -> list[tuple[Any, Any]]:
     return [(as_key(items[i]), items[i + 1]) for i in range(0, len(items), 2)]
 
 

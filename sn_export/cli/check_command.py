@@ -23,8 +23,8 @@ from .console import (
     print_note,
     print_notes_of_checkpoint,
     print_warnings,
-    progress,
     show_parity,
+    show_progress,
 )
 from .options import ModelOptions, Parsed, ProofOptions, parse_factory, refuse_options
 
@@ -94,7 +94,7 @@ class CheckCommand(ModelOptions, ProofOptions):
     def _replay_case(self, case: Path) -> None:
         if not case.is_file():
             raise UsageError(f"there is no case '{case}'")
-        with progress() as show:
+        with show_progress() as show:
             show(f"replaying {case}")
             parity = self._replay(self.file, case)
         if self.as_json:
@@ -114,7 +114,7 @@ class CheckCommand(ModelOptions, ProofOptions):
 
     def _compare(self, checkpoint: Path, factory: str) -> None:
         self.require_files(checkpoint)
-        with progress() as show, collect_warnings() as warned:
+        with show_progress() as show, collect_warnings() as warned:
             from ..proving import check_parity
             from ..running import describe_left_out, draw_references, preserved, run_reference
             from .model_factory import prepare_model
@@ -151,7 +151,7 @@ class CheckCommand(ModelOptions, ProofOptions):
                 f"folder '{self.file}' holds no case: no NAME.onnx with NAME.npz beside it"
             )
         done = []
-        with progress() as show:
+        with show_progress() as show:
             for count, file in enumerate(files):
                 show(f"replaying {file}, {count + 1} of {len(files)}")
                 done.append(self._replay_one(file))

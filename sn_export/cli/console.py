@@ -65,7 +65,7 @@ def print_json(content: Mapping[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
+def show_progress() -> Iterator[Callable[[str], None]]:
     """Yield a function that shows the current step; without a terminal it shows nothing.
 
     Output of the model meanwhile goes to stderr, since stdout is for the answer alone.

@@ -14,7 +14,7 @@ import typer
 from ..errors import UsageError
 from ..results import OrthogonalMap, Respellable, Spelling
 from ..text import format_count
-from .console import print_json, print_line, print_note, progress
+from .console import print_json, print_line, print_note, show_progress
 from .options import CheckpointArgument, CheckpointOptions, Parsed, require_checkpoint
 
 _SIZE = re.compile(r"(?P<number>\d+(?:\.\d+)?) *(?P<unit>[KMGT]i?B|B)?", re.IGNORECASE)
@@ -71,7 +71,7 @@ class ConvertCommand(CheckpointOptions):
     def run(self) -> None:
         """Convert, and print what was changed and written."""
         require_checkpoint(self.checkpoint)
-        with progress() as show:
+        with show_progress() as show:
             from ..checkpoints import convert_checkpoint
 
             made = convert_checkpoint(

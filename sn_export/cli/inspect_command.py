@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..files import starts_as_onnx
 from ..results import FileInput
 from ..text import format_count
-from .console import format_number, print_json, print_line, print_note, print_table, progress
+from .console import format_number, print_json, print_line, print_note, print_table, show_progress
 from .onnx_command import require_apart, require_report, write_report
 from .options import CheckpointArgument, CheckpointOptions, refuse_options, require_checkpoint
 
@@ -54,7 +54,7 @@ class InspectCommand(CheckpointOptions):
         if self._is_onnx():
             self._inspect_onnx()
             return
-        with progress() as show:
+        with show_progress() as show:
             from ..checkpoints import inspect_checkpoint
 
             found = inspect_checkpoint(

@@ -29,9 +29,9 @@ from .console import (
     print_note,
     print_notes_of_checkpoint,
     print_warnings,
-    progress,
     show_frozen,
     show_parity,
+    show_progress,
 )
 from .options import (
     CheckpointArgument,
@@ -219,7 +219,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
         """Export and prove; raise `typer.Exit` with code 1 if the outputs differ."""
         self._require_possible()
         failed: ParityError | None = None
-        with progress() as show, collect_warnings() as warned:
+        with show_progress() as show, collect_warnings() as warned:
             from ..exporting import require_metadata
             from ..freezing import find_suspects
             from .model_factory import prepare_model

@@ -6,7 +6,7 @@ from .markdown import to_markdown
 from .writing import (
     INSPECTION_SUFFIXES,
     REPORT_SUFFIXES,
-    file_facts,
+    collect_file_facts,
     require_report_path,
     save_inspection,
     save_report,
@@ -17,7 +17,7 @@ __all__ = [
     "REPORT_SUFFIXES",
     "ReportView",
     "as_content",
-    "file_facts",
+    "collect_file_facts",
     "inspection_to_html",
     "read_report",
     "require_report_path",

@@ -90,10 +90,10 @@ def read_report(report: Report) -> ReportView:
         parity = content["parity"]
         return ReportView(
             content,
-            _verdict(parity),
-            tuple(_details(content, parity)),
-            tuple(_facts(content, parity)),
-            _first_outside(parity),
+            _format_verdict(parity),
+            tuple(_iter_details(content, parity)),
+            tuple(_iter_facts(content, parity)),
+            _find_first_outside(parity),
         )
 
 
@@ -108,24 +108,24 @@ def errors_of_content() -> Iterator[None]:
         raise ValueError(f"this is not the content of a report: {error}") from error
 
 
-def module_name(entry: Mapping[str, Any]) -> str:
+def name_module(entry: Mapping[str, Any]) -> str:
     """Return the path of a module: ``"body.0"``, or ``"body.0 (call 2)"`` for its second call."""
     call = f" (call {entry['call'] + 1})" if entry["call"] else ""
     return f"{entry['module'] or '(the model)'}{call}"
 
 
-def tensor_name(entry: Mapping[str, Any]) -> str:
+def name_tensor(entry: Mapping[str, Any]) -> str:
     """Return the qualified name of a frozen tensor."""
     return qualify(entry["module"], entry["tensor"])
 
 
-def own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
+def select_own_metadata(metadata: Mapping[str, str]) -> dict[str, str]:
     """Return the metadata of a file without the keys that have tables of their own on the page."""
     shown = ("sn_export.frozen", "sn_export.versions")
     return {key: text for key, text in metadata.items() if key not in shown}
 
 
-def dynamic_dims(entry: Mapping[str, Any]) -> str:
+def format_dynamic_dims(entry: Mapping[str, Any]) -> str:
     """Return which dimensions of an input vary: ``0: batch``, or ``none``."""
     named = (f"{i}: {size}" for i, size in enumerate(entry["shape"]) if isinstance(size, str))
     return ", ".join(named) or "none"
@@ -200,7 +200,7 @@ def format_shape(sizes: Sequence[int | str]) -> str:
     return " × ".join(map(str, sizes)) or "scalar"
 
 
-def _verdict(parity: Mapping[str, Any]) -> str:
+def _format_verdict(parity: Mapping[str, Any]) -> str:
     outputs: Sequence[Any] = parity["outputs"]
     sets = parity["samples"]
     over = format_count(sets, "input set")
@@ -216,7 +216,7 @@ def _verdict(parity: Mapping[str, Any]) -> str:
     return f"Not proved: {what} outside tolerance on {over}"
 
 
-def _details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[str]:
+def _iter_details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[str]:
     for output in parity["outputs"]:
         if output["reason"]:
             yield f"{output['name']}: {output['reason']}."
@@ -224,19 +224,19 @@ def _details(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[
             yield f"{output['name']}: {output['verdict']}."
     if not parity["passed"]:
         if parity["divergence"]:
-            yield _sentence(parity["divergence"]["reason"])
+            yield _make_sentence(parity["divergence"]["reason"])
         if "target" in content:
             yield f"'{content['target']}' was not written."
     said = content.get("notes", ())  # the command line has the warnings among its notes
-    yield from (_sentence(note) for note in parity.get("notes", ()) if note not in said)
+    yield from (_make_sentence(note) for note in parity.get("notes", ()) if note not in said)
     yield from said
 
 
-def _sentence(text: str) -> str:
+def _make_sentence(text: str) -> str:
     return text[:1].upper() + text[1:] + ("" if text.endswith((".", "!", "?")) else ".")
 
 
-def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+def _iter_facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     if content.get("model"):
         yield "model", content["model"]
     if "target" in content:
@@ -255,7 +255,7 @@ def _facts(content: Mapping[str, Any], parity: Mapping[str, Any]) -> Iterator[tu
         yield "proved as a copy in", parity["proof_dtype"]
 
 
-def _first_outside(parity: Mapping[str, Any]) -> int | None:
+def _find_first_outside(parity: Mapping[str, Any]) -> int | None:
     for i, entry in enumerate(parity["modules"]):
         if not entry["passed"] and entry["module"] == parity["first_divergent"]:
             return i

@@ -19,8 +19,8 @@ from .content import (
     format_deviation,
     format_error,
     format_sigma,
-    module_name,
-    tensor_name,
+    name_module,
+    name_tensor,
 )
 
 _LEAST = 0.8  # percent: the width of the smallest bar, so that what is not zero can be seen
@@ -97,7 +97,7 @@ class Columns:
 def chart_sigma(frozen: Sequence[Mapping[str, Any]]) -> BarChart | None:
     """Return a chart of each stored sigma above the true one, from 0; None without values."""
     found = [
-        (tensor_name(entry), as_number(entry["sigma"]), as_number(entry["sigma_exact"]))
+        (name_tensor(entry), as_number(entry["sigma"]), as_number(entry["sigma_exact"]))
         for entry in frozen
         if "sigma" in entry
     ]
@@ -149,7 +149,7 @@ def chart_modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> Ba
         passed = entry["passed"]
         bar = Bar(0.0, width(value), format_error(value), "value" if passed else "bad")
         mark = "✗ first outside" if i == first else "" if passed else "✗ outside"
-        rows.append(Row(f"{module_name(entry)} · {entry['type']}", (bar,), mark))
+        rows.append(Row(f"{name_module(entry)} · {entry['type']}", (bar,), mark))
     return BarChart(tuple(rows), tuple(_mark_decades(low, high)))
 
 
@@ -173,11 +173,11 @@ def describe_worst_sigma(frozen: Sequence[Mapping[str, Any]]) -> str:
     if off:
         _, worst = max(off, key=lambda pair: pair[0])
         far = format_deviation(worst["sigma"], worst["sigma_exact"])
-        return f"Furthest from the true sigma: {tensor_name(worst)}, {far}."
+        return f"Furthest from the true sigma: {name_tensor(worst)}, {far}."
     if not normed:
         return ""
     largest = max(normed, key=lambda entry: as_number(entry["sigma"]))
-    return f"Largest sigma: {tensor_name(largest)}, {format_sigma(largest['sigma'])}."
+    return f"Largest sigma: {name_tensor(largest)}, {format_sigma(largest['sigma'])}."
 
 
 def describe_worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
@@ -188,7 +188,7 @@ def describe_worst_module(modules: Sequence[Mapping[str, Any]]) -> str:
         return math.inf if math.isnan(value) else value
 
     worst = max(modules, key=error)
-    return f"Largest error: {module_name(worst)}, {format_error(worst['max_abs'])}."
+    return f"Largest error: {name_module(worst)}, {format_error(worst['max_abs'])}."
 
 
 def chart_histogram(output: Mapping[str, Any]) -> Columns | None:

@@ -22,8 +22,8 @@ def to_html(report: content.Report) -> str:
 
     Args:
         report: an `sn_export.ExportReport`, an `sn_export.ParityReport`, or the content of the
-            JSON of one. Its keys ``command`` (the command line) and ``files`` (see `file_facts`)
-            are shown too.
+            JSON of one. Its keys ``command`` (the command line) and ``files`` (see
+            `collect_file_facts`) are shown too.
 
     Raises:
         TypeError: for what is no report.
@@ -31,7 +31,7 @@ def to_html(report: content.Report) -> str:
     """
     view = content.read_report(report)
     with content.errors_of_content():
-        page = _template("report.html").render(
+        page = _load_template("report.html").render(
             view=view,
             report=view.content,
             parity=view.parity,
@@ -65,7 +65,7 @@ def inspection_to_html(inspection: Mapping[str, Any]) -> str:
     with content.errors_of_content():
         layers = inspection["layers"]
         normed = [layer for layer in layers if layer["sigma"] is not None]
-        page = _template("checkpoint.html").render(
+        page = _load_template("checkpoint.html").render(
             found=inspection,
             normed=normed,
             measured=normed or any(layer["sigma_exact"] is not None for layer in layers),
@@ -77,7 +77,7 @@ def inspection_to_html(inspection: Mapping[str, Any]) -> str:
 
 
 @functools.cache
-def _template(name: str) -> jinja2.Template:
+def _load_template(name: str) -> jinja2.Template:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("sn_export.reporting"),
         autoescape=True,
@@ -87,7 +87,7 @@ def _template(name: str) -> jinja2.Template:
         lstrip_blocks=True,
     )
     environment.filters.update(
-        with_breaks=_with_breaks,
+        with_breaks=_add_breaks,
         error=content.format_error,
         sigma=content.format_sigma,
         element=content.format_element,
@@ -95,18 +95,18 @@ def _template(name: str) -> jinja2.Template:
         deviation=content.format_deviation,
         bytes=content.format_size,
         shape=content.format_shape,
-        dynamic_dims=content.dynamic_dims,
+        dynamic_dims=content.format_dynamic_dims,
         make_strip=drawings.make_strip,
         describe_worst_sigma=drawings.describe_worst_sigma,
         describe_worst_module=drawings.describe_worst_module,
-        own_metadata=content.own_metadata,
-        module_name=content.module_name,
-        tensor_name=content.tensor_name,
+        own_metadata=content.select_own_metadata,
+        module_name=content.name_module,
+        tensor_name=content.name_tensor,
     )
     return environment.get_template(name)
 
 
-def _with_breaks(text: str) -> markupsafe.Markup:
+def _add_breaks(text: str) -> markupsafe.Markup:
     """Return a key as markup that a browser may break behind ``.``, ``_``, ``-`` and ``/``.
 
     Example: ``body.0.weight`` is ``body.<wbr>0.<wbr>weight``.

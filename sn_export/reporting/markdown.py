@@ -16,9 +16,9 @@ from .content import (
     format_error,
     format_shape,
     format_sigma,
-    module_name,
+    name_module,
+    name_tensor,
     read_report,
-    tensor_name,
 )
 
 _ROWS = 20  # of each table; the HTML report holds all
@@ -42,22 +42,22 @@ def to_markdown(report: Report) -> str:
     view = read_report(report)
     with errors_of_content():
         parts = [
-            f"### {'✅' if view.parity['passed'] else '❌'} {_text(view.verdict)}",
-            *(_text(sentence) for sentence in view.details),
-            _outputs(view.parity["outputs"]),
-            _inputs(view.content.get("inputs", ())),
-            _modules(view.parity["modules"], view.first),
-            _frozen(view.content.get("frozen", ())),
-            _made(view),
+            f"### {'✅' if view.parity['passed'] else '❌'} {_escape_text(view.verdict)}",
+            *(_escape_text(sentence) for sentence in view.details),
+            _write_outputs(view.parity["outputs"]),
+            _write_inputs(view.content.get("inputs", ())),
+            _write_modules(view.parity["modules"], view.first),
+            _write_frozen(view.content.get("frozen", ())),
+            _write_origin(view),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
+def _write_outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
     ordered = sorted(outputs, key=lambda output: bool(output["passed"]))  # failures come first
     rows = [
         (
-            _code(output["name"]),
+            _quote_code(output["name"]),
             "passed" if output["passed"] else "**failed**",
             *(format_error(output[key]) for key in ("max_abs", "max_rel", "mean_abs")),
             f"{format_error(output['atol'])} + {format_error(output['rtol'])} · ref",
@@ -65,96 +65,102 @@ def _outputs(outputs: Sequence[Mapping[str, Any]]) -> str:
         for output in ordered[:_ROWS]
     ]
     head = ("output", "result", "max abs", "max rel", "mean abs", "tolerance")
-    return _table(head, rows, len(ordered))
+    return _write_table(head, rows, len(ordered))
 
 
-def _inputs(inputs: Sequence[Mapping[str, Any]]) -> str:
+def _write_inputs(inputs: Sequence[Mapping[str, Any]]) -> str:
     if not inputs:
         return ""
     rows = [
-        (_code(one["name"]), _code(one["dtype"]), _code(format_shape(one["shape"])))
+        (
+            _quote_code(one["name"]),
+            _quote_code(one["dtype"]),
+            _quote_code(format_shape(one["shape"])),
+        )
         for one in inputs[:_ROWS]
     ]
-    return _table(("input", "dtype", "shape"), rows, len(inputs))
+    return _write_table(("input", "dtype", "shape"), rows, len(inputs))
 
 
-def _modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> str:
+def _write_modules(modules: Sequence[Mapping[str, Any]], first: int | None) -> str:
     if first is None:
         return ""
     start = max(0, first - _AROUND)
     rows = [
         (
-            _code(module_name(entry)),
-            _code(entry["type"]),
+            _quote_code(name_module(entry)),
+            _quote_code(entry["type"]),
             format_error(entry["max_abs"]),
             "within" if entry["passed"] else "**first outside**" if i == first else "outside",
         )
         for i, entry in enumerate(modules[start : first + _AROUND + 1], start)
     ]
     head = ("module", "type", "max abs", "tolerance")
-    return "Modules around the first to differ, in network order:\n\n" + _table(head, rows)
+    return "Modules around the first to differ, in network order:\n\n" + _write_table(head, rows)
 
 
-def _frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
+def _write_frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
     if not frozen:
         return ""
     rows = [
         (
-            _code(tensor_name(entry)),
-            _code(entry["kind"]),
+            _quote_code(name_tensor(entry)),
+            _quote_code(entry["kind"]),
             format_shape(entry["shape"]),
-            *(_sigma(entry.get(key)) for key in ("sigma", "sigma_exact")),
+            *(_format_sigma(entry.get(key)) for key in ("sigma", "sigma_exact")),
         )
         for entry in frozen[:_ROWS]
     ]
     head = ("tensor", "kind", "shape", "sigma stored", "sigma true")
-    return _details(format_count(len(frozen), "frozen tensor"), _table(head, rows, len(frozen)))
+    return _write_details(
+        format_count(len(frozen), "frozen tensor"), _write_table(head, rows, len(frozen))
+    )
 
 
-def _sigma(value: Number) -> str:
+def _format_sigma(value: Number) -> str:
     return "–" if value is None else format_sigma(value)
 
 
-def _made(view: ReportView) -> str:
+def _write_origin(view: ReportView) -> str:
     content = view.content
     facts = [*view.facts, *content.get("versions", {}).items()]
-    rows = [(_text(name), _code(text)) for name, text in facts]
+    rows = [(_escape_text(name), _quote_code(text)) for name, text in facts]
     for name, facts_of_file in content.get("files", {}).items():
-        rows.append((f"sha256 of {_code(name)}", _code(facts_of_file["sha256"])))
+        rows.append((f"sha256 of {_quote_code(name)}", _quote_code(facts_of_file["sha256"])))
     if content.get("command"):
-        rows.append(("command", _code(content["command"])))
-    return _details("How it was made", _table(("", ""), rows))
+        rows.append(("command", _quote_code(content["command"])))
+    return _write_details("How it was made", _write_table(("", ""), rows))
 
 
-def _details(summary: str, body: str) -> str:
+def _write_details(summary: str, body: str) -> str:
     return f"<details><summary>{summary}</summary>\n\n{body}\n\n</details>"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], count: int = 0) -> str:
-    lines = [_row(head), _row(["---"] * len(head)), *map(_row, rows)]
+def _write_table(head: Sequence[str], rows: Iterable[Sequence[str]], count: int = 0) -> str:
+    lines = [_write_row(head), _write_row(["---"] * len(head)), *map(_write_row, rows)]
     left = count - (len(lines) - 2)
     text = "\n".join(lines)
     return f"{text}\n\nand {left} more" if left > 0 else text
 
 
-def _row(cells: Sequence[str]) -> str:
+def _write_row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _code(text: str) -> str:
+def _quote_code(text: str) -> str:
     """Return untrusted text as code, in which nothing becomes a link, a tag or another cell."""
-    text = _line(text)
+    text = _shorten_line(text)
     longest = max((len(list(run)) for char, run in groupby(text) if char == "`"), default=0)
     fence = "`" * (longest + 1)
     space = " " if text.startswith("`") or text.endswith("`") or not text.strip() else ""
     return f"{fence}{space}{text.replace('|', chr(92) + '|')}{space}{fence}"
 
 
-def _text(text: str) -> str:
+def _escape_text(text: str) -> str:
     """Return untrusted text as a sentence, in which no letter is markup."""
-    return _NUMBERED.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", _line(text)))
+    return _NUMBERED.sub(r"\1\\.", _SPECIAL.sub(r"\\\1", _shorten_line(text)))
 
 
-def _line(text: str) -> str:
+def _shorten_line(text: str) -> str:
     text = escape_unprintable(" ".join(text.split()))
     return text if len(text) <= _LONGEST else text[: _LONGEST - 2] + " …"

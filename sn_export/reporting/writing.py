@@ -43,7 +43,7 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
     target = require_report_path(path)
     content = as_content(report)
     if content.get("path") and "files" not in content:
-        content["files"] = file_facts(Path(content["path"]))
+        content["files"] = collect_file_facts(Path(content["path"]))
     if command:
         content["command"] = command
     if target.suffix == ".json":
@@ -104,7 +104,7 @@ def require_report_path(
     return target
 
 
-def file_facts(path: Path) -> dict[str, dict[str, Any]]:
+def collect_file_facts(path: Path) -> dict[str, dict[str, Any]]:
     """Return ``bytes`` and ``sha256`` of an ONNX file, and of its external data if it has any.
 
     Example: ``{"net.onnx": {"bytes": 812, "sha256": "9f86..."}}``; empty if the file is absent.
@@ -113,14 +113,14 @@ def file_facts(path: Path) -> dict[str, dict[str, Any]]:
         return {}
     data = name_side_file(path)
     # A data file whose name does not occur in the model is left over from an earlier export.
-    facts, has_data = _facts(path, data.name.encode())
+    facts, has_data = _collect_facts(path, data.name.encode())
     found = {path.name: facts}
     if has_data and data.is_file():
-        found[data.name], _ = _facts(data)
+        found[data.name], _ = _collect_facts(data)
     return found
 
 
-def _facts(path: Path, name: bytes = b"") -> tuple[dict[str, Any], bool]:
+def _collect_facts(path: Path, name: bytes = b"") -> tuple[dict[str, Any], bool]:
     """Return size and hash of a file, and whether ``name`` occurs in it, in bounded memory."""
     digest, count, has_name, tail = hashlib.sha256(), 0, False, b""
     with path.open("rb") as file:

@@ -17,7 +17,7 @@ from hostile_texts import HOSTILE
 from report_contents import LONG, NASTY, content, frozen, module, output
 
 from sn_export import export_onnx
-from sn_export.reporting import as_content, file_facts, save_report, to_html, to_markdown
+from sn_export.reporting import as_content, collect_file_facts, save_report, to_html, to_markdown
 
 needs_browser = pytest.mark.skipif(
     BROWSER is None,
@@ -266,12 +266,12 @@ def test_hash_of_external_data(tmp_path: Path, external: bool) -> None:
     export_onnx(
         small_net("hook"), images(), path, exporter="torchscript", external_data=external, samples=0
     )
-    facts = file_facts(path)
+    facts = collect_file_facts(path)
     assert list(facts) == (["net.onnx", "net.onnx.data"] if external else ["net.onnx"])
     for name, found in facts.items():
         data = (tmp_path / name).read_bytes()
         assert found == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-    assert file_facts(tmp_path / "nothing.onnx") == {}
+    assert collect_file_facts(tmp_path / "nothing.onnx") == {}
 
 
 @pytest.mark.parametrize(
