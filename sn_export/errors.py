@@ -5,9 +5,18 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from .text import escape_lines, escape_unprintable
+
 
 class SnExportError(Exception):
-    """Base of every error that sn_export raises on purpose."""
+    """Base of every error that sn_export raises on purpose.
+
+    A message may hold names from files, and Python prints it on the terminal: it is escaped here,
+    but for line breaks, which some messages have.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*map(escape_lines, args))
 
 
 class FreezeError(SnExportError):
@@ -34,7 +43,10 @@ class FreezeError(SnExportError):
 
 
 class SnExportWarning(UserWarning):
-    """Base of every warning that sn_export gives."""
+    """Base of every warning that sn_export gives, one line; it is escaped as an error is."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*map(escape_unprintable, map(str, args)))
 
 
 class FrozenWeightChangedWarning(SnExportWarning):
@@ -86,7 +98,10 @@ class MissingRuntimeError(ExportError, ImportError):
 
 
 class CheckpointError(SnExportError):
-    """A checkpoint cannot be read, be understood, fit a model, or be written."""
+    """A checkpoint cannot be read, be understood, fit a model, or be written; one line says why."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(escape_unprintable(message))
 
 
 class UsageError(SnExportError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 import re
@@ -46,6 +47,13 @@ def escape_unprintable(text: str) -> str:
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
+def escape_lines(value: Any) -> Any:
+    """Return a text with each of its lines escaped, and any other value as it is."""
+    if not isinstance(value, str):
+        return value
+    return "\n".join(map(escape_unprintable, value.split("\n")))
+
+
 def quote_name(name: object) -> str:
     """Return a name or path in quotes and escaped, without the middle of a very long one."""
     text = str(name)
@@ -86,6 +94,15 @@ def join_lines(text: str) -> str:
 def strip_frames(text: str) -> str:
     """Return the text of an error without the stack frames that torch's C++ code appends."""
     return _FRAMES.split(text, maxsplit=1)[0]
+
+
+def format_json(content: Any) -> str:
+    """Return JSON in ASCII, all of it printable, whatever texts it holds.
+
+    Raises:
+        ValueError: for NaN and infinities, which `to_json_values` replaces.
+    """
+    return json.dumps(content, indent=2, allow_nan=False).replace("\x7f", r"\u007f")
 
 
 def to_json_values(value: Any) -> Any:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..files import open_regular
-from ..text import quote_name, quote_names
+from ..text import escape_unprintable, quote_name, quote_names
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
 from .first_bytes import is_of_torch, read_head, require_torch
@@ -114,8 +114,10 @@ def read_npz(path: Path) -> dict[str, Tensor]:
                 return {name: _as_tensor(arrays[name]) for name in arrays.files}
     except Exception as error:  # numpy raises many kinds for a broken file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"'{path}' is no .npz of numeric arrays: {reason}") from error
-    raise ValueError(f"'{path}' {too_large}; save it with np.savez")
+        raise ValueError(
+            f"{quote_name(path)} is no .npz of numeric arrays: {escape_unprintable(reason)}"
+        ) from error
+    raise ValueError(f"{quote_name(path)} {too_large}; save it with np.savez")
 
 
 def _as_tensor(array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> Tensor:

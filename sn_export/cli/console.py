@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import logging
 import math
 import os
@@ -19,7 +18,14 @@ import typer
 from ..errors import SnExportWarning, UsageError
 from ..freezing import ParametrizationInfo, SpectralNormInfo
 from ..results import Divergence, ParityReport
-from ..text import escape_unprintable, join_lines, strip_frames, to_json_values
+from ..text import (
+    escape_lines,
+    escape_unprintable,
+    format_json,
+    join_lines,
+    strip_frames,
+    to_json_values,
+)
 
 # click's UsageError: some versions of typer depend on click, and others hold a copy of it.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__bases__[0]
@@ -43,7 +49,7 @@ def errors_as_messages(debug: bool) -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except (Exception, SystemExit) as error:  # a network's own code may call sys.exit
         if debug:
-            traceback.print_exc()
+            print(escape_lines(traceback.format_exc().expandtabs()), end="", file=sys.stderr)
         else:
             print_note(_describe_error(error))
         raise typer.Exit(BAD_INPUT) from error
@@ -61,7 +67,7 @@ def print_line(text: str) -> None:
 
 def print_json(content: Mapping[str, Any]) -> None:
     """Print JSON on stdout; NaN becomes null and an infinity a string, as in a report."""
-    print(json.dumps(to_json_values(content), indent=2, allow_nan=False))
+    print(format_json(to_json_values(content)))
 
 
 @contextlib.contextmanager

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import Drafts, as_path, name_side_file, publish, require_place
-from ..text import to_json_values
+from ..text import format_json, to_json_values
 from .content import Report, as_content
 from .html import inspection_to_html, to_html
 from .markdown import to_markdown
@@ -47,7 +46,7 @@ def save_report(report: Report, path: str | os.PathLike[str], *, command: str = 
     if command:
         content["command"] = command
     if target.suffix == ".json":
-        text = _to_json(content)
+        text = f"{format_json(content)}\n"
     else:
         text = (to_html if target.suffix == ".html" else to_markdown)(content)
     return _write(text, target)
@@ -75,12 +74,8 @@ def save_inspection(
     target = require_report_path(path, INSPECTION_SUFFIXES)
     content = to_json_values(dict(inspection)) | ({"command": command} if command else {})
     if target.suffix == ".json":
-        return _write(_to_json(content), target)
+        return _write(f"{format_json(content)}\n", target)
     return _write(inspection_to_html(content), target)
-
-
-def _to_json(content: Mapping[str, Any]) -> str:
-    return json.dumps(content, indent=2, allow_nan=False) + "\n"
 
 
 def _write(text: str, target: Path) -> Path:

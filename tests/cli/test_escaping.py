@@ -5,14 +5,20 @@
 
 from __future__ import annotations
 
+import json
+import pickle
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
-from cli_running import Run, runner
+from cli_running import CRITIC, Run, runner
 from hostile_texts import HOSTILE
 
-from sn_export.cli.console import print_note, print_table
+from sn_export import ExportError, FreezeError
+from sn_export.checkpoints import convert_checkpoint
+from sn_export.cli.console import print_json, print_note, print_table
+from sn_export.errors import CheckpointError, SnExportWarning
 from sn_export.text import escape_unprintable, join_lines, quote_name, quote_names
 
 READABLE = ["body.0.weight", "größe", "重み", "[red]x[/red]", ":smile:", "a\\b", "😀", ""]
@@ -72,6 +78,49 @@ def test_names_of_files(kind: str, run: Run) -> None:
     ran = run("inspect", HOSTILE[kind].replace("/", "_") + ".pt")
     assert ran.code == 2
     _require_clean(ran.out + ran.err)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_messages_of_the_api(kind: str, tmp_path: Path) -> None:
+    """Python prints an error on the terminal too: it holds nothing unprintable, pickled or not."""
+    weights = {"weight_orig": torch.eye(3, 2) / 0, "weight_u": torch.ones(3)}
+    torch.save({f"{HOSTILE[kind]}.{key}": value for key, value in weights.items()}, tmp_path / "a")
+    with pytest.raises(CheckpointError) as caught:
+        convert_checkpoint(tmp_path / "a", tmp_path / "b.pt", "plain")
+    assert str(caught.value).isprintable()
+    text = HOSTILE[kind].replace("\n", "")
+    for error in (ExportError(f"one\n{text}"), FreezeError("a", text, text)):
+        for one in (error, pickle.loads(pickle.dumps(error))):
+            assert all(line.isprintable() for line in str(one).split("\n"))
+            assert str(one) == str(error)
+    assert len(str(ExportError("one\ntwo")).splitlines()) == 2
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_warnings_of_the_api(kind: str) -> None:
+    """A warning is one printable line, in whatever way it is shown."""
+    with pytest.warns(SnExportWarning) as caught:
+        warnings.warn(HOSTILE[kind], SnExportWarning, stacklevel=1)
+    assert str(caught[0].message) == escape_unprintable(HOSTILE[kind])
+
+
+def test_traceback_is_escaped_too(run: Run) -> None:
+    """With --debug the errors that led to the message are shown, and escaped line by line."""
+    Path("\x1b[2J.npz").write_bytes(b"PK")
+    torch.save({}, "a.pt")
+    ran = run("onnx", "a.pt", *CRITIC, "--input-file", "\x1b[2J.npz", "-o", "o.onnx", "--debug")
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err.startswith("Traceback (most recent call last):\n")
+    _require_clean(ran.err)
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_json_is_printable(kind: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """JSON on the terminal is printable too, and says the same."""
+    print_json({"name": HOSTILE[kind]})
+    shown = capsys.readouterr().out
+    assert all(line.isprintable() for line in shown.split("\n"))
+    assert json.loads(shown) == {"name": HOSTILE[kind]}
 
 
 def test_markup_and_emoji_codes(capsys: pytest.CaptureFixture[str]) -> None:
