@@ -29,10 +29,10 @@ from pathlib import Path
 
 from ..errors import SnExportWarning
 from .paths import require_place
-from .publishing import KEPT, PLAN, REPLACED, take_back
+from .publishing import KEPT, LOCK, PLAN, REPLACED, take_back
 
 _PREFIX = ".sn_export."
-_LOCK, _MADE = "lock", "made"
+_MADE = "made"
 # Where flock works by process and not by open file (NFS), one's own lock could be taken again.
 _own_folders: set[Path] = set()
 
@@ -135,11 +135,11 @@ def _make(folder: Path, locks: list[int]) -> None:
     while not locks:
         folder.mkdir(mode=0o700, exist_ok=True)
         try:
-            locks.append(_lock(folder / _LOCK, os.O_CREAT))
+            locks.append(_lock(folder / LOCK, os.O_CREAT))
         except (FileNotFoundError, BlockingIOError):  # another process removes it as left behind
             time.sleep(0.01)
         except OSError:
-            (folder / _LOCK).unlink(missing_ok=True)
+            (folder / LOCK).unlink(missing_ok=True)
             break
     (folder / _MADE).mkdir()
 
@@ -177,10 +177,10 @@ def _remove_leftovers(parent: Path) -> None:
     locks: dict[Path, int] = {}
     try:
         for folder in found:
-            if folder in _own_folders or (folder / KEPT).exists():
+            if folder in _own_folders or os.path.lexists(folder / KEPT):
                 continue
             try:
-                locks[folder] = _lock(folder / _LOCK)
+                locks[folder] = _lock(folder / LOCK)
             except BlockingIOError:  # by a living process
                 continue
             except OSError as error:
@@ -218,12 +218,12 @@ def _warn_of_leftover(folder: Path, error: OSError) -> None:
 
 def _remove(folder: Path) -> None:
     """Remove a folder of drafts, its lock last, so that the rest can be removed after a kill."""
-    if (folder / KEPT).exists():
+    if os.path.lexists(folder / KEPT):
         return
     with contextlib.suppress(OSError):
         (folder / PLAN).unlink()  # first: it holds while all drafts are there
     for name in (_MADE, REPLACED):
         shutil.rmtree(folder / name, ignore_errors=True)
     with contextlib.suppress(OSError):
-        (folder / _LOCK).unlink(missing_ok=True)
+        (folder / LOCK).unlink(missing_ok=True)
         folder.rmdir()

@@ -11,7 +11,10 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-REPLACED, KEPT, PLAN = "replaced", "kept", "plan"
+from .paths import open_regular
+
+LOCK, REPLACED, KEPT, PLAN = "lock", "replaced", "kept", "plan"
+_LONGEST_PLAN = 2**27  # bytes: more of a plan is not read
 
 
 def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> None:
@@ -130,7 +133,7 @@ def _write_plan(folder: Path, steps: Sequence[tuple[Path, Path]]) -> None:
     """Write the moves to a file, for the process that finds the folder after a kill."""
     paths = [[os.path.abspath(path) for path in pair] for pair in steps]
     plan = folder / PLAN
-    plan.write_bytes(json.dumps({"folder": _identify(folder), "steps": paths}).encode())
+    plan.write_bytes(json.dumps({"lock": _identify(folder), "steps": paths}).encode())
     _flush(plan)
     _flush_folders([folder])
 
@@ -139,22 +142,27 @@ def take_back(folder: Path) -> None:
     """Take back the moves of a killed process, unless it had made the last one.
 
     A folder that was unpacked from an archive may hold any plan, which is not followed: a plan must
-    name the number that the disk has given its folder, which the author of an archive cannot know.
+    name the number and the time that the disk has given the lock beside it. Numbers can be guessed,
+    by an archive with many folders; the time, in nanoseconds, nobody can know or set.
     """
     try:
-        plan = json.loads((folder / PLAN).read_bytes())
+        with open_regular(folder / PLAN) as file:
+            plan = json.loads(file.read(_LONGEST_PLAN))
         steps = [(Path(source), Path(place)) for source, place in plan["steps"]]
         made, target = steps[-1]
-        is_ours = plan["folder"] == _identify(folder)
+        is_ours = plan["lock"] == _identify(folder)
         if is_ours and os.path.lexists(made) and not os.path.lexists(target):
             _move_back(steps[:-1])
-    except (OSError, ValueError, KeyError, TypeError, IndexError):
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
         return  # the plan is half written, so nothing was moved; or its folders are gone
 
 
 def _identify(folder: Path) -> list[int]:
-    found = folder.stat()
-    return [found.st_dev, found.st_ino]
+    """Return what only the disk knows of the lock; nothing where files cannot be locked."""
+    with contextlib.suppress(FileNotFoundError):
+        found = os.lstat(folder / LOCK)
+        return [found.st_dev, found.st_ino, found.st_ctime_ns]
+    return []
 
 
 def _undo(done: Sequence[tuple[Path, Path]]) -> None:
