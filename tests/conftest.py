@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import importlib
 import random
 
 import numpy as np
@@ -37,11 +38,18 @@ def _nothing_old_to_collect() -> None:
     gc.freeze()
 
 
+# What torch's dynamo exporter finds out anew at each export, which takes it most of its time: the
+# operators that there are, and the types that each of its 540 translations takes.
+_FOUND_ANEW = {
+    "torch._export.utils": "_materialize_cpp_cia_ops",
+    "torch.onnx._internal.exporter._schemas": "op_signature_from_function",
+}
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _operators_are_looked_up_once() -> None:
-    """Spare the dynamo exporter a third of its time: torch looks for new operators 54 times."""
-    from torch._export import utils
-
-    name = "_materialize_cpp_cia_ops"
-    if hasattr(utils, name):
-        setattr(utils, name, functools.cache(getattr(utils, name)))
+    """Spare the exports of the tests what is the same at each."""
+    for module, name in _FOUND_ANEW.items():
+        place = importlib.import_module(module)
+        if hasattr(place, name):  # torch 2.6 has others
+            setattr(place, name, functools.cache(getattr(place, name)))
