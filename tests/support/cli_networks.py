@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import warnings
 from collections import OrderedDict
 from pathlib import Path
@@ -188,11 +190,20 @@ def trained(model: nn.Module, *inputs: Tensor, steps: int = 3) -> nn.Module:
 
 
 def trained_critic(kind: Kind = "hook", seed: int = 0) -> Critic:
-    """Return a critic in eval mode that has been trained a little."""
+    """Return a critic in eval mode that has been trained a little, and leave the seed behind it."""
+    model, state = _train_critic(kind, seed)
+    torch.set_rng_state(state)
+    return copy.deepcopy(model)
+
+
+@functools.cache
+def _train_critic(kind: Kind, seed: int) -> tuple[Critic, Tensor]:
     torch.manual_seed(seed)
-    model = Critic(kind)
-    trained(model, torch.randn(4, 3, 8, 8))
-    return model.eval()
+    model, x = Critic(kind), torch.randn(4, 3, 8, 8)
+    trained(model, x).eval()
+    with torch.no_grad():
+        model(x)  # a weight that a hook has computed under gradients cannot be copied
+    return model, torch.get_rng_state()
 
 
 def prefixed(state: dict[str, Any], prefix: str) -> OrderedDict[str, Any]:
