@@ -85,9 +85,7 @@ class RunningErrors:
         difference = (left - right).abs_() if is_finite else _measure_difference(expected, got)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
-        worst = int(
-            (difference if is_finite else difference.nan_to_num(math.inf, math.inf)).argmax()
-        )
+        worst = int(difference.argmax())  # to torch NaN is larger than any number
         largest = float(difference.flatten()[worst])
         if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
             values = _get_value(expected, worst), _get_value(got, worst)

@@ -190,10 +190,14 @@ def test_what_is_not_finite_is_counted_over_all_sets(identity: Identity) -> None
     assert (histogram.not_finite, histogram.zeros, sum(histogram.counts)) == (6, 3, 0)
 
 
-def test_nan_is_counted(identity: Identity) -> None:
-    """The reason says how many elements are NaN, on which input, and max_abs is NaN."""
+@pytest.mark.parametrize("first", [1.0, math.inf])
+def test_nan_is_counted(identity: Identity, first: float) -> None:
+    """The reason says how many elements are NaN, and on which input; max_abs is NaN.
+
+    So it is behind an infinite error.
+    """
     output = _compare(
-        identity, [([1.0, 2.0, 3.0], [1.0] * 3), ([1.0, 2.0, 3.0], [1.0, math.nan, 3.0])]
+        identity, [([1.0, 2.0, 3.0], [1.0] * 3), ([1.0, 2.0, 3.0], [first, math.nan, 3.0])]
     )
     assert output.reason == "1 of 3 elements are NaN on input 1"
     assert math.isnan(output.max_abs)
