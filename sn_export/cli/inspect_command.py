@@ -90,7 +90,7 @@ def _show(found: Any) -> None:
     under = f" under '{found.key}'" if found.key else ""
     title, entries = f"{found.path} ({found.format}){under}", format_count(found.tensors, "entry")
     if not found.layers:
-        print_line(f"{title}: no spectral norm or other reparametrization in {entries}")
+        print_line(f"{title}: no spectral norm or other reparametrization of torch in {entries}")
         return
     keyed = len({layer.key for layer in found.layers}) > 1
     columns = ["module", "tensor", "kind", "shape", "dim", "sigma", "exact", "short by", "meaning"]

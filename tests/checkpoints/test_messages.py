@@ -324,7 +324,7 @@ def test_answers_of_inspect_and_convert(
     assert "g is one number for the whole tensor (dim=None)" in run("inspect", "b.pt").out
     torch.save(net[1].state_dict(), "b.pt")
     assert run("inspect", "b.pt").out == (
-        "b.pt (torch): no spectral norm or other reparametrization in 2 entries\n"
+        "b.pt (torch): no spectral norm or other reparametrization of torch in 2 entries\n"
     )
     torch.save(trained_critic().state_dict(), "b.pt")
     assert run("convert", "b.pt", "--to", "hook", "-o", "c.pt").out == (
