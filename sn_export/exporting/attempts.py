@@ -33,16 +33,15 @@ from ..results import (
     ParityReport,
 )
 from ..running import Reference, no_fused_attention
-from ..text import quote_names
+from ..text import quote_names, quote_subject
 from .arguments import Request
-from .failures import describe_failures, find_traced_decision
+from .failures import Failure, describe_failures, find_traced_decision
 from .onnx_file import Written, list_versions, make_metadata, write_onnx
 from .references import extend_references
 
 _logger = logging.getLogger("sn_export")
 _CALLER = 6  # stack level of whoever calls export_onnx, from `warn_of_made`
 
-Failure = tuple[Exporter, ExportError | ParityError]  # an exporter, and how it failed
 Finding = tuple[type[Warning], str]  # the category of a warning, and its text
 
 
@@ -200,7 +199,7 @@ def _raise_failures(failures: Sequence[Failure]) -> NoReturn:
     errors = [error for _, error in failures]
     if len(errors) == 1:
         raise errors[0]
-    text = describe_failures(errors)
+    text = describe_failures(failures)
     differing = next((error for error in errors if isinstance(error, ParityError)), None)
     if differing is not None:
         others = tuple(Attempt(tried, str(e)) for tried, e in failures if e is not differing)
@@ -240,9 +239,9 @@ def _find_folded_weights(
     if left := [name for name in weights if name in known]:
         yield (
             ReparametrizationNotRecognisedWarning,
-            f"{quote_names(left)} is under a reparametrization that freeze='spectral_norm' leaves. "
-            "The file holds the computed values and is proved; freeze='all' freezes them all, as "
-            "frozen_parametrizations does",
+            f"{quote_subject(left, 'is')} under a reparametrization that freeze='spectral_norm' "
+            "leaves. The file holds the computed values and is proved; freeze='all' freezes them "
+            "all, as frozen_parametrizations does",
         )
     if unknown := [name for name in weights if name not in known]:
         yield (

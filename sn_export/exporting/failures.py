@@ -6,6 +6,7 @@ import itertools
 import linecache
 import re
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ExportError
 from ..proving import name_type
-from ..results import ParityError
+from ..results import Exporter, ParityError
 from ..running import TorchScriptNode
 from ..text import strip_frames
 
@@ -77,6 +78,8 @@ _SINCE = (
     (r"Node (arity|keys) mismatch", "2.13", "a forward that adds to its attributes or lists"),
 )
 
+Failure = tuple[Exporter, ExportError | ParityError]  # an exporter, and how it failed
+
 
 @dataclass
 class _Place:
@@ -128,27 +131,31 @@ def _describe_advice(advice: Iterable[str]) -> str:
     return f". What to try: {'; or '.join(pieces)}" if pieces else ""
 
 
-def describe_failures(errors: Sequence[Exception]) -> str:
+def describe_failures(failures: Sequence[Failure]) -> str:
     """Return why no exporter makes a right file: the most telling error first, with all advice.
 
     An error at a line of the user's model tells more than one within torch or onnxruntime, and a
     file that was made and differs tells more than the latter::
 
         the torchscript exporter cannot export Net: ...; at net.py:8: .... What to try: ...
-        onnxruntime cannot load 'net.onnx': ...
+        with the dynamo exporter: onnxruntime cannot load 'net.onnx': ...
     """
-    ordered = sorted(errors, key=_is_vague)
+    failures = sorted(failures, key=lambda failure: _is_vague(failure[1]))
+    ordered = [error for _, error in failures]
     known = [error for error in ordered if isinstance(error, TorchExporterError)]
     advice = _describe_advice(one for error in known for one in error.explanation.advice)
     lines: dict[str, None] = {}
     places: set[str] = set()
-    for error in ordered:
+    shared = Counter(map(str, ordered))
+    for exporter, error in failures:
         text = str(error)
         if isinstance(error, TorchExporterError):
             found = error.explanation
             place = "" if found.place in places else found.place
             text = f"{error.what}: {found.text}{place}{advice if error is known[0] else ''}"
             places.add(found.place)
+        elif not isinstance(error, ParityError) and shared[text] == 1:
+            text = f"with the {exporter} exporter: {text}"
         lines[text] = None
     return "\n".join(lines)
 

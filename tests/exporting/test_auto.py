@@ -23,7 +23,7 @@ from sn_export import (
     TracedDecisionWarning,
     export_onnx,
 )
-from sn_export.exporting.failures import explain_failure
+from sn_export.exporting.failures import describe_failures, explain_failure
 from sn_export.text import strip_frames
 
 
@@ -116,6 +116,15 @@ def test_neither(tmp_path: Path) -> None:
         export_onnx(Liar(), rows(), tmp_path / "net.onnx")
     assert "dynamo" in str(differing.value) and "torchscript" in str(differing.value)
     assert contents_of(tmp_path) == {}
+
+
+def test_what_both_exporters_meet_is_told_once() -> None:
+    """What onnxruntime says of one exporter's file names the exporter, of both it stands alone."""
+    first, second = ExportError("cannot load it"), ExportError("no kernel")
+    assert describe_failures([("dynamo", first), ("torchscript", second)]) == (
+        "with the dynamo exporter: cannot load it\nwith the torchscript exporter: no kernel"
+    )
+    assert describe_failures([("dynamo", first), ("torchscript", first)]) == str(first)
 
 
 def test_random_models_are_not_tried_twice(tmp_path: Path) -> None:
