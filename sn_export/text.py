@@ -19,6 +19,8 @@ _FRAMES = re.compile(
     re.MULTILINE,
 )
 
+_PLURALS = {"is": "are", "was": "were", "has": "have", "looks": "look"}
+
 
 def qualify(path: str, name: str) -> str:
     """Join a module's path and a name as `torch.nn.Module.state_dict` does; the root's is empty."""
@@ -65,6 +67,17 @@ def quote_name(name: object) -> str:
 def quote_names(names: Iterable[object], most: int = 5) -> str:
     """Return names in quotes and escaped, the first few of many."""
     return shorten_list(map(quote_name, names), most)
+
+
+def quote_subject(names: Sequence[object], verb: str) -> str:
+    """Return names with their verb, which is given in the singular.
+
+    ::
+
+        quote_subject(["a"], "is")  # "'a' is"
+        quote_subject(["a", "b"], "is")  # "'a', 'b' are"
+    """
+    return f"{quote_names(names)} {verb if len(names) == 1 else _PLURALS[verb]}"
 
 
 def shorten_list(texts: Iterable[str], most: int = 5) -> str:

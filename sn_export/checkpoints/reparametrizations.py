@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..freezing import Group
 from ..results import OrthogonalMap, Spelling as Spelling
-from ..text import qualify, quote_name, quote_names
+from ..text import qualify, quote_name, quote_names, quote_subject
 from .lazy_tensors import get_dense_spec, get_float_spec, require_finite
 
 Keys = Mapping[str, str]
@@ -290,11 +290,12 @@ def _describe_unreadable(tensors: Mapping[str, Any], keys: Keys) -> str:
     specs = {key: get_float_spec(tensors, key) for key in keys.values()}
     odd = [key for key, spec in specs.items() if spec is None]
     if odd:
-        return f"{quote_names(odd)} is no dense floating tensor"
+        plural = "s" if len(odd) > 1 else ""
+        return f"{quote_subject(odd, 'is')} no dense floating tensor{plural}"
     shapes = {key: spec.shape for key, spec in specs.items() if spec is not None}
     empty = [key for key, shape in shapes.items() if 0 in shape]
     if empty:
-        return f"{quote_names(empty)} has no elements"
+        return f"{quote_subject(empty, 'has')} no elements"
     weight, normalised = keys.get("weight", ""), keys.get("normalised", "")
     if normalised and shapes[weight] != shapes[normalised]:
         return (
@@ -319,9 +320,8 @@ def describe_handwritten_norms(tensors: Mapping[str, Any]) -> tuple[str, ...]:
     found = find_handwritten_norms(tensors)
     if not found:
         return ()
-    verb = "looks" if len(found) == 1 else "look"
     return (
-        f"{quote_names(found)} {verb} like handwritten spectral norm, which is left as it is: "
+        f"{quote_subject(found, 'looks')} like handwritten spectral norm, which is left as it is: "
         "only the model's code can tell the weight in use, and 'sn-export onnx' runs that",
     )
 

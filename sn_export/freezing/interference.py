@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..errors import ReparametrizationNotAppliedWarning, SpectralNormNotAppliedWarning
-from ..text import quote_names
+from ..text import quote_names, quote_subject
 from .edits import Edits
 from .frozen_weight import FrozenWeight
 from .info import GROUPS, Group
@@ -62,13 +62,13 @@ def collect_complaints(plan: Plan) -> list[str]:
     messages = []
     if moved:
         messages.append(
-            f"the model was moved to another dtype or device while {quote_names(moved)} was "
+            f"the model was moved to another dtype or device while {quote_subject(moved, 'was')} "
             "frozen; it is back as it was. Move it before entering the block, or move a copy made "
             "inside it"
         )
     if edited:
         messages.append(
-            f"the frozen {quote_names(edited)} was changed inside the block; the change is "
+            f"the frozen {quote_subject(edited, 'was')} changed inside the block; the change is "
             "discarded. Change the model outside the block instead"
         )
     return messages

@@ -316,7 +316,12 @@ def test_a_known_reparametrization_is_left_on_request(
     tmp_path: Path, exporter: str, norm: Callable[[nn.Module], nn.Module]
 ) -> None:
     """Weight norm is frozen, or left and told how to be frozen; no adapter is advised."""
-    model = nn.Sequential(norm(nn.Linear(3, 4)), spectral_norm(nn.Linear(4, 2)))
+    model = nn.Sequential(
+        norm(nn.Linear(3, 4)), norm(nn.Linear(4, 4)), spectral_norm(nn.Linear(4, 2))
+    )
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1)  # fresh weight norm gives the raw weight
     for _ in range(20):
         model(rows())
     with pytest.warns(ReparametrizationNotRecognisedWarning) as caught:
@@ -324,6 +329,7 @@ def test_a_known_reparametrization_is_left_on_request(
             model, (rows(),), tmp_path / "net.onnx", exporter=exporter, freeze="spectral_norm"
         )
     (text,) = (str(w.message) for w in caught if "reparametrization" in str(w.message))
-    assert "'0.weight' is under a reparametrization" in text and "freeze='all'" in text
+    assert "'0.weight'" in text and "'1.weight'" in text and "freeze='all'" in text
+    assert "' are under a reparametrization" in text
     assert "register_spectral_norm" not in text and caught[0].filename == __file__
     export_onnx(model, (rows(),), tmp_path / "all.onnx", exporter=exporter)

@@ -20,7 +20,7 @@ EDITED = (
     "Change the model outside the block instead"
 )
 MOVED = (
-    "the model was moved to another dtype or device while 'conv.weight', 'head.weight' was "
+    "the model was moved to another dtype or device while 'conv.weight', 'head.weight' were "
     "frozen; it is back as it was. Move it before entering the block, or move a copy made "
     "inside it"
 )
