@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import UsageError
-from ..files import starts_as_onnx
+from ..files import read_onnx, starts_as_onnx
 from ..results import FileInput
 from ..text import format_count
 from .console import format_number, print_json, print_line, print_note, print_table, show_progress
@@ -157,10 +157,8 @@ def inspect_onnx(path: Path, as_json: bool) -> None:
     Raises:
         UsageError: if it is no ONNX file.
     """
-    import onnx  # takes a second
-
     try:
-        model = onnx.load(path, load_external_data=False)
+        model = read_onnx(path)
         found = _describe_onnx(path, model)
     except Exception as error:  # protobuf has several types for it
         raise UsageError(f"'{path}' is no ONNX file: {error}") from error

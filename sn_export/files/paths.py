@@ -8,9 +8,12 @@ import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from ..errors import SnExportError
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 # What a disk refuses a write with: it is full, broken or read-only, or a quota or limit is reached.
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
@@ -198,6 +201,22 @@ def _require_room_in_name(target: Path) -> None:
         ) from error
 
 
+def read_onnx(path: Path) -> ModelProto:
+    """Return the model in an ONNX file, without its external data.
+
+    The file is protobuf whatever its suffix is, as for onnxruntime; onnx.load alone would take a
+    ``net.json`` for text.
+
+    Raises:
+        OSError: if it cannot be opened, or is no regular file.
+        google.protobuf.message.DecodeError: if it is no protobuf.
+    """
+    import onnx  # takes a second
+
+    with open_regular(path) as file:
+        return onnx.load(file, format="protobuf", load_external_data=False)
+
+
 def starts_as_onnx(path: Path) -> bool:
     """Return whether the first bytes of a file are those of an ONNX model.
 
@@ -215,9 +234,7 @@ def _is_onnx(path: Path) -> bool:
     """Whether a file is an ONNX model; the whole is read only if its first bytes do not tell."""
     if starts_as_onnx(path):
         return True
-    import onnx  # takes a second
-
     try:
-        return bool(onnx.load(path, load_external_data=False).HasField("graph"))
+        return bool(read_onnx(path).HasField("graph"))
     except Exception:  # protobuf has several types for it
         return False

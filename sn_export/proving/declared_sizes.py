@@ -12,6 +12,7 @@ from pathlib import Path
 import onnx
 
 from ..errors import ExportError
+from ..files import read_onnx
 from ..running import DynamicDim, Place, Reference
 
 
@@ -115,7 +116,7 @@ def correct_declared_sizes(
         for one in references
     ):
         return ()
-    file = onnx.load(path, load_external_data=False)
+    file = read_onnx(path)
     notes = []
     for number, output in enumerate(file.graph.output):
         shapes = {one.inputs.label: one.outputs[number].shape for one in references}

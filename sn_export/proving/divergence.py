@@ -16,6 +16,7 @@ from google.protobuf.message import EncodeError
 from torch import Tensor, nn
 
 from ..errors import ExportError, SnExportError
+from ..files import read_onnx
 from ..results import Divergence, ModuleParity
 from ..running import Dropouts, InputSet, Preserved
 from ..text import quote_names
@@ -71,7 +72,7 @@ def locate(
         calls, again = trace(model, state, inputs), trace(model, state, inputs)
     except SnExportError as error:  # it ran once already: it depends on what ran before
         return Divergence((), None, f"cannot tell where: run again, {error}", sample=inputs.label)
-    file = onnx.load(path, load_external_data=False)
+    file = read_onnx(path)
     named = find_module_values(model, file, {call.module for call in calls})
     try:
         session = open_session(path, settings.providers, _expose_all_values(file))

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 from ..errors import ExportError
-from ..files import name_side_file
+from ..files import name_side_file, read_onnx
 from ..text import quote_name
 
 # Large weights start at a page (of 64 KiB, as Windows has them), so that the file can be mapped.
@@ -167,7 +167,7 @@ def find_stale_data(made: Path, target: Path) -> list[Path]:
     if name_side_file(made).exists() or not data.is_file() or not target.is_file():
         return []
     try:
-        tensors = onnx.load(target, load_external_data=False).graph.initializer
+        tensors = read_onnx(target).graph.initializer
     except Exception:  # what is there is no ONNX file
         return []
     entries = [entry for tensor in tensors for entry in tensor.external_data]
@@ -181,37 +181,38 @@ def require_data_inside(path: Path) -> None:
     onnxruntime refuses that itself only since 1.24.
 
     Raises:
-        ExportError: naming the data.
+        ExportError: naming the data, or the file if it is no ONNX file.
     """
     try:
-        graph = onnx.load(path, load_external_data=False).graph
-    except Exception:  # onnxruntime says what is wrong with it
-        return
-    names = {
-        entry.value
-        for tensor in _iter_tensors(graph)
-        for entry in tensor.external_data
-        if entry.key == "location"
-    }
+        model = read_onnx(path)
+    except Exception as error:  # what cannot be checked is not loaded
+        raise ExportError(f"cannot load '{path.name}': it is no ONNX file, or damaged") from error
     folders = {path.parent.resolve(), path.resolve().parent}
-    for name in sorted(names):
-        data = Path(os.path.realpath(path.parent / name))
+    for name in sorted(set(_list_data(model))):
+        what = f"cannot load '{path.name}': its data {quote_name(name)}"
+        try:
+            data = Path(os.path.realpath(path.parent / name))
+        except ValueError as error:  # a zero byte
+            raise ExportError(f"{what} have a name that no file can have") from error
         if not any(data.is_relative_to(folder) for folder in folders):
-            raise ExportError(
-                f"cannot load '{path.name}': its data {quote_name(name)} lie outside of its folder"
-            )
+            raise ExportError(f"{what} lie outside of its folder")
+        if os.path.exists(data) and not os.path.isfile(data):
+            raise ExportError(f"{what} are no regular file")
 
 
-def _iter_tensors(graph: GraphProto) -> Iterator[TensorProto]:
-    """Yield the tensors of a graph, those in attributes and in graphs within it included."""
-    yield from graph.initializer
-    for sparse in graph.sparse_initializer:
-        yield from (sparse.values, sparse.indices)
-    for node in graph.node:
-        for attribute in node.attribute:
-            yield from (attribute.t, *attribute.tensors)
-            for within in (attribute.g, *attribute.graphs):
-                yield from _iter_tensors(within)
+def _list_data(message: Any) -> Iterator[str]:
+    """Yield the path of the data of each tensor, wherever in a model it is.
+
+    Graphs hold tensors, and so do attributes, functions, and the graphs in these.
+    """
+    if isinstance(message, TensorProto):
+        entries = (entry for entry in message.external_data if entry.key == "location")
+        yield from (os.fsdecode(entry.value) for entry in entries)
+        return
+    for kind, value in message.ListFields():
+        if kind.message_type is not None:
+            for one in [value] if hasattr(value, "ListFields") else value:
+                yield from _list_data(one)
 
 
 class Pieces:
@@ -229,7 +230,7 @@ class Pieces:
 
     def __init__(self, whole: Any, path: Path, open_piece: Callable[[bytes], Any]) -> None:
         self._whole = whole
-        self._file = onnx.load(path, load_external_data=False)
+        self._file = read_onnx(path)
         self._open = open_piece
         self._pieces = _cut(self._file.graph)
         self.get_inputs = whole.get_inputs

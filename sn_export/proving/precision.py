@@ -25,6 +25,7 @@ import torch
 from onnx import ModelProto, NodeProto, TensorProto, helper
 from torch import Tensor
 
+from ..files import read_onnx
 from ..results import ProofDtype
 from ..running import InputSet, TorchDispatchMode, pytree
 from ..text import shorten_list
@@ -188,7 +189,7 @@ def find_narrow_operators(path: Path) -> str:
     Returns:
         Their names with commas between them, each once; empty if there are none.
     """
-    graph = onnx.load(path, load_external_data=False).graph
+    graph = read_onnx(path).graph
     narrow: set[str] = set()
     found: dict[str, None] = {}
     for node in graph.node:
@@ -220,7 +221,7 @@ def move_values(path: Path) -> bytes:
     Args:
         path: the file; the copy looks for its external data beside it.
     """
-    file: ModelProto = onnx.load(path, load_external_data=False)
+    file: ModelProto = read_onnx(path)
     typed = onnx.shape_inference.infer_shapes(file).graph
     kinds = {v.name: v.type.tensor_type.elem_type for v in (*typed.value_info, *typed.output)}
     nodes: list[NodeProto] = []
@@ -266,7 +267,7 @@ def write_float32(source: Path, target: Path) -> None:
         source: the file; its external data lies beside it.
         target: the copy; its external data, if it is large, goes beside it.
     """
-    model = ir.load(source)
+    model = ir.load(source, format="protobuf")
     graphs = [model.graph, *(function.graph for function in model.functions.values())]
     for graph in graphs:
         for inner in (graph, *graph.subgraphs()):
@@ -302,7 +303,9 @@ def find_missing_kernel(path: Path, message: str) -> tuple[str, str] | None:
     found = _MISSING.search(message)
     if found is None:
         return None
-    nodes = [n for n in ir.load(path).graph.all_nodes() if n.name == found["name"]]
+    nodes = [
+        n for n in ir.load(path, format="protobuf").graph.all_nodes() if n.name == found["name"]
+    ]
     dtypes = [v.dtype for n in nodes for v in (*n.outputs, *n.inputs) if v is not None]
     dtype = next((d for d in dtypes if d is not None), None)
     return found["op"], _NAMES.get(dtype, str(dtype).lower()) if dtype is not None else ""
