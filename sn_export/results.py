@@ -140,14 +140,14 @@ class Rounding:
     @property
     def ratio(self) -> float:
         """The file's distance divided by ``expected``: the largest quotient of rms, p99 and max."""
-        return self._ratio(self.expected)
+        return self._compute_ratio(self.expected)
 
     @property
     def operators_ratio(self) -> float:
         """The same divided by ``operators``; infinite where that was not measured."""
-        return math.inf if self.operators is None else self._ratio(self.operators)
+        return math.inf if self.operators is None else self._compute_ratio(self.operators)
 
-    def _ratio(self, expected: Distance) -> float:
+    def _compute_ratio(self, expected: Distance) -> float:
         pairs = zip(astuple(self.file), astuple(expected), strict=True)
         return max(_format_multiple(value, of) for value, of in pairs)
 

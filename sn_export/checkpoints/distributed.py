@@ -111,7 +111,7 @@ class _Files:
             CheckpointError: naming the file, if it is absent or too short, or if the piece has
                 fewer bytes than ``least``.
         """
-        path, offset, length = self._place(index)
+        path, offset, length = self._find_place(index)
         name = quote_name(path.relative_to(self._folder))
         if path not in self._sizes:
             if not path.exists():
@@ -133,11 +133,11 @@ class _Files:
     def open(self, index: MetadataIndex) -> Iterator[BinaryIO]:
         """Yield one piece as a file of its own, without reading it into memory."""
         self.require(index)
-        path, offset, length = self._place(index)
+        path, offset, length = self._find_place(index)
         with open_regular(path) as file, io.BufferedReader(_Part(file, offset, length)) as part:
             yield part
 
-    def _place(self, index: MetadataIndex) -> tuple[Path, int, int]:
+    def _find_place(self, index: MetadataIndex) -> tuple[Path, int, int]:
         info = self._places.get(index)
         relative = getattr(info, "relative_path", None)
         offset, length = (getattr(info, name, None) for name in ("offset", "length"))

@@ -176,7 +176,7 @@ class Refusal:
         """Whether nothing of the state dict went into the model."""
         return len(self.unexpected) == len(self.have)
 
-    def notes(self) -> tuple[str, ...]:
+    def list_notes(self) -> tuple[str, ...]:
         """Return sentences about the keys that were left out."""
         notes = []
         if self.missing:

@@ -218,8 +218,8 @@ def _measure(
         dim = decide_dim(norm, dims)
     except CheckpointError as error:
         return None, math.nan, _measure_all_dims(norm), str(error)
-    matrix = norm.matrix(dim)
-    sigma = stored_sigma(matrix, norm.u, norm.right_vector(dim))
+    matrix = norm.make_matrix(dim)
+    sigma = stored_sigma(matrix, norm.u, norm.find_right_vector(dim))
     note = "sigma is 0, so the weight in use is not finite" if sigma == 0 else ""
     length = measure_vectors(site, tensors)
     if sigma != 0 and length != 1:
@@ -256,5 +256,5 @@ def _measure_all_dims(norm: TorchNorm) -> float:
         return math.nan
     if len(norm.site.shape) == 2:  # a matrix and its transpose have one
         dims = dims[:1]
-    first, *others = (exact_sigma(norm.matrix(dim)) for dim in dims)
+    first, *others = (exact_sigma(norm.make_matrix(dim)) for dim in dims)
     return first if all(math.isclose(one, first, rel_tol=1e-9) for one in others) else math.nan

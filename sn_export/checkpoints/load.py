@@ -59,7 +59,7 @@ class _Reading:
     notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
 
-    def sites(self) -> list[Reparametrization]:
+    def find_sites(self) -> list[Reparametrization]:
         return find_reparametrizations(self.state.tensors, self.state.versions)
 
 
@@ -121,8 +121,8 @@ def load_checkpoint(
         undo()
         raise
     notes: tuple[str, ...] = (f"took the state dict under '{state.key}'",) if state.key else ()
-    notes += checkpoint.notes + reading.notes + left_out.notes() + _describe_missing_v(reading)
-    warnings = reading.warnings + describe_lengths(reading.sites(), reading.state.tensors)
+    notes += checkpoint.notes + reading.notes + left_out.list_notes() + _describe_missing_v(reading)
+    warnings = reading.warnings + describe_lengths(reading.find_sites(), reading.state.tensors)
     return Loaded(state.key, notes, left_out.missing, left_out.unexpected, warnings)
 
 
@@ -232,7 +232,7 @@ def _make_readings(
     if prefix is None:
         yield _Reading(state)
     named = _Reading(*fit_names(state, wanted, type(model).__name__, prefix))
-    require_fitting(dims, named.sites(), named.state.tensors)
+    require_fitting(dims, named.find_sites(), named.state.tensors)
     if named.state is not state or prefix is not None:
         yield named
     renamed = refused[-1][1].renamed
@@ -247,7 +247,7 @@ def _respell_for(
     model: nn.Module, wanted: Mapping[str, Any], reading: _Reading, dims: Mapping[str, int]
 ) -> _Reading | None:
     """Return ``reading`` in the model's spelling; None if it has that spelling already."""
-    tensors, sites = reading.state.tensors, reading.sites()
+    tensors, sites = reading.state.tensors, reading.find_sites()
     own = {site.name: site for site in find_reparametrizations(wanted)}
     to: dict[str, Spelling] = {}
     changed: dict[tuple[str, str, str], list[str]] = {}
@@ -283,7 +283,7 @@ def _require_usable(
 ) -> None:
     """Raise a CheckpointError for values that no network can use, and for dims that do not fit."""
     if not reading.notes:
-        require_fitting(dims, reading.sites(), reading.state.tensors)
+        require_fitting(dims, reading.find_sites(), reading.state.tensors)
     for name, value in reading.state.tensors.items():
         if isinstance(value, Tensor) and name not in left_out.unexpected:
             require_finite(name, value)
@@ -299,7 +299,7 @@ def _describe_missing_v(reading: _Reading) -> tuple[str, ...]:
     """Return a sentence for each spectral norm that was loaded without v."""
     return tuple(
         f"'{site.name}' is from before torch kept v, which torch solves for"
-        for site in reading.sites()
+        for site in reading.find_sites()
         if "normalised" in site.keys
     )
 

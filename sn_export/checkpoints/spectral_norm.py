@@ -53,11 +53,11 @@ class TorchNorm:
         self.v: Tensor | None = self.parts.get("v")
         self.normalised: Tensor | None = self.parts.get("normalised")
 
-    def matrix(self, dim: int) -> Tensor:
+    def make_matrix(self, dim: int) -> Tensor:
         """Return the weight as torch reshapes it for ``dim``."""
         return SpectralNorm(dim=dim).reshape_weight_to_matrix(self.weight)
 
-    def value(self, dim: int) -> Tensor:
+    def compute_value(self, dim: int) -> Tensor:
         """Return the weight that an eval-mode forward uses.
 
         Raises:
@@ -73,7 +73,7 @@ class TorchNorm:
                 f"torch cannot normalise '{self.site.name}': {str(error).splitlines()[0]}"
             ) from error
 
-    def right_vector(self, dim: int) -> Tensor:
+    def find_right_vector(self, dim: int) -> Tensor:
         """Return v, or the one that torch solves for on loading if the checkpoint is so old."""
         if self.v is not None and self.normalised is None:
             return self.v
@@ -87,7 +87,7 @@ class TorchNorm:
     def _compute_hook(self, dim: int) -> Tensor:
         module = nn.Module()
         module.weight_orig = self.weight
-        module.weight_u, module.weight_v = self.u, self.right_vector(dim)
+        module.weight_u, module.weight_v = self.u, self.find_right_vector(dim)
         norm = SpectralNorm("weight", dim=dim)
         return norm.compute_weight(module, do_power_iteration=False)
 
@@ -114,7 +114,7 @@ def compute_normalised(
     candidates = find_fitting_dims(norm)
     if len(candidates) > 1 or site.name in dims:
         candidates = [decide_dim(norm, dims)]
-    value = norm.value(candidates[0])
+    value = norm.compute_value(candidates[0])
     if not is_finite(value):
         raise report_zero_sigma(site.name)
     return value
@@ -128,16 +128,16 @@ def make_vectors(
     columns = math.prod(weight.shape) // max(math.prod(u.shape), 1)
     v = get_spec(tensors, site.keys["v"]) if "v" in site.keys else Spec(u.dtype, (columns,))
 
-    def right_vector() -> Tensor:
+    def find_right_vector() -> Tensor:
         if "v" in site.keys and "normalised" not in site.keys:
             return site.read("v", tensors)
         norm = TorchNorm(site, tensors)
-        return norm.right_vector(decide_dim(norm, dims))
+        return norm.find_right_vector(decide_dim(norm, dims))
 
     return [
         Entry(weight, lambda: site.read("weight", tensors)),
         Entry(u, lambda: site.read("u", tensors)),
-        Entry(v, right_vector),
+        Entry(v, find_right_vector),
     ]
 
 
@@ -279,7 +279,7 @@ def find_fitting_dims(norm: TorchNorm) -> list[int]:
 
 def _measure_residual(norm: TorchNorm, dim: int) -> float:
     """Return how far the weight is from mapping the vectors to each other; 0 if it does."""
-    matrix = norm.matrix(dim)
+    matrix = norm.make_matrix(dim)
     u = norm.u
     with torch.no_grad():
         if norm.normalised is not None or norm.v is None:

@@ -108,7 +108,7 @@ class CheckCommand(ModelOptions, ProofOptions):
     def _replay(self, file: Path, case: Path) -> ParityReport:
         from ..proving import check_case
 
-        parity = check_case(file, case, **self.keywords_of(check_case))
+        parity = check_case(file, case, **self.select_keywords(check_case))
         require_comparable(parity)
         return parity
 
@@ -127,7 +127,7 @@ class CheckCommand(ModelOptions, ProofOptions):
                 warned.append(describe_left_out(drawn))
             sets = [inputs.example, *(one.inputs for one in drawn.references), *inputs.own]
             show(f"comparing {len(sets)} input sets with onnxruntime")
-            parity = check_parity(model, self.file, sets, **self.keywords_of(check_parity))
+            parity = check_parity(model, self.file, sets, **self.select_keywords(check_parity))
         require_comparable(parity)
         print_warnings(warned)
         if self.as_json:
@@ -195,7 +195,7 @@ class Replayed:
             return "cannot be compared"
         return "equal" if self.parity.passed else "NOT EQUAL"
 
-    def line(self) -> str:
+    def format_line(self) -> str:
         """Return the line that is printed."""
         if self.parity is None:
             return f"{self.result}: {self.error}"
@@ -216,7 +216,7 @@ class Replayed:
 
 def _show_replayed(done: Sequence[Replayed], unequal: int, unknown: int) -> None:
     for one in done:
-        print_line(one.line())
+        print_line(one.format_line())
     equal = len(done) - unequal - unknown
     count = format_count(len(done), "case")
     print(f"{count}: {equal} equal, {unequal} not, {unknown} not compared")

@@ -79,7 +79,7 @@ class ConvertCommand(CheckpointOptions):
                 self.output,
                 self.to,
                 progress=lambda name, total: show(f"wrote {name}, of {total}"),
-                **self.keywords_of(convert_checkpoint),
+                **self.select_keywords(convert_checkpoint),
             )
         if self.as_json:
             print_json(

@@ -60,7 +60,7 @@ class InspectCommand(CheckpointOptions):
             found = inspect_checkpoint(
                 self.checkpoint,
                 progress=lambda name, total: show(f"looked at {name}, of {total}"),
-                **self.keywords_of(inspect_checkpoint),
+                **self.select_keywords(inspect_checkpoint),
             )
         content = _make_content(found)
         write_report(content, self.report, of_checkpoint=True)

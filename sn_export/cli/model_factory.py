@@ -61,7 +61,7 @@ class Inputs:
         )
         return Inputs(example, tuple(own))
 
-    def dynamic_shapes(
+    def make_dynamic_shapes(
         self, model: nn.Module, dims: Mapping[str, dict[int, str]]
     ) -> dict[str, dict[int, str] | None] | None:
         """Return ``--dynamic`` as `torch.export` takes it; None if nothing is dynamic.
@@ -117,7 +117,7 @@ def prepare_model(
     device = _require_device(options.device)
     inputs = gather(options.shapes, options.input_files).to(device)
     show(f"reading {checkpoint}")
-    content = read_checkpoint(checkpoint, **options.keywords_of(read_checkpoint))
+    content = read_checkpoint(checkpoint, **options.select_keywords(read_checkpoint))
     show(f"building {factory}")
     built, network = build_model(factory, options.model_kwargs, options.network)
     model = _find_module("--submodule", built, options.submodule)
@@ -126,7 +126,7 @@ def prepare_model(
     except (TypeError, ValueError) as error:
         raise UsageError(f"--{error}") from error
     show("loading the checkpoint into the model")
-    loaded = load_checkpoint(network, content, **options.keywords_of(load_checkpoint))
+    loaded = load_checkpoint(network, content, **options.select_keywords(load_checkpoint))
     for text in loaded.warnings:
         warnings.warn(text, SnExportWarning, stacklevel=2)
     built.to(device)

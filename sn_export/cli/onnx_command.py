@@ -275,7 +275,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
 
         is_index = self.checkpoint.name.endswith(".index.json")
         has_source = self.checkpoint.is_file() and not is_index  # one file holds all weights
-        options = self.keywords_of(export_onnx) | {
+        options = self.select_keywords(export_onnx) | {
             "per_module": self.per_module or is_pictured(self.report),
             "sigma_exact": is_pictured(self.report),
             "metadata": {**fit, **self.metadata},
@@ -286,7 +286,7 @@ class OnnxCommand(ModelOptions, ProofOptions):
             self.output,
             kwargs=inputs.example.kwargs,
             inputs=list(inputs.own),
-            dynamic_shapes=inputs.dynamic_shapes(model, self.dynamic),
+            dynamic_shapes=inputs.make_dynamic_shapes(model, self.dynamic),
             source=self.checkpoint if has_source else None,
             keep_programs=False,
             **options,

@@ -1,8 +1,8 @@
 """Options that several commands share, each declared once with its name, help, type and parser.
 
 A command is a dataclass, and each of its options a field. A field has the name of the keyword that
-it is passed as, so that `Command.keywords_of` passes it on without naming it again. Nothing here
-imports torch, so ``--help`` and messages about wrong options come at once.
+it is passed as, so that `Command.select_keywords` passes it on without naming it again. Nothing
+here imports torch, so ``--help`` and messages about wrong options come at once.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ class Command:
         """Run the command."""
         raise NotImplementedError
 
-    def keywords_of(self, function: Callable[..., Any]) -> dict[str, Any]:
+    def select_keywords(self, function: Callable[..., Any]) -> dict[str, Any]:
         """Return the options that ``function`` takes as keywords of the same name."""
         taken = inspect.signature(function).parameters.values()
         keywords = {one.name for one in taken if one.kind is one.KEYWORD_ONLY}

@@ -186,7 +186,7 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
     """
     selection = Selection(only)
     return _describe(
-        require_module(model), selection, lambda site: site.outline(compute_value(site))
+        require_module(model), selection, lambda site: site.make_info(compute_value(site))
     )
 
 

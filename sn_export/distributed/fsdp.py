@@ -69,7 +69,7 @@ class Unit:
         wait for each other. And a forward that an exception has stopped counts as not ended.
         """
         self.reshard()
-        gathered = [(param, _remember_gathered(param)) for _, param in self.params()]
+        gathered = [(param, _remember_gathered(param)) for _, param in self.iter_params()]
         restart = self._remember_start()
         orders = {
             id(self.state._comm_ctx): list(getattr(self.state._comm_ctx, "post_forward_order", ()))
@@ -117,13 +117,13 @@ class Unit:
         """The groups of parameters."""
         return list(self.state._fsdp_param_groups)
 
-    def params(self) -> Iterator[tuple[Any, Any]]:
+    def iter_params(self) -> Iterator[tuple[Any, Any]]:
         """Yield each ``FSDPParam`` with its group."""
         for group in self.groups:
             for param in group.fsdp_params:
                 yield group, param
 
-    def meshes(self) -> list[Any]:
+    def list_meshes(self) -> list[Any]:
         """Return the device meshes that the parameters are spread over."""
         return [group.mesh_info.mesh for group in self.groups]
 
@@ -174,7 +174,7 @@ def find_ranks(units: Iterable[Unit]) -> list[int]:
     """
     ranks: set[int] = set()
     for unit in units:
-        for _, param in unit.params():
+        for _, param in unit.iter_params():
             ranks.update(param.sharded_param.device_mesh.mesh.flatten().tolist())
     return sorted(ranks)
 
@@ -204,7 +204,7 @@ def _find_missing(cls: str, thing: Any) -> list[str]:
 def find_mixed_precision(units: Iterable[Unit]) -> tuple[str, str] | None:
     """Return the dtypes of a parameter, sharded and gathered, if a policy makes them differ."""
     for unit in units:
-        for _, param in unit.params():
+        for _, param in unit.iter_params():
             dtype = getattr(param, "param_dtype", None)
             if dtype is not None:
                 return str(param.sharded_param.dtype), str(dtype)

@@ -75,12 +75,12 @@ class _GatheredWalk:
         takes: Callable[[Site], bool] | None = None,
     ) -> Iterator[Found]:
         with torch.inference_mode(False), torch.no_grad():
-            for module, sites in walk(model, [self._gathering(kind) for kind in kinds], takes):
+            for module, sites in walk(model, [self._gather_kind(kind) for kind in kinds], takes):
                 for site in sites:
                     self._guard(self._take, site, self._units.get(id(site.module)))
                 yield module, sites
 
-    def _gathering(self, kind: Kind) -> Kind:
+    def _gather_kind(self, kind: Kind) -> Kind:
         def find(path: str, module: nn.Module) -> Iterable[Site]:
             if not _may_compute(module):
                 return ()
@@ -152,7 +152,9 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
 
 def find_meshes(units: dict[int, Unit]) -> list[Any]:
     """Return the device meshes that the parameters of ``units`` are spread over."""
-    found = {id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.meshes()}
+    found = {
+        id(mesh): mesh for unit in dict.fromkeys(units.values()) for mesh in unit.list_meshes()
+    }
     meshes: list[Any] = []
     for mesh in found.values():  # of equal meshes one is enough
         if mesh not in meshes:

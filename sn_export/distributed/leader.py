@@ -77,7 +77,7 @@ class Team:
         try:
             result: T = self._lead(lead, share) if self.leads else self._follow()
         finally:
-            self._part()
+            self._leave_group()
         if self._exit is not None:
             raise self._exit
         return result
@@ -200,7 +200,7 @@ class Team:
             except BaseException as raised:
                 self._exit = raised
 
-    def _part(self) -> None:
+    def _leave_group(self) -> None:
         """Leave the group once every rank has ended its last call in it."""
         with contextlib.suppress(RuntimeError), self._interrupts_held():
             self._group.set_timeout(_TO_PART)

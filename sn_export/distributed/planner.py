@@ -154,13 +154,13 @@ class ShardedPlan(Plan):
                 self._plan_hooks(site.module, shard, ours)
         for group in self._groups.values():
             if any(id(param) in instead for param in group.fsdp_params):
-                self.edits.of(group.__dict__)["fsdp_params"] = [
+                self.edits.edit(group.__dict__)["fsdp_params"] = [
                     other for p in group.fsdp_params for other in instead.get(id(p), [p])
                 ]
 
     def _stays(self, place: tuple[nn.Module, str], hidden: set[int]) -> bool:
         module, name = place
-        return id(module) not in hidden and name in self.edits.planned(module._parameters)
+        return id(module) not in hidden and name in self.edits.get_planned(module._parameters)
 
     def _plan_hooks(self, module: nn.Module, shard: _Shard, ours: Any) -> None:
         """Let ``module.state_dict`` return shards, and ``load_state_dict`` update ``ours``."""
@@ -173,7 +173,7 @@ class ShardedPlan(Plan):
                 self._plan_hook(hooks, lambda *_: group._to_sharded())
 
     def _plan_hook(self, hooks: dict[Any, Any], hook: Callable[..., None]) -> None:
-        self.edits.of(hooks)[RemovableHandle(hooks).id] = hook
+        self.edits.edit(hooks)[RemovableHandle(hooks).id] = hook
 
 
 def _require_dtype(site: Site, raw: Sequence[tuple[Any, Any]]) -> None:
@@ -194,7 +194,7 @@ def _find_raw_params(unit: Unit, site: Site) -> list[tuple[Any, Any]]:
     sources = list(site.sources)
     return [
         (group, param)
-        for group, param in unit.params()
+        for group, param in unit.iter_params()
         if any(is_gathered_as(param, source) for source in sources)
     ]
 
@@ -222,7 +222,7 @@ def keep_replicas_apart(found: Iterable[Found], plan: Plan) -> None:
     """
     for module, _ in found:
         if isinstance(module, DistributedDataParallel):
-            attributes = plan.edits.of(module.__dict__)
+            attributes = plan.edits.edit(module.__dict__)
             attributes["require_backward_grad_sync"] = False
             if not _has_buffers(module, plan):
                 attributes.update({name: False for name in _SENDS if name in attributes})
@@ -234,7 +234,7 @@ def _has_buffers(model: nn.Module, plan: Plan) -> bool:
     stack = [model]
     while stack:
         module = stack.pop()
-        if plan.edits.planned(module._buffers):
+        if plan.edits.get_planned(module._buffers):
             return True
         stack += [child for child in module.children() if id(child) not in hidden]
     return False

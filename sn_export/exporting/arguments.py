@@ -132,7 +132,7 @@ class Call:
     example: InputSet
     own: Sequence[InputSet]
 
-    def on_cpu(self) -> Call:
+    def move_to_cpu(self) -> Call:
         """Return the call with all tensors on the CPU, where a gathered network is."""
         return Call(self.example.map(Tensor.cpu), [one.map(Tensor.cpu) for one in self.own])
 

@@ -104,9 +104,9 @@ def _make(
     if written.program is not None and request.dims:
         extend_references(proof, request, written.program)
     if not request.keep_programs:
-        written = written.without_program()
+        written = written.drop_program()
     try:
-        proved = proof.of(
+        proved = proof.prove(
             draft,
             f"the {exporter} exporter",
             written.declared,

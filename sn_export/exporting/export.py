@@ -213,11 +213,11 @@ def export_onnx(
         opset, exporters = require_opset(opset_version, require_exporter(exporter))
         placing = require_choice("external_data", external_data, ("auto", True, False))
         target = require_target(path, network, placing, overwrite)
-        settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked()
+        settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).check()
         whole = require_whole(origin.network)
         call = require_call(whole, entry, args, kwargs, inputs, require_draws(draws))
         if origin.run is not None:
-            call = call.on_cpu()
+            call = call.move_to_cpu()
         request = Request(
             model=whole,
             target=target,

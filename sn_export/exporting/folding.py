@@ -83,7 +83,7 @@ def fold_initializers(
     folded = [
         _rename(graph, value, names, sources)
         for value in list(graph.initializers.values())
-        if _is_weight(value) and (names := sources.computed_from(value)) is not None
+        if _is_weight(value) and (names := sources.find_origin(value)) is not None
     ]
     # All are evaluated before the graph is changed: one cone may hold another's result.
     values = [(cone, _evaluate(cone, model)) for cone in _find_cones(graph, sources)]
@@ -291,7 +291,9 @@ def _replace(
         _keep_output(graph, cone.result, value)
     cone.result.replace_all_uses_with(value)
     # Before the initializers are removed.
-    names = list(dict.fromkeys(name for value in cone.initializers for name in sources.of(value)))
+    names = list(
+        dict.fromkeys(name for value in cone.initializers for name in sources.find_names(value))
+    )
     _remove_unused(graph, cone)
     return _register(graph, value, names, sources, cone)
 
@@ -301,7 +303,7 @@ def _register(
 ) -> FoldedInitializer:
     tensor = value.const_value
     assert tensor is not None  # `_replace` sets it, and `computed_from` takes no other
-    raw = sources.main(names, tensor.size)
+    raw = sources.choose_main(names, tensor.size)
     users = find_using_modules(value)
     value.name = tensor.name = name_folded(raw, users, _collect_names(graph))
     _insert(graph, value, sources.positions.get(raw or ""), sources.positions)

@@ -39,7 +39,7 @@ class Sources:
         self._state = state
         self.positions = {name: index for index, name in enumerate(state)}
 
-    def of(self, value: ir.Value) -> list[str]:
+    def find_names(self, value: ir.Value) -> list[str]:
         """Return the tensors that an initializer is made from, as far as its names tell."""
         origin = value.metadata_props.get(_FOLDED_FROM)
         names = ast.literal_eval(origin) if origin else [str(value.name)]
@@ -47,7 +47,7 @@ class Sources:
 
     def is_weight(self, value: ir.Value) -> bool:
         """Tell whether an initializer is a parameter or buffer, or made from one."""
-        if self.of(value):
+        if self.find_names(value):
             return True
         # The TorchScript exporter names a transposed weight after the node that reads it.
         tensor = value.const_value
@@ -58,7 +58,7 @@ class Sources:
             and len(tensor.shape) > 1
         )
 
-    def main(self, names: Iterable[str], size: int) -> str | None:
+    def choose_main(self, names: Iterable[str], size: int) -> str | None:
         """Return the raw weight among ``names``: of the size of the result, or the largest."""
         return max(
             names,
@@ -66,7 +66,7 @@ class Sources:
             default=None,
         )
 
-    def computed_from(self, value: ir.Value) -> list[str] | None:
+    def find_origin(self, value: ir.Value) -> list[str] | None:
         """Return what an initializer was computed from; None where values only moved.
 
         The exporters fold too, as far as weights are small, and leave a name such as ``div_2``.
@@ -75,7 +75,7 @@ class Sources:
         tensor = value.const_value
         if value.name in self._state or tensor is None or not tensor.dtype.is_floating_point():
             return None
-        names = self.of(value)
+        names = self.find_names(value)
         if value.metadata_props.get(_FOLDED_FROM) is not None:
             return names if names and not self._are_elements(tensor, names) else None
         if _is_fused(value):

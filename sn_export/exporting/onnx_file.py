@@ -62,7 +62,7 @@ class Written:
     declared: tuple[tuple[int | str, ...], ...]
     notes: tuple[str, ...] = ()
 
-    def without_program(self) -> Written:
+    def drop_program(self) -> Written:
         """Return the record without torch's program, whose weights are freed."""
         if self.program is not None:
             _free(self.program.model)

@@ -71,7 +71,7 @@ def run_references(
     names = name_outputs(
         request.model, first.paths, request.output_names, list(request.input_names.values())
     )
-    settings = request.settings.checked(names)
+    settings = request.settings.check(names)
     find_shown(names, first.outputs, settings.images)
     _logger.info("running the reference")
     drawn = draw_references(first, request.samples, run)

@@ -126,7 +126,7 @@ class _Freezing:
         froze stands on what an earlier one did, so undoing goes backwards in any case.
         """
         self._has_ended = True
-        if any(self._carries(block) for block in self._later()):
+        if any(self._carries(block) for block in self._find_later()):
             return
         self._undo()
         for block in reversed([b for b in _active if b._has_ended and b.thread == self.thread]):
@@ -153,7 +153,7 @@ class _Freezing:
         self._modules = []
         self._resume_gc()
 
-    def _later(self) -> list[_Freezing]:
+    def _find_later(self) -> list[_Freezing]:
         active = list(_active)
         return active[active.index(self) + 1 :] if self in active else []
 

@@ -22,7 +22,7 @@ class Edits:
     Two copies of each dictionary that changes are kept: as it was, and as it will be. ::
 
         edits = Edits()
-        edits.of(module._buffers).pop("u")  # planned; the module is as before
+        edits.edit(module._buffers).pop("u")  # planned; the module is as before
         edits.apply()  # now the buffer is out
         edits.restore()  # and in again, at its old place
     """
@@ -33,12 +33,12 @@ class Edits:
         self._first: list[Callable[[], None]] = []
         self._restored: dict[int, Container] = {}
 
-    def before_undoing(self, call: Callable[[], None]) -> None:
+    def call_before_undoing(self, call: Callable[[], None]) -> None:
         """Plan a call that is made once, before anything is undone; the last planned is first."""
         self._first.append(call)
 
     def cancel(self) -> None:
-        """Make the calls of `before_undoing`, and nothing else; the first error comes last."""
+        """Make the calls of `call_before_undoing`, and nothing else; the first error comes last."""
         errors = []
         while self._first:
             try:
@@ -48,7 +48,7 @@ class Edits:
         if errors:
             raise errors[0]
 
-    def of(self, target: Container) -> Container:
+    def edit(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be changed."""
         planned = self._planned.get(id(target))
         if planned is None:
@@ -62,16 +62,16 @@ class Edits:
             if target:  # most of those that hold hooks or singular vectors
                 self._planned[id(target)] = target, target.copy(), {}
             return
-        content = self.of(target)
+        content = self.edit(target)
         for key in keys:
             content.pop(key, None)
 
-    def planned(self, target: Container) -> Container:
+    def get_planned(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be looked at."""
         planned = self._planned.get(id(target))
         return target if planned is None else planned[2]
 
-    def before(self, target: Container) -> Container:
+    def get_before(self, target: Container) -> Container:
         """Return what ``target`` held when its first edit was planned; what it holds if none is."""
         planned = self._planned.get(id(target))
         return target if planned is None else planned[1]
@@ -91,11 +91,11 @@ class Edits:
         """Plan another class for this instance; the class itself may be shared by copies."""
         self._classes[id(module)] = (module, old or type(module), new)
 
-    def classes(self) -> list[tuple[nn.Module, type, type]]:
+    def list_classes(self) -> list[tuple[nn.Module, type, type]]:
         """Return the modules with the class from before and the planned one."""
         return list(self._classes.values())
 
-    def planned_class(self, module: nn.Module) -> type:
+    def get_planned_class(self, module: nn.Module) -> type:
         """Return the class that ``module`` will have once the edits are applied."""
         entry = self._classes.get(id(module))
         return type(module) if entry is None else entry[2]

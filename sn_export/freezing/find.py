@@ -37,7 +37,7 @@ def find_parametrizations(model: nn.Module, only: Only = None) -> list[Parametri
     if selection.includes_spectral_norm:
         warn_of_suspects(model, found, stacklevel=2)
     with torch.inference_mode(False), torch.no_grad():
-        return [site.outline(compute_value(site)) for _, sites in found for site in sites]
+        return [site.make_info(compute_value(site)) for _, sites in found for site in sites]
 
 
 @overload
@@ -84,7 +84,7 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
 
 def describe_site(site: Site) -> SpectralNormInfo | ParametrizationInfo:
     """Return the record of `describe_sites` for one tensor."""
-    return site.describe() if site.group == "spectral_norm" else site.outline(compute_value(site))
+    return site.describe() if site.group == "spectral_norm" else site.make_info(compute_value(site))
 
 
 def _describe_sites(found: Iterable[Found]) -> list[SpectralNormInfo]:
@@ -175,7 +175,7 @@ def _collect_matrices(model: nn.Module) -> dict[str, Tensor]:
 
 def make_norm_matrix(site: Site) -> dict[str, Tensor]:
     """Return the weight matrix of one tensor by its name; nothing if that has no norm."""
-    matrix = site.matrix()
+    matrix = site.make_matrix()
     has_norm = matrix is not None and matrix.ndim == 2 and not matrix.is_meta
     return {site.name: matrix} if matrix is not None and has_norm else {}
 

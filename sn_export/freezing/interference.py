@@ -115,7 +115,7 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
         debris: where to plan.
         weights: the frozen weights of the block.
     """
-    changed = [entry for entry in edits.classes() if type(entry[0]) is not entry[2]]
+    changed = [entry for entry in edits.list_classes() if type(entry[0]) is not entry[2]]
     if not changed:
         return
     lists: dict[int, nn.ModuleDict] = {}
@@ -133,12 +133,12 @@ def keep_other_chains(edits: Edits, debris: Edits, weights: Iterable[FrozenWeigh
             continue
         frozen = tensors[id(module)]
         others = {tensor: chain for tensor, chain in list_chains(module) if tensor not in frozen}
-        before = set(edits.before(own._modules))
+        before = set(edits.get_before(own._modules))
         moved = {t: c for t, c in others.items() if own._modules.get(t) is not c}
         if moved:
-            debris.of(own._modules).update(moved)
+            debris.edit(own._modules).update(moved)
         if module._modules.get("parametrizations") is not own:
-            debris.of(module._modules)["parametrizations"] = own
+            debris.edit(module._modules)["parametrizations"] = own
         gone = before - frozen - set(others)
         new = {tensor: vars(now)[tensor] for tensor in others if tensor not in before}
         if gone or new:

@@ -56,7 +56,7 @@ class Plan:
     def _remember_residence(self, modules: Iterable[nn.Module]) -> Residence:
         """Remember where everything lives that stands in the model while it is frozen."""
         ours = {id(weight.tensor) for weight in self.weights}
-        planned = self.edits.planned
+        planned = self.edits.get_planned
         return Residence(
             (container, name, tensor)
             for attributes in map(vars, modules)
@@ -140,10 +140,10 @@ def plan_flat_weights(edits: Edits, weights: Iterable[FrozenWeight]) -> None:
 def _plan_module(edits: Edits, module: nn.RNNBase, frozen: dict[str, Tensor]) -> None:
     names = module._flat_weights_names
     flat = [frozen.get(name, w) for name, w in zip(names, module._flat_weights, strict=True)]
-    attributes = edits.of(module.__dict__)
+    attributes = edits.edit(module.__dict__)
     attributes["_flat_weights"] = flat
     attributes["_flat_weight_refs"] = [None if w is None else weakref.ref(w) for w in flat]
-    parameters = edits.of(module._parameters)
+    parameters = edits.edit(module._parameters)
     position = {name: index for index, name in enumerate(names)}
     ordered = sorted(parameters.items(), key=lambda item: position.get(item[0], len(names)))
     parameters.clear()

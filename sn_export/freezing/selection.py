@@ -113,17 +113,17 @@ class Callers:
             return
         reads = self._reads_of(site.tensor)
         reader = reads.get((site.module, site.tensor)) or reads.get((site.module, "*"))
-        runner = None if reader is not None else self._runner_around(site)
+        runner = None if reader is not None else self._find_runner_around(site)
         if (reader is None and runner is None) or caller in self._uses.calls:
             return
         child = site.path.rpartition(".")[2]
         if reader is not None and caller not in self._uses.handed:
             what = f"reads the {site.tensor} of {child} without calling it"
             site.unapplied = f"{_name_class(reader)} {what}"
-        elif runner is not None or (runner := self._runner_around(site)) is not None:
+        elif runner is not None or (runner := self._find_runner_around(site)) is not None:
             site.unapplied = f"{_name_class(runner)} has run without calling {child}"
 
-    def _runner_around(self, site: Site) -> nn.Module | None:
+    def _find_runner_around(self, site: Site) -> nn.Module | None:
         """Return the module around a layer that has run, though the layer has not.
 
         Before its first call a hook of torch's has left the raw parameter as the weight.
@@ -249,7 +249,7 @@ class Selection:
             used.update(fitting)
             return bool(fitting) or site.group in self.groups
 
-        found = list(walk(model, self._kinds(), takes if self._is_partial() else None))
+        found = list(walk(model, self._choose_kinds(), takes if self._is_partial() else None))
         for site in frozen if names else ():
             takes(site)
         missing = [name for name in self._names if name not in used]
@@ -260,7 +260,7 @@ class Selection:
     def _is_partial(self) -> bool:
         return bool(self._names) or self.groups not in ({"spectral_norm"}, set(GROUPS))
 
-    def _kinds(self) -> Sequence[Kind]:
+    def _choose_kinds(self) -> Sequence[Kind]:
         return SPECTRAL_NORM if self.groups <= {"spectral_norm"} and not self._names else ALL
 
     def _resolve(self, model: nn.Module) -> dict[str, set[tuple[int, str | None]]]:

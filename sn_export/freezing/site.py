@@ -75,7 +75,7 @@ class Site(ABC):
         """Whether a forward pass of the model uses the computed value at all."""
         return not self.unapplied
 
-    def value_in_use(self) -> Tensor:
+    def get_value_in_use(self) -> Tensor:
         """Return the tensor that stands there now, which a forward reads if nothing computes it."""
         in_use: Tensor = getattr(self.module, self.tensor)
         return in_use.detach().clone()
@@ -95,7 +95,7 @@ class Site(ABC):
         """
         name = self.tensor
         kind = "_parameters" if isinstance(frozen, nn.Parameter) else "_buffers"
-        content = edits.of(self.attributes[kind])
+        content = edits.edit(self.attributes[kind])
         content[name] = frozen
         successor = name.replace("weight", "bias")
         if successor in content and successor != name:
@@ -103,15 +103,15 @@ class Site(ABC):
             for later in names[names.index(successor) : names.index(name)]:
                 content[later] = content.pop(later)
 
-    def matrix(self) -> Tensor | None:
+    def make_matrix(self) -> Tensor | None:
         """Return the raw weight as the matrix whose norm sigma estimates; None if it is none."""
         return None
 
     def describe(self) -> SpectralNormInfo | ParametrizationInfo:
-        """Return what `find_spectral_norm` lists; of other groups what `outline` returns."""
-        return self.outline(self.value())
+        """Return what `find_spectral_norm` lists; of other groups what `make_info` returns."""
+        return self.make_info(self.value())
 
-    def norm_info(
+    def make_norm_info(
         self,
         tensor: Tensor,
         dim: int = 0,
@@ -133,7 +133,7 @@ class Site(ABC):
             is_applied=self.is_applied,
         )
 
-    def outline(self, value: Tensor) -> ParametrizationInfo:
+    def make_info(self, value: Tensor) -> ParametrizationInfo:
         """Return what `find_parametrizations` lists.
 
         Args:

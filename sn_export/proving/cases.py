@@ -106,7 +106,7 @@ def check_case(
         ExportError: if onnxruntime cannot load or run the file, or its inputs or outputs
             are not those of the case.
     """
-    settings = ProofSettings(rtol, atol, providers, proof_dtype).checked()
+    settings = ProofSettings(rtol, atol, providers, proof_dtype).check()
     path, saved = as_path(onnx_path, "onnx_path"), as_path(case_path, "case_path")
     for kind, file in (("ONNX file", path), ("case", saved)):
         if not file.is_file():

@@ -102,7 +102,7 @@ def run_beyond_program(
             if not _is_tried(size, groups[root], tensors):
                 continue
             try:
-                found.append(run(inputs.of({root: groups[root]}, {root: size})))
+                found.append(run(inputs.resize({root: groups[root]}, {root: size})))
             except SnExportError as error:
                 _logger.info("not proved at this size: %s", error)
     return found
@@ -186,7 +186,7 @@ def _choose_sizes(group: Sequence[DynamicDim]) -> tuple[int, int, int]:
 
 
 def _get_size(group: Sequence[DynamicDim]) -> int:
-    return group[0].root_size()
+    return group[0].find_root_size()
 
 
 def _find_units(groups: Groups) -> dict[str, Sequence[DynamicDim]]:
@@ -223,14 +223,16 @@ class _Resizer:
             SnExportError: if it rejects both.
         """
         try:
-            return run(self.of(groups, sizes))
+            return run(self.resize(groups, sizes))
         except SnExportError:
-            return run(self.of(groups, sizes, near=True))
+            return run(self.resize(groups, sizes, near=True))
 
-    def of(self, groups: Groups, sizes: Mapping[str, int], near: bool = False) -> InputSet:
+    def resize(self, groups: Groups, sizes: Mapping[str, int], near: bool = False) -> InputSet:
         """Return an input set of other sizes; what ``sizes`` does not name keeps its own."""
         wanted = {
-            dim.place: dim.size_for(size) for name, size in sizes.items() for dim in groups[name]
+            dim.place: dim.compute_size(size)
+            for name, size in sizes.items()
+            for dim in groups[name]
         }
 
         def resize(tensor: Tensor) -> Tensor:
@@ -265,7 +267,7 @@ def _is_tried(size: int, group: Sequence[DynamicDim], example: Mapping[str, Tens
     high = min(_ENDLESS - 1, *(dim.range[1] for dim in group))
     shapes = {dim.tensor: list(example[dim.tensor].shape) for dim in group}
     for dim in group:
-        shapes[dim.tensor][dim.position] = dim.size_for(size)
+        shapes[dim.tensor][dim.position] = dim.compute_size(size)
     return low <= size <= high and all(math.prod(shape) <= _LARGEST for shape in shapes.values())
 
 

@@ -244,18 +244,18 @@ class Pieces:
         names = [entry.name for entry in self.get_outputs()] if outputs is None else outputs
         made = {name for piece in self._pieces for name in piece.makes}
         if not made.issuperset(names):
-            return self._at_once(outputs, feed)
+            return self._run_at_once(outputs, feed)
         values = dict(feed)
         for position, piece in enumerate(self._pieces):
             if not piece.makes:
                 continue  # nodes that nothing reads
             given = {name: values[name] for name in piece.takes if name in values}
             if not all(value.is_tensor() for value in given.values()):
-                return self._at_once(outputs, feed)  # a sequence has no type of its own
+                return self._run_at_once(outputs, feed)  # a sequence has no type of its own
             try:
                 session = self._open(_make_model(self._file, piece, given).SerializeToString())
             except ExportError:  # it cannot be loaded without the nodes around it
-                return self._at_once(outputs, feed)
+                return self._run_at_once(outputs, feed)
             results = session.run_with_ort_values(piece.makes, given)
             del session  # and with it the weights
             later = {name for other in self._pieces[position + 1 :] for name in other.takes}
@@ -263,7 +263,7 @@ class Pieces:
             values = {n: value for n, value in values.items() if n in later or n in names}
         return [values[name] for name in names]
 
-    def _at_once(self, outputs: Sequence[str] | None, feed: Mapping[str, Any]) -> list[Any]:
+    def _run_at_once(self, outputs: Sequence[str] | None, feed: Mapping[str, Any]) -> list[Any]:
         results: list[Any] = self._whole.run_with_ort_values(outputs, feed)
         return results
 

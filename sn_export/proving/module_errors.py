@@ -53,7 +53,7 @@ class Strictness:
         defaults = DEFAULT_TOLERANCES[coarsest]
         return cls(defaults[0] if rtol is None else rtol, defaults[1] if scaled is None else scaled)
 
-    def relaxed(self, scaled_atol: float, dtype: str) -> Strictness:
+    def relax(self, scaled_atol: float, dtype: str) -> Strictness:
         """Return the tolerances with an absolute one of at least ``scaled_atol``."""
         default = DEFAULT_TOLERANCES[dtype][1] if self.scaled_atol is None else self.scaled_atol
         return replace(self, scaled_atol=max(default, scaled_atol))
@@ -176,7 +176,7 @@ def measure_errors(
         name, strictness.rtol, None if scaled is None else scaled * find_largest(expected)
     )
     errors.add("", expected, got)
-    return errors.result()
+    return errors.make_result()
 
 
 def _find_nearest(wanted: Tensor, among: Sequence[Tensor]) -> int:

@@ -58,7 +58,10 @@ def find_module_values(
         if path and called is not None and path not in called
     ]
     scopes = _Scopes(model, file, frozenset(passed_over))
-    within = [{first_paths[id(module)] for module in scopes.of(node)} for node in file.graph.node]
+    within = [
+        {first_paths[id(module)] for module in scopes.find_modules(node)}
+        for node in file.graph.node
+    ]
     readers: dict[str, list[set[str]]] = defaultdict(list)
     for node, modules in zip(file.graph.node, within, strict=True):
         for name in _read_by(node):
@@ -126,14 +129,14 @@ class _Scopes:
             for end in range(1, len(parts) + 1):
                 self._read[parts[:end]].update(weights.intersection(node.input))
 
-    def of(self, node: onnx.NodeProto) -> list[nn.Module]:
+    def find_modules(self, node: onnx.NodeProto) -> list[nn.Module]:
         """Return the modules of a node, from dynamo's metadata or from its name by TorchScript."""
         for entry in node.metadata_props:
             if entry.key == _SCOPES:
                 return _find_in_metadata(self._model, entry.value)
-        return self._from_name(_split_name(node), node.input)
+        return self._follow_name(_split_name(node), node.input)
 
-    def _from_name(self, parts: tuple[str, ...], read: Collection[str]) -> list[nn.Module]:
+    def _follow_name(self, parts: tuple[str, ...], read: Collection[str]) -> list[nn.Module]:
         """Walk down from the model by the parts of a TorchScript name.
 
         A part is the name of a child, or its path where it stands in a container, and the n-th call
@@ -147,12 +150,14 @@ class _Scopes:
             for base, module in reached:
                 for name in dict.fromkeys((part, re.sub(r"_\d+$", "", part))):
                     relative = name.removeprefix(f"{base}.") if base else name
-                    below += self._named(base, module, relative, (read, self._read[parts[:end]]))
+                    below += self._find_named(
+                        base, module, relative, (read, self._read[parts[:end]])
+                    )
             found += [module for _, module in below]
             reached = below
         return found
 
-    def _named(
+    def _find_named(
         self, base: str, module: nn.Module, relative: str, reads: tuple[Collection[str], ...]
     ) -> list[tuple[str, nn.Module]]:
         """Return the module at ``relative``, directly or below modules that are passed over.
@@ -160,7 +165,7 @@ class _Scopes:
         Of several it is the one whose weights are read; where that does not decide, none.
         """
         if base not in self._bases:
-            self._bases[base] = [(base, module), *self._over(base, module)]
+            self._bases[base] = [(base, module), *self._iter_passed(base, module)]
         found = [(path, _get_child(one, relative)) for path, one in self._bases[base]]
         once = {id(child): (qualify(path, relative), child) for path, child in found[::-1]}
         there = [(path, child) for path, child in reversed(once.values()) if child is not None]
@@ -171,12 +176,12 @@ class _Scopes:
             there = reading or there
         return there if len(there) < 2 else []
 
-    def _over(self, base: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    def _iter_passed(self, base: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         for name, child in module.named_children():
             path = qualify(base, name)
             if path in self._passed_over:
                 yield path, child
-                yield from self._over(path, child)
+                yield from self._iter_passed(path, child)
 
 
 def _split_name(node: onnx.NodeProto) -> tuple[str, ...]:

@@ -148,7 +148,7 @@ class RunningErrors:
         if error > self.blamed:
             self.blamed, self.reason = error, reason
 
-    def _reason(self) -> str:
+    def _make_reason(self) -> str:
         if not self.blamed_on or not all(map(is_random, self.blamed_on)):
             return self.reason
         return (
@@ -156,7 +156,7 @@ class RunningErrors:
             "samples=0 proves the file on the example and on inputs=[...] of your own"
         )
 
-    def result(self) -> OutputParity:
+    def make_result(self) -> OutputParity:
         """Return the errors so far."""
         bounds = f"atol {self.applied_atol:.3g} + rtol {self.applied_rtol:.3g}"
         return OutputParity(
@@ -173,15 +173,15 @@ class RunningErrors:
             atol=self.applied_atol,
             passed=not self.reason and self.samples > 0,
             is_comparable=self.is_comparable,
-            reason=self._reason(),
-            median_abs=self.spread.quantile(500),
-            p999_abs=self.spread.quantile(999),
+            reason=self._make_reason(),
+            median_abs=self.spread.estimate_quantile(500),
+            p999_abs=self.spread.estimate_quantile(999),
             quantiles_are_exact=self.spread.is_exact,
             fraction_outside=self.outside / self.elements if self.elements else 0.0,
             worst_expected=self.worst_values[0],
             worst_got=self.worst_values[1],
-            histogram=self.spread.histogram() if self.elements else None,
-            verdict=self._reason() or f"every element is within {bounds} of the model",
+            histogram=self.spread.make_histogram() if self.elements else None,
+            verdict=self._make_reason() or f"every element is within {bounds} of the model",
             pictures=tuple(self.pictures),
         )
 
@@ -296,7 +296,7 @@ class Spread:
             self.fine += np.bincount(bucket - _FINE_LOWEST * _PER_DECADE, minlength=size)
         self.kept = []
 
-    def quantile(self, permille: int) -> float:
+    def estimate_quantile(self, permille: int) -> float:
         """Return the smallest error that ``permille`` of a thousand errors do not exceed, or 0."""
         usual = int(self.counts.sum())
         total = self.zeros + usual + self.infinite + self.nan
@@ -311,7 +311,7 @@ class Spread:
         bucket = int(np.searchsorted(self.fine.cumsum(), rank)) + _FINE_LOWEST * _PER_DECADE
         return float(10.0 ** (bucket / _PER_DECADE))
 
-    def histogram(self) -> Histogram:
+    def make_histogram(self) -> Histogram:
         """Return the counts by decade."""
         return Histogram(
             tuple(_EDGES.tolist()),

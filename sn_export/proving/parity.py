@@ -94,7 +94,7 @@ def check_parity(
             are not those of the model.
     """
     network, entry = find_entry(model, method)
-    settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).checked()
+    settings = ProofSettings(rtol, atol, providers, proof_dtype, images=images).check()
     path = as_path(onnx_path, "onnx_path")
     if not path.is_file():
         raise FileNotFoundError(f"no ONNX file at '{path}'")
@@ -192,9 +192,9 @@ def make_running_errors(
     Raises:
         ValueError: for a tolerance for an output that the file does not have.
     """
-    settings = settings.checked(names)
+    settings = settings.check(names)
     return [
-        RunningErrors(name, *settings.tolerances_of(i, name), coarsest)
+        RunningErrors(name, *settings.get_tolerances(i, name), coarsest)
         for i, name in enumerate(names)
     ]
 
@@ -210,7 +210,7 @@ def mark_shown(
 
 def make_results(running: Sequence[RunningErrors]) -> tuple[OutputParity, ...]:
     """Return the errors of each output; none passes if no output has a single element."""
-    found = tuple(state.result() for state in running)
+    found = tuple(state.make_result() for state in running)
     if any(state.elements for state in running):
         return found
     reason = "no element was compared: the outputs are empty for every input set"
@@ -267,14 +267,14 @@ def locate_divergence(
     )
     strictness = Strictness.of(
         chosen.outputs[position],
-        *settings.tolerances_of(position, output.name),
+        *settings.get_tolerances(position, output.name),
         find_coarsest(model, references),
     )
     if output.rounding is not None:  # what rounding moves in the output, it moves in the modules
         size = find_largest(chosen.outputs[position]) or 1.0
         moved = FACTOR * output.rounding.expected.max / size
         if output.passed or output.fraction_outside:
-            strictness = strictness.relaxed(moved, output.dtype)
+            strictness = strictness.relax(moved, output.dtype)
         else:  # it was within tolerance, and too far from the truth
             strictness = Strictness(0.0, moved)
     try:

@@ -135,18 +135,18 @@ class MovedByRounding(TorchDispatchMode):
         """Run one operator."""
         result = func(*args, **(kwargs or {}))
         bound = _BOUNDED.get(_name(func).strip("_").capitalize(), 0.0)
-        move = partial(self._moved, bound=2 * bound if func._schema.is_mutable else bound)
+        move = partial(self._move, bound=2 * bound if func._schema.is_mutable else bound)
         if func._schema.is_mutable:
             for tensor in _find_written(func, args, kwargs or {}):
                 tensor.copy_(move(tensor))
             return result
         return result if func.is_view else pytree.tree_map(move, result)
 
-    def _moved(self, value: Any, bound: float = 0.0) -> Any:
+    def _move(self, value: Any, bound: float = 0.0) -> Any:
         if not isinstance(value, Tensor) or not value.numel():
             return value
         if value.is_complex():
-            return torch.view_as_complex(self._moved(torch.view_as_real(value.resolve_conj())))
+            return torch.view_as_complex(self._move(torch.view_as_real(value.resolve_conj())))
         if not value.is_floating_point():
             return value
         if value.layout != torch.strided or value.itemsize < 2:

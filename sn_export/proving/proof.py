@@ -71,7 +71,7 @@ class Proof:
     keeps_case: bool
     notes: tuple[str, ...] = ()
 
-    def of(
+    def prove(
         self,
         draft: Path,
         maker: str,
@@ -94,9 +94,9 @@ class Proof:
         """
         _logger.info("comparing %d input sets with onnxruntime", len(self.references))
         session = open_proof_session(draft, self.settings)
-        shapes = self._shapes(session)
+        shapes = self._read_shapes(session)
         require_dynamic(shapes, self.dims)
-        runnable = self._runnable(shapes)
+        runnable = self._select_runnable(shapes)
         parity = compare(self.model, self.freezing, session, draft, runnable, self.settings)
         self.state.reset()  # outside of the block: the state knows nothing of its weights
         parity = replace(parity, notes=(*parity.notes, *self.notes))
@@ -114,7 +114,7 @@ class Proof:
         parity.require_passed(f"the file made by {maker}")
         return Proved(parity, case)
 
-    def _runnable(self, shapes: Mapping[str, Sequence[Any]]) -> list[Reference]:
+    def _select_runnable(self, shapes: Mapping[str, Sequence[Any]]) -> list[Reference]:
         """Leave out sizes that the file has fixed, as ``Dim.AUTO`` allows the exporter to."""
         kept = []
         for reference in self.references:
@@ -137,7 +137,7 @@ class Proof:
             for position, wanted in enumerate(shape)
         )
 
-    def _shapes(self, session: Any) -> dict[str, Sequence[Any]]:
+    def _read_shapes(self, session: Any) -> dict[str, Sequence[Any]]:
         shapes = {entry.name: entry.shape for entry in session.get_inputs()}
         names = self.settings.input_names or {}
         return {name: shapes[file] for name, file in names.items() if file in shapes}
@@ -209,7 +209,7 @@ def _make_case(
     coarsest = find_coarsest(model, references)
     tolerances = [
         _choose_saved_tolerances(
-            settings.tolerances_of(position, output.name),
+            settings.get_tolerances(position, output.name),
             output,
             [reference.outputs[position] for reference in references],
             coarsest,

@@ -141,7 +141,7 @@ class ProofSettings:
     input_names: Mapping[str, str] | None = None
     images: Sequence[str] | None = None
 
-    def checked(self, outputs: Sequence[str] | None = None) -> ProofSettings:
+    def check(self, outputs: Sequence[str] | None = None) -> ProofSettings:
         """Return the settings with tolerances in numbers of Python, if they can be used.
 
         Args:
@@ -159,7 +159,7 @@ class ProofSettings:
         _require_images(self.images, outputs)
         return replace(self, rtol=rtol, atol=atol)
 
-    def tolerances_of(self, position: int, name: str) -> tuple[float | None, float | None]:
+    def get_tolerances(self, position: int, name: str) -> tuple[float | None, float | None]:
         """Return rtol and atol of one output, None where the default for its dtype applies."""
         return (get_tolerance(self.rtol, position, name), get_tolerance(self.atol, position, name))
 

@@ -113,7 +113,7 @@ def measure_rounding(
             )
     units = {torch.finfo(dtype).eps: dtype for dtype in dtypes}
     name = str(units[max(units)]).removeprefix("torch.")
-    return {position: one.result(name) for position, one in running.items()}
+    return {position: one.make_result(name) for position, one in running.items()}
 
 
 def measure_operators(
@@ -137,7 +137,7 @@ def measure_operators(
         first, second = run_moved(reference), run_moved(reference)
         for position, one in running.items():
             one.add(first[position], second[position])
-    return {position: one.result() for position, one in running.items()}
+    return {position: one.make_result() for position, one in running.items()}
 
 
 def _run_in_float64(run: Callable[..., list[Tensor]]) -> list[Tensor]:
@@ -245,9 +245,9 @@ class _RunningDistance:
         if apart.numel():
             self._largest = max(self._largest, float(apart.nan_to_num(math.inf).max()))
 
-    def result(self) -> Distance:
+    def make_result(self) -> Distance:
         rms = math.sqrt(self._squares / self._elements) if self._elements else 0.0
-        return Distance(rms, self._spread.quantile(990), self._largest)
+        return Distance(rms, self._spread.estimate_quantile(990), self._largest)
 
 
 class _RunningRounding:
@@ -274,7 +274,7 @@ class _RunningRounding:
         self._squares += float(finite.square().sum())
         self._elements += finite.numel()
 
-    def result(self, dtype: str) -> Rounding:
+    def make_result(self, dtype: str) -> Rounding:
         """Return the distances.
 
         Args:
@@ -285,7 +285,11 @@ class _RunningRounding:
                 that it tells nothing.
         """
         scale = math.sqrt(self._squares / self._elements) if self._elements else 0.0
-        model, moved, least = self._model.result(), self._moved.result(), self._unit * scale
+        model, moved, least = (
+            self._model.make_result(),
+            self._moved.make_result(),
+            self._unit * scale,
+        )
         if not math.isfinite(model.max) or not math.isfinite(moved.max):
             raise NoTruthError("it has NaN or infinities where the model has none")
         if model.rms > _PLAUSIBLE * max(moved.rms, least):
@@ -300,4 +304,4 @@ class _RunningRounding:
                 f"rounding alone moves the model's outputs by {expected.rms / scale:.0%} of their "
                 "size: no file can be told right from wrong"
             )
-        return Rounding(model, self._file.result(), expected, scale, dtype)
+        return Rounding(model, self._file.make_result(), expected, scale, dtype)

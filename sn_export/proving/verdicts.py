@@ -81,7 +81,7 @@ def judge(
         position
         for position, output in enumerate(report.outputs)
         if settings.proof_dtype is None
-        and settings.tolerances_of(position, output.name) == (None, None)
+        and settings.get_tolerances(position, output.name) == (None, None)
         and _is_in_question(output)
     ]
     found: dict[int, Rounding] = {}

@@ -66,16 +66,16 @@ class DynamicDim:
         """Whether its name is that of its root; ``2 * dim`` has another."""
         return self.is_named and not callable(getattr(self.spec, "fn", None))
 
-    def size_for(self, root_size: int) -> int:
+    def compute_size(self, root_size: int) -> int:
         """Return the size when the root has ``root_size`` (they differ for ``2 * dim``)."""
         function = getattr(self.spec, "fn", None)
         return int(function(root_size)) if callable(function) else root_size
 
-    def root_size(self) -> int:
+    def find_root_size(self) -> int:
         """Return the root's size in the example."""
         if not callable(getattr(self.spec, "fn", None)):
             return self.size
-        return next((n for n in range(self.size * 4 + 8) if self.size_for(n) == self.size), 0)
+        return next((n for n in range(self.size * 4 + 8) if self.compute_size(n) == self.size), 0)
 
 
 def find_dynamic_dims(example: InputSet, dynamic_shapes: Any) -> list[DynamicDim]:
@@ -278,7 +278,7 @@ def _is_fixed(where: str, entry: Any, size: int) -> bool:
 
 def _require_in_range(dim: DynamicDim) -> None:
     low, high = dim.range
-    if not low <= dim.root_size() <= high:
+    if not low <= dim.find_root_size() <= high:
         raise ValueError(
             f"dimension {dim.position} of '{dim.tensor}' is {dim.size} in the example, outside "
             f"the range {low} to {high} of {dim.root}"
@@ -287,7 +287,7 @@ def _require_in_range(dim: DynamicDim) -> None:
 
 def _require_one_size(dim: DynamicDim, others: Sequence[DynamicDim]) -> None:
     other = next((one for one in others if one.root == dim.root), dim)
-    if other.root_size() != dim.root_size():
+    if other.find_root_size() != dim.find_root_size():
         raise ValueError(
             f"dynamic_shapes calls dimension {other.position} of '{other.tensor}' and dimension "
             f"{dim.position} of '{dim.tensor}' both {dim.root}, and the example has {other.size} "

@@ -47,19 +47,19 @@ class PlainObjects:
         for thing in things:
             attributes = get_attributes(thing)
             if attributes is not None:
-                within += self._entries(attributes)
+                within += self._remember_entries(attributes)
             elif is_array(thing):
                 self._keep(thing)
         for thing in within:  # grows on the way
             if isinstance(thing, (dict, list, set, deque)):
                 if len(thing) <= _LONG:
-                    within += self._entries(thing)
+                    within += self._remember_entries(thing)
             elif is_array(thing) or (
                 isinstance(thing, Tensor) and not isinstance(thing, nn.Parameter)
             ):
                 self._keep(thing)
 
-    def _entries(self, container: Any) -> Iterable[Any]:
+    def _remember_entries(self, container: Any) -> Iterable[Any]:
         """Remember a container, and return what is in it; nothing if it is remembered already."""
         if id(container) in self._seen:
             return ()

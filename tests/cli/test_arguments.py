@@ -140,9 +140,9 @@ def test_dynamic_dimensions() -> None:
         "--dynamic gives dimension 0 of 'x' twice: 'a' and 'b'"
     )
     given = Inputs(draw_example(parse_inputs(["4x2", "y=1"])), ())
-    assert given.dynamic_shapes(_Two(), dims) == {"x": {0: "batch", 2: "width"}, "y": None}
-    assert given.dynamic_shapes(_Two(), {}) is None
-    assert _message(given.dynamic_shapes, _Two(), {"z": {0: "b"}}) == (
+    assert given.make_dynamic_shapes(_Two(), dims) == {"x": {0: "batch", 2: "width"}, "y": None}
+    assert given.make_dynamic_shapes(_Two(), {}) is None
+    assert _message(given.make_dynamic_shapes, _Two(), {"z": {0: "b"}}) == (
         "--dynamic names the input 'z'; the inputs are x, y"
     )
 

@@ -614,7 +614,9 @@ def test_defaults_are_those_of_export_onnx(monkeypatch: pytest.MonkeyPatch) -> N
     It reaches inside: both state their defaults for their readers.
     """
     seen: dict[str, Any] = {}
-    monkeypatch.setattr(OnnxCommand, "run", lambda self: seen.update(self.keywords_of(export_onnx)))
+    monkeypatch.setattr(
+        OnnxCommand, "run", lambda self: seen.update(self.select_keywords(export_onnx))
+    )
     monkeypatch.setattr(sys, "argv", ["sn-export", "onnx", "a.pt", "--model", "a:b", "-o", "c"])
     with pytest.raises(SystemExit):
         main()

@@ -30,7 +30,7 @@ def _measure(pairs: list[tuple[Any, Any]], **tolerances: float) -> OutputParity:
     errors = RunningErrors("y", tolerances.get("rtol"), tolerances.get("atol"))
     for number, (says, file) in enumerate(pairs):
         errors.add(f"input {number}", torch.as_tensor(says), torch.as_tensor(file))
-    return errors.result()
+    return errors.make_result()
 
 
 _errors = hnp.arrays(

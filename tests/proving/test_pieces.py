@@ -63,13 +63,13 @@ def _run(session: Pieces, **feed: Tensor) -> list[Tensor | None]:
 def _runs_at_once(session: Pieces, monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Note whenever the file is run as a whole."""
     seen: list[bool] = []
-    real = Pieces._at_once
+    real = Pieces._run_at_once
 
     def noting(self: Pieces, *args: Any) -> list[Any]:
         seen.append(True)
         return real(self, *args)
 
-    monkeypatch.setattr(Pieces, "_at_once", noting)
+    monkeypatch.setattr(Pieces, "_run_at_once", noting)
     return seen
 
 

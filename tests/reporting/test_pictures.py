@@ -51,7 +51,7 @@ def shown(expected: Tensor, got: Tensor) -> tuple[Picture, ...]:
     errors = RunningErrors("y", None, None)
     errors.is_shown = True
     errors.add("example", expected, got)
-    return errors.result().pictures
+    return errors.make_result().pictures
 
 
 def test_what_looks_like_it_is_shown(tmp_path: Path) -> None:

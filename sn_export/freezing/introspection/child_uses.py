@@ -68,7 +68,7 @@ class ChildUses(Uses):
         if tree is None:
             self.skim(function, owner)
         else:
-            self._seen[key] = _Evaluation(self, function, owner, arguments, depth).of(tree)
+            self._seen[key] = _Evaluation(self, function, owner, arguments, depth).evaluate(tree)
         return self._seen[key]
 
 
@@ -100,7 +100,7 @@ class _Evaluation:
         self._active: list[_Function] = []
         self._returned = NONE
 
-    def of(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
+    def evaluate(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
         """Evaluate the parsed function, and return the modules that it may return."""
         for _ in range(2):  # what a loop sets at its end is used at its start
             for statement in tree.body:
@@ -218,9 +218,9 @@ class _Evaluation:
         if node.attr in _METADATA and isinstance(node.value, ast.Attribute):
             return self.visit(node.value.value) and NONE
         modules = self.visit(node.value)
-        return NONE.union(*(self._attribute_of(module, node.attr) for module in modules))
+        return NONE.union(*(self._evaluate_attribute(module, node.attr) for module in modules))
 
-    def _attribute_of(self, module: nn.Module, name: str) -> Modules:
+    def _evaluate_attribute(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
         if child is not None:
             return frozenset({child})
@@ -261,15 +261,15 @@ class _Evaluation:
         if isinstance(function, ast.Attribute):
             if function.attr in _METADATA and isinstance(function.value, ast.Attribute):
                 return self.visit(function.value.value) and NONE
-            return self._method(function, given)
+            return self._call_method(function, given)
         if isinstance(function, ast.Name) and function.id not in self._names:
-            return self._named_function(function.id, node, given)
+            return self._call_named_function(function.id, node, given)
         called = self.visit(function)
         self._uses.call(called, self._owner)
         self._hand_over(given)
         return NONE
 
-    def _method(self, node: ast.Attribute, given: Given) -> Modules:
+    def _call_method(self, node: ast.Attribute, given: Given) -> Modules:
         if isinstance(node.value, ast.Call) and getattr(node.value.func, "id", None) == "super":
             return NONE  # the base's method is evaluated as one of the owner
         modules = self.visit(node.value)
@@ -280,7 +280,7 @@ class _Evaluation:
             return self._follow(resolve_name(node, self._function), given)
         found = NONE
         for module in modules:
-            child = self._child_or_held(module, node.attr)
+            child = self._find_child(module, node.attr)
             if child:
                 self._uses.call(child, self._owner)
                 self._hand_over(given)
@@ -294,29 +294,31 @@ class _Evaluation:
                 self._uses.call([module], self._owner)
                 self._hand_over(given)
             elif not hasattr(nn.Module, node.attr):
-                found |= self._own_method(module, node.attr, given)
+                found |= self._call_own_method(module, node.attr, given)
         return found
 
-    def _child_or_held(self, module: nn.Module, name: str) -> Modules:
+    def _find_child(self, module: nn.Module, name: str) -> Modules:
         child = module._modules.get(name)
         return find_held(module.__dict__.get(name)) if child is None else frozenset({child})
 
-    def _own_method(self, module: nn.Module, name: str, given: Given) -> Modules:
+    def _call_own_method(self, module: nn.Module, name: str, given: Given) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)
         function = unwrap_function(entry)
         if function is None or isinstance(entry, property):
-            self._uses.call(self._attribute_of(module, name), self._owner)
+            self._uses.call(self._evaluate_attribute(module, name), self._owner)
             self._hand_over(given)
             return NONE
         first = [] if isinstance(entry, staticmethod) else [frozenset({module})]
         return self._run(function, module, given._replace(positional=[*first, *given.positional]))
 
-    def _named_function(self, name: str, node: ast.Call, given: Given) -> Modules:
+    def _call_named_function(self, name: str, node: ast.Call, given: Given) -> Modules:
         if name == "getattr" and len(node.args) > 1:
             attribute = node.args[1]
             if isinstance(attribute, ast.Constant) and isinstance(attribute.value, str):
                 wanted = attribute.value
-                return NONE.union(*(self._attribute_of(m, wanted) for m in given.positional[0]))
+                return NONE.union(
+                    *(self._evaluate_attribute(m, wanted) for m in given.positional[0])
+                )
             for module in given.positional[0]:
                 self._uses.read(module, "*", self._owner)
             return NONE.union(*(list_children(module) for module in given.positional[0]))

@@ -145,7 +145,7 @@ class Probe:
         base = find_torch_base(type(module))
         return cls(module, base) if base in _FUNCTIONS else None
 
-    def weight(self, raw: str) -> Used | None:
+    def compute_weight(self, raw: str) -> Used | None:
         """Return what an eval-mode forward uses in place of the parameter ``raw``.
 
         None if it cannot be run on the probe alone, or uses no single weight.
@@ -178,12 +178,12 @@ class Probe:
         return Used(value.clone(), is_all)
 
     def _record(self, forward: Callable[..., Any]) -> tuple[list[_Call], Any, Tensor]:
-        probe = self.example().as_subclass(_Recorder)
+        probe = self.make_example().as_subclass(_Recorder)
         probe.function, probe.calls = self._function, []
         result = forward(self._module, probe)
         return probe.calls, result, probe
 
-    def example(self) -> Tensor:
+    def make_example(self) -> Tensor:
         """Return an input that the layer takes."""
         module: Any = self._module
         weight = next(p for p in module._parameters.values() if p is not None and p.ndim >= 2)

@@ -182,25 +182,25 @@ class AdaptedSite(Site):
             ),
         )
         if not isinstance(value, Tensor):
-            raise self._error(f"value returned {type(value).__name__}, not a tensor")
+            raise self._make_error(f"value returned {type(value).__name__}, not a tensor")
         if not value.is_floating_point() and not value.is_complex():
-            raise self._error(f"value returned a tensor of {value.dtype}, which is no weight")
+            raise self._make_error(f"value returned a tensor of {value.dtype}, which is no weight")
         return value.detach().clone()
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Let the adapter freeze, plan what it changed as edits, and put all back for now."""
         owner = self.owner
         modules = list(owner.modules())
-        snapshot = _Snapshot(modules, self._error)
+        snapshot = _Snapshot(modules, self._make_error)
         with undo_on_exit(snapshot.restore):
             snapshot.advance(edits)
             self._call("freeze", lambda: self.adapter.freeze(owner, self.given_name, frozen))  # type: ignore[arg-type]
-            edits.before_undoing(self._restore)
+            edits.call_before_undoing(self._restore)
             self._locate(frozen)
             snapshot.plan(edits)
 
     def _restore(self) -> None:
-        snapshot = _Snapshot(list(self.owner.modules()), self._error)
+        snapshot = _Snapshot(list(self.owner.modules()), self._make_error)
         with undo_on_exit(snapshot.restore):
             self._call("restore", lambda: self.adapter.restore(self.owner, self.given_name))
 
@@ -212,7 +212,7 @@ class AdaptedSite(Site):
                     if path:
                         self.path = qualify(self.path, path)
                     return
-        raise self._error(
+        raise self._make_error(
             "freeze left the weight it was given in no module: register it as a parameter"
         )
 
@@ -222,14 +222,14 @@ class AdaptedSite(Site):
         except FreezeError:
             raise
         except Exception as error:
-            raise self._error(f"{method} raised {type(error).__name__}: {error}") from error
+            raise self._make_error(f"{method} raised {type(error).__name__}: {error}") from error
 
-    def _error(self, reason: str) -> FreezeError:
+    def _make_error(self, reason: str) -> FreezeError:
         return _make_error(self.path, self.given_name, self.adapter, reason)
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists; only the adapter knows sigma."""
-        return self.norm_info(self.value())
+        return self.make_norm_info(self.value())
 
 
 def find_adapted(path: str, module: nn.Module) -> list[AdaptedSite]:
@@ -269,7 +269,7 @@ class _Snapshot:
 
     def __init__(self, modules: Sequence[nn.Module], error: Callable[[str], FreezeError]) -> None:
         self._modules = modules
-        self._error = error
+        self._make_error = error
         self._state = Preserved(modules)
         self._classes = [type(module) for module in modules]
         tensors = {
@@ -289,22 +289,24 @@ class _Snapshot:
         """Go to the state that the edits planned so far would make."""
         for container, _ in self._state.containers:
             if isinstance(container, dict):
-                restore_container(container, edits.planned(container))
+                restore_container(container, edits.get_planned(container))
         for module in self._modules:
-            object.__setattr__(module, "__class__", edits.planned_class(module))
+            object.__setattr__(module, "__class__", edits.get_planned_class(module))
 
     def plan(self, edits: Edits) -> None:
         """Add the edits that lead from the snapshot to the state now."""
         for guarded in self._guarded:
             guarded.restore()
             if guarded.was_written:
-                raise self._error("freeze wrote into a tensor; it may only register and delete")
+                raise self._make_error(
+                    "freeze wrote into a tensor; it may only register and delete"
+                )
         for container, before in self._state.containers:
             if isinstance(container, dict):
                 edits.replan(container, before)
             elif _differs(container, before):
                 kind = type(container).__name__
-                raise self._error(f"freeze changed a {kind} in place; set a new one instead")
+                raise self._make_error(f"freeze changed a {kind} in place; set a new one instead")
         for module, cls in zip(self._modules, self._classes, strict=True):
             if type(module) is not cls:
                 edits.set_class(module, type(module), cls)

@@ -85,7 +85,7 @@ class ChainSite(Site):
         if cached is not None:
             return cached.detach().clone()
         if _is_pure(self.chain):
-            return self._value_of_pure_chain()
+            return self._compute_pure_chain()
         # A chain that ends in a view or a cached tensor must not lend us its memory.
         with _bypass_cache():
             value = run_without_trace(self._run, self.chain.modules())
@@ -95,7 +95,7 @@ class ChainSite(Site):
         value: Tensor = self.chain()
         return value
 
-    def _value_of_pure_chain(self) -> Tensor:
+    def _compute_pure_chain(self) -> Tensor:
         modes = [(m, m.training) for m in self.chain._modules.values() if m.training]
         if not modes:  # the common case, and the fast one
             return self._run()
@@ -113,10 +113,10 @@ class ChainSite(Site):
         """Take the tensor out of ``parametrizations`` and its property off this instance."""
         module, name, lists = self.module, self.tensor, self.lists
         edits.remove(lists._modules, (name,))
-        current = edits.planned_class(module)
+        current = edits.get_planned_class(module)
         owner = find_class_with_property(current, name)
         assert owner is not None  # `value` has seen it
-        if edits.planned(lists._modules):
+        if edits.get_planned(lists._modules):
             plain = change_class(owner, (name,), {}, owner.__bases__)
         else:
             edits.remove(self.attributes["_modules"], ("parametrizations",))

@@ -55,9 +55,9 @@ class ChildNormSite(HandwrittenSite):
         """Exchange the weight, and the child for one that gives it back."""
         module = self.module
         # The child itself stays as it is: other modules may share it.
-        edits.of(module._modules)[self.child] = nn.Identity().train(module.training)
-        edits.of(module._parameters)[self.tensor] = frozen
-        edits.set_class(module, make_frozen_class(edits.planned_class(module), ()))
+        edits.edit(module._modules)[self.child] = nn.Identity().train(module.training)
+        edits.edit(module._parameters)[self.tensor] = frozen
+        edits.set_class(module, make_frozen_class(edits.get_planned_class(module), ()))
 
     def follow_mode(self, training: bool) -> None:
         """Give the child the mode that ``module.train()`` would have given it."""
@@ -118,7 +118,9 @@ def _confirm(
         helper.__dict__["_compiled_call_impl"] = None
         probe = Probe.of(module)
         inputs = (
-            make_placeholders(module, AbsorbingArgument) if probe is None else [probe.example()]
+            make_placeholders(module, AbsorbingArgument)
+            if probe is None
+            else [probe.make_example()]
         )
         with contextlib.suppress(Exception):
             module.forward(*inputs)

@@ -67,7 +67,7 @@ class HandwrittenSite(Site):
 
     def value(self) -> Tensor:
         """Return what the module answered when it was found."""
-        return self.answer.value if self.is_applied else self.value_in_use()
+        return self.answer.value if self.is_applied else self.get_value_in_use()
 
     def take_away(self, edits: Edits) -> None:
         """Plan to remove what the weight is computed from, and the weight that code has set."""
@@ -81,18 +81,18 @@ class HandwrittenSite(Site):
         """Return what `find_spectral_norm` lists; sigma is what an eval forward divides by."""
         raw = next(iter(self.sources))
         value = self.answer.value
-        return self.norm_info(
+        return self.make_norm_info(
             value,
-            dim=self._dim(raw),
-            n_power_iterations=self._iterations(),
+            dim=self._choose_dim(raw),
+            n_power_iterations=self._find_iterations(),
             sigma=_find_sigma(raw, value),
         )
 
-    def _dim(self, raw: Tensor) -> int:
+    def _choose_dim(self, raw: Tensor) -> int:
         lengths = {max(t.shape) for t in self.sources if t is not raw and t.ndim in (1, 2)}
         return 1 if raw.shape[1] in lengths and raw.shape[0] not in lengths else 0
 
-    def _iterations(self) -> int | None:
+    def _find_iterations(self) -> int | None:
         for name in ITERATIONS:
             count = getattr(self.owner, name, None)
             if isinstance(count, int):

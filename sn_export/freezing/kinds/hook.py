@@ -62,7 +62,7 @@ class HookSite(Site):
     def value(self) -> Tensor:
         """Call the hook's method; the attribute of the module is old after load_state_dict."""
         if self.unapplied:
-            return self.value_in_use()
+            return self.get_value_in_use()
         if len(self.module._forward_pre_hooks) > 1:
             self._refuse_stacked()
         if self._is_torch():
@@ -140,22 +140,22 @@ class SpectralNormSite(HookSite):
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
         hook = self.hook
-        return self.norm_info(
+        return self.make_norm_info(
             self.sources[0],
             dim=getattr(hook, "dim", 0),
             eps=getattr(hook, "eps", None),
             n_power_iterations=getattr(hook, "n_power_iterations", None),
-            sigma=self._sigma(),
+            sigma=self._compute_sigma(),
         )
 
-    def matrix(self) -> Tensor | None:
+    def make_matrix(self) -> Tensor | None:
         """Return the matrix unless the vectors are of another size, so of another operator."""
         weight, u, v = self.sources
         matrix: Tensor = self.hook.reshape_weight_to_matrix(weight.detach())
         return matrix if (u.numel(), v.numel()) == tuple(matrix.shape) else None
 
-    def _sigma(self) -> float:
-        matrix = self.matrix()
+    def _compute_sigma(self) -> float:
+        matrix = self.make_matrix()
         if matrix is not None:
             _, u, v = self.sources
             return stored_sigma(matrix, u.flatten(), v.flatten())

@@ -67,9 +67,9 @@ class MixinSite(HandwrittenSite):
         kept = {n: t.detach().clone() for n, t in iter_small_state(module) if n in self.kept}
         for container in (module._parameters, module._buffers):
             edits.remove(container, [n for n in names if n != self.tensor])
-        edits.of(module.__dict__).update(kept)
-        edits.set_class(module, make_frozen_class(edits.planned_class(module), self.overrides))
-        parameters = edits.of(module._parameters)
+        edits.edit(module.__dict__).update(kept)
+        edits.set_class(module, make_frozen_class(edits.get_planned_class(module), self.overrides))
+        parameters = edits.edit(module._parameters)
         if self.tensor in parameters:
             parameters[self.tensor] = frozen
         else:
@@ -96,7 +96,7 @@ def _make_site(
         return None  # a mask, a scale: nothing that a power iteration would write
     candidate = Candidate(raw, raw, weight, tuple(vectors))
     probe = Probe.of(module)
-    used = None if probe is None else probe.weight(raw)
+    used = None if probe is None else probe.compute_weight(raw)
     for member in code.iter_used(code.forward):
         names = code.mentions(member)
         if member.required > 1 or not _is_normalised(names, raw, vectors, member):

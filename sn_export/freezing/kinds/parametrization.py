@@ -49,7 +49,7 @@ class ParametrizationSite(ChainSite):
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
         norm = self.norm
         weight = compute_input(self.chain, norm)
-        return self.norm_info(
+        return self.make_norm_info(
             weight,
             dim=getattr(norm, "dim", 0),
             eps=getattr(norm, "eps", None),
@@ -57,7 +57,7 @@ class ParametrizationSite(ChainSite):
             sigma=_compute_sigma(norm, weight),
         )
 
-    def matrix(self) -> Tensor | None:
+    def make_matrix(self) -> Tensor | None:
         """Return what the chain's first SN normalises, a vector as one row."""
         norm = self.norm
         if not isinstance(norm, SpectralNormLink):

@@ -64,7 +64,9 @@ class WrapperSite(HandwrittenSite):
         self.take_away(edits)
         for container in (wrapper._parameters, wrapper._buffers):
             edits.remove(container, (self.answer.raw, *self.answer.state))
-        edits.set_class(wrapper, make_frozen_class(edits.planned_class(wrapper), self.overrides))
+        edits.set_class(
+            wrapper, make_frozen_class(edits.get_planned_class(wrapper), self.overrides)
+        )
         self.register(edits, frozen)
 
 
