@@ -96,7 +96,7 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
         if path is None:
             tmp_path: Path = request.getfixturevalue("tmp_path")
             path = tmp_path / f"model{_make_suffix(number)}.onnx"
-        name = report_name(request.node.nodeid, number)
+        name = name_report(request.node.nodeid, number)
         try:
             report = export_onnx(model, args, path, **options)
         except ParityError as error:
@@ -114,13 +114,13 @@ def assert_onnx_parity(request: pytest.FixtureRequest) -> AssertOnnxParity:
     return check
 
 
-def report_name(nodeid: str, call: int = 1) -> str:
+def name_report(nodeid: str, call: int = 1) -> str:
     """Return the name, without suffix, of the report of a test's n-th call.
 
     It is readable, and valid in every file system. A piece of the hash of the whole node id keeps
     tests apart whose readable names are equal, in every worker of a parallel run.
 
-    Example: ``report_name("tests/test_a.py::test_b[1]", 2)`` is
+    Example: ``name_report("tests/test_a.py::test_b[1]", 2)`` is
     ``"tests_test_a_py_test_b_1-a558577d-2"``.
     """
     digest = hashlib.sha256(nodeid.encode("utf-8", "surrogatepass")).hexdigest()[:8]

@@ -13,7 +13,7 @@ from typing import get_args
 import jsonschema
 import pytest
 
-from sn_export.pytest_plugin import EXPORTERS, report_name
+from sn_export.pytest_plugin import EXPORTERS, name_report
 from sn_export.results import Exporter
 
 pytest_plugins = ("pytester",)
@@ -231,7 +231,7 @@ def test_workers(pytester: pytest.Pytester) -> None:
     )
     result.assert_outcomes(passed=4)
     names = {path.stem for path in (pytester.path / "reports").glob("*.html")}
-    assert names == {report_name(f"test_them.py::test_it[{i}]") for i in range(4)}
+    assert names == {name_report(f"test_them.py::test_it[{i}]") for i in range(4)}
 
 
 def test_starting_pytest_imports_no_torch(pytester: pytest.Pytester) -> None:
@@ -254,12 +254,12 @@ def test_starting_pytest_imports_no_torch(pytester: pytest.Pytester) -> None:
 )
 def test_names_are_safe(nodeid: str, tmp_path: Path) -> None:
     """The name of a report is short, of letters, digits, - and _, and differs between tests."""
-    name = report_name(nodeid)
+    name = name_report(nodeid)
     assert name.isascii()
     assert name.replace("-", "").replace("_", "").isalnum()
     assert len(name) < 120
     (tmp_path / f"{name}.html").touch()
-    assert report_name(nodeid + " ") != name != report_name(nodeid, 2)
+    assert name_report(nodeid + " ") != name != name_report(nodeid, 2)
 
 
 def test_help() -> None:

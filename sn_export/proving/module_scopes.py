@@ -64,7 +64,7 @@ def find_module_values(
     ]
     readers: dict[str, list[set[str]]] = defaultdict(list)
     for node, modules in zip(file.graph.node, within, strict=True):
-        for name in _read_by(node):
+        for name in _collect_reads(node):
             readers[name].append(modules)
     for output in file.graph.output:
         readers[output.name].append(set())
@@ -73,7 +73,7 @@ def find_module_values(
     read: dict[str, dict[str, None]] = defaultdict(dict)
     for node, modules in zip(file.graph.node, within, strict=True):
         for module in modules:
-            read[module].update(dict.fromkeys(_read_by(node)))
+            read[module].update(dict.fromkeys(_collect_reads(node)))
         for name in filter(readers.__contains__, node.output):
             for module in modules:
                 inside[module].append(name)
@@ -89,13 +89,13 @@ def find_module_values(
     }
 
 
-def _read_by(node: onnx.NodeProto) -> Iterator[str]:
+def _collect_reads(node: onnx.NodeProto) -> Iterator[str]:
     """Yield what a node reads, in its subgraphs too."""
     yield from node.input
     for attribute in node.attribute:
         for graph in (attribute.g, *attribute.graphs):
             for inner in graph.node:
-                yield from _read_by(inner)
+                yield from _collect_reads(inner)
             yield from (output.name for output in graph.output)
 
 

@@ -147,7 +147,7 @@ def differs(proof: Proof, within: Callable[[], AbstractContextManager[Any]]) -> 
     """Whether the model gives other outputs for the example within a context than without."""
     outputs = _compute_outputs(proof, within)
     pairs = zip(outputs, proof.references[0].outputs, strict=False)
-    return any(one.shape != other.shape or not _close(one, other) for one, other in pairs)
+    return any(one.shape != other.shape or not _are_close(one, other) for one, other in pairs)
 
 
 def require_same_network(proof: Proof, names: Sequence[str]) -> None:
@@ -192,7 +192,7 @@ def _compute_outputs(
         proof.state.reset()  # outside of the block: the state knows nothing of its weights
 
 
-def _close(one: Tensor, other: Tensor) -> bool:
+def _are_close(one: Tensor, other: Tensor) -> bool:
     one, other = one.double(), other.double()
     scale = float(other[other.isfinite()].abs().max()) if other.isfinite().any() else 0.0
     return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale, equal_nan=True)

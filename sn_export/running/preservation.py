@@ -113,7 +113,7 @@ class Preserved:
         self._attributes += objects.tensors
         self._arrays = objects.arrays
         # A tensor that a hook computes anew on each call is not written, so it needs no copy.
-        replaced = {id(m.__dict__.get(name)) for m, name in set_by_hooks(self._modules)}
+        replaced = {id(m.__dict__.get(name)) for m, name in find_set_by_hooks(self._modules)}
         self._attributes = [t for t in self._attributes if id(t) not in replaced]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
         self._copies = Copies(())
@@ -218,7 +218,7 @@ class Preserved:
             array.restore()
 
 
-def set_by_hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
+def find_set_by_hooks(modules: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str]]:
     """Yield module and name of each attribute that a hook of torch's sets anew at each call."""
     for module in modules:
         for hook in module._forward_pre_hooks.values():

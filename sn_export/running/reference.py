@@ -22,7 +22,7 @@ from ..errors import SnExportError
 from ..text import strip_frames
 from .input_set import InputSet
 from .nested import find_tensors, find_unseen_tensors, is_plain
-from .preservation import Preserved, set_by_hooks
+from .preservation import Preserved, find_set_by_hooks
 from .tensor_memory import are_large, as_real_pairs
 from .torch_private import get_original
 from .undo import undo_on_exit, undoing
@@ -229,7 +229,7 @@ def _drop_weights(model: nn.Module) -> Iterator[None]:
     It is deleted, not replaced: a forward that reads it later fails, and gets no other value.
     """
     with ExitStack() as stack:
-        for module, name in list(set_by_hooks(model.modules())):
+        for module, name in list(find_set_by_hooks(model.modules())):
             stack.callback(module.register_forward_hook(partial(_drop, name)).remove)
         yield
 
