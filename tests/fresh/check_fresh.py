@@ -19,12 +19,9 @@ spoiled one that shows and passed is named.
 
 from __future__ import annotations
 
-import argparse
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -37,6 +34,7 @@ import torch
 from export_models import EXPORTERS, product_in_float16
 from fresh_networks import Norm, Recurrent, generator
 from onnx import TensorProto, numpy_helper
+from sweeps import is_named, parse_sweep, shorten_error, start_sweep
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm, weight_norm
 
@@ -206,13 +204,8 @@ def _change(
 
 def main() -> int:
     """Print both tables, and what misses."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="part of the name of a network")
-    parser.add_argument("--seeds", type=int, default=20, help="how many, default: 20")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable()
-    torch.set_num_threads(1)
+    names, seeds = parse_sweep(__doc__, "network", "--seeds", 20, "how many")
+    start_sweep()
     begin, missed, passed = time.monotonic(), list[str](), list[str]()
     print(
         "| network | norm | proved | beyond | ratio | refused, passed, no change |\n"
@@ -220,10 +213,10 @@ def main() -> int:
         + "|"
     )
     for name in NETWORKS:
-        if not options.names or any(part.lower() in name.lower() for part in options.names):
+        if is_named(name, names):
             for norm in NORMS:
-                check_network(name, norm, options.seeds, missed, passed)
-    if not options.names:
+                check_network(name, norm, seeds, missed, passed)
+    if not names:
         missed += check_operators()
     print("", *(f"- {line}" for line in (*missed, *passed)), sep="\n")
     print(f"torch {torch.__version__}: {len(missed)} missed, {len(passed)} passed, ", end="")
@@ -253,7 +246,7 @@ def check_network(name: str, norm: str, seeds: int, missed: list[str], passed: l
                             freeze="all",
                         )
                     except SnExportError as error:
-                        told = " ".join(str(error).split())[:300]
+                        told = shorten_error(error)
                         missed.append(f"{name}, {norm}, seed {seed}, {exporter}: {told}")
                         continue
                     counts["proved"] += 1
@@ -326,7 +319,7 @@ def check_operators() -> list[str]:
                     cells.append("cannot be exported")
                 except ParityError as error:
                     cells.append("refused")
-                    missed.append(f"{name}, {exporter}: {' '.join(str(error).split())[:300]}")
+                    missed.append(f"{name}, {exporter}: {shorten_error(error)}")
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     return missed
 

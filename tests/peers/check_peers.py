@@ -16,13 +16,10 @@ Below it stands each case that misses one of them. Ends with 1 if there is any.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import logging
 import sys
 import tempfile
 import time
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -35,6 +32,7 @@ import onnxruntime as ort
 import torch
 from export_models import EXPORTERS, bare_export
 from fingerprint import Fingerprint, all_same_bits, changes_since, fingerprint
+from sweeps import is_named, parse_sweep, shorten_error, start_sweep
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.testing._internal.common_modules import module_db
@@ -76,15 +74,10 @@ class Case(NamedTuple):
 
 def main() -> int:
     """Print the table, and what misses."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("names", nargs="*", help="part of the name of a class")
-    parser.add_argument("--each", type=int, default=2, help="cases of a class, default: 2")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    logging.disable()
-    torch.set_num_threads(1)
+    names, each = parse_sweep(__doc__, "class", "--each", 2, "cases of a class")
+    start_sweep()
     begin, counts, missed = time.monotonic(), Counter[tuple[str, str]](), list[str]()
-    for case in cases(options.names, options.each):
+    for case in cases(names, each):
         bare = exports_bare(case)
         for kind in KINDS:
             model = made(case, kind)
@@ -98,8 +91,8 @@ def main() -> int:
                 print(line, file=sys.stderr, flush=True)
     print_table(counts)
     print(*(f"- {line}" for line in missed), sep="\n")
-    names = ("torch", "onnx", "onnxruntime", "onnxscript")
-    print(", ".join(f"{name} {version(name)}" for name in names), end="; ")
+    packages = ("torch", "onnx", "onnxruntime", "onnxscript")
+    print(", ".join(f"{name} {version(name)}" for name in packages), end="; ")
     print(f"{len(missed)} missed, {time.monotonic() - begin:.0f} s")
     return bool(missed)
 
@@ -108,7 +101,7 @@ def cases(names: list[str], each: int) -> Iterator[Case]:
     """Yield the first, the last and others between them of each class, ``each`` in all."""
     for info in module_db:
         torch.manual_seed(0)
-        if names and not any(name.lower() in info.name.lower() for name in names):
+        if not is_named(info.name, names):
             continue
         found = info.module_inputs_func(
             info, device="cpu", dtype=torch.float32, requires_grad=False, training=False
@@ -232,7 +225,7 @@ def changes(before: Fingerprint, model: nn.Module) -> str | None:
 
 def short(error: Exception) -> str:
     """Return the kind and the beginning of an error's text, on one line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:300]
+    return f"{type(error).__name__}: {shorten_error(error)}"
 
 
 def print_table(counts: Counter[tuple[str, str]]) -> None:

@@ -8,7 +8,6 @@ refused, because it fails or cannot be proved, is told in the table.
 from __future__ import annotations
 
 import copy
-import logging
 import sys
 import tempfile
 import warnings
@@ -20,6 +19,7 @@ import onnx
 import torch
 from export_models import EXPORTERS, bare_export
 from fingerprint import changes_since, fingerprint
+from sweeps import shorten_error, start_sweep
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from wild_models import MODELS
@@ -40,9 +40,7 @@ _HEADER = (
 
 def main() -> int:
     """Print the table."""
-    warnings.simplefilter("ignore")
-    logging.disable()
-    torch.set_num_threads(1)
+    start_sweep()
     print(_HEADER)
     failed = []
     for name, (package, build) in MODELS.items():
@@ -52,7 +50,7 @@ def main() -> int:
             with torch.no_grad():
                 model.train()(*args)
         except Exception as error:
-            told = f"cannot be built: {_short(error)}"
+            told = f"cannot be built: {shorten_error(error, 160)}"
             print(f"| {package} {version(package)} | {name} | | {told} | | |")
             failed.append(name)
             continue
@@ -107,7 +105,7 @@ def _exports(model: nn.Module, args: tuple[Tensor, ...], exporter: str) -> Itera
                     folded = f", {len(report.folded)} folded" if report.folded else ""
                     told = f"{raw} to {nodes}{folded}, proved"
                 except SnExportError as error:
-                    told = f"{raw}; {type(error).__name__}: {_short(error)}"
+                    told = f"{raw}; {type(error).__name__}: {shorten_error(error, 160)}"
             if "folded" in told and not caught and any(entry.is_weight for entry in report.folded):
                 told += ", CHANGED: no warning"
             if changes_since(before, model):
@@ -121,10 +119,6 @@ def _raw(model: nn.Module, args: tuple[Tensor, ...], exporter: str, path: Path) 
     except Exception:
         return "fails"
     return str(len(onnx.load(path).graph.node))
-
-
-def _short(error: Exception) -> str:
-    return " ".join(str(error).replace("|", "\\|").split())[:160]
 
 
 if __name__ == "__main__":
