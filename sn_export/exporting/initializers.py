@@ -164,9 +164,9 @@ def make_plain_path(raw: str) -> str:
 
     ::
 
-        plain_path("a.weight_orig")  # "a.weight"
-        plain_path("a.weight_v")  # "a.weight", the direction of weight norm
-        plain_path("a.parametrizations.weight.original0")  # "a.weight"
+        make_plain_path("a.weight_orig")  # "a.weight"
+        make_plain_path("a.weight_v")  # "a.weight", the direction of weight norm
+        make_plain_path("a.parametrizations.weight.original0")  # "a.weight"
     """
     parametrized = _PARAMETRIZED.match(raw)
     if parametrized:

@@ -196,7 +196,7 @@ def _make_signature(names: Iterable[str]) -> inspect.Signature:
 
     A name that Python does not take is replaced::
 
-        _signature(["x", "pair_0", "lambda"])  # (x, pair_0, input_2)
+        _make_signature(["x", "pair_0", "lambda"])  # (x, pair_0, input_2)
     """
     fitting = (
         name if name.isidentifier() and not keyword.iskeyword(name) else f"input_{index}"

@@ -30,8 +30,8 @@ def choose_kind(shape: Sequence[int]) -> Kind | None:
 
     ::
 
-        kind_of((8, 3, 64, 64))  # "picture": N x 1, 3 or 4 x H x W
-        kind_of((2, 1, 16000))  # "sound": N x 1 x T
+        choose_kind((8, 3, 64, 64))  # "picture": N x 1, 3 or 4 x H x W
+        choose_kind((2, 1, 16000))  # "sound": N x 1 x T
     """
     if len(shape) == 4 and shape[1] in (1, 3, 4) and min(shape) > 0:
         return "picture"

@@ -116,7 +116,7 @@ def flatten_shapes(
 
     ::
 
-        flat_shapes(["x", "mask"], [the dimension 0 of "x"])  # ({0: Dim("batch")}, None)
+        flatten_shapes(["x", "mask"], [the dimension 0 of "x"])  # ({0: Dim("batch")}, None)
     """
     if not dims:
         return None

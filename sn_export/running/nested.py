@@ -42,7 +42,7 @@ def find_tensors(value: Any) -> list[tuple[Path, Tensor]]:
 
     ::
 
-        paths_of_tensors({"boxes": [a, b], "score": c, "size": 3})
+        find_tensors({"boxes": [a, b], "score": c, "size": 3})
         # [(("boxes", "0"), a), (("boxes", "1"), b), (("score",), c)]
     """
     return [(path, leaf) for path, leaf in _iter_leaves(value) if isinstance(leaf, Tensor)]
@@ -103,9 +103,9 @@ def make_output_names(paths: Iterable[Path]) -> list[str]:
     A lone tensor is ``output``, those of a tuple ``output_0`` and on; keys and fields give their
     names, nested ones joined::
 
-        output_names([()])  # ["output"]
-        output_names([("0",), ("1", "mask")])  # ["output_0", "output_1_mask"]
-        output_names([("boxes", "0"), ("score",)])  # ["boxes_0", "score"]
+        make_output_names([()])  # ["output"]
+        make_output_names([("0",), ("1", "mask")])  # ["output_0", "output_1_mask"]
+        make_output_names([("boxes", "0"), ("score",)])  # ["boxes_0", "score"]
     """
     names = []
     for path in paths:

@@ -47,8 +47,8 @@ def make_plain_name(raw: str) -> str:
 
     ::
 
-        plain_name("weight_bar")  # "weight"
-        plain_name("weight")  # "weight"
+        make_plain_name("weight_bar")  # "weight"
+        make_plain_name("weight")  # "weight"
     """
     return next((raw.removesuffix(s) for s in RAW_SUFFIXES if raw.endswith(s)), raw) or raw
 
