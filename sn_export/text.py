@@ -99,6 +99,11 @@ def describe_type(value: object) -> str:
     return f"a value of type {quote_name(type(value).__name__)}"
 
 
+def describe_error(error: BaseException) -> str:
+    """Return an error with its type: ``"ValueError: no such key"``."""
+    return f"{type(error).__name__}: {error}"
+
+
 def join_lines(text: str) -> str:
     """Return ``text`` as one line: each break and the blanks around it become one blank."""
     return " ".join(line.strip() for line in text.splitlines() if line.strip())

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..checkpoints import Loaded, load_checkpoint, read_checkpoint, read_npz
 from ..errors import SnExportWarning, UsageError
 from ..running import InputSet, find_entry
-from ..text import shorten_list
+from ..text import describe_error, shorten_list
 from .options import InputShape, ModelOptions, import_from_current_folder
 
 
@@ -210,7 +210,7 @@ def _call_factory(text: str, factory: Callable[..., Any], kwargs: dict[str, Any]
         return factory(**kwargs)
     except (Exception, SystemExit) as error:
         call = f"{text}({', '.join(f'{name}={value!r}' for name, value in kwargs.items())})"
-        raise UsageError(f"{call} raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"{call} raised {describe_error(error)}") from error
 
 
 def _import(name: str) -> ModuleType:
@@ -225,7 +225,7 @@ def _import(name: str) -> ModuleType:
             f"there is no module '{error.name}'; modules in the current folder: {there}"
         ) from error
     except (Exception, SystemExit) as error:
-        raise UsageError(f"importing '{name}' raised {type(error).__name__}: {error}") from error
+        raise UsageError(f"importing '{name}' raised {describe_error(error)}") from error
 
 
 def _list_modules(folder: Path) -> list[str]:

@@ -12,6 +12,7 @@ from torch import nn
 from ..errors import FreezeError
 from ..freezing import Found, Kind, Site, Walk, walk
 from ..running import undo_on_exit
+from ..text import describe_error
 from .fsdp import Unit, find_units
 
 Take = Callable[[Site, "Unit | None"], None]
@@ -136,7 +137,7 @@ def raise_on_all_ranks(error: Exception | None, meshes: Iterable[Any], path: str
     if isinstance(error, FreezeError):
         failed[dist.get_rank()] = error
     elif error is not None:
-        reason = f"it raised {type(error).__name__}: {error}"
+        reason = f"it raised {describe_error(error)}"
         remedy = "The other ranks have left the block with this error too"
         failed[dist.get_rank()] = FreezeError(path, reason, remedy)
     for mesh in meshes:

@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 
 from ..errors import ExportError, SnExportError
+from ..text import describe_error
 
 T = TypeVar("T")
 
@@ -160,9 +161,7 @@ class Team:
             for rank, (one, leaves) in zip(self._ranks, everyone, strict=True)
             if one is not None
         )
-        text = (
-            str(found) if has_left or isinstance(found, SnExportError) else _describe_error(found)
-        )
+        text = str(found) if has_left or isinstance(found, SnExportError) else describe_error(found)
         kind = _RankLeftError if has_left else SnExportError
         self._failure = kind(text if has_left else f"rank {rank}: {text}")
 
@@ -224,9 +223,5 @@ def _make_portable(error: BaseException, rank: int) -> Exception:
     except Exception:
         copied = None
     if type(copied) is not type(error) or str(copied) != str(error):
-        return ExportError(_describe_error(error))
+        return ExportError(describe_error(error))
     return error
-
-
-def _describe_error(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"

@@ -21,7 +21,7 @@ from ..errors import ExportError
 from ..proving import name_type
 from ..results import Exporter, ParityError
 from ..running import TorchScriptNode
-from ..text import strip_frames
+from ..text import describe_error, strip_frames
 
 _LONGEST = 1000  # characters of torch's own text
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -187,7 +187,9 @@ def explain_failure(
     text = f"{type(root).__name__}: {_name_dimensions(_shorten(str(root)), inputs)}"
     place = _find_place(chain, model)
     advice = [
-        text for pattern, text in _ADVICE if any(re.search(pattern, _format_line(e)) for e in chain)
+        text
+        for pattern, text in _ADVICE
+        if any(re.search(pattern, describe_error(e)) for e in chain)
     ][:1]
     if advice == [_NO_OPERATOR] and any(
         isinstance(m, ParametrizationList) for m in model.modules()
@@ -196,7 +198,7 @@ def explain_failure(
     advice += [
         f"use torch {since} or newer: dynamo of {torch.__version__} does not take {what}"
         for pattern, since, what in _SINCE
-        if torch.__version__ < since and any(re.search(pattern, _format_line(e)) for e in chain)
+        if torch.__version__ < since and any(re.search(pattern, describe_error(e)) for e in chain)
     ]
     if other is not None and not (advice == [_NO_COMPLEX] and other == "torchscript"):
         advice.append(f"try exporter='{other}'")
@@ -214,7 +216,7 @@ def find_traced_decision(
         method: as for `explain_failure`.
     """
     chain = list(_iter_causes(error))
-    if not any(re.search(_DECIDES, _format_line(e)) for e in chain):
+    if not any(re.search(_DECIDES, describe_error(e)) for e in chain):
         return None
     files = [
         frame.f_code.co_filename for e in chain for frame, _ in traceback.walk_tb(e.__traceback__)
@@ -229,10 +231,6 @@ def _iter_causes(error: BaseException) -> Iterator[BaseException]:
     while now is not None:
         yield now
         now = now.__cause__
-
-
-def _format_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 def _shorten(text: str) -> str:

@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils.hooks import RemovableHandle
 
 from ..errors import FreezeError, SnExportError
+from ..text import describe_error
 from .edits import Edits
 from .frozen_weight import FrozenWeight, Residence
 from .site import Found, Site
@@ -94,7 +95,7 @@ def compute_value(site: Site) -> Tensor:
         _refuse_without_values(site, error)
         raise FreezeError(
             site.name,
-            f"computing its {site.kind} value raised {type(error).__name__}: {error}",
+            f"computing its {site.kind} value raised {describe_error(error)}",
             "An eval-mode forward of this module would fail as well",
         ) from error
     if not isinstance(value, Tensor):

@@ -25,7 +25,7 @@ from ..errors import ExportError, SnExportError
 from ..files import as_path, open_regular
 from ..results import ParityReport, ProofDtype, Tolerance
 from ..running import DRAWS, describe_draws
-from ..text import format_count, name_dtype
+from ..text import describe_error, format_count, name_dtype
 from .external_data import require_data_inside
 from .parity import add_results, make_results, make_running_errors, mark_shown, open_proof_session
 from .precision import PROOF_DTYPES, as_float32
@@ -213,7 +213,7 @@ def _open_archive(path: Path, file: BinaryIO) -> tuple[Case, Sets]:
     try:
         arrays = np.load(file, allow_pickle=False)
     except Exception as error:
-        raise _make_error(path, f"{type(error).__name__}: {error}") from error
+        raise _make_error(path, describe_error(error)) from error
     content = _read_content(path, arrays)
     case = Case(
         tuple(content["inputs"]),
@@ -317,7 +317,7 @@ def _read_array(path: Path, archive: Mapping[str, Any], name: str) -> NDArray[An
     except KeyError as error:
         raise _make_error(path, f"it has no array '{name}'") from error
     except Exception as error:
-        raise _make_error(path, f"array '{name}': {type(error).__name__}: {error}") from error
+        raise _make_error(path, f"array '{name}': {describe_error(error)}") from error
     if not isinstance(array, np.ndarray):
         raise _make_error(path, f"'{name}' is no array")
     return array

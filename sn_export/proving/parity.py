@@ -27,7 +27,7 @@ from ..running import (
     require_draws,
     run_reference,
 )
-from ..text import format_count
+from ..text import describe_error, format_count
 from .divergence import locate
 from .external_data import require_data_inside
 from .module_errors import Strictness
@@ -280,6 +280,6 @@ def locate_divergence(
     try:
         divergence = locate(model, state, path, chosen.inputs, strictness, settings, bool(failed))
     except Exception as error:  # a search that fails must not hide what is known already
-        reason = f"cannot tell where: {type(error).__name__}: {error}"
+        reason = f"cannot tell where: {describe_error(error)}"
         divergence = Divergence((), None, reason, sample=chosen.inputs.label)
     return replace(report, divergence=divergence)

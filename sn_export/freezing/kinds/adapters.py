@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 
 from ...errors import FreezeError
 from ...running import Guarded, Preserved, restore_container, undo_on_exit
-from ...text import qualify
+from ...text import describe_error, qualify
 from ..edits import Edits
 from ..info import SpectralNormInfo
 from ..introspection.sandbox import compute_in_sandbox
@@ -222,7 +222,7 @@ class AdaptedSite(Site):
         except FreezeError:
             raise
         except Exception as error:
-            raise self._make_error(f"{method} raised {type(error).__name__}: {error}") from error
+            raise self._make_error(f"{method} raised {describe_error(error)}") from error
 
     def _make_error(self, reason: str) -> FreezeError:
         return _make_error(self.path, self.given_name, self.adapter, reason)
@@ -247,7 +247,7 @@ def _ask_names(path: str, module: nn.Module, adapter: SpectralNormAdapter) -> li
         names = adapter.find(module)
         names = [names] if isinstance(names, str) else list(names)
     except Exception as error:
-        reason = f"find raised {type(error).__name__}: {error}"
+        reason = f"find raised {describe_error(error)}"
         raise _make_error(path, "", adapter, reason) from error
     for name in names:
         if not isinstance(name, str):
