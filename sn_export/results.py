@@ -149,10 +149,10 @@ class Rounding:
 
     def _compute_ratio(self, expected: Distance) -> float:
         pairs = zip(astuple(self.file), astuple(expected), strict=True)
-        return max(_format_multiple(value, of) for value, of in pairs)
+        return max(_divide(value, of) for value, of in pairs)
 
 
-def _format_multiple(value: float, of: float) -> float:
+def _divide(value: float, of: float) -> float:
     return value / of if of else (math.inf if value else 0.0)
 
 

@@ -15,7 +15,7 @@ from .kinds import SPECTRAL_NORM
 from .plan import compute_value
 from .selection import Only, Selection, walk
 from .sigma import exact_sigma, exact_sigma_cost, least_sigma
-from .site import Found, Site, require_module
+from .site import Site, require_module
 from .suspects import SpectralNormSuspect, find_suspects_in, warn_of_suspects
 
 BUDGET = 1e11  # multiplications for all tensors together: seconds
@@ -27,7 +27,7 @@ def find_spectral_norm(model: nn.Module) -> list[SpectralNormInfo]:
     """List what `frozen_spectral_norm` would freeze, as `sn_export.find_spectral_norm` does."""
     found = list(walk(require_module(model), SPECTRAL_NORM))
     warn_of_suspects(model, found, stacklevel=2)
-    return _describe_sites(found)
+    return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
 
 
 def find_parametrizations(model: nn.Module, only: Only = None) -> list[ParametrizationInfo]:
@@ -85,10 +85,6 @@ def find_suspects(model: nn.Module) -> list[SpectralNormSuspect]:
 def describe_site(site: Site) -> SpectralNormInfo | ParametrizationInfo:
     """Return the record of `describe_sites` for one tensor."""
     return site.describe() if site.group == "spectral_norm" else site.make_info(compute_value(site))
-
-
-def _describe_sites(found: Iterable[Found]) -> list[SpectralNormInfo]:
-    return [cast(SpectralNormInfo, site.describe()) for _, sites in found for site in sites]
 
 
 def measure_exact_sigma(

@@ -193,17 +193,13 @@ def find_narrow_operators(path: Path) -> str:
     narrow: set[str] = set()
     found: dict[str, None] = {}
     for node in graph.node:
-        to = _read_cast(node)
+        to = next((entry.i for entry in node.attribute if entry.name == "to"), None)
         if to == TensorProto.FLOAT:
             narrow.update(node.output)
         elif to is None and narrow.intersection(node.input):
             narrow.update(node.output)
             found[node.op_type] = None
     return shorten_list(found)
-
-
-def _read_cast(node: NodeProto) -> int | None:
-    return next((a.i for a in node.attribute if a.name == "to"), None)
 
 
 _UNITS = {TensorProto.FLOAT: 2.0**-23, TensorProto.DOUBLE: 2.0**-52}

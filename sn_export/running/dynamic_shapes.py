@@ -210,7 +210,8 @@ def _list_nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, An
     is_ordered = isinstance(value, (tuple, list))
     if isinstance(spec, Mapping) and not is_ordered:
         held = dict(content)
-        names = {*held, *(field.name for field in _list_fields(value))}
+        fields = dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
+        names = {*held, *(field.name for field in fields)}
         unknown = [key for key in spec if str(key) not in names]
         if unknown:
             raise ValueError(
@@ -230,10 +231,6 @@ def _list_nested_entries(name: str, value: Any, spec: Any) -> list[tuple[str, An
         f"dynamic_shapes of '{name}' must be nested like the input, a "
         f"{type(value).__name__}, got {type(spec).__name__}"
     )
-
-
-def _list_fields(value: Any) -> tuple[dataclasses.Field[Any], ...]:
-    return dataclasses.fields(value) if dataclasses.is_dataclass(value) else ()
 
 
 def _iter_entries(name: str, tensor: Tensor, spec: Any) -> Iterator[tuple[int, Any]]:

@@ -173,7 +173,7 @@ class Probe:
             and result is call.result
             and call.arguments[0] is probe
             and expected[0].arguments[0] is plain_probe
-            and _agree(call.arguments[2:], expected[0].arguments[2:])
+            and all(map(_is_equal, call.arguments[2:], expected[0].arguments[2:]))
         )
         return Used(value.clone(), is_all)
 
@@ -272,10 +272,6 @@ def _order_arguments(
     names = _ORDER[function]
     given = dict(zip(names, args, strict=False)) | kwargs
     return tuple(given.get(name, _DEFAULTS.get(name)) for name in names)
-
-
-def _agree(left: tuple[Any, ...], right: tuple[Any, ...]) -> bool:
-    return all(map(_is_equal, left, right))
 
 
 def _is_equal(a: Any, b: Any) -> bool:

@@ -88,14 +88,11 @@ def find_spectral_norm_in(chain: ParametrizationList) -> nn.Module | None:
     """Return the first link that is torch's spectral norm, or one that keeps its own vectors."""
     for link in chain._modules.values():
         if link is not None and (
-            isinstance(link, SpectralNormLink) or _is_handwritten(link, chain)
+            isinstance(link, SpectralNormLink)
+            or any(_normalises(module, link, chain) for module in link.modules())
         ):
             return link
     return None
-
-
-def _is_handwritten(link: nn.Module, chain: ParametrizationList) -> bool:
-    return any(_normalises(module, link, chain) for module in link.modules())
 
 
 def _normalises(module: nn.Module, link: nn.Module, chain: ParametrizationList) -> bool:

@@ -15,6 +15,7 @@ that ``<name>`` is computed from may also be in the wrapper, under any names.
 
 from __future__ import annotations
 
+import operator
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -152,7 +153,7 @@ def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
     def forward(*args: Any, **kwargs: Any) -> object:
         nonlocal value, is_same
         value = getattr(layer.module, layer.candidate.tensor).detach().clone()
-        is_same = not kwargs and len(args) == len(given) and all(map(_is, args, given))
+        is_same = not kwargs and len(args) == len(given) and all(map(operator.is_, args, given))
         return result
 
     def note_call(_module: nn.Module, _args: Any) -> None:
@@ -169,10 +170,6 @@ def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
     except Exception:
         call.is_all = False  # it did something with its input or with the result
     return value
-
-
-def _is(a: object, b: object) -> bool:
-    return a is b
 
 
 def _find_setters(code: Code, candidate: Candidate) -> list[Member]:
