@@ -19,7 +19,7 @@ from ..files import open_regular
 from ..text import escape_unprintable, quote_name, quote_names
 from .content import Checkpoint
 from .distributed import is_distributed, read_distributed
-from .first_bytes import is_of_torch, read_head, require_torch
+from .first_bytes import is_of_torch, read_head
 from .lazy_tensors import (
     LazyTensors,
     Piece,
@@ -78,7 +78,6 @@ def read_checkpoint(path: str | os.PathLike[str], *, trust_pickle: bool = False)
         return Checkpoint(source, "safetensors", *read_safetensors(source))
     if head.startswith(b"PK") and _is_npz(source):
         return _read_npz(source)
-    require_torch(source, head)
     return _read_torch(source, source, trust_pickle)
 
 
@@ -147,7 +146,6 @@ def _read_index(path: Path, index: Path, trust_pickle: bool) -> Checkpoint:
     places, unread = read_index(index), set[str]()
     shards: dict[Path, Any] = {}
     for file in dict.fromkeys(places.values()):
-        require_torch(file, read_head(file))
         shards[file] = read_torch_file(file, trust_pickle, unread)
     for name, file in places.items():
         if not isinstance(shards[file], Mapping) or name not in shards[file]:
@@ -173,7 +171,6 @@ def _read_folder(folder: Path, trust_pickle: bool) -> Checkpoint:
             return _read_safetensors_of(folder, tensors)
     if others := [path for path in files if path.suffix in _TORCH]:
         file = _choose_file(folder, others)
-        require_torch(file, read_head(file))
         return _read_torch(folder, file, trust_pickle)
     raise CheckpointError(
         f"folder {quote_name(folder)} is no checkpoint: it holds "

@@ -19,6 +19,7 @@ import torch
 from ..errors import CheckpointError
 from ..files import open_regular
 from ..text import format_count, join_lines, quote_name, quote_names
+from .first_bytes import read_head, require_torch
 from .pickle_globals import DamagedPickleError, ForbiddenPickleError
 from .unpickling import RestrictedUnpickler
 
@@ -33,13 +34,14 @@ def read_torch_file(path: Path, trust_pickle: bool, unread: set[str]) -> Any:
     """Return what `torch.save` or `torch.jit.save` wrote; large tensors are mapped, not read.
 
     Args:
-        path: a regular file whose first bytes are those of a zip archive or a pickle.
+        path: the file.
         trust_pickle: let the file run code.
         unread: receives the names of the classes and functions that were left unread.
 
     Raises:
         CheckpointError: if it is of another kind, is damaged, or wants to run code.
     """
+    require_torch(path, read_head(path))
     with open_regular(path) as file:
         kind = _recognise(file, quote_name(path), trust_pickle)
         size = os.fstat(file.fileno()).st_size

@@ -98,12 +98,10 @@ class Drafts(io.IOBase):
             made.write_bytes(content)
             publish([(made, Path("net.onnx"))])
 
-    An interrupt cannot prevent the removal. ``__exit__`` is that of `io.IOBase`, which calls
-    ``close``, here that of a generator. Both are written in C, so no line of Python, at which an
-    interrupt could strike, runs before the generator goes on inside its ``try``. An interrupt that
-    strikes after Python has left the block and before it calls ``__exit__`` makes the with
-    statement drop the context manager, whose finaliser, of io, calls ``close``. For that, what the
-    block binds must not refer to the context manager: the traceback holds it.
+    No interrupt can prevent the removal: `io.IOBase.__exit__` calls ``close``, here that of a
+    generator, as `ClosedOnExit` in ``running/undo.py`` explains. Its wing imports torch, which
+    files do without. What the block binds must not refer to this object, which could then not be
+    dropped: the traceback holds it.
     """
 
     def __init__(self) -> None:
