@@ -87,6 +87,17 @@ class Code:
         """Return all names in ``start`` and the members it reaches, except inside ``cut``."""
         return start.names.union(*(member.names for member in self.iter_used(start, cut)))
 
+    def find_updates(self, names: Collection[str], cut: Collection[str] = ()) -> list[Member]:
+        """Return the methods that forward calls without arguments, and that mention ``names``."""
+        return [
+            member
+            for member in self.iter_used(self.forward, cut)
+            if member.name in self.forward.names
+            and not member.is_property
+            and member.required == 0
+            and any(is_mentioned(name, self.mentions(member)) for name in names)
+        ]
+
 
 # Collected once, since each module of a network is looked up here.
 _LAYERS = frozenset(entry for entry in vars(nn.modules).values() if isinstance(entry, type))

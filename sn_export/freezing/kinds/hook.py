@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any, ClassVar
 
@@ -28,6 +27,7 @@ class HookSite(Site):
     __slots__ = ("hook", "key")
     raw: ClassVar[tuple[str, ...]]  # suffixes of what it is computed from
     method: ClassVar[str]  # of the hook, which computes it
+    of_torch: ClassVar[type]  # the class of torch's own hook
 
     def __init__(self, path: str, module: nn.Module, tensor: str, key: int, hook: Any) -> None:
         super().__init__(path, module, tensor)
@@ -91,9 +91,9 @@ class HookSite(Site):
         value: Tensor = getattr(self.hook, self.method)(self.module)
         return value
 
-    @abstractmethod
     def _is_torch(self) -> bool:
         """Whether that method is torch's own, which leaves no trace."""
+        return type(self.hook) is self.of_torch
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take away the hook with all it registered, and store ``frozen`` under its name."""
@@ -121,6 +121,7 @@ class SpectralNormSite(HookSite):
 
     __slots__ = ()
     kind = "hook"
+    of_torch = SpectralNorm
     raw = ("_orig", "_u", "_v")
 
     def _compute(self) -> Tensor:
@@ -128,13 +129,10 @@ class SpectralNormSite(HookSite):
         weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
         return weight
 
-    def _is_torch(self) -> bool:
-        return type(self.hook) is SpectralNorm
-
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Plan as for every hook, and take away the sigma that soft normalisation keeps."""
         super().plan(edits, frozen)
-        if type(self.hook) is not SpectralNorm:
+        if not self._is_torch():
             edits.remove(self.module._buffers, (self.tensor + "_sigma",))
 
     def describe(self) -> SpectralNormInfo:
@@ -169,12 +167,10 @@ class WeightNormSite(HookSite):
 
     __slots__ = ()
     kind = "weight_norm hook"
+    of_torch = WeightNorm
     group: Group = "weight_norm"
     raw = ("_g", "_v")
     method = "compute_weight"
-
-    def _is_torch(self) -> bool:
-        return type(self.hook) is WeightNorm
 
 
 class PruningSite(HookSite):

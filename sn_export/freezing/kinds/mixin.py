@@ -128,7 +128,9 @@ def _make_method_site(
 ) -> MixinSite | None:
     """Plan that ``member`` returns the frozen weight, if nothing else reads the raw one."""
     tensor = _choose_plain_name(module, code, member, raw)
-    updates = _find_updates(module, code, member, vectors)
+    # The methods beside it that forward calls to bring the vectors up to date.
+    called = code.find_updates(vectors, {member.name})
+    updates = [other for other in called if _returns_nothing(module, other.name)]
     serving = code.mentions(member).union(*(code.mentions(m) for m in updates))
     state = _find_state(module, serving, raw, vectors)
     cut = {member.name, *(m.name for m in updates)}
@@ -234,26 +236,11 @@ def _is_same(left: Tensor, right: Tensor) -> bool:
     return left.is_meta or (left.dtype == right.dtype and torch.equal(left, right))
 
 
-def _find_updates(
-    module: nn.Module, code: Code, member: Member, vectors: Collection[str]
-) -> list[Member]:
-    """Return the methods beside ``member`` that forward calls to bring the vectors up to date."""
-
-    def returns_nothing(name: str) -> bool:
-        try:
-            return compute_in_sandbox(lambda: getattr(module, name)(), [module]) is None
-        except Exception:
-            return False
-
-    return [
-        other
-        for other in code.iter_used(code.forward, {member.name})
-        if other.name in code.forward.names
-        and not other.is_property
-        and other.required == 0
-        and any(is_mentioned(name, code.mentions(other)) for name in vectors)
-        and returns_nothing(other.name)
-    ]
+def _returns_nothing(module: nn.Module, method: str) -> bool:
+    try:
+        return compute_in_sandbox(lambda: getattr(module, method)(), [module]) is None
+    except Exception:
+        return False
 
 
 def _is_handed_over(module: nn.Module, code: Code, member: Member, raw: str) -> bool:

@@ -129,7 +129,7 @@ def _confirm(path: str, wrapper: nn.Module, code: Code, layer: _Layer) -> Wrappe
     overrides: tuple[Override, ...] = (Override("forward", call.way, layer.child),)
     if not call.is_all:
         # The forward does more than that, so it stays; the methods that set the weight do not.
-        setters = _find_setters(code, candidate)
+        setters = code.find_updates((candidate.raw, *candidate.state))
         overrides = tuple(Override(m.name, "nothing") for m in setters)
         if value is None:
             value = _compute_value_after(wrapper, layer, setters)
@@ -170,18 +170,6 @@ def _run(wrapper: nn.Module, layer: _Layer, call: _Call) -> Tensor | None:
     except Exception:
         call.is_all = False  # it did something with its input or with the result
     return value
-
-
-def _find_setters(code: Code, candidate: Candidate) -> list[Member]:
-    names = (candidate.raw, *candidate.state)
-    return [
-        member
-        for member in code.iter_used(code.forward)
-        if member.name in code.forward.names
-        and not member.is_property
-        and member.required == 0
-        and any(is_mentioned(n, code.mentions(member)) for n in names)
-    ]
 
 
 def _compute_value_after(
