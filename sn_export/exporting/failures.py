@@ -18,9 +18,8 @@ from torch import nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..errors import ExportError
-from ..proving import name_type
 from ..results import Exporter, ParityError
-from ..running import TorchScriptNode
+from ..running import TorchScriptNode, name_type
 from ..text import describe_error, strip_frames
 
 _LONGEST = 1000  # characters of torch's own text

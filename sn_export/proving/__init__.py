@@ -3,7 +3,7 @@
 from .cases import Case, check_case, open_case, write_case
 from .dynamic_sizes import run_beyond_program, run_resized
 from .external_data import count_weight_bytes, find_stale_data, save
-from .module_errors import name_called, name_type
+from .module_errors import name_called
 from .module_scopes import find_using_modules
 from .parity import check_parity, find_coarsest
 from .pictures import find_shown
@@ -30,7 +30,6 @@ __all__ = [
     "find_using_modules",
     "is_imprecise",
     "name_called",
-    "name_type",
     "open_case",
     "ort",
     "require_same_network",

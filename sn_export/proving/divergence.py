@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ..errors import ExportError, SnExportError
 from ..files import read_onnx
 from ..results import Divergence, ModuleParity
-from ..running import Dropouts, InputSet, Preserved
+from ..running import Dropouts, InputSet, Preserved, name_type
 from ..text import quote_names
 from .module_errors import (
     ModuleCall,
@@ -27,7 +27,6 @@ from .module_errors import (
     compare_nearest,
     compare_whole,
     find_first_random,
-    name_type,
     trace,
     trace_inputs,
 )

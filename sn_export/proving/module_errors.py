@@ -11,10 +11,17 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from ..results import ModuleParity, OutputParity
-from ..running import InputSet, Preserved, as_real_pairs, is_dense, list_tensors, run_reference
+from ..running import (
+    InputSet,
+    Preserved,
+    as_real_pairs,
+    is_dense,
+    list_tensors,
+    name_type,
+    run_reference,
+)
 from ..text import name_dtype
 from .module_scopes import ModuleValues
 from .output_errors import RunningErrors
@@ -216,11 +223,6 @@ def trace(model: nn.Module, state: Preserved, inputs: InputSet) -> list[ModuleCa
         reference = run_reference(model, state, inputs)
     kind = name_called(model, inputs)
     return [*calls, ModuleCall("", kind, 0, [output.cpu() for output in reference.outputs])]
-
-
-def name_type(module: nn.Module) -> str:
-    """Return the name of a module's class, as it was before something was parametrized."""
-    return parametrize.type_before_parametrizations(module).__name__
 
 
 def name_called(model: nn.Module, inputs: InputSet) -> str:

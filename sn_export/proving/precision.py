@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from ..files import read_onnx
 from ..results import ProofDtype
-from ..running import InputSet, TorchDispatchMode, pytree
+from ..running import InputSet, TorchDispatchMode, find_written, pytree
 from ..text import shorten_list
 from .external_data import count_weight_bytes, save
 
@@ -94,7 +94,7 @@ class InFloat64(TorchDispatchMode):
         if func is torch.ops.aten.view.dtype:
             self.obstacle = "the forward reads the bits of numbers (view as another dtype)"
             return func(*args, **kwargs)
-        written = set(map(id, _find_written(func, args, kwargs)))
+        written = set(map(id, find_written(func, args, kwargs)))
         if func.is_view:
             return func(*args, **kwargs)
         args, kwargs = pytree.tree_map(
@@ -137,7 +137,7 @@ class MovedByRounding(TorchDispatchMode):
         bound = _BOUNDED.get(_name(func).strip("_").capitalize(), 0.0)
         move = partial(self._move, bound=2 * bound if func._schema.is_mutable else bound)
         if func._schema.is_mutable:
-            for tensor in _find_written(func, args, kwargs or {}):
+            for tensor in find_written(func, args, kwargs or {}):
                 tensor.copy_(move(tensor))
             return result
         return result if func.is_view else pytree.tree_map(move, result)
@@ -159,16 +159,6 @@ class MovedByRounding(TorchDispatchMode):
         is_bounded = bound and unit == _UNITS[TensorProto.FLOAT]
         moved = wide + bound * shift if is_bounded else wide * (1 + shift)
         return torch.where(wide == wide.trunc(), wide, moved).to(value.dtype)
-
-
-def _find_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-    """Return the arguments that an operator writes to."""
-    found: list[Tensor] = []
-    for position, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[position] if position < len(args) else kwargs.get(argument.name)
-            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
-    return found
 
 
 def _name(func: Any) -> str:

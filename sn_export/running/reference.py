@@ -192,6 +192,11 @@ def _never_ran(module: Any) -> bool:
     return "_initialize_hook" in vars(module)  # its first call removes the hook
 
 
+def name_type(module: nn.Module) -> str:
+    """Return the name of a module's class, as it was before something was parametrized."""
+    return parametrize.type_before_parametrizations(module).__name__
+
+
 def _locate_error(error: BaseException, model: nn.Module) -> str:
     """Return where below ``model`` an error was raised: ``; in 'body.0' (Conv2d)``."""
     paths = {id(module): path for path, module in reversed(list(model.named_modules()))}
@@ -199,8 +204,7 @@ def _locate_error(error: BaseException, model: nn.Module) -> str:
     for frame, _ in traceback.walk_tb(error.__traceback__):
         module = frame.f_locals.get("self")
         if isinstance(module, nn.Module) and paths.get(id(module)):
-            kind = parametrize.type_before_parametrizations(module).__name__
-            place = f"; in '{paths[id(module)]}' ({kind})"
+            place = f"; in '{paths[id(module)]}' ({name_type(module)})"
     return place
 
 

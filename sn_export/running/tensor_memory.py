@@ -7,7 +7,7 @@ more time or room on the disk.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -241,17 +241,20 @@ class Watch(TorchDispatchMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func._schema.is_mutable:
-            for position, argument in enumerate(func._schema.arguments):
-                if argument.alias_info is not None and argument.alias_info.is_write:
-                    value = args[position] if position < len(args) else kwargs.get(argument.name)
-                    self._before_write(value)
+            for tensor in find_written(func, args, kwargs):
+                for call in self._calls.pop(_get_address(tensor), ()):
+                    call()
         return func(*args, **kwargs)
 
-    def _before_write(self, value: Any) -> None:
-        for leaf in pytree.tree_leaves(value):
-            if isinstance(leaf, Tensor):
-                for call in self._calls.pop(_get_address(leaf), ()):
-                    call()
+
+def find_written(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Return the arguments that an operator writes to."""
+    found: list[Tensor] = []
+    for position, argument in enumerate(func._schema.arguments):
+        if argument.alias_info is not None and argument.alias_info.is_write:
+            value = args[position] if position < len(args) else kwargs.get(argument.name)
+            found += [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+    return found
 
 
 def _get_address(tensor: Tensor) -> int:
