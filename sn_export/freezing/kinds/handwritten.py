@@ -71,10 +71,10 @@ class HandwrittenSite(Site):
 
     def take_away(self, edits: Edits) -> None:
         """Plan to remove what the weight is computed from, and the weight that code has set."""
-        module = self.module
-        for container in (module._parameters, module._buffers):
-            edits.remove(container, (self.answer.raw, *self.answer.state))
-        for container in (module.__dict__, module._buffers):
+        for module in dict.fromkeys((self.module, self.owner)):
+            for container in (module._parameters, module._buffers):
+                edits.remove(container, (self.answer.raw, *self.answer.state))
+        for container in (self.module.__dict__, self.module._buffers):
             edits.remove(container, (self.tensor,))
 
     def describe(self) -> SpectralNormInfo:

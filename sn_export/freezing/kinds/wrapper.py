@@ -63,8 +63,6 @@ class WrapperSite(HandwrittenSite):
         """Give the layer its weight, and the wrapper a class that does not touch it."""
         wrapper = self.owner
         self.take_away(edits)
-        for container in (wrapper._parameters, wrapper._buffers):
-            edits.remove(container, (self.answer.raw, *self.answer.state))
         edits.set_class(
             wrapper, make_frozen_class(edits.get_planned_class(wrapper), self.overrides)
         )
