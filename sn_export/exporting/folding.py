@@ -8,7 +8,7 @@ which stay is listed here.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from hashlib import sha256
 from typing import Any
@@ -80,17 +80,41 @@ def fold_initializers(
     graph = model.graph
     sources = Sources(state)
     # First, since folding gives names to initializers itself.
-    folded = [
-        _rename(graph, value, names, sources)
-        for value in list(graph.initializers.values())
-        if _is_weight(value) and (names := sources.find_origin(value)) is not None
-    ]
+    folded = [_rename(graph, *found, sources) for found in _find_folded(graph, sources)]
     # All are evaluated before the graph is changed: one cone may hold another's result.
     values = [(cone, _evaluate(cone, model)) for cone in _find_cones(graph, sources)]
     known = [(cone, array) for cone, array in values if array is not None]
     joined = _join_equal(graph, known)
     folded += [_replace(graph, cone, array, sources) for cone, array in joined]
     return tuple(folded)
+
+
+def _find_folded(graph: ir.Graph, sources: Sources) -> list[tuple[ir.Value, list[str]]]:
+    """Return the weights that the exporter has folded, each once, and what they are made from.
+
+    Of a layer that is called twice dynamo folds the weight at every call.
+    """
+    first: dict[Hashable, ir.Value] = {}
+    found = []
+    for value in list(graph.initializers.values()):
+        if _is_weight(value) and (names := sources.find_origin(value)) is not None:
+            if _is_replaced(value, _get_array(value), tuple(names), first):
+                del graph.initializers[str(value.name)]
+            else:
+                found.append((value, names))
+    return found
+
+
+def _is_replaced(
+    value: ir.Value, array: NDArray[Any], origin: Hashable, first: dict[Hashable, ir.Value]
+) -> bool:
+    """Let the first value of the same origin and bits take the place of this one, if it can."""
+    bits = sha256(np.ascontiguousarray(array).data).digest()
+    same = first.setdefault((origin, array.dtype, array.shape, bits), value)
+    if same is value or value.is_graph_output():
+        return False
+    value.replace_all_uses_with(same)
+    return True
 
 
 def _can_fold(node: ir.Node) -> bool:
@@ -252,16 +276,13 @@ def _join_equal(
 
     Dynamo of torch 2.6 writes the arithmetic of a shared weight at every call.
     """
-    first: dict[tuple[Any, ...], Cone] = {}
+    first: dict[Hashable, ir.Value] = {}
     kept = []
     for cone, array in cones:
-        bits = sha256(np.ascontiguousarray(array).data).digest()
-        same = first.setdefault((cone.initializers, array.dtype, array.shape, bits), cone)
-        if same is cone or cone.result.is_graph_output():
-            kept.append((cone, array))
-        else:
-            cone.result.replace_all_uses_with(same.result)
+        if _is_replaced(cone.result, array, cone.initializers, first):
             _remove_unused(graph, cone)
+        else:
+            kept.append((cone, array))
     return kept
 
 

@@ -333,3 +333,30 @@ def test_a_known_reparametrization_is_left_on_request(
     assert "' are under a reparametrization" in text
     assert "register_spectral_norm" not in text and caught[0].filename == __file__
     export_onnx(model, (rows(),), tmp_path / "all.onnx", exporter=exporter)
+
+
+class Twice(nn.Module):
+    """One layer under weight norm, called on two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.utils.weight_norm(nn.Conv1d(40, 40, 3))
+        nn.init.ones_(self.conv.weight_g)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x) + self.conv(-x)
+        return y
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_layer_that_is_called_twice_is_folded_once(tmp_path: Path, exporter: str) -> None:
+    """Where the exporter folds its weight at every call, the file has it once, and so the lists."""
+    model, path = Twice(), tmp_path / "net.onnx"
+    with pytest.warns(ReparametrizationNotRecognisedWarning) as caught:
+        report = export_onnx(
+            model, (torch.randn(1, 40, 9),), path, exporter=exporter, freeze="spectral_norm"
+        )
+    assert [entry.name for entry in report.folded] == ["conv.weight"]
+    assert not any("register_spectral_norm" in str(warning.message) for warning in caught)
+    names = [entry.name for entry in onnx.load(path).graph.initializer]
+    assert sorted(names) == ["conv.bias", "conv.weight"]
