@@ -9,13 +9,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..errors import CheckpointError
 from ..files import (
     Drafts,
     disk_errors_as,
-    find_disk_error,
     publish,
     require_folder_place,
     require_place,
@@ -43,6 +40,7 @@ from .safetensors_file import (
 )
 from .spectral_norm import describe_lengths
 from .spelling import Respelled, require_fitting, respell
+from .torch_file import write_torch_file
 
 _LOOKED_FOR: dict[Respellable, str] = {
     "spectral_norm": "no 'weight_orig' with 'weight_u', no 'parametrizations.weight.original' with "
@@ -298,7 +296,7 @@ def _write(
             target.parent, target.name, result.entries, texts, max_shard_size, written
         )
     if not is_folder:
-        _save(_make_content(checkpoint, state, result, weights_only, written), target)
+        write_torch_file(_make_content(checkpoint, state, result, weights_only, written), target)
     elif checkpoint.format == "safetensors":
         target.mkdir()
         write_safetensors(target, "model.safetensors", result.entries, texts, None, written)
@@ -330,14 +328,6 @@ def _make_content(
     content = replace_at(checkpoint.content, state.path, tensors)
     require_read(content, quote_name(checkpoint.path))
     return read_all(content)
-
-
-def _save(content: Any, path: Path) -> None:
-    try:
-        with path.open("wb") as file:
-            torch.save(content, file)
-    except RuntimeError as error:  # torch's C++ writer hides the error of the disk by a second one
-        raise find_disk_error(error) or error from None
 
 
 def _require_tensors_only(

@@ -1,4 +1,4 @@
-"""Read files of `torch.save` by `torch.load`, with an unpickler that runs no code of the file."""
+"""Read files of `torch.save` by an unpickler that runs no code of the file, and write them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 import torch
 
 from ..errors import CheckpointError
-from ..files import open_regular
+from ..files import find_disk_error, open_regular
 from ..text import format_count, join_lines, quote_name, quote_names
 from .first_bytes import read_head, require_torch
 from .pickle_globals import DamagedPickleError, ForbiddenPickleError
@@ -88,6 +88,19 @@ def read_pickle(file: BinaryIO, what: str, name: str, trust_pickle: bool) -> Any
     content = f"the {format_count(os.fstat(file.fileno()).st_size, 'byte')} of {quote_name(name)}"
     reader = pickle.Unpickler if trust_pickle else RestrictedUnpickler
     return _load(lambda: reader(file).load(), what, content, trust_pickle)
+
+
+def write_torch_file(content: Any, path: Path) -> None:
+    """Write what `torch.save` makes of ``content``.
+
+    Raises:
+        OSError: if the disk takes no such file.
+    """
+    try:
+        with path.open("wb") as file:
+            torch.save(content, file)
+    except RuntimeError as error:  # torch's C++ writer hides the error of the disk by a second one
+        raise find_disk_error(error) or error from None
 
 
 def _run_torch_load(
