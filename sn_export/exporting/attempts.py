@@ -10,8 +10,6 @@ from itertools import chain
 from pathlib import Path
 from typing import NoReturn
 
-from torch import nn
-
 from ..errors import (
     ExportError,
     OutputNotExportedWarning,
@@ -219,7 +217,7 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
     """
     report = made.report
     found: Iterator[Finding] = chain(
-        _find_folded_weights(request.model, report.folded),
+        _find_folded_weights(request, report.folded),
         _find_traced_decisions(request, made),
         _find_unseen_outputs(example.unseen),
         [(RandomInputsLeftOutWarning, left_out)] if left_out else (),
@@ -231,11 +229,12 @@ def warn_of_made(request: Request, made: Made, example: Reference, left_out: str
 
 
 def _find_folded_weights(
-    model: nn.Module, folded: Sequence[FoldedInitializer]
+    request: Request, folded: Sequence[FoldedInitializer]
 ) -> Iterator[Finding]:
     """Yield warnings of weights that the block left, so that the file holds folded values."""
     weights = [entry.name for entry in folded if entry.is_weight]
-    known = {info.name for info in describe_sites(model, None)} if weights else set()
+    known = {info.name for info in describe_sites(request.model, None)} if weights else set()
+    known -= {info.name for info in request.frozen}  # the model computes with what was frozen
     if left := [name for name in weights if name in known]:
         yield (
             ReparametrizationNotRecognisedWarning,

@@ -360,3 +360,23 @@ def test_a_layer_that_is_called_twice_is_folded_once(tmp_path: Path, exporter: s
     assert not any("register_spectral_norm" in str(warning.message) for warning in caught)
     names = [entry.name for entry in onnx.load(path).graph.initializer]
     assert sorted(names) == ["conv.bias", "conv.weight"]
+
+
+class Product(nn.Module):
+    """The product of two weights under spectral norm is the weight in use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.first, self.second = norm(nn.Linear(3, 4)), norm(nn.Linear(4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.second.weight @ self.first.weight)
+
+
+def test_a_product_of_frozen_weights_is_not_said_to_be_left(tmp_path: Path) -> None:
+    """No freeze='all' is advised where that was done, and the model computes with the result."""
+    with pytest.warns(ReparametrizationNotRecognisedWarning, match="by itself") as caught:
+        report = export_onnx(Product(), (rows(),), tmp_path / "net.onnx")
+    assert len(report.frozen) == 2 and len(report.folded) == 1
+    assert not any("freeze='all'" in str(warning.message) for warning in caught)
