@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -433,3 +434,25 @@ def test_cached_value_counts_in_eval() -> None:
         expected = model(image())
         with frozen_spectral_norm(model):
             assert same_bits(model(image()), expected)
+
+
+class ReadsInCache(nn.Linear):
+    """As orthogonium's convolutions: an eval forward reads the weight in torch's cache."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with nullcontext() if self.training else parametrize.cached():
+            return F.linear(x, self.weight, self.bias)
+
+
+def test_vectors_that_a_forward_reads_in_the_cache() -> None:
+    """Power iteration reads cached vectors, which do not move: the frozen weight is that one."""
+    model = parametrize.register_parametrization(ReadsInCache(3, 4), "weight", PowerIteration(4, 3))
+    model.eval()
+    x = torch.randn(2, 3)
+    with torch.no_grad():
+        cached = copy.deepcopy(model)(x)
+        assert not torch.equal(cached, F.linear(x, copy.deepcopy(model).weight, model.bias))
+    before = fingerprint(model)
+    with torch.no_grad(), frozen_spectral_norm(model):
+        assert torch.equal(model(x), cached)
+    assert_unchanged(before, model)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast
 
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, parametrize
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ...errors import FreezeError
@@ -22,6 +23,7 @@ from ...running import (
 )
 from ..edits import Edits
 from ..info import Group
+from ..introspection.source_code import read_code
 from ..site import Site
 
 # Their forward in eval mode writes nothing and returns memory of its own.
@@ -87,9 +89,18 @@ class ChainSite(Site):
         if _is_pure(self.chain):
             return self._compute_pure_chain()
         # A chain that ends in a view or a cached tensor must not lend us its memory.
-        with _bypass_cache():
+        with _bypass_cache(), self._make_cache():
             value = run_without_trace(self._run, self.chain.modules())
         return value.clone() if isinstance(value, Tensor) else value
+
+    def _make_cache(self) -> AbstractContextManager[None]:
+        """Return torch's cache if the module reads the tensor within it.
+
+        Vectors that are under parametrizations, as in orthogonium, are then read as they were.
+        """
+        nested = any(list_chains(module) for module in self.chain.modules())
+        is_cached = nested and "cached" in read_code(type(self.module)).names
+        return parametrize.cached() if is_cached else nullcontext()
 
     def _run(self) -> Tensor:
         value: Tensor = self.chain()
