@@ -109,7 +109,8 @@ def _is_replaced(
     value: ir.Value, array: NDArray[Any], origin: Hashable, first: dict[Hashable, ir.Value]
 ) -> bool:
     """Let the first value of the same origin and bits take the place of this one, if it can."""
-    bits = sha256(np.ascontiguousarray(array).data).digest()
+    # As bytes: numpy gives nobody the memory of bfloat16.
+    bits = sha256(np.ascontiguousarray(array).view(np.uint8).data).digest()
     same = first.setdefault((origin, array.dtype, array.shape, bits), value)
     if same is value or value.is_graph_output():
         return False
