@@ -201,7 +201,7 @@ def require_call(
     args: Any,
     kwargs: Any,
     inputs: Any,
-    draws: str | None = None,
+    draws: str | None,
 ) -> Call:
     """Return the example, and the user's inputs for the proof, by the names of what is called.
 

@@ -138,7 +138,7 @@ def _compute_leading_vector(tall: Tensor, scale: float) -> Tensor:
     return torch.mv(known.mT, vectors[:, -1].to(dtype))
 
 
-def least_sigma(matrix: Tensor, known: float = 0.0) -> float:
+def least_sigma(matrix: Tensor, known: float) -> float:
     """Return a bound that the largest singular value of ``matrix`` is not below, in little time.
 
     It is the estimate of a few power iterations from a start of their own: for the weights of

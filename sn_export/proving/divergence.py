@@ -54,7 +54,7 @@ def locate(
     inputs: InputSet,
     strictness: Strictness,
     settings: ProofSettings,
-    failed: bool = True,
+    failed: bool,
 ) -> Divergence:
     """Compare every module's output on ``inputs``, and say where the file diverges.
 

@@ -38,7 +38,7 @@ class ModuleValues:
 
 
 def find_module_values(
-    model: nn.Module, file: onnx.ModelProto, called: Collection[str] | None = None
+    model: nn.Module, file: onnx.ModelProto, called: Collection[str]
 ) -> dict[str, ModuleValues]:
     """Return the values of each module by its path, without the model itself.
 
@@ -48,15 +48,11 @@ def find_module_values(
     Args:
         model: the model.
         file: what an exporter made of it.
-        called: paths of the modules that run by being called; None for all. One whose children
-            are used without it, as those of a ModuleDict, has no part in a TorchScript name.
+        called: paths of the modules that run by being called. One whose children are used
+            without it, as those of a ModuleDict, has no part in a TorchScript name.
     """
     first_paths = {id(module): path for path, module in model.named_modules()}
-    passed_over = [
-        path
-        for path, _ in model.named_modules()
-        if path and called is not None and path not in called
-    ]
+    passed_over = {path for path, _ in model.named_modules()} - {"", *called}
     scopes = _Scopes(model, file, frozenset(passed_over))
     within = [
         {first_paths[id(module)] for module in scopes.find_modules(node)}

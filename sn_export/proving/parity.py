@@ -226,7 +226,7 @@ def add_results(
     feed: Any,
     label: str,
     expected: Sequence[Any],
-    proof_dtype: ProofDtype | None = None,
+    proof_dtype: ProofDtype | None,
 ) -> None:
     """Run one input set and take its errors in.
 

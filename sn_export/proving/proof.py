@@ -75,8 +75,8 @@ class Proof:
         self,
         draft: Path,
         maker: str,
-        declared: Sequence[Sequence[object]] | None = None,
-        is_last: bool = True,
+        declared: Sequence[Sequence[object]] | None,
+        is_last: bool,
     ) -> Proved:
         """Return the proof of a file.
 

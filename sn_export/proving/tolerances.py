@@ -58,7 +58,7 @@ def find_coarsest_dtype(tensors: Iterable[Tensor]) -> str | None:
 
 
 def resolve_tolerance(
-    expected: Tensor, rtol: float | None, atol: float | None, coarsest: str | None = None
+    expected: Tensor, rtol: float | None, atol: float | None, coarsest: str | None
 ) -> tuple[float, float]:
     """Return rtol and atol, in units of ``expected``; by dtype and its largest value where None.
 

@@ -69,7 +69,7 @@ def measure_rounding(
     run_file: Callable[[Reference], Sequence[Tensor]],
     positions: Sequence[int],
     coarsest: torch.dtype,
-    runs: int = FEW,
+    runs: int,
 ) -> dict[int, Rounding]:
     """Return how far outputs of the model and of the file are from the network in float64.
 
