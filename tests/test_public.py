@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import re
 import subprocess
 import sys
@@ -69,6 +70,19 @@ def test_names_stand_once(face: ModuleType) -> None:
     assert sorted(names) == sorted(set(names)) == sorted(face.__all__)
     code = ast.walk(ast.parse(Path(face.__file__).read_text()))
     assert not set(names) & {node.id for node in code if isinstance(node, ast.Name)}
+
+
+@pytest.mark.parametrize("wing", ["distributed", "exporting", "files", "proving", "running"])
+def test_inner_faces_are_imports_alone(wing: str) -> None:
+    """A face for the package itself imports each name once, from one place, as one for others."""
+    face = importlib.import_module(f"sn_export.{wing}")
+    assert face.__file__ is not None
+    _, *imports = ast.parse(Path(face.__file__).read_text()).body
+    assert {type(statement) for statement in imports} == {ast.ImportFrom}
+    found = [alias for node in imports for alias in node.names]  # type: ignore[attr-defined]
+    names = [alias.name for alias in found]
+    assert names == [alias.asname for alias in found]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.parametrize(
