@@ -45,7 +45,8 @@ class SpectralNormSuspect:
     reason: str
 
     def __str__(self) -> str:
-        return f"'{self.module}' ({self.class_name}: {self.reason})"
+        module = f"'{self.module}'" if self.module else "the model itself"
+        return f"{module} ({self.class_name}: {self.reason})"
 
 
 def find_suspects_in(model: nn.Module, found: Iterable[Found]) -> list[SpectralNormSuspect]:
@@ -82,10 +83,17 @@ def warn_of_suspects(model: nn.Module, found: Iterable[Found], stacklevel: int) 
 
 
 def _describe(suspects: Sequence[SpectralNormSuspect]) -> str:
-    verb = "looks" if len(suspects) == 1 else "look"
+    verdict, wanted = (
+        ("looks like a spectral norm that is not known, and is left as it is", "it by an adapter")
+        if len(suspects) == 1
+        else (
+            "look like spectral norms that are not known, and are left as they are",
+            "each by an adapter",
+        )
+    )
     return (
-        f"{shorten_list(map(str, suspects))} {verb} like a spectral norm that is not known, and is "
-        "left as it is. Describe it by an adapter, see sn_export.register_spectral_norm"
+        f"{shorten_list(map(str, suspects))} {verdict}. Describe {wanted}, see "
+        "sn_export.register_spectral_norm"
     )
 
 

@@ -183,7 +183,7 @@ def test_suspects_and_folded_weights(run: Run) -> None:
     assert [one["name"] for one in content["folded"] if one["is_weight"]] == ["weight"]
     lines = ran.err.splitlines()
     assert len(lines) == len(content["notes"]) == 2
-    assert lines[0].startswith("sn-export: note: '' (Unknown: ")
+    assert lines[0].startswith("sn-export: note: the model itself (Unknown: ")
     assert "looks like a spectral norm that is not known" in lines[0]
     assert lines[1].startswith("sn-export: note: the model computes 'weight' by itself")
     assert [line.removeprefix("sn-export: note: ") for line in lines] == content["notes"]

@@ -213,9 +213,16 @@ def test_a_warning_that_is_an_error_leaves_the_model_alone() -> None:
 def test_many_are_counted() -> None:
     """Five are named, the rest is counted."""
     model = nn.Sequential(*[PairLinear(3, 3) for _ in range(7)])
-    with pytest.warns(SpectralNormNotRecognisedWarning, match="and 2 more look like"):
+    left = "and 2 more look like spectral norms that are not known, and are left as they are"
+    with pytest.warns(SpectralNormNotRecognisedWarning, match=left):
         find_spectral_norm(model)
     assert all(isinstance(suspect, SpectralNormSuspect) for suspect in find_suspects(model))
+
+
+def test_a_suspect_that_is_the_model_itself() -> None:
+    """The root has no path to be named by."""
+    with pytest.warns(SpectralNormNotRecognisedWarning, match=r"^the model itself \(PairLinear: "):
+        find_spectral_norm(PairLinear(3, 3))
 
 
 # ------------------------------------------------------------------ no spectral norm
