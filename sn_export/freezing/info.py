@@ -74,7 +74,7 @@ class SpectralNormInfo:
         kind: the implementation of spectral norm: torch's ``"hook"`` or ``"parametrization"``;
             handwritten as a ``"wrapper"`` that sets the weight of a layer, a ``"prehook"`` that
             does so, or a ``"mixin"`` that normalises in forward; or the class of an adapter.
-        shape: shape of the tensor.
+        shape: shape of the tensor that the network uses.
         dtype: its dtype, such as ``"float32"``.
         dim: the dimension that becomes the rows of the weight matrix.
         eps: added to norms for stability; None where the implementation has none.

@@ -169,6 +169,17 @@ class PowerIteration(nn.Module):
         return (matrix / (s + 1e-3)).view_as(weight)
 
 
+class Kernel(nn.Module):
+    """As orthogonium's block convolutions: the raw weight has another shape than the kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = PowerIteration(1, 3, 18)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return self.norm(weight).view(3, 2, 3, 3)
+
+
 def chain(*links: Callable[[], nn.Module | None]) -> Callable[[], nn.Module]:
     """Register the links on a convolution; None stands for torch's spectral norm."""
 
@@ -456,3 +467,12 @@ def test_vectors_that_a_forward_reads_in_the_cache() -> None:
     with torch.no_grad(), frozen_spectral_norm(model):
         assert torch.equal(model(x), cached)
     assert_unchanged(before, model)
+
+
+def test_a_norm_that_gives_another_shape() -> None:
+    """The list shows the tensor that the network uses."""
+    model = nn.Conv2d(2, 3, 3)
+    model.weight = nn.Parameter(model.weight.detach().view(1, 3, 18))
+    parametrize.register_parametrization(model, "weight", Kernel(), unsafe=True)
+    (info,) = find_spectral_norm(model)
+    assert info.shape == (3, 2, 3, 3)

@@ -49,8 +49,10 @@ class ParametrizationSite(ChainSite):
         """Return what `find_spectral_norm` lists; sigma is that of the chain's first SN."""
         norm = self.norm
         weight = compute_input(self.chain, norm)
+        # A link of somebody's own need not keep the shape.
+        used = weight if isinstance(norm, SpectralNormLink) else self.value()
         return self.make_norm_info(
-            weight,
+            used,
             dim=getattr(norm, "dim", 0),
             eps=getattr(norm, "eps", None),
             n_power_iterations=getattr(norm, "n_power_iterations", None),
