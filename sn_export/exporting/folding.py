@@ -324,7 +324,7 @@ def _register(
     graph: ir.Graph, value: ir.Value, names: list[str], sources: Sources, cone: Cone | None
 ) -> FoldedInitializer:
     tensor = value.const_value
-    assert tensor is not None  # `_replace` sets it, and `computed_from` takes no other
+    assert tensor is not None  # `_replace` sets it, and `find_origin` takes no other
     raw = sources.choose_main(names, tensor.size)
     users = find_using_modules(value)
     value.name = tensor.name = name_folded(raw, users, _collect_names(graph))
