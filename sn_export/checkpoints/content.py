@@ -20,6 +20,9 @@ from .pickle_globals import Global, Unread
 
 _DEPTH = 6  # of keys that lead to a state dict
 _MOST = 100  # state dicts that are returned, and items of a list that are searched
+_LISTS = (list, tuple, set, frozenset, deque)
+# How deep containers may lie in others, and how many ways may lead to them, and to each of many.
+_NESTED, _WAYS, _WAYS_TO_EACH = 100, 2**22, 100
 # If no state dict fits, the one under such a key is taken for the network.
 _USUAL = ("state_dict", "model_state_dict", "model", "net", "network", "params")
 
@@ -238,34 +241,60 @@ def _is_array(value: Any) -> bool:
     return type(value).__name__ == "ndarray"
 
 
-def require_read(content: Any, what: str) -> None:
-    """Raise if a value in ``content`` was left unread, since it cannot be written again.
+def require_writable(content: Any, what: str) -> None:
+    """Raise if ``content`` holds what was left unread, or lies too deep, to be written again.
+
+    Whoever writes it goes down to each value, by each way that leads there: thirty lists, each of
+    which holds the one before twice, have a billion ways.
 
     Args:
         content: the content of a checkpoint, or a part of it.
         what: its name in the message.
 
     Raises:
-        CheckpointError: naming the class or function.
+        CheckpointError: naming the class or function that was left unread, or the nesting.
     """
-    seen: set[int] = set()
-    waiting = [content]
+    measured: dict[int, tuple[int, int]] = {}  # of each container, its depth and the ways into it
+    begun, waiting = set[int](), [content]
     while waiting:
-        node = waiting.pop()
-        if isinstance(node, (Unread, Global)):
+        node = waiting[-1]
+        if id(node) in measured:
+            waiting.pop()
+            continue
+        inner = _list_containers(node, what)
+        missing = {id(one): one for one in inner if id(one) not in measured}
+        if missing and id(node) in begun:  # it waits for what it is in
+            raise _report_nesting(what, "in themselves")
+        begun.add(id(node))
+        waiting += missing.values()
+        if not missing:
+            depth = 1 + max((measured[id(one)][0] for one in inner), default=0)
+            if depth > _NESTED:
+                raise _report_nesting(what, f"more than {_NESTED} levels deep")
+            measured[id(node)] = depth, 1 + sum(measured[id(one)][1] for one in inner)
+    if measured[id(content)][1] > max(_WAYS, _WAYS_TO_EACH * len(measured)):
+        raise _report_nesting(what, "in each other too many times")
+
+
+def _list_containers(node: Any, what: str) -> list[Any]:
+    """Return the containers in ``node``; raise for a value that was left unread."""
+    inner = [node]
+    if isinstance(node, Mapping):
+        inner = [*(node.others if isinstance(node, LazyTensors) else node).values(), *node]
+    elif isinstance(node, _LISTS):
+        inner = [*node]
+    for one in inner:
+        if isinstance(one, (Unread, Global)):
             raise CheckpointError(
-                f"{what} also holds {quote_name(node.name)}, which was left unread and "
+                f"{what} also holds {quote_name(one.name)}, which was left unread and "
                 "cannot be written again; leave out all but the state dict with --weights-only, "
                 "or read everything with --trust-pickle if you trust its origin"
             )
-        if id(node) in seen:
-            continue
-        seen.add(id(node))
-        if isinstance(node, Mapping):
-            waiting += (node.others if isinstance(node, LazyTensors) else node).values()
-            waiting += node
-        elif isinstance(node, (list, tuple, set, frozenset, deque)):
-            waiting += node
+    return [one for one in inner if isinstance(one, (*_LISTS, Mapping))]
+
+
+def _report_nesting(what: str, how: str) -> CheckpointError:
+    return CheckpointError(f"{what} holds values that lie {how}, which cannot be written again")
 
 
 def replace_at(node: Any, path: tuple[str, ...], value: Any) -> Any:

@@ -83,7 +83,7 @@ def describe_value(value: Any) -> str:
 
 
 def as_key(value: Any) -> Any:
-    """Return ``value`` if it is allowed as a key: its hash must be cheap.
+    """Return ``value`` if it is allowed as a key: its hash must be cheap, and so must its text.
 
     The hash of a tuple is not cached. Sixty tuples, each of which holds the one before twice, take
     a few bytes in a file and years to hash.
@@ -91,9 +91,12 @@ def as_key(value: Any) -> Any:
     inner = value if type(value) in (tuple, torch.Size) else (value,)
     if not all(type(one) in _KEYS for one in inner):
         raise DamagedPickleError(f"{describe_value(value)} as a key")
+    if any(type(one) is int and one.bit_length() > _KEY_BITS for one in inner):
+        raise DamagedPickleError(f"a number of more than {_KEY_BITS} bits as a key")
     return value
 
 
+_KEY_BITS = 1024
 _KEYS = (
     *(str, bytes, int, float, complex, bool, type(None), torch.dtype),
     *(Global, Unread, dcp.MetadataIndex),

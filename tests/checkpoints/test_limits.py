@@ -9,6 +9,7 @@ import pickle
 import resource
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -205,3 +206,51 @@ def test_a_folder_is_converted_one_tensor_at_a_time(tmp_path: Path) -> None:
     assert grown < 100 * 1024  # kilobytes
     tensors = read_checkpoint(tmp_path / "made" / "a.safetensors").state_dicts()[0].tensors
     assert all(torch.equal(tensors[f"w{i}"], torch.full((2**20,), float(i))) for i in (0, 39))
+
+
+def _nest(times: int, hold: Callable[[Any], Any]) -> Any:
+    value: Any = [1]
+    for _ in range(times):
+        value = hold(value)
+    return value
+
+
+def _in_itself() -> list[Any]:
+    value: list[Any] = []
+    value.append({"value": value})
+    return value
+
+
+@pytest.mark.parametrize("place", ["beside", "within"])
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: _nest(60, lambda value: [value, value]), "in each other too many times"),
+        (
+            lambda: _nest(40, lambda value: {"a": value, 1: (value,)}),
+            "in each other too many times",
+        ),
+        (lambda: _nest(150, lambda value: [value]), "more than 100 levels deep"),
+        (_in_itself, "in themselves"),
+    ],
+    ids=["lists", "dictionaries", "deep", "in itself"],
+)
+def test_nesting_that_nobody_could_write(
+    make: Callable[[], Any], message: str, place: str, tmp_path: Path
+) -> None:
+    """Values in values, by a billion ways, a hundred deep or in themselves, are refused at once."""
+    vectors = {"weight_u": torch.ones(3), "weight_v": torch.ones(2)}
+    content: dict[str, Any] = {"weight_orig": torch.eye(3, 2), **vectors}
+    content |= {"_extra_state": make()} if place == "within" else {}
+    torch.save({"net": content} | ({"rest": make()} if place == "beside" else {}), tmp_path / "a")
+    with pytest.raises(CheckpointError, match=rf"holds values that lie {message}, which cannot be"):
+        convert_checkpoint(tmp_path / "a", tmp_path / "b.pt", "plain")
+    assert os.listdir(tmp_path) == ["a"]
+
+
+def test_a_number_that_is_too_long_a_key(tmp_path: Path) -> None:
+    """A number whose digits nobody could write is no key, and the message names the file."""
+    torch.save({"net": {"w": torch.ones(2)}, 10**5000: 1}, tmp_path / "a.pt")
+    assert _message(tmp_path / "a.pt") == (
+        "'a.pt' is damaged: it holds a number of more than 1024 bits as a key"
+    )
