@@ -616,3 +616,25 @@ def test_folder_of_another_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     ):
         _publish_one(tmp_path / "b", b"new")
     assert (tmp_path / "b").read_bytes() == b"new"
+
+
+def _fill(path: Path) -> None:
+    path.mkdir()
+    (path / "own").write_bytes(b"mine")
+
+
+@pytest.mark.parametrize("name", "ab")
+@pytest.mark.parametrize(
+    "make",
+    [os.mkfifo, _fill, lambda path: path.symlink_to(path.name)],
+    ids=["pipe", "folder", "loop"],
+)
+def test_files_alone_are_replaced(
+    make: Callable[[Path], object], name: str, tmp_path: Path
+) -> None:
+    """What is no file stays, whichever of the places it is at: of data, of a shard, of an index."""
+    make(tmp_path / name)
+    before = {path: path.lstat().st_ino for path in tmp_path.rglob("*")}
+    with pytest.raises(OSError, match=f"cannot write '.*{name}': "):
+        _publish(tmp_path, "ab")
+    assert {path: path.lstat().st_ino for path in tmp_path.rglob("*")} == before

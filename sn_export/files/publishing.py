@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .paths import open_regular
+from .paths import open_regular, require_place
 
 LOCK, REPLACED, KEPT, PLAN = "lock", "replaced", "kept", "plan"
 _LONGEST_PLAN = 2**27  # bytes: more of a plan is not read
@@ -39,9 +39,12 @@ def publish(moves: Sequence[tuple[Path, Path]], stale: Iterable[Path] = ()) -> N
         stale: files that nobody reads afterwards, each beside one of the places.
 
     Raises:
-        OSError: if a file cannot be moved; what was at the places is there again.
+        OSError: if a file cannot be moved, or there is something else than a file at its place;
+            what was at the places is there again.
     """
-    for made, _ in moves:
+    for made, place in moves:
+        if not made.is_dir():
+            require_place(place)
         for path in made.iterdir() if made.is_dir() else ():
             _flush(path)
         _flush(made)
