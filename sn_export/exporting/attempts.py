@@ -234,7 +234,14 @@ def _find_folded_weights(
     """Yield warnings of weights that the block left, so that the file holds folded values."""
     weights = [entry.name for entry in folded if entry.is_weight]
     known = {info.name for info in describe_sites(request.model, None)} if weights else set()
-    known -= {info.name for info in request.frozen}  # the model computes with what was frozen
+    frozen = {info.name for info in request.frozen}
+    if made := [name for name in weights if name in frozen]:
+        yield (
+            ReparametrizationNotRecognisedWarning,
+            f"the model computes a weight from the frozen {quote_names(made)}. The file holds what "
+            "it computes, under that name, and is proved",
+        )
+    known -= frozen
     if left := [name for name in weights if name in known]:
         yield (
             ReparametrizationNotRecognisedWarning,
@@ -242,7 +249,7 @@ def _find_folded_weights(
             "leaves. The file holds the computed values and is proved; freeze='all' freezes them "
             "all, as frozen_parametrizations does",
         )
-    if unknown := [name for name in weights if name not in known]:
+    if unknown := [name for name in weights if name not in known | frozen]:
         yield (
             ReparametrizationNotRecognisedWarning,
             f"the model computes {quote_names(unknown)} by itself, in a way that "

@@ -375,8 +375,9 @@ class Product(nn.Module):
 
 
 def test_a_product_of_frozen_weights_is_not_said_to_be_left(tmp_path: Path) -> None:
-    """No freeze='all' is advised where that was done, and the model computes with the result."""
-    with pytest.warns(ReparametrizationNotRecognisedWarning, match="by itself") as caught:
+    """Neither freeze='all' nor an adapter is advised where all is frozen and then computed with."""
+    with pytest.warns(ReparametrizationNotRecognisedWarning, match="from the frozen") as caught:
         report = export_onnx(Product(), (rows(),), tmp_path / "net.onnx")
     assert len(report.frozen) == 2 and len(report.folded) == 1
-    assert not any("freeze='all'" in str(warning.message) for warning in caught)
+    text = " ".join(str(warning.message) for warning in caught)
+    assert "freeze='all'" not in text and "register_spectral_norm" not in text
