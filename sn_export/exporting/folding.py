@@ -1,15 +1,13 @@
 """The safety net: no exported graph keeps arithmetic that depends on initializers alone.
 
 Each value that does is found with the cone of nodes above it. onnxruntime computes it; onnx's
-reference does where onnxruntime has no kernel. Which operators compute, which only move values and
-which stay is listed here.
+reference does where onnxruntime has no kernel.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Hashable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable, Mapping
 from hashlib import sha256
 from typing import Any
 
@@ -22,43 +20,10 @@ from torch import Tensor
 
 from ..proving import find_using_modules, ort
 from ..results import FoldedInitializer
+from .cones import Cone, find_cones, is_weight
 from .initializers import Sources, name_folded
 
 _logger = logging.getLogger("sn_export")
-# They put values in other places. Exporters leave them on the weights of plain networks too
-# (the gates of an LSTM, an expanded token), so on their own they are no sign of a
-# reparametrization, and the graph stays that of the plain network.
-_LAYOUT = frozenset(
-    {"Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Expand", "Tile"}
-    | {"Slice", "Split", "Concat", "Gather", "GatherElements", "GatherND", "Cast", "CastLike"}
-    | {"Pad", "DepthToSpace", "SpaceToDepth"}
-)
-# They give a shape, not a value: what follows does not depend on the weight.
-_SHAPE_ONLY = frozenset({"Shape", "Size"})
-# A result of these is larger than what it is made from; the file would grow for nothing.
-_GROWING = frozenset({"Expand", "Tile", "ConstantOfShape"})
-# They read their second (recurrent nets: also third) input as a weight; Gather its first.
-_WEIGHT_INPUTS = {
-    "Conv": (1,),
-    "ConvTranspose": (1,),
-    "ConvInteger": (1,),
-    "DeformConv": (1,),
-    "Gemm": (0, 1),
-    "MatMul": (0, 1),
-    "Einsum": (0, 1),
-    "LSTM": (1, 2),
-    "GRU": (1, 2),
-    "RNN": (1, 2),
-    "Gather": (0,),
-}
-# They give another result at every run.
-_RANDOM = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike"}
-    | {"Bernoulli", "Multinomial", "Dropout"}
-)
-# A quantised weight is stored as integers: folding would make it four times as large.
-_QUANTISING = frozenset({"QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear"})
-_ONNX = ("", "ai.onnx")
 
 
 def fold_initializers(
@@ -82,7 +47,7 @@ def fold_initializers(
     # First, since folding gives names to initializers itself.
     folded = [_rename(graph, *found, sources) for found in _find_folded(graph, sources)]
     # All are evaluated before the graph is changed: one cone may hold another's result.
-    values = [(cone, _evaluate(cone, model)) for cone in _find_cones(graph, sources)]
+    values = [(cone, _evaluate(cone, model)) for cone in find_cones(graph, sources)]
     known = [(cone, array) for cone, array in values if array is not None]
     joined = _join_equal(graph, known)
     folded += [_replace(graph, cone, array, sources) for cone, array in joined]
@@ -97,7 +62,7 @@ def _find_folded(graph: ir.Graph, sources: Sources) -> list[tuple[ir.Value, list
     first: dict[Hashable, ir.Value] = {}
     found = []
     for value in list(graph.initializers.values()):
-        if _is_weight(value) and (names := sources.find_origin(value)) is not None:
+        if is_weight(value) and (names := sources.find_origin(value)) is not None:
             if _is_replaced(value, _get_array(value), tuple(names), first):
                 del graph.initializers[str(value.name)]
             else:
@@ -116,123 +81,6 @@ def _is_replaced(
         return False
     value.replace_all_uses_with(same)
     return True
-
-
-def _can_fold(node: ir.Node) -> bool:
-    """Tell whether a node gives the same tensors whenever its inputs are the same."""
-    return (
-        node.domain in _ONNX
-        and node.op_type not in _RANDOM | _QUANTISING
-        and not any(word in node.op_type for word in ("Sequence", "Optional"))
-        and not any(
-            attribute.is_ref()
-            or attribute.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS)
-            for attribute in node.attributes.values()
-        )
-    )
-
-
-def _is_weight(value: ir.Value) -> bool:
-    """Tell whether a value of two or more dimensions is read as a weight."""
-    if value.shape is None or len(value.shape) < 2:
-        return False
-    return any(
-        index in _WEIGHT_INPUTS.get(node.op_type, ())
-        or (node.op_type in _LAYOUT and any(_is_weight(output) for output in node.outputs))
-        for node, index in value.uses()
-    )
-
-
-@dataclass(frozen=True)
-class Cone:
-    """A value that depends on initializers alone, and what it is computed from.
-
-    Attributes:
-        result: the value.
-        nodes: the nodes that compute it, in the order of the graph.
-        initializers: the initializers that they read.
-    """
-
-    result: ir.Value
-    nodes: tuple[ir.Node, ...]
-    initializers: tuple[ir.Value, ...]
-
-    @property
-    def op_types(self) -> tuple[str, ...]:
-        """The operators, each once, in the order of the graph; constants are left out."""
-        return tuple(dict.fromkeys(node.op_type for node in self.arithmetic))
-
-    @property
-    def arithmetic(self) -> list[ir.Node]:
-        """The nodes that are no constants."""
-        return [node for node in self.nodes if node.op_type != "Constant"]
-
-
-def _find_cones(graph: ir.Graph, sources: Sources) -> list[Cone]:
-    """Return the cones that hold arithmetic on a weight, in the order of the graph.
-
-    What depends on other constants alone is left to the exporter.
-    """
-    constant = {
-        value
-        for value in graph.initializers.values()
-        if value.const_value is not None and not value.is_graph_input()
-    }
-    # `dependent` are the values made from a weight, `computed` those by more than a layout.
-    dependent = {value for value in constant if sources.is_weight(value)}
-    computed: set[ir.Value] = set()
-    foldable: dict[ir.Node, int] = {}
-    for position, node in enumerate(graph):
-        inputs = [value for value in node.inputs if value is not None]
-        if not _can_fold(node) or not constant.issuperset(inputs):
-            continue
-        foldable[node] = position
-        constant.update(node.outputs)
-        if node.op_type in _SHAPE_ONLY or dependent.isdisjoint(inputs):
-            continue
-        dependent.update(node.outputs)
-        if node.op_type not in _LAYOUT or not computed.isdisjoint(inputs):
-            computed.update(node.outputs)
-    roots = dict.fromkeys(
-        root
-        for node in foldable
-        for value in node.outputs
-        if value in computed and _is_read_outside(value, foldable)
-        for root in _iter_before_growth(value, computed)
-    )
-    return [_find_cone(root, foldable) for root in roots]
-
-
-def _is_read_outside(value: ir.Value, foldable: dict[ir.Node, int]) -> bool:
-    return value.is_graph_output() or any(node not in foldable for node in value.consumers())
-
-
-def _iter_before_growth(value: ir.Value, computed: set[ir.Value]) -> Iterator[ir.Value]:
-    node = value.producer()
-    if node is None or value not in computed:
-        return
-    if node.op_type not in _GROWING:
-        yield value
-        return
-    for before in node.inputs:
-        if before is not None:
-            yield from _iter_before_growth(before, computed)
-
-
-def _find_cone(root: ir.Value, foldable: dict[ir.Node, int]) -> Cone:
-    nodes: set[ir.Node] = set()
-    initializers: dict[ir.Value, None] = {}
-    waiting = [root]
-    while waiting:
-        value = waiting.pop()
-        node = value.producer()
-        if node is None:
-            initializers[value] = None
-        elif node not in nodes:
-            nodes.add(node)
-            waiting.extend(entry for entry in node.inputs if entry is not None)
-    ordered = sorted(nodes, key=foldable.__getitem__)
-    return Cone(root, tuple(ordered), tuple(initializers))
 
 
 def _evaluate(cone: Cone, model: ir.Model) -> NDArray[Any] | None:
@@ -336,7 +184,7 @@ def _register(
         sources=tuple(names),
         op_types=cone.op_types if cone else (),
         nodes=len(cone.arithmetic) if cone else 0,
-        is_weight=_is_weight(value),
+        is_weight=is_weight(value),
     )
 
 
