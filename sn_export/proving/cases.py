@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -258,9 +259,9 @@ def _read_content(path: Path, archive: Mapping[str, Any]) -> Any:
 
 
 def _is_tolerance(value: Any) -> bool:
-    return value is None or (
-        isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
-    )
+    if type(value) is int and value > sys.float_info.max:  # which no number of a report can be
+        return False
+    return value is None or (type(value) in (int, float) and value >= 0)
 
 
 def _is_set(entry: Any, inputs: int, outputs: int) -> bool:

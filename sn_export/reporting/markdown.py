@@ -106,7 +106,7 @@ def _write_frozen(frozen: Sequence[Mapping[str, Any]]) -> str:
         (
             _quote_code(name_tensor(entry)),
             _quote_code(entry["kind"]),
-            format_shape(entry["shape"]),
+            _escape_text(format_shape(entry["shape"])),
             *(_format_sigma(entry.get(key)) for key in ("sigma", "sigma_exact")),
         )
         for entry in frozen[:_ROWS]

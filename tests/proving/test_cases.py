@@ -224,6 +224,7 @@ _BROKEN: dict[str, tuple[Any, dict[str, Any], str]] = {
     "names": (_good() | {"inputs": "x"}, {}, "'case' lacks names, tolerances or sets"),
     "tolerance": (_good() | {"rtol": ["1"]}, {}, "'case' lacks names, tolerances or sets"),
     "negative": (_good() | {"atol": [-1]}, {}, "'case' lacks names, tolerances or sets"),
+    "large": (_good() | {"atol": [10**400]}, {}, "'case' lacks names, tolerances or sets"),
     "dtype": (
         _good() | {"sets": [{"label": "", "inputs": ["object"], "outputs": ["float32"]}]},
         {},

@@ -89,6 +89,19 @@ def test_names_are_only_text(kind: str, passed: bool) -> None:
     assert len(wild) < 10_000
 
 
+@pytest.mark.parametrize("kind", NAMES)
+def test_sizes_are_only_text(kind: str) -> None:
+    """Content that was read from a JSON may hold a text for a size, too, which is no markup."""
+    wild, tame = (
+        content(True, "a") | {"frozen": [frozen("a", shape=[s])]} for s in (NAMES[kind], "1")
+    )
+    shown = to_markdown(wild)
+    assert shown.count("\n") == to_markdown(tame).count("\n")
+    assert set(re.findall(r"</?[a-z]\w*", _html(shown))) <= set(
+        re.findall(r"</?[a-z]\w*", _html(to_markdown(tame)))
+    )
+
+
 def test_addresses_are_no_links() -> None:
     """An address in a file's text becomes no link on GitHub."""
     text = to_markdown(content(False, notes=["see https://evil.example and www.evil.example"]))
