@@ -16,7 +16,7 @@ import typer
 from ..errors import UsageError
 from ..files import read_onnx, starts_as_onnx
 from ..results import FileInput
-from ..text import format_count
+from ..text import format_count, to_json_values
 from .console import format_number, print_json, print_line, print_note, print_table, show_progress
 from .onnx_command import require_apart, require_report, write_report
 from .options import CheckpointArgument, CheckpointOptions, refuse_options, require_checkpoint
@@ -164,6 +164,12 @@ def inspect_onnx(path: Path, as_json: bool) -> None:
         raise UsageError(f"'{path}' is no ONNX file: {error}") from error
     if not model.HasField("graph"):
         raise UsageError(f"'{path}' is no ONNX file: it has no graph")
+    try:
+        json.dumps(found, default=to_json_values)
+    except (TypeError, ValueError) as error:
+        raise UsageError(
+            f"'{path}' holds a name that is no text, or a number of thousands of digits"
+        ) from error
     if as_json:
         print_json(found)
     else:

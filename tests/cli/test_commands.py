@@ -371,6 +371,24 @@ def test_inspect_of_an_onnx_file(run: Run) -> None:
     assert "external data: o.onnx.data, missing" in run("inspect", "o.onnx").out
 
 
+@pytest.mark.parametrize("json", [[], ["--json"]])
+@pytest.mark.parametrize("kind", ["input", "key", "value", "number"])
+def test_inspect_of_what_cannot_be_shown(kind: str, json: list[str], run: Run) -> None:
+    """A name in no encoding, or a number of thousands of digits, ends in one message."""
+    model = onnx.ModelProto(ir_version=9)
+    graph = model.graph
+    graph.input.add(name="XXXX")
+    model.metadata_props.add(key="KKKK", value="VVVV")
+    graph.initializer.add(name="w", dims=[2**62] * (300 if kind == "number" else 1))
+    old = {"input": b"XXXX", "key": b"KKKK", "value": b"VVVV", "number": b"none"}[kind]
+    Path("o.onnx").write_bytes(model.SerializeToString().replace(old, b"\xff\xfe\xff\xfe"))
+    ran = run("inspect", "o.onnx", *json)
+    assert (ran.code, ran.out) == (2, "")
+    assert ran.err == (
+        "sn-export: 'o.onnx' holds a name that is no text, or a number of thousands of digits\n"
+    )
+
+
 @pytest.mark.parametrize("content", [b"", b"garbage", b"\x08\x08\xff", b"PK\x03\x04"])
 def test_inspect_of_a_broken_onnx_file(content: bytes, run: Run) -> None:
     """A broken ONNX file, or an option for state dicts, ends in one message."""
