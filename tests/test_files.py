@@ -220,6 +220,18 @@ def test_place_where_no_file_can_be(
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self").is_dir(), reason="no folder here takes no file from root"
+)
+def test_a_folder_that_takes_no_draft() -> None:
+    """The error names the file that was wanted, and not the hidden folder of its draft."""
+    target = Path("/proc/self/report.json")
+    with pytest.raises(OSError) as caught, Drafts() as drafts:
+        drafts.open(target)
+    assert caught.value.filename == str(target)
+    assert ".sn_export" not in str(caught.value)
+
+
 def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe that replaces a file after the check is not read."""
     real, file = os.stat, tmp_path / "a"

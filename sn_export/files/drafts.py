@@ -65,7 +65,7 @@ class DraftFolders:
         while it replaced files, the files that it had moved aside are put back.
 
         Raises:
-            OSError: if the folder of ``target`` takes no new folder.
+            OSError: if the folder of ``target`` takes no new folder; it names ``target``.
 
         Warns:
             SnExportWarning: if a folder of another process is there, and files cannot be locked on
@@ -75,7 +75,10 @@ class DraftFolders:
         folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
         _own_folders.add(folder)
         self._locks[folder] = []
-        _make(folder, self._locks[folder])
+        try:
+            _make(folder, self._locks[folder])
+        except OSError as error:  # of the folder, which nobody has asked for
+            raise OSError(error.errno, error.strerror, str(target)) from error
         return folder / _MADE / target.name
 
     def remove(self) -> None:
