@@ -29,6 +29,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ _OTHER_PROCESSES = (
     "tests/test_readme.py",
     "tests/test_workflow_recipe.py",
 )
-_SEED = 904
+_SEED = 905
 _AIM = 0.9  # of the mutants of a group
 _NOTICED = ("killed", "hung", "crashed")
 # Both sides have one length wherever the package says so: without it nothing is different.
@@ -329,30 +330,37 @@ def _turn_round(node: Any) -> Iterator[Any]:
 
 
 def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
-    """Return the tests for a mutant: one case of each first, of its wing, as many as fit.
+    """Return the tests for a mutant, as many as fit, in two orders in turn.
 
-    What runs at import, maybe while some test runs, is given to the tests of its file, before
-    others those that run the lines of it that few tests run.
+    The one has one case of each test first, of its wing; the other has the tests of its file first.
+    What runs at import, maybe while some test runs, is given to the latter alone.
     """
     seconds = covering.seconds
+    near = _rank_by_file(covering, mutant.file)
     begin = _find_statement(mutant)
-    found = covering.tests.get((mutant.file, begin), set()) if begin else set()
-    known = sorted((test for test in found if test in seconds), key=seconds.__getitem__)
-    cases: Counter[str] = Counter()
-    ranks: dict[str, Any] = {}
-    for test in known:
-        function = test.partition("[")[0]
-        ranks[test] = (cases[function], not test.startswith(tuple(wing)), seconds[test])
-        cases[function] += 1
-    if not begin:
-        ranks = _rank_by_file(covering, mutant.file)
+    found = set(near)
+    if begin:
+        found &= covering.tests.get((mutant.file, begin), set())
+    by_file = sorted(found, key=lambda test: (near[test], test))
+    by_case = _order_by_case(found, covering, wing) if begin else by_file
     chosen: list[str] = []
     total = 0.0
-    for test in sorted(ranks, key=ranks.__getitem__):
+    for test in dict.fromkeys(chain.from_iterable(zip(by_case, by_file, strict=True))):
         if total + seconds[test] <= _MOST_SECONDS and len(chosen) < _MOST_TESTS:
             chosen.append(test)
             total += seconds[test]
     return chosen
+
+
+def _order_by_case(tests: Iterable[str], covering: Covering, wing: Sequence[str]) -> list[str]:
+    seconds = covering.seconds
+    cases: Counter[str] = Counter()
+    ranks = {}
+    for test in sorted(tests, key=lambda test: (seconds[test], test)):
+        function = test.partition("[")[0]
+        ranks[test] = (cases[function], not test.startswith(tuple(wing)), seconds[test])
+        cases[function] += 1
+    return sorted(ranks, key=ranks.__getitem__)
 
 
 def _find_statement(mutant: Mutant) -> int:

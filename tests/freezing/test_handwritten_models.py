@@ -27,6 +27,7 @@ from handwritten_networks import (
 )
 from networks import seed_torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, spectral_norm
 from torch.utils.hooks import RemovableHandle
 
@@ -230,10 +231,28 @@ def test_classes_are_not_registered_with_the_user() -> None:
     model = Registered(3, 4)
     with frozen_spectral_norm(model):
         assert isinstance(model, Registered)
-        assert type(model).__qualname__ == Registered.__qualname__
+        for name in ("__module__", "__qualname__", "__doc__"):
+            assert getattr(type(model), name) == getattr(Registered, name)
         assert repr(model).startswith("Registered(in_features=3")
     assert type(model) is Registered
     assert seen == []
+
+
+def test_a_method_that_is_given_the_weight_takes_other_tensors() -> None:
+    """Inside it returns the frozen weight for that, and what it always did for another tensor."""
+
+    class SNLinear(nn.Linear):
+        def normalise(self, matrix: Tensor) -> Tensor:
+            return matrix / torch.linalg.matrix_norm(matrix, 2)
+
+        def forward(self, input: Tensor) -> Tensor:
+            return F.linear(input, self.normalise(self.weight), self.bias)
+
+    model, other = SNLinear(3, 4), torch.randn(4, 3)
+    expected = model.normalise(other)
+    with frozen_spectral_norm(model):
+        assert model.normalise(model.weight) is model.weight
+        assert same_bits(model.normalise(other), expected)
 
 
 @picked

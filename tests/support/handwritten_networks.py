@@ -636,11 +636,15 @@ class Normaliser(nn.Module):
 
 
 class HelpedConv2d(nn.Conv2d):
+    """Takes no input but one that fits."""
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight_normalization = Normaliser(self.out_channels)
 
     def forward(self, input: Tensor) -> Tensor:
+        if input.shape[1] != self.in_channels:
+            raise ValueError(f"{self.in_channels} channels are wanted, got {input.shape[1]}")
         weight = self.weight_normalization(self.weight)
         return self._conv_forward(input, weight, self.bias)
 
