@@ -232,6 +232,49 @@ def test_a_folder_that_takes_no_draft() -> None:
     assert ".sn_export" not in str(caught.value)
 
 
+def test_an_interrupt_while_moves_are_taken_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A failed publishing that is interrupted as it puts the old files back goes on with that."""
+    _write(tmp_path, "ab")
+    before, real, calls = _contents(tmp_path), os.replace, list[Path]()
+
+    def fail(source: Path, place: Path) -> None:
+        calls.append(place)
+        if len(calls) == 4:  # the new model, when all else is in its place
+            raise OSError(errno.EIO, "Input/output error")
+        if len(calls) == 5:  # the first that is moved back
+            raise KeyboardInterrupt
+        real(source, place)
+
+    monkeypatch.setattr(os, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        _publish(tmp_path, "ba")
+    assert _contents(tmp_path) == before
+
+
+def test_drafts_are_removed_where_an_interrupt_stops_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The removal goes on after one interrupt, and nothing of the folders is kept in the process.
+
+    It reaches inside: a list that grows by a path for each file shows nowhere else.
+    """
+    from sn_export.files import drafts as module
+
+    remove = module._remove
+
+    def interrupt_once(folder: Path) -> None:
+        monkeypatch.setattr(module, "_remove", remove)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "_remove", interrupt_once)
+    with pytest.raises(KeyboardInterrupt), Drafts() as drafts:
+        drafts.open(tmp_path / "a").write_bytes(b"draft")
+    assert list(tmp_path.iterdir()) == []
+    assert module._own_folders == set()
+
+
 def test_pipe_that_comes_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A pipe that replaces a file after the check is not read."""
     real, file = os.stat, tmp_path / "a"
