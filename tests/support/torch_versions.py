@@ -154,7 +154,7 @@ LACKS = (
         error=r"DID NOT WARN.*ReparametrizationNotRecognisedWarning.*\n Emitted warnings: \[\]",
         tests=(
             r"exporting/test_folding\.py::test_a_known_reparametrization_is_left_on_request"
-            r"\[weight_norm\d-torchscript\]",
+            r"\[weight_norm1-torchscript\]",
         ),
     ),
     Lack(
