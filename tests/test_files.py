@@ -62,7 +62,9 @@ def _write(folder: Path, names: str) -> None:
         (folder / name).write_bytes(OLD[name])
 
 
-def _fail_at(count: int, real: Callable[..., None], folder: Path, error: BaseException) -> object:
+def _fail_at(
+    count: int, real: Callable[..., None], folder: Path, error: BaseException
+) -> Callable[..., None]:
     calls = []
 
     def call(source: Path, place: Path) -> None:
@@ -237,17 +239,11 @@ def test_an_interrupt_while_moves_are_taken_back(
 ) -> None:
     """A failed publishing that is interrupted as it puts the old files back goes on with that."""
     _write(tmp_path, "ab")
-    before, real, calls = _contents(tmp_path), os.replace, list[Path]()
-
-    def fail(source: Path, place: Path) -> None:
-        calls.append(place)
-        if len(calls) == 4:  # the new model, when all else is in its place
-            raise OSError(errno.EIO, "Input/output error")
-        if len(calls) == 5:  # the first that is moved back
-            raise KeyboardInterrupt
-        real(source, place)
-
-    monkeypatch.setattr(os, "replace", fail)
+    before = _contents(tmp_path)
+    # The fourth move is that of the new model, when all else is in its place.
+    fail = _fail_at(4, os.replace, tmp_path, OSError(errno.EIO, "Input/output error"))
+    interrupt = _fail_at(5, fail, tmp_path, KeyboardInterrupt())
+    monkeypatch.setattr(os, "replace", interrupt)
     with pytest.raises(KeyboardInterrupt):
         _publish(tmp_path, "ba")
     assert _contents(tmp_path) == before

@@ -241,7 +241,7 @@ def _is_array(value: Any) -> bool:
     return type(value).__name__ == "ndarray"
 
 
-def require_writable(content: Any, what: str) -> None:
+def require_serializable(content: Any, what: str) -> None:
     """Raise if ``content`` holds what was left unread, or lies too deep, to be written again.
 
     Whoever writes it goes down to each value, by each way that leads there: thirty lists, each of

@@ -19,7 +19,7 @@ from ..files import (
 )
 from ..results import OrthogonalMap, Respellable
 from ..text import quote_name, quote_names
-from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_writable
+from .content import Checkpoint, StateDict, as_mapping, read_all, replace_at, require_serializable
 from .distributed import write_distributed
 from .kinds import describe_assumed_dims
 from .lazy_tensors import LazyTensors
@@ -301,7 +301,7 @@ def _write(
         target.mkdir()
         write_safetensors(target, "model.safetensors", result.entries, texts, None, written)
     else:
-        require_writable(checkpoint.content, quote_name(checkpoint.path))
+        require_serializable(checkpoint.content, quote_name(checkpoint.path))
         content, path = (None, ()) if weights_only else (checkpoint.content, state.path)
         write_distributed(target, content, path, result.entries, written)
     return [target]
@@ -322,11 +322,11 @@ def _make_content(
         written(name)
     if result.versions is not None:
         tensors._metadata = result.versions  # type: ignore[attr-defined]
-    require_writable(tensors, f"the state dict in {quote_name(checkpoint.path)}")
+    require_serializable(tensors, f"the state dict in {quote_name(checkpoint.path)}")
     if weights_only or not state.path:
         return tensors
     content = replace_at(checkpoint.content, state.path, tensors)
-    require_writable(content, quote_name(checkpoint.path))
+    require_serializable(content, quote_name(checkpoint.path))
     return read_all(content)
 
 

@@ -63,14 +63,14 @@ def _find_folded(graph: ir.Graph, sources: Sources) -> list[tuple[ir.Value, list
     found = []
     for value in list(graph.initializers.values()):
         if is_weight(value) and (names := sources.find_origin(value)) is not None:
-            if _is_replaced(value, _get_array(value), tuple(names), first):
+            if _replace_by_equal(value, _get_array(value), tuple(names), first):
                 del graph.initializers[str(value.name)]
             else:
                 found.append((value, names))
     return found
 
 
-def _is_replaced(
+def _replace_by_equal(
     value: ir.Value, array: NDArray[Any], origin: Hashable, first: dict[Hashable, ir.Value]
 ) -> bool:
     """Let the first value of the same origin and bits take the place of this one, if it can."""
@@ -128,7 +128,7 @@ def _join_equal(
     first: dict[Hashable, ir.Value] = {}
     kept = []
     for cone, array in cones:
-        if _is_replaced(cone.result, array, cone.initializers, first):
+        if _replace_by_equal(cone.result, array, cone.initializers, first):
             _remove_unused(graph, cone)
         else:
             kept.append((cone, array))
