@@ -27,19 +27,19 @@ from rich.console import Console
 from rich.table import Table
 
 BENCHMARKS = {
-    "freeze": ("bench_freeze", "against_torch"),
-    "hand": ("bench_freeze", "by_hand"),
-    "copy": ("bench_freeze", "against_copying"),
-    "growth": ("bench_freeze", "growth"),
-    "memory": ("bench_freeze", "memory"),
-    "export": ("bench_export", "exporting"),
-    "networks": ("bench_export", "networks"),
-    "first": ("bench_export", "first_exports"),
-    "file": ("bench_export", "files"),
-    "distributed": ("bench_distributed", "sharding"),
-    "large": ("bench_large", "exporting"),
-    "checkpoints": ("bench_checkpoint", "checkpoints"),
-    "help": ("bench_checkpoint", "helping"),
+    "freeze": ("bench_freeze", "compare_with_torch"),
+    "hand": ("bench_freeze", "compare_by_hand"),
+    "copy": ("bench_freeze", "compare_with_copying"),
+    "growth": ("bench_freeze", "measure_growth"),
+    "memory": ("bench_freeze", "measure_memory"),
+    "export": ("bench_export", "measure_exports"),
+    "networks": ("bench_export", "measure_networks"),
+    "first": ("bench_export", "measure_first_exports"),
+    "file": ("bench_export", "compare_files"),
+    "distributed": ("bench_distributed", "measure_sharding"),
+    "large": ("bench_large", "measure_exports"),
+    "checkpoints": ("bench_checkpoint", "measure_checkpoints"),
+    "help": ("bench_checkpoint", "measure_help"),
 }
 VERDICTS = {True: "met", False: "MISSED", None: ""}
 HEADER = ("name", "measured", "min to max", "aim", "", "seconds")
@@ -68,9 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             failed.append(name)
             continue
         rows += found
-        (_markdown if options.markdown else _rich)(found)
+        (_print_markdown if options.markdown else _print_rich)(found)
 
-    environment = _environment(options.quick)
+    environment = _describe_environment(options.quick)
     print(", ".join(f"{key} {value}" for key, value in environment.items() if value is not None))
     if options.json is not None:
         report = {
@@ -84,11 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 1 if failed else 0
 
 
-def _environment(quick: bool) -> dict[str, Any]:
+def _describe_environment(quick: bool) -> dict[str, Any]:
     names = ("torch", "onnx", "onnxruntime", "onnxscript", "numpy")
     return {
         "python": platform.python_version(),
-        **{name: _version(name) for name in names},
+        **{name: _find_version(name) for name in names},
         "machine": platform.machine(),
         "cores": os.cpu_count(),
         "torch_threads": torch.get_num_threads(),
@@ -96,14 +96,14 @@ def _environment(quick: bool) -> dict[str, Any]:
     }
 
 
-def _version(name: str) -> str | None:
+def _find_version(name: str) -> str | None:
     try:
         return version(name)
     except PackageNotFoundError:
         return None
 
 
-def _cells(row: Row) -> tuple[str, ...]:
+def _make_cells(row: Row) -> tuple[str, ...]:
     detail = row.detail
     name, spread, times = row.name, "", ""
     if row.measured is None:
@@ -118,16 +118,16 @@ def _cells(row: Row) -> tuple[str, ...]:
     return (name, measured, spread, aim, VERDICTS[row.passed], times)
 
 
-def _rich(rows: Sequence[Row]) -> None:
+def _print_rich(rows: Sequence[Row]) -> None:
     table = Table(*HEADER)
     for row in rows:
         style = "bold red" if row.passed is False else None
-        table.add_row(*_cells(row), style=style)
+        table.add_row(*_make_cells(row), style=style)
     Console(width=None if sys.stdout.isatty() else 150).print(table)
 
 
-def _markdown(rows: Sequence[Row]) -> None:
-    lines = [HEADER, ("---",) * len(HEADER), *map(_cells, rows)]
+def _print_markdown(rows: Sequence[Row]) -> None:
+    lines = [HEADER, ("---",) * len(HEADER), *map(_make_cells, rows)]
     print("\n".join("| " + " | ".join(line) + " |" for line in lines), flush=True)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_common import Row, ratio
+from bench_common import Row, measure_ratio
 from safetensors.torch import save_file
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -31,21 +31,25 @@ finally:
 _AIM = 0.5  # GB: torch itself takes 0.27
 
 
-def checkpoints(quick: bool) -> list[Row]:
+def measure_checkpoints(quick: bool) -> list[Row]:
     """Peak resident memory and time of ``inspect`` and ``convert``, each a process of its own."""
     share = 10 if quick else 1
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        rows = _measure(_safetensors(folder, 100 // share, (2560, 4096)), folder / "plain", "")
-        return rows + _measure(_distributed(folder, 36 // share, (4096, 4096)), folder / "dcp", "/")
+        rows = _measure(
+            _write_safetensors(folder, 100 // share, (2560, 4096)), folder / "plain", ""
+        )
+        return rows + _measure(
+            _write_distributed(folder, 36 // share, (4096, 4096)), folder / "dcp", "/"
+        )
 
 
-def helping(quick: bool) -> list[Row]:
+def measure_help(quick: bool) -> list[Row]:
     """``sn-export --help`` against the import of torch alone."""
     ours = [sys.executable, "-m", "sn_export", "--help"]
     theirs = [sys.executable, "-c", "import torch"]
     return [
-        ratio(
+        measure_ratio(
             "sn-export --help / import torch",
             lambda: subprocess.run(ours, check=True, capture_output=True),
             lambda: subprocess.run(theirs, check=True),
@@ -76,7 +80,7 @@ def _measure(source: Path, target: Path, suffix: str) -> list[Row]:
     return rows
 
 
-def _layers(count: int, shape: tuple[int, int]) -> Callable[[int], dict[str, torch.Tensor]]:
+def _make_layers(count: int, shape: tuple[int, int]) -> Callable[[int], dict[str, torch.Tensor]]:
     """Return a function that gives the tensors of one of ``count`` layers; they share a weight."""
     torch.manual_seed(0)
     weight = torch.randn(shape)
@@ -90,9 +94,9 @@ def _layers(count: int, shape: tuple[int, int]) -> Callable[[int], dict[str, tor
     return layer
 
 
-def _safetensors(folder: Path, count: int, shape: tuple[int, int]) -> Path:
+def _write_safetensors(folder: Path, count: int, shape: tuple[int, int]) -> Path:
     """Write shards of ten layers and their index, so that this process stays small too."""
-    layer, places = _layers(count, shape), dict[str, str]()
+    layer, places = _make_layers(count, shape), dict[str, str]()
     (folder / "shards").mkdir()
     for start in range(0, count, 10):
         shard = f"part-{start:03d}.safetensors"
@@ -106,8 +110,8 @@ def _safetensors(folder: Path, count: int, shape: tuple[int, int]) -> Path:
     return index
 
 
-def _distributed(folder: Path, count: int, shape: tuple[int, int]) -> Path:
-    layer = _layers(count, shape)
+def _write_distributed(folder: Path, count: int, shape: tuple[int, int]) -> Path:
+    layer = _make_layers(count, shape)
     state = {name: value for number in range(count) for name, value in layer(number).items()}
     save(state, checkpoint_id=folder / "saved", no_dist=True)
     return folder / "saved"

@@ -46,7 +46,7 @@ class Row:
         }
 
 
-def ratio(
+def measure_ratio(
     name: str,
     ours: Step,
     theirs: Step,
@@ -73,11 +73,11 @@ def ratio(
     pairs: list[tuple[float, float]] = []
     for repeat in range(repeats + 1):
         if repeat % 2:
-            second = seconds(theirs, after, clock)
-            first = seconds(ours, after, clock)
+            second = measure_seconds(theirs, after, clock)
+            first = measure_seconds(ours, after, clock)
         else:
-            first = seconds(ours, after, clock)
-            second = seconds(theirs, after, clock)
+            first = measure_seconds(ours, after, clock)
+            second = measure_seconds(theirs, after, clock)
         pairs.append((first, second))
     pairs = pairs[1:]
     ratios = [a / b for a, b in pairs]
@@ -91,7 +91,7 @@ def ratio(
     return Row(name, statistics.median(ratios), aim, "ratio", detail)
 
 
-def seconds(
+def measure_seconds(
     step: Step, after: Step | None = None, clock: Callable[[], float] = time.perf_counter
 ) -> float:
     """Return how long one run of ``step`` takes."""
@@ -108,7 +108,7 @@ def seconds(
     return taken
 
 
-def under_spectral_norm(kind: str, module: nn.Module) -> nn.Module:
+def apply_spectral_norm(kind: str, module: nn.Module) -> nn.Module:
     """Put spectral norm of one kind on ``module``; no change for the kind ``"plain"``."""
     if kind == "hook":
         return spectral_norm(module)
@@ -117,23 +117,23 @@ def under_spectral_norm(kind: str, module: nn.Module) -> nn.Module:
     return module
 
 
-def linear_stack(kind: str, layers: int, width: int) -> nn.Sequential:
+def make_linear_stack(kind: str, layers: int, width: int) -> nn.Sequential:
     """Return ``layers`` times Linear(width, width) in eval mode."""
     torch.manual_seed(0)
     stack = nn.Sequential(
-        *(under_spectral_norm(kind, nn.Linear(width, width, bias=False)) for _ in range(layers))
+        *(apply_spectral_norm(kind, nn.Linear(width, width, bias=False)) for _ in range(layers))
     )
     return stack.eval()
 
 
-def critic(kind: str) -> nn.Sequential:
+def make_critic(kind: str) -> nn.Sequential:
     """Return a DCGAN-like critic for 64 x 64 images, 2.8 M parameters, in eval mode."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for inputs, outputs in ((3, 64), (64, 128), (128, 256), (256, 512)):
         conv = nn.Conv2d(inputs, outputs, kernel_size=4, stride=2, padding=1)
-        layers += [under_spectral_norm(kind, conv), nn.LeakyReLU(0.2)]
-    layers += [nn.Flatten(), under_spectral_norm(kind, nn.Linear(512 * 16, 1))]
+        layers += [apply_spectral_norm(kind, conv), nn.LeakyReLU(0.2)]
+    layers += [nn.Flatten(), apply_spectral_norm(kind, nn.Linear(512 * 16, 1))]
     model = nn.Sequential(*layers)
     if kind != "plain":
         with torch.no_grad():

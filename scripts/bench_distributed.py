@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from bench_common import KINDS, Row, linear_stack, seconds
-from bench_freeze import slope, status
+from bench_common import KINDS, Row, make_linear_stack, measure_seconds
+from bench_freeze import fit_slope, read_status
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 
@@ -35,17 +35,17 @@ _NARROW = 16
 _GROWING_ON = 2  # ranks
 
 
-def sharding(quick: bool) -> list[Row]:
+def measure_sharding(quick: bool) -> list[Row]:
     """Measure on each number of ranks."""
     rows: list[Row] = []
     for ranks in _RANKS:
         found = _measure_on(ranks, quick)
         for kind in KINDS:
-            rows += _rows(ranks, kind, found[kind])
+            rows += _make_rows(ranks, kind, found[kind])
     return rows
 
 
-def _rows(ranks: int, kind: str, found: dict[str, Any]) -> list[Row]:
+def _make_rows(ranks: int, kind: str, found: dict[str, Any]) -> list[Row]:
     where = f"{kind}, {ranks} rank{'' if ranks == 1 else 's'}"
     shard = _WIDE_LAYERS * _WIDE**2 * 4 / ranks
     entering = shard + 2 * _WIDE**2 * 4
@@ -74,7 +74,7 @@ def _rows(ranks: int, kind: str, found: dict[str, Any]) -> list[Row]:
     ]
     if "growth" in found:
         best = {int(size): taken for size, taken in found["growth"].items()}
-        exponent = slope([math.log(n) for n in best], [math.log(t) for t in best.values()])
+        exponent = fit_slope([math.log(n) for n in best], [math.log(t) for t in best.values()])
         name = f"growth of freeze + restore, {min(best)} to {max(best)} x Linear {_NARROW}, {where}"
         rows.append(Row(name, exponent, 1.05, "exponent", {"seconds": best}))
     return rows
@@ -97,16 +97,16 @@ def _measure_on(ranks: int, quick: bool) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _sharded(kind: str, layers: int, width: int) -> nn.Module:
-    model = linear_stack(kind, layers, width)
+def _make_sharded(kind: str, layers: int, width: int) -> nn.Module:
+    model = make_linear_stack(kind, layers, width)
     for layer in model:
         fully_shard(layer)
     fully_shard(model)
-    _forward(model, width)()  # torch initialises itself in the first one
+    _make_forward(model, width)()  # torch initialises itself in the first one
     return model
 
 
-def _forward(model: nn.Module, width: int) -> Callable[[], object]:
+def _make_forward(model: nn.Module, width: int) -> Callable[[], object]:
     x = torch.randn(1, width)
 
     def forward() -> None:
@@ -116,7 +116,7 @@ def _forward(model: nn.Module, width: int) -> Callable[[], object]:
     return forward
 
 
-def _freeze(model: nn.Module) -> Callable[[], object]:
+def _make_freeze(model: nn.Module) -> Callable[[], object]:
     def freeze_and_restore() -> None:
         with frozen_spectral_norm(model):
             pass
@@ -124,21 +124,21 @@ def _freeze(model: nn.Module) -> Callable[[], object]:
     return freeze_and_restore
 
 
-def _slowest(step: Callable[[], object]) -> float:
+def _find_slowest(step: Callable[[], object]) -> float:
     dist.barrier()
-    return _largest(seconds(step))
+    return _find_largest(measure_seconds(step))
 
 
-def _largest(value: float) -> float:
+def _find_largest(value: float) -> float:
     found = torch.tensor([value], dtype=torch.float64)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return float(found)
 
 
 def _measure_time(kind: str, repeats: int) -> dict[str, Any]:
-    model = _sharded(kind, _LAYERS, _WIDTH)
-    steps = (_freeze(model), _forward(model, _WIDTH))
-    pairs = [tuple(_slowest(step) for step in steps) for _ in range(repeats + 1)][1:]
+    model = _make_sharded(kind, _LAYERS, _WIDTH)
+    steps = (_make_freeze(model), _make_forward(model, _WIDTH))
+    pairs = [tuple(_find_slowest(step) for step in steps) for _ in range(repeats + 1)][1:]
     ratios = [ours / theirs for ours, theirs in pairs]
     times = {
         "min": min(ratios),
@@ -151,24 +151,24 @@ def _measure_time(kind: str, repeats: int) -> dict[str, Any]:
 
 def _measure_memory(kind: str) -> dict[str, Any]:
     gc.collect()  # the models of other measurements
-    model = _sharded(kind, _WIDE_LAYERS, _WIDE)
+    model = _make_sharded(kind, _WIDE_LAYERS, _WIDE)
     with frozen_spectral_norm(model):  # what is imported and cached once is no part of it
         pass
     model.reshard()  # type: ignore[operator]
     gc.collect()
     dist.barrier()
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts again
-    before = status("VmRSS")
+    before = read_status("VmRSS")
     with frozen_spectral_norm(model):
-        peak, held = status("VmHWM") - before, status("VmRSS") - before
-    return {"held": _largest(held), "peak": _largest(peak)}
+        peak, held = read_status("VmHWM") - before, read_status("VmRSS") - before
+    return {"held": _find_largest(held), "peak": _find_largest(peak)}
 
 
 def _measure_growth(kind: str, quick: bool) -> dict[str, Any]:
     best = {}
     for size in _SIZES[: 3 if quick else None]:
-        freeze = _freeze(_sharded(kind, size, _NARROW))
-        best[size] = min(_slowest(freeze) for _ in range(3))
+        freeze = _make_freeze(_make_sharded(kind, size, _NARROW))
+        best[size] = min(_find_slowest(freeze) for _ in range(3))
     return {"growth": best}
 
 

@@ -18,7 +18,7 @@ from typing import Literal
 import onnx
 import onnxruntime
 import torch
-from bench_common import KINDS, Row, Step, critic, ratio
+from bench_common import KINDS, Row, Step, make_critic, measure_ratio
 from bench_networks import BUILDERS, build
 from torch import nn
 
@@ -47,55 +47,55 @@ print(time.process_time() - start)
 """
 
 
-def exporting(quick: bool) -> list[Row]:
+def measure_exports(quick: bool) -> list[Row]:
     """Time export_onnx against torch.onnx.export of a plain twin and as many runs."""
     image = torch.randn(IMAGES)
     rows = []
     for exporter in EXPORTERS:
         for kind in KINDS:
-            model = critic(kind)
+            model = make_critic(kind)
             name = f"export_onnx, critic, {kind}, {exporter}, to the plain export + as many runs"
-            with _folder() as folder:
-                row = ratio(
+            with _make_folder() as folder:
+                row = measure_ratio(
                     name,
-                    _exporting(model, (image,), folder / "ours.onnx", exporter),
-                    _exporting_twin(_twin(model), image, folder / "twin.onnx", exporter),
-                    repeats=_repeats(quick, exporter),
+                    _make_export(model, (image,), folder / "ours.onnx", exporter),
+                    _make_twin_export(_make_twin(model), image, folder / "twin.onnx", exporter),
+                    repeats=_choose_repeats(quick, exporter),
                     aim=1.10,
                 )
             rows.append(row)
     return rows
 
 
-def networks(quick: bool) -> list[Row]:
+def measure_networks(quick: bool) -> list[Row]:
     """Time export_onnx against bare torch.onnx.export of the plain network, processor time."""
     aims = {"dynamo": 1.00, "torchscript": 1.50}
     rows = []
     for exporter in EXPORTERS:
-        found = [_bare_ratio(name, exporter, quick) for name in BUILDERS]
+        found = [_measure_bare_ratio(name, exporter, quick) for name in BUILDERS]
         middle = statistics.median(row.measured for row in found if row.measured is not None)
         title = f"export_onnx to bare torch.onnx.export, {exporter}, median of {len(found)}"
         rows += [*found, Row(title, middle, aims[exporter], "ratio")]
     return rows
 
 
-def _bare_ratio(name: str, exporter: Exporter, quick: bool) -> Row:
+def _measure_bare_ratio(name: str, exporter: Exporter, quick: bool) -> Row:
     model, args = build(name, "parametrization")
     twin, _ = build(name, "plain")
     with frozen_spectral_norm(model):
         twin.load_state_dict(model.state_dict())
-    with _folder() as folder:
+    with _make_folder() as folder:
         ours, bare = folder / "ours.onnx", folder / "bare.onnx"
-        return ratio(
+        return measure_ratio(
             f"export_onnx to bare torch.onnx.export, {exporter}, {name}",
-            _exporting(model, args, ours, exporter),
-            lambda: _torch_export(twin, args, bare, exporter),
+            _make_export(model, args, ours, exporter),
+            lambda: _run_torch_export(twin, args, bare, exporter),
             repeats=3 if quick else 9,
             clock=time.process_time,
         )
 
 
-def first_exports(quick: bool) -> list[Row]:
+def measure_first_exports(quick: bool) -> list[Row]:
     """Time the first export of a process, with what it imports, in processes of their own."""
     rows = []
     for exporter in EXPORTERS:
@@ -103,7 +103,10 @@ def first_exports(quick: bool) -> list[Row]:
         for name in [*BUILDERS][: 3 if quick else None]:
             title = f"first export_onnx to first bare export, {exporter}, {name}"
             pairs = [
-                (_first(name, "parametrization", exporter), _first(name, "plain", exporter))
+                (
+                    _measure_first(name, "parametrization", exporter),
+                    _measure_first(name, "plain", exporter),
+                )
                 for _ in range(1 if quick else 5)
             ]
             found.append(Row(title, statistics.median(a / b for a, b in pairs), None, "ratio"))
@@ -113,32 +116,32 @@ def first_exports(quick: bool) -> list[Row]:
     return rows
 
 
-def _first(name: str, kind: str, exporter: Exporter) -> float:
-    with _folder() as folder:
+def _measure_first(name: str, kind: str, exporter: Exporter) -> float:
+    with _make_folder() as folder:
         command = [sys.executable, "-c", _FIRST, name, kind, exporter, str(folder / "net.onnx")]
         scripts = Path(__file__).parent
         done = subprocess.run(command, cwd=scripts, capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
 
 
-def files(quick: bool) -> list[Row]:
+def compare_files(quick: bool) -> list[Row]:
     """Compare the exported file with that of torch.onnx.export on the model as it is."""
     image = torch.randn(IMAGES)
     rows = []
     for exporter in EXPORTERS:
         for kind in KINDS:
-            model = critic(kind)
+            model = make_critic(kind)
             title = f"critic, {kind}, {exporter}, frozen file to raw file"
-            with _folder() as folder:
+            with _make_folder() as folder:
                 raw, frozen = folder / "raw.onnx", folder / "frozen.onnx"
                 try:
-                    _torch_export(model, (image,), raw, exporter)
+                    _run_torch_export(model, (image,), raw, exporter)
                 except Exception as error:  # whatever the exporter raises is the finding
                     reason = f"{type(error).__name__}: {error}".splitlines()[-1]
                     detail = {"raw export failed": reason}
                     rows.append(Row(f"nodes, {title}", None, None, "ratio", detail))
                     continue
-                _exporting(model, (image,), frozen, exporter)()
+                _make_export(model, (image,), frozen, exporter)()
                 rows += _compare_files(title, frozen, raw, image, quick)
     return rows
 
@@ -153,20 +156,20 @@ def _compare_files(
         repeats = 7 if quick else 31
 
         def load(path: Path, optimise: bool = optimise) -> Step:
-            return lambda: _session(path, optimise)
+            return lambda: _open_session(path, optimise)
 
         def infer(path: Path, optimise: bool = optimise) -> Step:
-            session = _session(path, optimise)
+            session = _open_session(path, optimise)
             feed = {session.get_inputs()[0].name: image.numpy()}
             return lambda: [session.run(None, feed) for _ in range(5)]
 
         what = f"{title}, optimisations {level}"
-        rows.append(ratio(f"load time, {what}", load(frozen), load(raw), repeats=repeats))
-        rows.append(ratio(f"latency, {what}", infer(frozen), infer(raw), repeats=repeats))
+        rows.append(measure_ratio(f"load time, {what}", load(frozen), load(raw), repeats=repeats))
+        rows.append(measure_ratio(f"latency, {what}", infer(frozen), infer(raw), repeats=repeats))
     return rows
 
 
-def _session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
+def _open_session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
     level = onnxruntime.GraphOptimizationLevel
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
@@ -174,21 +177,21 @@ def _session(path: Path, optimise: bool) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, options)
 
 
-def _exporting(
+def _make_export(
     model: nn.Module, args: tuple[torch.Tensor, ...], path: Path, exporter: Exporter
 ) -> Step:
     def run() -> None:
-        with _quiet():
+        with _silence():
             export_onnx(model, args, path, exporter=exporter, samples=SAMPLES)
 
     return run
 
 
-def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> Step:
+def _make_twin_export(twin: nn.Module, image: torch.Tensor, path: Path, exporter: Exporter) -> Step:
     inputs = [image, *(torch.randn(IMAGES) for _ in range(SAMPLES))]
 
     def run() -> None:
-        _torch_export(twin, (image,), path, exporter)
+        _run_torch_export(twin, (image,), path, exporter)
         session = onnxruntime.InferenceSession(path)
         name = session.get_inputs()[0].name
         for tensor in inputs:
@@ -197,10 +200,10 @@ def _exporting_twin(twin: nn.Module, image: torch.Tensor, path: Path, exporter: 
     return run
 
 
-def _torch_export(
+def _run_torch_export(
     model: nn.Module, args: tuple[torch.Tensor, ...], path: Path, exporter: Exporter
 ) -> None:
-    with _quiet():
+    with _silence():
         torch.onnx.export(
             model,
             args,
@@ -211,28 +214,28 @@ def _torch_export(
         )
 
 
-def _twin(model: nn.Sequential) -> nn.Sequential:
+def _make_twin(model: nn.Sequential) -> nn.Sequential:
     """Return a model without spectral norm, with the weights that ``model`` uses."""
-    twin = critic("plain")
+    twin = make_critic("plain")
     with frozen_spectral_norm(model):
         twin.load_state_dict(model.state_dict())
     return twin
 
 
-def _repeats(quick: bool, exporter: Exporter) -> int:
+def _choose_repeats(quick: bool, exporter: Exporter) -> int:
     if exporter == "torchscript":
         return 5 if quick else 15
     return 2 if quick else 7
 
 
 @contextlib.contextmanager
-def _folder() -> Iterator[Path]:
+def _make_folder() -> Iterator[Path]:
     with tempfile.TemporaryDirectory() as name:
         yield Path(name)
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence() -> Iterator[None]:
     """Keep the exporters' progress, warnings and graph dumps off the report."""
     level = logging.root.manager.disable
     sys.stdout.flush()

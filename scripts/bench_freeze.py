@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from bench_common import KINDS, Row, Step, linear_stack, ratio, seconds
+from bench_common import KINDS, Row, Step, make_linear_stack, measure_ratio, measure_seconds
 from torch import Tensor, nn
 from torch.nn.utils import remove_spectral_norm
 from torch.nn.utils.parametrize import remove_parametrizations
@@ -33,75 +33,75 @@ _CHANGED = {
 }
 
 
-def against_torch(quick: bool) -> list[Row]:
+def compare_with_torch(quick: bool) -> list[Row]:
     """Time freeze and restore against torch computing the same weights and nothing else."""
     aims = {2048: 1.05, 16: 2.0}
     return [
-        ratio(
+        measure_ratio(
             f"freeze + restore, {layers} x Linear {width}, {kind}, to torch's own evaluation",
-            _freezing(model),
-            _evaluating(kind, model),
+            _make_freeze(model),
+            _make_evaluation(kind, model),
             repeats=5 if quick else 31,
             aim=aims[width],
         )
         for layers, width in SHAPES
         for kind in KINDS
-        for model in [linear_stack(kind, layers, width)]
+        for model in [make_linear_stack(kind, layers, width)]
     ]
 
 
-def by_hand(quick: bool) -> list[Row]:
+def compare_by_hand(quick: bool) -> list[Row]:
     """Time the same swap by hand: nothing looked for, no check, and no way back after a fault."""
     layers, width = SHAPES[1]
     return [
-        ratio(
+        measure_ratio(
             f"swap by hand and back, {layers} x Linear {width}, {kind}, to torch's own evaluation",
-            _swapping(kind, model),
-            _evaluating(kind, model),
+            _make_swap(kind, model),
+            _make_evaluation(kind, model),
             repeats=5 if quick else 31,
         )
         for kind in KINDS
-        for model in [linear_stack(kind, layers, width)]
+        for model in [make_linear_stack(kind, layers, width)]
     ]
 
 
-def against_copying(quick: bool) -> list[Row]:
+def compare_with_copying(quick: bool) -> list[Row]:
     """Time freeze and restore against deepcopy and removal in the copy."""
     aims = {2048: 0.5, 16: 0.15}
     rows = []
     for layers, width in SHAPES:
         for kind in KINDS:
-            model = linear_stack(kind, layers, width)
+            model = make_linear_stack(kind, layers, width)
             name = f"freeze + restore, {layers} x Linear {width}, {kind}, to deepcopy + removal"
-            row = ratio(
+            row = measure_ratio(
                 name,
-                _freezing(model),
-                _copying(kind, model),
+                _make_freeze(model),
+                _make_copy(kind, model),
                 repeats=3 if quick else 9,
                 aim=aims[width],
-                after=_class_repair(model),
+                after=_make_class_repair(model),
             )
             rows.append(row)
     return rows
 
 
-def growth(quick: bool) -> list[Row]:
+def measure_growth(quick: bool) -> list[Row]:
     """Fit how the time of freeze and restore grows with the number of layers."""
     sizes = (500, 1000, 2000, 4000)
     rows = []
     for kind in KINDS:
-        steps = {size: _freezing(linear_stack(kind, size, 16)) for size in sizes}
+        steps = {size: _make_freeze(make_linear_stack(kind, size, 16)) for size in sizes}
         best = dict.fromkeys(sizes, math.inf)
         for _ in range(4 if quick else 15):
             for size, step in steps.items():
-                best[size] = min(best[size], seconds(step))
-        exponent = slope([math.log(n) for n in sizes], [math.log(best[n]) for n in sizes])
+                best[size] = min(best[size], measure_seconds(step))
+        exponent = fit_slope([math.log(n) for n in sizes], [math.log(best[n]) for n in sizes])
         name = f"growth of freeze + restore, 500 to 4000 x Linear 16, {kind}"
         rows.append(Row(name, exponent, 1.05, "exponent", {"seconds": best}))
     return rows
 
 
-def memory(_quick: bool) -> list[Row]:
+def measure_memory(_quick: bool) -> list[Row]:
     """Compare the extra peak memory of the block with the size of the weights."""
     layers, width = SHAPES[0]  # large enough for pages and Python objects not to count
     # glibc gives every large tensor pages of its own: a freed one is not taken again unseen.
@@ -118,7 +118,7 @@ def memory(_quick: bool) -> list[Row]:
     return rows
 
 
-def _freezing(model: nn.Module) -> Step:
+def _make_freeze(model: nn.Module) -> Step:
     def freeze_and_restore() -> None:
         with frozen_spectral_norm(model):
             pass
@@ -126,7 +126,7 @@ def _freezing(model: nn.Module) -> Step:
     return freeze_and_restore
 
 
-def _evaluating(kind: str, model: nn.Sequential) -> Callable[[], list[Tensor]]:
+def _make_evaluation(kind: str, model: nn.Sequential) -> Callable[[], list[Tensor]]:
     layers = list(model)
 
     def evaluate_hooks() -> list[Tensor]:  # all at once, as in the block
@@ -148,8 +148,8 @@ def _evaluating(kind: str, model: nn.Sequential) -> Callable[[], list[Tensor]]:
     return evaluate_hooks
 
 
-def _swapping(kind: str, model: nn.Sequential) -> Step:
-    evaluate, names = _evaluating(kind, model), _CHANGED[kind]
+def _make_swap(kind: str, model: nn.Sequential) -> Step:
+    evaluate, names = _make_evaluation(kind, model), _CHANGED[kind]
 
     def swap_and_restore() -> None:
         swapped = []
@@ -172,7 +172,7 @@ def _swapping(kind: str, model: nn.Sequential) -> Step:
     return swap_and_restore
 
 
-def _copying(kind: str, model: nn.Sequential) -> Step:
+def _make_copy(kind: str, model: nn.Sequential) -> Step:
     def copy_and_remove() -> None:
         plain = copy.deepcopy(model)
         for layer in plain:
@@ -184,7 +184,7 @@ def _copying(kind: str, model: nn.Sequential) -> Step:
     return copy_and_remove
 
 
-def _class_repair(model: nn.Sequential) -> Step:
+def _make_class_repair(model: nn.Sequential) -> Step:
     """Undo what removal in a copy does to the original: the two share their classes."""
     properties = [
         (type(layer), type(layer).__dict__["weight"])
@@ -199,7 +199,7 @@ def _class_repair(model: nn.Sequential) -> Step:
     return repair
 
 
-def slope(xs: list[float], ys: list[float]) -> float:
+def fit_slope(xs: list[float], ys: list[float]) -> float:
     x_mean, y_mean = sum(xs) / len(xs), sum(ys) / len(ys)
     covariance = sum((x - x_mean) * (y - y_mean) for x, y in zip(xs, ys, strict=True))
     return covariance / sum((x - x_mean) ** 2 for x in xs)
@@ -207,12 +207,12 @@ def slope(xs: list[float], ys: list[float]) -> float:
 
 def _measure_memory(kind: str, layers: int, width: int) -> dict[str, object]:
     torch.set_num_threads(1)
-    model = linear_stack(kind, layers, width)
-    _freezing(model)()  # what is loaded on first use is not of interest
+    model = make_linear_stack(kind, layers, width)
+    _make_freeze(model)()  # what is loaded on first use is not of interest
     gc.collect()
     before, method = _start_watching()
     with frozen_spectral_norm(model):
-        extra = _peak(method) - before
+        extra = _find_peak(method) - before
         weights = sum(p.nbytes for p in model.parameters())
     return {"extra": extra, "weights": weights, "method": method}
 
@@ -222,18 +222,18 @@ def _start_watching() -> tuple[int, str]:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
-        return _peak("ru_maxrss"), "ru_maxrss"
-    return status("VmRSS"), "VmHWM"
+        return _find_peak("ru_maxrss"), "ru_maxrss"
+    return read_status("VmRSS"), "VmHWM"
 
 
-def _peak(method: str) -> int:
+def _find_peak(method: str) -> int:
     if method == "VmHWM":
-        return status("VmHWM")
+        return read_status("VmHWM")
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def status(key: str) -> int:
+def read_status(key: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(key + ":"):
             return int(line.split()[1]) * 1024

@@ -47,17 +47,18 @@ print(peak())
 """
 
 
-def exporting(quick: bool) -> list[Row]:
+def measure_exports(quick: bool) -> list[Row]:
     """Peak resident memory of export and proof, against bare export plus the frozen weights."""
     layers = 4 if quick else _LAYERS
-    return [row for exporter in ("auto", "torchscript") for row in _rows(exporter, layers)]
+    return [row for exporter in ("auto", "torchscript") for row in _make_rows(exporter, layers)]
 
 
-def _rows(exporter: str, layers: int) -> list[Row]:
+def _make_rows(exporter: str, layers: int) -> list[Row]:
     weights = layers * _WIDTH**2 * 4
     with tempfile.TemporaryDirectory() as folder:
         peaks = {
-            kind: _peak(kind, exporter, Path(folder) / kind, layers) for kind in ("plain", *KINDS)
+            kind: _measure_peak(kind, exporter, Path(folder) / kind, layers)
+            for kind in ("plain", *KINDS)
         }
     bare = peaks["plain"]
     return [
@@ -76,7 +77,7 @@ def _rows(exporter: str, layers: int) -> list[Row]:
     ]
 
 
-def _peak(kind: str, exporter: str, folder: Path, layers: int) -> int:
+def _measure_peak(kind: str, exporter: str, folder: Path, layers: int) -> int:
     folder.mkdir()
     command = [sys.executable, "-c", _MEASURE, kind, exporter, str(folder / "net.onnx")]
     ran = subprocess.run(

@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from bench_common import under_spectral_norm
+from bench_common import apply_spectral_norm
 from torch import Tensor, nn
 
 Norm = Callable[[nn.Module], nn.Module]
@@ -278,7 +278,7 @@ _FORWARDS = 20  # in train mode: u and v come to belong to the weights
 def build(name: str, kind: str) -> Built:
     """Return a network of `BUILDERS` in eval mode, and its example; the same for a seed of 0."""
     torch.manual_seed(0)
-    model, args = BUILDERS[name](partial(under_spectral_norm, kind))
+    model, args = BUILDERS[name](partial(apply_spectral_norm, kind))
     if kind != "plain":
         with torch.no_grad():
             for _ in range(_FORWARDS):

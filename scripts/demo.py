@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_gan import DIGITS, NOISE, Training, differing, real_digits
+from demo_gan import DIGITS, NOISE, Training, list_differing, load_real_digits
 from demo_picture import save_rows
 from onnxruntime import InferenceSession
 from rich.console import Console
@@ -40,7 +40,7 @@ def main() -> int:
     torch.set_num_threads(1)  # fastest for nets this small, however busy the machine is
     torch.use_deterministic_algorithms(True)
     FOLDER.mkdir(parents=True, exist_ok=True)
-    noise, digits = _picture_inputs()
+    noise, digits = _make_picture_inputs()
 
     training = Training(SEED)
     _train(training, STEPS // 2, "training, first half")
@@ -79,7 +79,7 @@ def _export(net: nn.Module, first: Tensor, digits: Tensor, name: str) -> ExportR
     )
     seconds = time.perf_counter() - started
     mode = "train" if net.training else "eval"
-    console.print(f"exported {_shown(report.path)} in {seconds:.1f} s, left in {mode} mode")
+    console.print(f"exported {_shorten_path(report.path)} in {seconds:.1f} s, left in {mode} mode")
     return report
 
 
@@ -115,9 +115,9 @@ def _print_comparison(
 
     The end states alone would not do: power iteration forgets small changes to u and v.
     """
-    changed = differing(halfway, resumed)
-    differs = differing(exported, uninterrupted)
-    moved = differing(resumed, exported)
+    changed = list_differing(halfway, resumed)
+    differs = list_differing(exported, uninterrupted)
+    moved = list_differing(resumed, exported)
     table = Table("state", "entries", "export changed", "then moved", "end differs")
     table.title = "The run with the export against the run without"
     columns = [
@@ -134,14 +134,14 @@ def _print_comparison(
     return True
 
 
-def _picture_inputs() -> tuple[Tensor, Tensor]:
+def _make_picture_inputs() -> tuple[Tensor, Tensor]:
     """Return noise from a generator of its own, and every digit twice."""
     noise = torch.randn(COLUMNS, NOISE, generator=torch.Generator().manual_seed(SEED))
     return noise, torch.arange(COLUMNS) % DIGITS
 
 
 def _draw(net: nn.Module, halfway: Path, final: Path, noise: Tensor, digits: Tensor) -> None:
-    images, labels = real_digits()
+    images, labels = load_real_digits()
     nth = torch.arange(COLUMNS) // DIGITS
     real = [images[labels == digit][n] for digit, n in zip(digits, nth, strict=True)]
     net.eval()
@@ -157,7 +157,7 @@ def _draw(net: nn.Module, halfway: Path, final: Path, noise: Tensor, digits: Ten
     path = FOLDER / "digits.png"
     save_rows(rows, path)
     difference = (drawn - ran).abs().max().item()
-    console.print(f"picture: {_shown(path)}")
+    console.print(f"picture: {_shorten_path(path)}")
     console.print(f"its rows of torch and onnxruntime differ by {difference:.1e} at most")
 
 
@@ -167,7 +167,7 @@ def _run(path: Path, noise: Tensor, digits: Tensor) -> Tensor:
     return torch.from_numpy(images)
 
 
-def _shown(path: Path) -> Path:
+def _shorten_path(path: Path) -> Path:
     return path.relative_to(ROOT)
 
 

@@ -69,7 +69,7 @@ class Generator(nn.Module):
         return cast(Tensor, self.layers(self.stem(torch.cat([noise, self.digit(digit)], dim=1))))
 
 
-def real_digits() -> tuple[Tensor, Tensor]:
+def load_real_digits() -> tuple[Tensor, Tensor]:
     """Return scikit-learn's scanned digits as images in -1 to 1, and which digit each shows."""
     data = load_digits()
     images = torch.from_numpy(data.images).float().div(8).sub(1).unsqueeze(1)
@@ -86,7 +86,7 @@ class Training:
     def __init__(self, seed: int) -> None:
         torch.manual_seed(seed)
         self.order = torch.Generator().manual_seed(seed)
-        self.images, self.labels = real_digits()
+        self.images, self.labels = load_real_digits()
         self.critic = Critic()
         self.generator = Generator()
         self.critic_optimizer = torch.optim.Adam(
@@ -95,7 +95,7 @@ class Training:
         self.generator_optimizer = torch.optim.Adam(
             self.generator.parameters(), lr=5e-4, betas=(0.0, 0.9), fused=True
         )
-        self._batches = self._endless_batches()
+        self._batches = self._iter_batches()
 
     def step(self) -> None:
         """Train critic and generator on the next batch."""
@@ -117,12 +117,12 @@ class Training:
 
     def save(self, folder: Path) -> None:
         """Write checkpoints: one state dict for each net and each optimizer."""
-        for name, state_dict in self._state_dicts().items():
+        for name, state_dict in self._collect_state_dicts().items():
             torch.save(state_dict, folder / f"{name}.pt")
 
     def state(self) -> dict[str, Any]:
         """Return a copy of all that decides how the run goes on, by name."""
-        entries = dict(leaves(self._state_dicts()))
+        entries = dict(iter_leaves(self._collect_state_dicts()))
         entries["rng.global"] = torch.get_rng_state()
         entries["rng.order"] = self.order.get_state()
         return {
@@ -130,7 +130,7 @@ class Training:
             for name, value in entries.items()
         }
 
-    def _state_dicts(self) -> dict[str, Any]:
+    def _collect_state_dicts(self) -> dict[str, Any]:
         return {
             "critic": self.critic.state_dict(),
             "generator": self.generator.state_dict(),
@@ -138,14 +138,14 @@ class Training:
             "generator_optimizer": self.generator_optimizer.state_dict(),
         }
 
-    def _endless_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def _iter_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         while True:
             shuffled = torch.randperm(len(self.images), generator=self.order)
             for rows in shuffled[: len(shuffled) // BATCH * BATCH].view(-1, BATCH):
                 yield self.images[rows], self.labels[rows]
 
 
-def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+def iter_leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
     """Yield every leaf of nested mappings and sequences with its dotted path."""
     if isinstance(tree, Mapping):
         items = [(str(key), value) for key, value in tree.items()]
@@ -155,19 +155,19 @@ def leaves(tree: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, tree
         return
     for key, value in items:
-        yield from leaves(value, f"{path}.{key}" if path else key)
+        yield from iter_leaves(value, f"{path}.{key}" if path else key)
 
 
-def differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
+def list_differing(left: Mapping[str, Any], right: Mapping[str, Any]) -> list[str]:
     """Return the names whose values are not the same to the last bit, or that one side lacks."""
     return [
         name
         for name in sorted(left.keys() | right.keys())
-        if name not in left or name not in right or not _same_bits(left[name], right[name])
+        if name not in left or name not in right or not _have_same_bits(left[name], right[name])
     ]
 
 
-def _same_bits(left: Any, right: Any) -> bool:
+def _have_same_bits(left: Any, right: Any) -> bool:
     if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
         return type(left) is type(right) and bool(left == right)
     return (

@@ -23,11 +23,11 @@ def save_rows(rows: Mapping[str, Tensor], path: Path) -> None:
         top = GAP + row * cell_height
         draw.text((GAP, top), name, fill=0)
         for column, image in enumerate(images):
-            picture.paste(_upscaled(image), (GAP + column * cell_width, top + CAPTION))
+            picture.paste(_upscale(image), (GAP + column * cell_width, top + CAPTION))
     picture.save(path)
 
 
-def _upscaled(image: Tensor) -> Image.Image:
+def _upscale(image: Tensor) -> Image.Image:
     """Return dark strokes on white, every pixel as a square."""
     levels = image[0].clamp(-1, 1).sub(1).mul(-127.5).round().byte()
     height, width = levels.shape

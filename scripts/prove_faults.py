@@ -31,21 +31,21 @@ _ERRORS: tuple[type[BaseException], ...] = (RuntimeError, KeyboardInterrupt, Mem
 def rows(quick: bool) -> Iterator[Row]:
     """Yield a row for each way to raise."""
     for what, run in (("entering", fault_while_entering), ("leaving", fault_while_leaving)):
-        yield _block(what, run, stride=20 if quick else 1)
+        yield _attack_blocks(what, run, stride=20 if quick else 1)
     with tempfile.TemporaryDirectory() as folder:
         earlier, tempfile.tempdir = tempfile.tempdir, folder  # other processes have theirs
         for name, prepare in _WRITERS.items():
             writer = _Writer(name, prepare, Path(folder) / name / "target")
-            yield writer.faults(stride=80 if quick else 1)
+            yield writer.raise_at_lines(stride=80 if quick else 1)
             if name == "an export":
-                yield writer.signals(10 if quick else 200)
+                yield writer.send_signals(10 if quick else 200)
         tempfile.tempdir = earlier
 
 
-def _block(what: str, run: Callable[[nn.Module, Fault], object], stride: int) -> Row:
+def _attack_blocks(what: str, run: Callable[[nn.Module, Fault], object], stride: int) -> Row:
     tried, failures = 0, list[str]()
     for kind in KINDS:
-        model = _layer(kind)
+        model = _make_layer(kind)
         run(model, Fault())  # what is read once for each class is read here
         dry = Fault()
         run(model, dry)
@@ -57,14 +57,14 @@ def _block(what: str, run: Callable[[nn.Module, Fault], object], stride: int) ->
                 tried += 1
                 if found := damage(fault, before, model):
                     failures.append(f"{kind}, {error.__name__}: {found[0]}")
-                    model = _layer(kind)
+                    model = _make_layer(kind)
                     before = fingerprint(model)
     errors = ", ".join(error.__name__ for error in _ERRORS)
     note = f"{len(KINDS)} kinds of layers; {errors}"
     return Row(f"raise at a line of {what} a block", tried, tried - len(failures), note, failures)
 
 
-def _layer(kind: str) -> nn.Module:
+def _make_layer(kind: str) -> nn.Module:
     seed_torch(0)
     return nn.Sequential(KINDS[kind](nn.Linear(2, 2)))
 
@@ -72,7 +72,7 @@ def _layer(kind: str) -> nn.Module:
 Prepare = Callable[[Path], tuple[nn.Module, Callable[[], object]]]
 
 
-def _export(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
+def _prepare_export(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
     """Return a model, and what exports it with a case."""
     model = nn.Sequential(spectral_norm(nn.Linear(2, 2)), nn.BatchNorm1d(2))
     return model, lambda: export_onnx(
@@ -87,7 +87,7 @@ def _export(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
     )
 
 
-def _convert(name: str) -> Prepare:
+def _prepare_convert(name: str) -> Prepare:
     """Return what prepares the conversion of a checkpoint to ``name``, of a folder to a folder."""
 
     def prepare(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
@@ -105,7 +105,7 @@ def _convert(name: str) -> Prepare:
     return prepare
 
 
-def _save_report(name: str) -> Prepare:
+def _prepare_report(name: str) -> Prepare:
     """Return what prepares saving the report of an export as ``name``."""
 
     def prepare(folder: Path) -> tuple[nn.Module, Callable[[], object]]:
@@ -120,11 +120,11 @@ def _save_report(name: str) -> Prepare:
 
 # What writes files, by what it is called in the table.
 _WRITERS: dict[str, Prepare] = {
-    "an export": _export,
-    "a conversion to shards": _convert("net.safetensors"),
-    "a conversion to a folder": _convert("folder"),
-    "saving a report as a page": _save_report("net.html"),
-    "saving a report as JSON": _save_report("net.json"),
+    "an export": _prepare_export,
+    "a conversion to shards": _prepare_convert("net.safetensors"),
+    "a conversion to a folder": _prepare_convert("folder"),
+    "saving a report as a page": _prepare_report("net.html"),
+    "saving a report as JSON": _prepare_report("net.json"),
 }
 
 
@@ -152,7 +152,7 @@ class _Writer:
         self.new = self._prepare(0)
         gc.freeze()  # what is imported by now is not gone through after each fault
         self.before = fingerprint(self.model)
-        self.output = _output()
+        self.output = _make_output()
 
     def _prepare(self, seed: int) -> dict[str, bytes]:
         """Make the model and what writes its files; return what it writes."""
@@ -167,7 +167,7 @@ class _Writer:
         found = contents(self.folder)
         return {name: b"" if name.endswith(".metadata") else found[name] for name in found}
 
-    def faults(self, stride: int) -> Row:
+    def raise_at_lines(self, stride: int) -> Row:
         """Raise at each line, with one of the errors in turn."""
         dry = Fault()
         self._attack(dry.start, dry.stop)
@@ -184,7 +184,7 @@ class _Writer:
         survived = len(steps) - len(failures)
         return Row(f"raise at a line within {self.name}", len(steps), survived, note, failures)
 
-    def signals(self, count: int) -> Row:
+    def send_signals(self, count: int) -> Row:
         """Interrupt by a real signal at random moments."""
         start = time.perf_counter()
         self.run()
@@ -219,19 +219,19 @@ class _Writer:
             self.run()
         except BaseException:
             stop()
-            found = [f"while caught, {line}" for line in self._damage()]
+            found = [f"while caught, {line}" for line in self._list_damage()]
         finally:
             stop()
         gc.collect()
-        found += self._damage()
+        found += self._list_damage()
         if found:
             self._begin()
         return "; ".join(found[:2])[:300]
 
-    def _damage(self) -> list[str]:
+    def _list_damage(self) -> list[str]:
         found = self.before.differences(fingerprint(self.model))
         found = [line for line in found if not line.startswith("next hook id")]
-        if self.output != _output():
+        if self.output != _make_output():
             found.append("standard output or error is still replaced")
         left = sorted(path.name for path in self.folder.iterdir())
         is_known = self._read() in (self.old, self.new)
@@ -242,6 +242,6 @@ class _Writer:
         return found
 
 
-def _output() -> object:
+def _make_output() -> object:
     device = os.fstat(1)
     return sys.stdout, sys.stderr, device.st_dev, device.st_ino

@@ -52,10 +52,10 @@ def rows(quick: bool) -> Iterator[Row]:
     """Yield a row for each reader."""
     for name, reader in READERS.items():
         with tempfile.TemporaryDirectory() as folder:
-            yield _row(name, reader, Path(folder), 5 if quick else _SECONDS)
+            yield _make_row(name, reader, Path(folder), 5 if quick else _SECONDS)
 
 
-def _row(name: str, reader: Reader, folder: Path, seconds: int) -> Row:
+def _make_row(name: str, reader: Reader, folder: Path, seconds: int) -> Row:
     corpus, work, log = folder / "corpus", folder / "work", folder / "failures"
     for path in (corpus, work):
         path.mkdir()
@@ -91,7 +91,7 @@ def _row(name: str, reader: Reader, folder: Path, seconds: int) -> Row:
     return Row(f"made-up {name}", tried, tried - len(failures), note, failures)
 
 
-def _checkpoint(name: str) -> Callable[[bytes], object]:
+def _make_reader(name: str) -> Callable[[bytes], object]:
     def read(data: bytes) -> object:
         from sn_export.checkpoints import inspect_checkpoint
 
@@ -101,7 +101,7 @@ def _checkpoint(name: str) -> Callable[[bytes], object]:
     return read
 
 
-def _zip(entries: dict[str, bytes]) -> bytes:
+def _write_zip(entries: dict[str, bytes]) -> bytes:
     made = io.BytesIO()
     with zipfile.ZipFile(made, "w") as archive:
         for name, content in entries.items():
@@ -109,14 +109,14 @@ def _zip(entries: dict[str, bytes]) -> bytes:
     return made.getvalue()
 
 
-def _pickle_of_torch(data: bytes) -> object:
+def _read_pickle(data: bytes) -> object:
     """Read bytes as the pickle within a sound archive."""
     storages = {f"a/data/{number}": bytes(256) for number in range(4)}
     whole = {"a/data.pkl": data, "a/byteorder": b"little", **storages, "a/version": b"3\n"}
-    return _checkpoint("a.pt")(_zip(whole))
+    return _make_reader("a.pt")(_write_zip(whole))
 
 
-def _networks() -> list[dict[str, Any]]:
+def _make_networks() -> list[dict[str, Any]]:
     import torch
     from torch import nn
     from torch.nn.utils import parametrizations, spectral_norm, weight_norm
@@ -139,11 +139,11 @@ def _networks() -> list[dict[str, Any]]:
     ]
 
 
-def _torch_files() -> list[bytes]:
+def _make_torch_files() -> list[bytes]:
     import torch
 
     files = []
-    for content in _networks():
+    for content in _make_networks():
         for is_zip in (True, False):
             made = io.BytesIO()
             torch.save(content, made, _use_new_zipfile_serialization=is_zip)
@@ -151,10 +151,10 @@ def _torch_files() -> list[bytes]:
     return files
 
 
-def _pickles() -> list[bytes]:
+def _make_pickles() -> list[bytes]:
     from hostile_pickles import hostile_pickles, with_protocol
 
-    archives = [io.BytesIO(data) for data in _torch_files() if data.startswith(b"PK")]
+    archives = [io.BytesIO(data) for data in _make_torch_files() if data.startswith(b"PK")]
     found = []
     for file in archives:
         with zipfile.ZipFile(file) as archive:
@@ -162,19 +162,19 @@ def _pickles() -> list[bytes]:
     return found + [with_protocol(body) for body in hostile_pickles(Path("trace")).values()]
 
 
-def _safetensors(data: bytes) -> object:
+def _read_safetensors(data: bytes) -> object:
     """Read bytes as the header of a file, whose length is right."""
-    return _checkpoint("a.safetensors")(struct.pack("<Q", len(data)) + data + bytes(64))
+    return _make_reader("a.safetensors")(struct.pack("<Q", len(data)) + data + bytes(64))
 
 
-def _safetensors_headers() -> list[bytes]:
+def _make_headers() -> list[bytes]:
     from safetensors.torch import save
 
-    files = [save(dict(state)) for state in _networks()[:3]]
+    files = [save(dict(state)) for state in _make_networks()[:3]]
     return [data[8 : 8 + struct.unpack("<Q", data[:8])[0]] for data in files]
 
 
-def _index(data: bytes) -> object:
+def _read_index(data: bytes) -> object:
     import torch
     from safetensors.torch import save_file
 
@@ -183,23 +183,23 @@ def _index(data: bytes) -> object:
             save_file({f"{number}.weight": torch.ones(2)}, f"a-{number}.safetensors")
             torch.save({f"{number}.weight": torch.ones(2)}, f"a-{number}.bin")
     for kind in ("safetensors", "bin"):
-        with suppress(_own_error()):
-            _checkpoint(f"a.{kind}.index.json")(data)
+        with suppress(_import_own_error()):
+            _make_reader(f"a.{kind}.index.json")(data)
     return None
 
 
-def _indexes() -> list[bytes]:
+def _make_indexes() -> list[bytes]:
     places = {f"{number}.weight": f"a-{number}.safetensors" for number in (1, 2)}
     others = {f"{number}.weight": f"a-{number}.bin" for number in (1, 2)}
     maps: list[Any] = [places, others, {}, {"w": "../a"}, {"w": 3}, [["w"]]]
     return [json.dumps({"metadata": {}, "weight_map": one}).encode() for one in maps]
 
 
-def _distributed(data: bytes) -> object:
+def _read_distributed(data: bytes) -> object:
     folder = Path("dcp")
     if not folder.exists():
-        _save_distributed(folder, _networks()[3])
-    return _checkpoint("dcp/.metadata")(data) if not data else _read_folder(folder, data)
+        _save_distributed(folder, _make_networks()[3])
+    return _make_reader("dcp/.metadata")(data) if not data else _read_folder(folder, data)
 
 
 def _read_folder(folder: Path, data: bytes) -> object:
@@ -215,16 +215,16 @@ def _save_distributed(folder: Path, content: dict[str, Any]) -> None:
     save(content, checkpoint_id=folder, no_dist=True)
 
 
-def _metadatas() -> list[bytes]:
+def _make_metadatas() -> list[bytes]:
     found = []
-    for content in (_networks()[0], _networks()[3]):
+    for content in (_make_networks()[0], _make_networks()[3]):
         with tempfile.TemporaryDirectory() as name:
             _save_distributed(Path(name) / "dcp", content)
             found.append((Path(name) / "dcp" / ".metadata").read_bytes())
     return found
 
 
-def _sound() -> None:
+def _write_sound_files() -> None:
     """Make ``sound.onnx`` and ``sound.npz`` in the current folder, where they are not there."""
     if not Path("sound.npz").exists():
         import torch
@@ -245,15 +245,15 @@ def _sound() -> None:
             )
 
 
-def _case(data: bytes) -> object:
+def _read_case(data: bytes) -> object:
     """Read bytes as a case, and as what a case with sound arrays says of itself."""
     import numpy as np
 
     from sn_export import check_case
 
-    _sound()
+    _write_sound_files()
     Path("a.npz").write_bytes(data)
-    with suppress(_own_error()):
+    with suppress(_import_own_error()):
         check_case("sound.onnx", "a.npz")
     with np.load("sound.npz") as sound:
         arrays = {**sound, "case": np.frombuffer(data, np.uint8)}
@@ -261,24 +261,24 @@ def _case(data: bytes) -> object:
     return check_case("sound.onnx", "a.npz")
 
 
-def _cases() -> list[bytes]:
+def _make_cases() -> list[bytes]:
     import numpy as np
 
-    _sound()
+    _write_sound_files()
     with np.load("sound.npz") as sound:
         return [Path("sound.npz").read_bytes(), sound["case"].tobytes()]
 
 
-def _onnx(data: bytes) -> object:
+def _read_onnx(data: bytes) -> object:
     from sn_export import check_case
 
-    _sound()
+    _write_sound_files()
     Path("a.onnx").write_bytes(data)
     return check_case("a.onnx", "sound.npz")
 
 
-def _models() -> list[bytes]:
-    _sound()
+def _make_models() -> list[bytes]:
+    _write_sound_files()
     return [Path(name).read_bytes() for name in ("sound.onnx", "split.onnx")]
 
 
@@ -286,23 +286,25 @@ _PICKLES = tuple(
     f"checkpoints/{name}.py" for name in ("read", "torch_file", "unpickling", "pickle_globals")
 )
 READERS = {
-    "files of torch.save": Reader(_torch_files, _checkpoint("a.pt"), _PICKLES),
-    "pickles in them": Reader(_pickles, _pickle_of_torch, _PICKLES),
+    "files of torch.save": Reader(_make_torch_files, _make_reader("a.pt"), _PICKLES),
+    "pickles in them": Reader(_make_pickles, _read_pickle, _PICKLES),
     "headers of safetensors": Reader(
-        _safetensors_headers, _safetensors, ("checkpoints/safetensors_file.py",)
+        _make_headers, _read_safetensors, ("checkpoints/safetensors_file.py",)
     ),
     "indexes of shards": Reader(
-        _indexes, _index, ("checkpoints/read.py", "checkpoints/safetensors_file.py")
+        _make_indexes, _read_index, ("checkpoints/read.py", "checkpoints/safetensors_file.py")
     ),
     "metadata of distributed checkpoints": Reader(
-        _metadatas, _distributed, ("checkpoints/distributed.py", "checkpoints/unpickling.py")
+        _make_metadatas,
+        _read_distributed,
+        ("checkpoints/distributed.py", "checkpoints/unpickling.py"),
     ),
-    "saved cases": Reader(_cases, _case, ("proving/cases.py",)),
-    "ONNX files": Reader(_models, _onnx, ("proving/session.py", "proving/cases.py")),
+    "saved cases": Reader(_make_cases, _read_case, ("proving/cases.py",)),
+    "ONNX files": Reader(_make_models, _read_onnx, ("proving/session.py", "proving/cases.py")),
 }
 
 
-def _own_error() -> type[Exception]:
+def _import_own_error() -> type[Exception]:
     from sn_export.errors import SnExportError
 
     return SnExportError
@@ -317,7 +319,7 @@ class _Watch:
         self.deeds: list[str] = []
         self.known: set[str] = set()
         self.is_on = False
-        self.own_error = _own_error()
+        self.own_error = _import_own_error()
         sys.addaudithook(self._hear)
 
     def _hear(self, event: str, args: tuple[object, ...]) -> None:
@@ -332,7 +334,7 @@ class _Watch:
         except self.own_error:
             pass
         except BaseException as error:
-            failure = f"{_place(error)}: {type(error).__name__}: {str(error)[:150]!r}"
+            failure = f"{_find_place(error)}: {type(error).__name__}: {str(error)[:150]!r}"
         finally:
             self.is_on = False
         for deed in self.deeds:
@@ -348,7 +350,7 @@ class _Watch:
                 file.write(f"{failure} for {data[:300]!r}\n")
 
 
-def _place(error: BaseException) -> str:
+def _find_place(error: BaseException) -> str:
     """Return the last line of the package that an error came through."""
     place, trace = "nowhere", error.__traceback__
     while trace is not None:
@@ -369,7 +371,7 @@ def _fuzz(name: str, log: Path, corpus: Path, options: list[str]) -> None:
     reader = READERS[name]
     for number, seed in enumerate(reader.seeds()):
         (corpus / f"seed{number}").write_bytes(seed)
-        with suppress(_own_error()):
+        with suppress(_import_own_error()):
             reader.read(seed)  # what is imported or read once is done before anybody listens
     atheris.Setup([sys.argv[0], *options, str(corpus)], _Watch(reader, log))
     atheris.Fuzz()

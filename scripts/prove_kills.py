@@ -24,7 +24,7 @@ _SETS = ("m", "dm", "cm", "cdm")  # files: m(odel), d(ata), c(ase); the last one
 def rows(quick: bool) -> Iterator[Row]:
     """Yield a row for each kind of kill."""
     with tempfile.TemporaryDirectory() as folder:
-        yield _plain_files(Path(folder), 149 if quick else 7)
+        yield _kill_publishing(Path(folder), 149 if quick else 7)
     for exporter, count in (("torchscript", 8 if quick else 100), ("dynamo", 1 if quick else 25)):
         with tempfile.TemporaryDirectory() as folder:
             export = _Export(Path(folder), exporter)
@@ -33,7 +33,7 @@ def rows(quick: bool) -> Iterator[Row]:
             yield export.row(f"{what} random moment", count, export.at_a_moment)
 
 
-def _plain_files(folder: Path, stride: int) -> Row:
+def _kill_publishing(folder: Path, stride: int) -> Row:
     counts: Counter[str] = Counter()
     for earlier in ("", *_SETS):
         for wanted in _SETS:
@@ -71,8 +71,8 @@ class _Export:
         for number in range(count):
             earlier, wanted = self.random.choices((False, True), k=2)
             with_case = self.random.random() < 0.5
-            old = self._whole(0, earlier, with_case)
-            new = self._whole(1, wanted, with_case)
+            old = self._read_whole(0, earlier, with_case)
+            new = self._read_whole(1, wanted, with_case)
             fill(self.folder, old)
 
             def work(external: bool = wanted, case: bool = with_case) -> None:
@@ -124,7 +124,7 @@ class _Export:
             self.time = time.perf_counter() - start
         return in_child(work, self.random.uniform(0, self.time))
 
-    def _whole(self, which: int, external: bool, with_case: bool) -> dict[str, bytes]:
+    def _read_whole(self, which: int, external: bool, with_case: bool) -> dict[str, bytes]:
         key = which, external, with_case
         if key not in self.known:
             fill(self.folder, {})

@@ -52,7 +52,7 @@ def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
         module.training = mode
 
 
-def _copied(model: nn.Module) -> nn.Module:
+def _copy(model: nn.Module) -> nn.Module:
     torch.manual_seed(0)
     with torch.no_grad():  # torch's hook leaves a weight with a graph, which cannot be copied
         model(torch.ones(2, WIDTH))
@@ -105,7 +105,7 @@ class Life(RuleBasedStateMachine):
     def begin(self, model: nn.Module) -> None:
         """Make the twin."""
         self.tries.count += 1
-        self.model, self.twin = model, _copied(model)
+        self.model, self.twin = model, _copy(model)
         self.saved = copy.deepcopy(model.state_dict())
 
     def both(self, act: Callable[[nn.Module], object]) -> None:
@@ -166,7 +166,7 @@ class Life(RuleBasedStateMachine):
     @rule()
     def replace_by_copy(self) -> None:
         """Go on with deep copies, which share the classes that torch has made."""
-        self.model, self.twin = _copied(self.model), _copied(self.twin)
+        self.model, self.twin = _copy(self.model), _copy(self.twin)
 
     @rule(everything=st.booleans(), fails=st.booleans(), computes=st.booleans())
     def freeze(self, everything: bool, fails: bool, computes: bool) -> None:
@@ -208,4 +208,4 @@ class Life(RuleBasedStateMachine):
         ]
         if not same or not all(grads):
             self.tries.failures.append("the state differs from the twin's")
-            self.twin = _copied(self.model)
+            self.twin = _copy(self.model)

@@ -103,16 +103,16 @@ def rows(quick: bool) -> Iterator[Row]:
         raise subprocess.CalledProcessError(process.returncode, program)
 
 
-def _groups(quick: bool) -> Iterator[Row]:
+def _iter_rows(quick: bool) -> Iterator[Row]:
     with tempfile.TemporaryDirectory() as folder:
         copy = Path(folder) / "copy"
         _copy_project(copy)
         covering = _measure(copy, Path(folder))
         for name, (patterns, count, wing) in _GROUPS.items():
-            yield _row(copy, covering, name, patterns, 4 if quick else count, wing)
+            yield _make_row(copy, covering, name, patterns, 4 if quick else count, wing)
 
 
-def _row(
+def _make_row(
     copy: Path,
     covering: Covering,
     name: str,
@@ -124,7 +124,7 @@ def _row(
     ends: Counter[str] = Counter()
     failures = []
     for number, mutant in enumerate(chosen):
-        tests = _order(covering, mutant, wing)
+        tests = _order_tests(covering, mutant, wing)
         if not number and (end := _run(copy, tests, 600)) != "survived":
             raise RuntimeError(f"{end} where nothing was changed: {tests}")
         end = _try(copy, mutant, tests, covering.seconds)
@@ -155,8 +155,8 @@ def _copy_project(copy: Path) -> None:
     compileall.compile_dir(copy, quiet=2, invalidation_mode=mode)
 
 
-def _environment(copy: Path) -> dict[str, str]:
-    path = [str(copy), str(copy / "scripts"), str(copy / "tests" / "support"), *_tools()]
+def _make_environment(copy: Path) -> dict[str, str]:
+    path = [str(copy), str(copy / "scripts"), str(copy / "tests" / "support"), *_find_tools()]
     return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(path),
@@ -165,7 +165,7 @@ def _environment(copy: Path) -> dict[str, str]:
     }
 
 
-def _tools() -> list[str]:
+def _find_tools() -> list[str]:
     """Return the folders of the path that are not the project's: of coverage and mutmut."""
     own = (str(_ROOT / "scripts"), str(_ROOT / "tests" / "support"), str(_ROOT), "")
     return [p for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p not in own]
@@ -215,7 +215,7 @@ class _Measured:
         ran = subprocess.run(
             [sys.executable, *coverage, *pytest, *names],
             cwd=copy,
-            env=_environment(copy) | {"PROVE_SECONDS": str(self.seconds)},
+            env=_make_environment(copy) | {"PROVE_SECONDS": str(self.seconds)},
             stdout=subprocess.PIPE,
         )
         if ran.returncode:
@@ -242,7 +242,7 @@ def _draw(copy: Path, patterns: Iterable[str], count: int) -> tuple[list[Mutant]
         mutant
         for pattern in patterns
         for file in sorted((copy / "sn_export").glob(pattern))
-        for mutant in _mutants(file, file.relative_to(copy / "sn_export").as_posix())
+        for mutant in _iter_mutants(file, file.relative_to(copy / "sn_export").as_posix())
     ]
     chance = random.Random(_SEED)
     drawn: dict[tuple[str, int], Mutant] = {}
@@ -254,7 +254,7 @@ def _draw(copy: Path, patterns: Iterable[str], count: int) -> tuple[list[Mutant]
     return list(drawn.values()), len(found)
 
 
-def _mutants(file: Path, name: str) -> Iterator[Mutant]:
+def _iter_mutants(file: Path, name: str) -> Iterator[Mutant]:
     """Yield the mutants of a file, but for those that nobody can notice.
 
     The words of a message and of the log are left as they are, and so are names of types, which
@@ -329,7 +329,7 @@ def _turn_round(node: Any) -> Iterator[Any]:
     yield node.with_changes(test=test, whitespace_before_test=space)
 
 
-def _order(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
+def _order_tests(covering: Covering, mutant: Mutant, wing: Sequence[str]) -> list[str]:
     """Return the tests for a mutant, as many as fit, in two orders in turn.
 
     The one has one case of each test first, of its wing; the other has the tests of its file first.
@@ -428,7 +428,7 @@ def _become_pytest(copy: Path, tests: Sequence[str]) -> None:
         for number in (0, 1, 2):
             os.dup2(silent, number)
         os.chdir(copy)
-        environment = _environment(copy)
+        environment = _make_environment(copy)
         os.environ.update(environment)
         sys.path[:0] = environment["PYTHONPATH"].split(os.pathsep)
         sys.dont_write_bytecode = True
@@ -456,7 +456,7 @@ def main() -> None:
 
     _ = numpy, onnx, onnx_ir, onnxruntime, onnxscript, pytest, torch
     torch.set_num_threads(1)
-    for row in _groups("--quick" in sys.argv):
+    for row in _iter_rows("--quick" in sys.argv):
         print(json.dumps(row.__dict__), flush=True)
 
 

@@ -42,7 +42,7 @@ def rows(quick: bool) -> Iterator[Row]:
         with torch.no_grad():
             model(x)
 
-    yield _row("blocks", quick, 100 if quick else 3000, block, forward, "the forward alone")
+    yield _make_row("blocks", quick, 100 if quick else 3000, block, forward, "the forward alone")
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "net.onnx"
         for exporter in ("torchscript", "dynamo"):
@@ -55,12 +55,12 @@ def rows(quick: bool) -> Iterator[Row]:
                     bare_export(model, (x,), path, exporter)
 
             count = (10 if exporter == "torchscript" else 4) if quick else 150
-            yield _row(
+            yield _make_row(
                 f"exports by {exporter}", quick, count, ours, bare, "torch.onnx.export alone"
             )
 
 
-def _row(
+def _make_row(
     what: str,
     quick: bool,
     count: int,
@@ -68,7 +68,7 @@ def _row(
     theirs: Callable[[], None],
     name: str,
 ) -> Row:
-    bare, own = _growth(theirs, count), _growth(ours, count)
+    bare, own = _measure_growth(theirs, count), _measure_growth(ours, count)
     # A few rounds say little of memory: the allocator takes it by the megabyte.
     is_level = own.objects <= max(bare.objects, 0) + 1
     is_level = is_level and (quick or own.bytes <= max(bare.bytes, 0) + _MOST)
@@ -77,17 +77,17 @@ def _row(
     return Row(f"{count} {what} in one process", count, count if is_level else 0, note, failures)
 
 
-def _growth(work: Callable[[], None], count: int) -> _Growth:
+def _measure_growth(work: Callable[[], None], count: int) -> _Growth:
     for _ in range(max(2, count // 5)):  # caches fill
         work()
-    before = _held()
+    before = _measure_held()
     for _ in range(count):
         work()
-    after = _held()
+    after = _measure_held()
     return _Growth((after[0] - before[0]) / count, (after[1] - before[1]) / count)
 
 
-def _held() -> tuple[int, int]:
+def _measure_held() -> tuple[int, int]:
     gc.collect()
     resident = int(Path("/proc/self/statm").read_text().split()[1]) * _PAGE
     return len(gc.get_objects()), resident

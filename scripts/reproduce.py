@@ -72,31 +72,31 @@ def reproduce(kind: str, seed: int = SEED) -> list[Row]:
     rows = []
     for channels in CHANNELS:
         rows += _compare(kind, channels, "remove", _remove_and_apply_again(kind, channels, seed))
-        rows += _compare(kind, channels, "block", _block(kind, channels, seed))
+        rows += _compare(kind, channels, "block", _enter_block(kind, channels, seed))
     return rows
 
 
-def mechanism(kind: str, seed: int = SEED) -> list[Sigma]:
+def explain_sigma(kind: str, seed: int = SEED) -> list[Sigma]:
     """Return, for each layer, the sigma that the second application divides by."""
     found = []
     for channels in CHANNELS:
-        conv, image = _fresh(channels, seed)
+        conv, image = _make_layer(channels, seed)
         _apply(kind, conv)
         _observe(conv, image)
-        own = _singular_vectors(kind, conv)
+        own = _find_singular_vectors(kind, conv)
         _remove(kind, conv)
         matrix = conv.weight.detach().flatten(1).clone()
         _apply(kind, conv)
         _observe(conv, image)
-        fresh = _singular_vectors(kind, conv)
+        fresh = _find_singular_vectors(kind, conv)
         exact = float(torch.linalg.matrix_norm(matrix.double(), 2))
-        stored_sigma, fresh_sigma = _sigma(matrix, *own), _sigma(matrix, *fresh)
-        found.append(Sigma(kind, _layer(channels), exact, stored_sigma, fresh_sigma))
+        stored_sigma, fresh_sigma = _compute_sigma(matrix, *own), _compute_sigma(matrix, *fresh)
+        found.append(Sigma(kind, _name_layer(channels), exact, stored_sigma, fresh_sigma))
     return found
 
 
 def _remove_and_apply_again(kind: str, channels: int, seed: int) -> dict[str, _State]:
-    conv, image = _fresh(channels, seed)
+    conv, image = _make_layer(channels, seed)
     states = {"c1": _observe(conv, image)}
     _apply(kind, conv)
     states["c2"] = _observe(conv, image)
@@ -107,8 +107,8 @@ def _remove_and_apply_again(kind: str, channels: int, seed: int) -> dict[str, _S
     return states
 
 
-def _block(kind: str, channels: int, seed: int) -> dict[str, _State]:
-    conv, image = _fresh(channels, seed)
+def _enter_block(kind: str, channels: int, seed: int) -> dict[str, _State]:
+    conv, image = _make_layer(channels, seed)
     _apply(kind, conv)
     states = {"before": _observe(conv, image)}
     conv.eval()  # a forward pass in train mode would step the power iteration
@@ -123,23 +123,23 @@ def _compare(kind: str, channels: int, sequence: str, states: dict[str, _State])
     pairs = [(a, b) for i, a in enumerate(names) for b in names[i + 1 :]]
     rows = []
     for a, b in pairs:
-        outputs = _difference(states[a].output, states[b].output)
-        weights = _difference(states[a].weight, states[b].weight)
-        rows.append(Row(kind, _layer(channels), sequence, f"{a}, {b}", *outputs, *weights))
+        outputs = _measure_difference(states[a].output, states[b].output)
+        weights = _measure_difference(states[a].weight, states[b].weight)
+        rows.append(Row(kind, _name_layer(channels), sequence, f"{a}, {b}", *outputs, *weights))
     return rows
 
 
-def _difference(a: Tensor, b: Tensor) -> tuple[float, float]:
+def _measure_difference(a: Tensor, b: Tensor) -> tuple[float, float]:
     return float((a == b).double().mean()), float((a - b).abs().max())
 
 
-def _fresh(channels: int, seed: int) -> tuple[nn.Conv2d, Tensor]:
+def _make_layer(channels: int, seed: int) -> tuple[nn.Conv2d, Tensor]:
     torch.manual_seed(seed)
     image = torch.randn(2000, 3, 4, 4)
     return nn.Conv2d(3, channels, 3), image
 
 
-def _layer(channels: int) -> str:
+def _name_layer(channels: int) -> str:
     return f"3 to {channels}"
 
 
@@ -147,10 +147,10 @@ def _observe(conv: nn.Conv2d, image: Tensor) -> _State:
     """Run one forward pass and keep the weight it used."""
     with torch.no_grad():
         output = conv(image)
-    return _State(output, _weight(conv))
+    return _State(output, _find_weight(conv))
 
 
-def _weight(conv: nn.Conv2d) -> Tensor:
+def _find_weight(conv: nn.Conv2d) -> Tensor:
     """Return the weight of the last forward pass; in train mode, reading one steps it."""
     training = conv.training
     conv.eval()
@@ -173,19 +173,19 @@ def _remove(kind: str, conv: nn.Module) -> None:
         remove_parametrizations(conv, "weight")
 
 
-def _singular_vectors(kind: str, conv: nn.Module) -> tuple[Tensor, Tensor]:
+def _find_singular_vectors(kind: str, conv: nn.Module) -> tuple[Tensor, Tensor]:
     prefix = "weight" if kind == "hook" else "parametrizations.weight.0."
     return conv.get_buffer(prefix + "_u"), conv.get_buffer(prefix + "_v")
 
 
-def _sigma(matrix: Tensor, u: Tensor, v: Tensor) -> float:
+def _compute_sigma(matrix: Tensor, u: Tensor, v: Tensor) -> float:
     return float(torch.dot(u, torch.mv(matrix, v)))
 
 
 Cells = Sequence[str]
 
 
-def _pair_cells(row: Row) -> Cells:
+def _make_pair_cells(row: Row) -> Cells:
     return (
         row.kind,
         row.layer,
@@ -197,7 +197,7 @@ def _pair_cells(row: Row) -> Cells:
     )
 
 
-def _sigma_cells(row: Sigma) -> Cells:
+def _make_sigma_cells(row: Sigma) -> Cells:
     return (row.kind, row.layer, f"{row.exact:.7f}", f"{row.stored:.7f}", f"{row.fresh:.7f}")
 
 
@@ -211,12 +211,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print markdown tables")
     parser.add_argument("--seed", type=int, default=SEED, help="default: %(default)s")
     options = parser.parse_args(argv)
-    show = _markdown if options.markdown else _rich
+    show = _print_markdown if options.markdown else _print_rich
 
     rows = [row for kind in KINDS for row in reproduce(kind, options.seed)]
-    removed = [_pair_cells(row) for row in rows if row.sequence == "remove"]
-    blocked = [_pair_cells(row) for row in rows if row.sequence == "block"]
-    sigmas = [_sigma_cells(row) for kind in KINDS for row in mechanism(kind, options.seed)]
+    removed = [_make_pair_cells(row) for row in rows if row.sequence == "remove"]
+    blocked = [_make_pair_cells(row) for row in rows if row.sequence == "block"]
+    sigmas = [_make_sigma_cells(row) for kind in KINDS for row in explain_sigma(kind, options.seed)]
     show(
         f"Conv2d, spectral norm removed and applied again, torch {torch.__version__}",
         PAIR_HEADER,
@@ -231,14 +231,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _rich(title: str, header: Cells, rows: Sequence[Cells]) -> None:
+def _print_rich(title: str, header: Cells, rows: Sequence[Cells]) -> None:
     table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     Console().print(table)
 
 
-def _markdown(title: str, header: Cells, rows: Sequence[Cells]) -> None:
+def _print_markdown(title: str, header: Cells, rows: Sequence[Cells]) -> None:
     lines = [header, ["---"] * len(header), *rows]
     print(f"{title}\n")
     print("\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from reproduce import KINDS, Row, mechanism, reproduce
+from reproduce import KINDS, Row, explain_sigma, reproduce
 
 each_kind = pytest.mark.parametrize("kind", KINDS)
 PAIRS_OF_REMOVAL = ["c1, c2", "c1, c3", "c1, c4", "c2, c3", "c2, c4", "c3, c4"]
@@ -46,7 +46,7 @@ def test_spectral_norm_itself_changes_the_convolution(kind: str) -> None:
 @each_kind
 def test_fresh_vectors_are_the_reason(kind: str) -> None:
     """By its own vectors the removed weight has norm 1; by fresh ones, not yet converged, less."""
-    wide = mechanism(kind)[-1]
+    wide = explain_sigma(kind)[-1]
     assert wide.stored == pytest.approx(1.0, abs=1e-6)
     assert abs(wide.fresh - wide.exact) > 1e-6
     assert wide.fresh < wide.exact
