@@ -187,7 +187,7 @@ CONTENTS: dict[str, tuple[Any, str]] = {
     "nothing": ({}, "holds no state dict: it holds nothing"),
     "arrays": (
         {"a": np.ones(2), "b": np.float32(3)},
-        "holds no state dict: 'a' are numpy arrays; write them with numpy.savez",
+        "holds no state dict: it holds 1 numpy array ('a'); write a .npz with numpy.savez instead",
     ),
     "a class": (nn.Linear, "no state dict: it holds 'torch.nn.modules.linear.Linear', which was"),
     "a number": (3, "holds no state dict: it holds a value of type 'int'"),

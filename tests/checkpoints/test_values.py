@@ -193,8 +193,8 @@ def test_arrays_of_numpy_are_called_so(protocol: int, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError) as caught:
         inspect_checkpoint(tmp_path / "a.pt")
     assert str(caught.value) == (
-        f"'{tmp_path / 'a.pt'}' holds no state dict: 'a' are numpy arrays; write them with "
-        "numpy.savez"
+        f"'{tmp_path / 'a.pt'}' holds no state dict: it holds 1 numpy array ('a'); write "
+        "a .npz with numpy.savez instead"
     )
 
 
