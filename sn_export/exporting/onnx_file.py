@@ -94,7 +94,7 @@ def write_onnx(
             another opset, or a file that is not valid.
         OSError: if the disk is full, say.
     """
-    graph, program = run_exporter(request, reference, exporter, path.with_suffix(".raw.onnx"))
+    graph, program = run_exporter(request, reference, exporter)
     rename(
         graph.graph,
         list(request.input_names.values()) if exporter == "dynamo" else None,

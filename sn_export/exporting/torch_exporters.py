@@ -19,7 +19,6 @@ import sys
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import onnx
@@ -35,11 +34,11 @@ from ..results import Exporter, ExporterChoice
 from ..running import (
     InputSet,
     Reference,
-    are_large,
     find_tensors,
     flatten_shapes,
     make_dynamic_axes,
     no_fused_attention,
+    setting_weights_aside,
     undo_on_exit,
     undoing,
     without_tracing,
@@ -55,18 +54,15 @@ _parsed: weakref.WeakKeyDictionary[TracedOnnxFunction, Any] = weakref.WeakKeyDic
 
 
 def run_exporter(
-    request: Request, reference: Reference, exporter: Exporter, raw: Path
+    request: Request, reference: Reference, exporter: Exporter
 ) -> tuple[ir.Model, Any]:
-    """Return the graph that torch makes, and its program where it has one.
-
-    The TorchScript exporter writes a large file to ``raw`` first.
-    """
+    """Return the graph that torch makes, and its program where it has one."""
     model = request.model
     try:
         with quiet(request.verbose), no_fused_attention():
             call = flatten_call(model, reference)
             if exporter == "torchscript":
-                return _run_torchscript(request, call, raw), None
+                return _run_torchscript(request, call), None
             program = _run_dynamo(request, call)
             return program.model, program
     except Exception as error:
@@ -105,32 +101,31 @@ def _run_dynamo(request: Request, call: FlatCall) -> Any:
     return program
 
 
-def _run_torchscript(request: Request, call: FlatCall, raw: Path) -> ir.Model:
+def _run_torchscript(request: Request, call: FlatCall) -> ir.Model:
     model = request.model
     buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
-    # A large file goes to the disk: past 2 GB torch takes nothing but the text of a path.
-    content: Any = None if are_large(model.parameters()) else io.BytesIO()
-    with torch.no_grad():
+    content: Any = io.BytesIO()  # as torch's annotations do not have it
+    with torch.no_grad(), setting_weights_aside() as weights:
         torch.onnx.export(
             call.module,
             call.tensors,
-            content or str(raw),
+            content,
             dynamo=False,
             verbose=request.verbose,
             opset_version=request.opset_version,
             input_names=list(request.input_names.values()),
             dynamic_axes=make_dynamic_axes(request.input_names, request.dims) or None,
         )
-    graph = ir.from_proto(onnx.load_from_string(content.getvalue())) if content else ir.load(raw)
-    # Tracing runs the model, and the exporter reads the buffers afterwards: those that a forward
-    # writes (vectors that iterate in eval mode) would be one step ahead.
-    for name, buffer in model.named_buffers():
-        value = graph.graph.initializers.get(name)
-        if value is None or torch.equal(buffer, buffers[name]):
-            continue
-        # A batch norm that writes its statistics does not read them.
-        if all(node.op_type != "BatchNormalization" for node in value.consumers()):
-            value.const_value = ir.tensor(buffers[name].cpu().numpy(), name=name)
+    graph = ir.from_proto(onnx.load_from_string(content.getvalue()))
+    for name, value in graph.graph.initializers.items():
+        weight = weights[name].detach()
+        # Tracing runs the model, and the exporter reads the buffers afterwards: those that a
+        # forward writes (vectors that iterate in eval mode) would be one step ahead. A batch norm
+        # that writes its statistics does not read them.
+        if name in buffers and all(n.op_type != "BatchNormalization" for n in value.consumers()):
+            weight = buffers[name]
+        value.const_value = tensor = ir.tensor_adapters.TorchTensor(weight, name)
+        value.shape = tensor.shape
     return graph
 
 

@@ -9,7 +9,8 @@ part of a format, and stand in ``checkpoints/pickle_globals.py``.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -30,6 +31,8 @@ from torch.utils._python_dispatch import (
     _get_current_dispatch_mode_stack as dispatch_modes,
     _pop_mode as pop_dispatch_mode,
 )
+
+from .undo import undo_on_exit, undoing
 
 __all__ = [
     "ATTRIBUTES",
@@ -53,6 +56,7 @@ __all__ = [
     "pytree",
     "rebuild",
     "set_version",
+    "setting_weights_aside",
     "without_tracing",
 ]
 
@@ -118,6 +122,7 @@ ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "FSDPParam, later": ("_param_fqn", "_unsharded_param", "param_dtype"),
 }
 
+_ARGUMENT = 256  # elements at most in shapes, axes and the like, by whose values shapes differ
 SAFE_SOFTMAX: Any = torch.ops.aten._safe_softmax.default  # of attention with a mask
 TorchScriptNode: Any = torch._C.Node
 call_without_subclasses: Any = torch._C._disabled_torch_function_impl
@@ -193,3 +198,35 @@ def without_tracing() -> Iterator[None]:
         yield
     finally:
         known.CAPTURE_STRATEGIES = before
+
+
+@undoing
+def setting_weights_aside() -> Iterator[dict[str, Tensor]]:
+    """Let the TorchScript exporter of this thread write empty tensors in the place of weights.
+
+    The weights are in the dictionary, by name. torch would copy them to infer shapes, twice, into a
+    message, into a second one, parse it, and copy them into the file; and no message holds 2 GB.
+    """
+    weights: dict[str, Tensor] = {}
+    torch_c: Any = torch._C
+    thread = threading.get_ident()
+    write, infer = torch_c.Graph._export_onnx, torch_c._jit_pass_onnx_graph_shape_type_inference
+
+    def write_bare(graph: Any, initializers: Mapping[str, Tensor], *options: Any) -> Any:
+        if threading.get_ident() == thread:
+            weights.update(initializers)
+            initializers = {name: weight.new_empty(0) for name, weight in weights.items()}
+        return write(graph, initializers, *options)
+
+    def infer_bare(graph: Any, initializers: Mapping[str, Tensor], *options: Any) -> None:
+        small = {name: t for name, t in initializers.items() if t.numel() <= _ARGUMENT}
+        infer(graph, small, *options)
+
+    def undo() -> None:
+        torch_c.Graph._export_onnx = write
+        torch_c._jit_pass_onnx_graph_shape_type_inference = infer
+
+    with undo_on_exit(undo):
+        torch_c.Graph._export_onnx = write_bare
+        torch_c._jit_pass_onnx_graph_shape_type_inference = infer_bare
+        yield weights

@@ -48,6 +48,8 @@ def _output() -> dict[str, object]:
     return {"stdout": (id(sys.stdout), device.st_dev, device.st_ino), "stderr": id(sys.stderr)}
 
 
+# Where a with statement ends and has not closed its file yet, Python closes it and prints that.
+@pytest.mark.filterwarnings("ignore:.*FileIO:pytest.PytestUnraisableExceptionWarning")
 @in_own_thread
 def test_interrupt_within_an_export_finds_the_model_restored(tmp_path: Path) -> None:
     """At whichever line of the export and its block an interrupt strikes, the model is whole.

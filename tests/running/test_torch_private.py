@@ -6,11 +6,15 @@ The list of them is inside a wing, since nobody else needs it.
 from __future__ import annotations
 
 import ast
+import io
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
+import onnx
 import pytest
 import torch
 from torch import nn
@@ -99,6 +103,34 @@ def test_what_is_made_of_private_names_works() -> None:
         "_StorageInfo",
         "_MEM_FORMAT_ENCODING",
     ]
+
+
+def _export_shapes(layer: nn.Module, found: list[list[list[int]]]) -> None:
+    content = io.BytesIO()
+    torch.onnx.export(layer, (torch.ones(1, 30),), content, dynamo=False)
+    file = onnx.load_from_string(content.getvalue())
+    found.append([[*tensor.dims] for tensor in file.graph.initializer])
+    found.append([[dim.dim_value for dim in file.graph.output[0].type.tensor_type.shape.dim]])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_weights_are_set_aside_for_one_thread_and_one_block() -> None:
+    """The file of the thread in the block has empty weights, all else as torch has them alone."""
+    layer, whole = nn.Linear(30, 20), [[[20, 30], [20]], [[1, 20]]]
+    for is_struck in (False, True):
+        found: list[list[list[int]]] = []
+        with suppress(KeyboardInterrupt), torch_private.setting_weights_aside() as weights:
+            _export_shapes(layer, found)
+            other = Thread(target=_export_shapes, args=(layer, found))
+            other.start()
+            other.join()
+            if is_struck:
+                raise KeyboardInterrupt
+        _export_shapes(layer, found)
+        assert found == [[[0], [0]], [[1, 20]], *whole, *whole]
+        assert {name: tensor.data_ptr() for name, tensor in weights.items()} == {
+            name: tensor.data_ptr() for name, tensor in layer.named_parameters()
+        }
 
 
 def _private_uses() -> Iterator[tuple[str, str]]:
