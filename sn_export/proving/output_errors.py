@@ -85,7 +85,7 @@ class RunningErrors:
         difference = (left - right).abs_() if is_finite else _measure_difference(expected, got)
         magnitude = left.abs().double()
         self.applied_rtol, self.applied_atol = rtol, max(self.applied_atol, atol)
-        worst = int(difference.argmax())  # to torch NaN is larger than any number
+        worst = int(difference.numpy().argmax())  # to numpy NaN is larger than any number
         largest = float(difference.flatten()[worst])
         if math.isnan(largest) or largest > self.max_abs or not self.worst_sample:
             values = _get_value(expected, worst), _get_value(got, worst)
@@ -159,6 +159,7 @@ class RunningErrors:
     def make_result(self) -> OutputParity:
         """Return the errors so far."""
         bounds = f"atol {self.applied_atol:.3g} + rtol {self.applied_rtol:.3g}"
+        median, p999 = self.spread.estimate_quantiles(500, 999)
         return OutputParity(
             name=self.name,
             shape=self.shape,
@@ -174,8 +175,8 @@ class RunningErrors:
             passed=not self.reason and self.samples > 0,
             is_comparable=self.is_comparable,
             reason=self._make_reason(),
-            median_abs=self.spread.estimate_quantile(500),
-            p999_abs=self.spread.estimate_quantile(999),
+            median_abs=median,
+            p999_abs=p999,
             quantiles_are_exact=self.spread.is_exact,
             fraction_outside=self.outside / self.elements if self.elements else 0.0,
             worst_expected=self.worst_values[0],
@@ -207,8 +208,8 @@ def _measure_difference(expected: Tensor, got: Tensor) -> Tensor:
 def _find_largest_relative(difference: Tensor, magnitude: Tensor, is_finite: bool) -> float:
     """Return the largest distance divided by its reference, where that is not zero; else 0."""
     if is_finite:
-        relative = torch.where(magnitude > 0, difference / magnitude, 0.0)
-        return float(relative.max())
+        found, size = difference.numpy(), magnitude.numpy()
+        return float(np.divide(found, size, out=np.zeros_like(found), where=size > 0).max())
     nonzero = magnitude > 0
     relative = difference / torch.where(torch.isinf(difference), 1.0, magnitude)
     relative = torch.where(torch.isnan(difference), math.nan, relative)[nonzero]
@@ -268,7 +269,7 @@ class Spread:
 
     def add(self, errors: NDArray[np.float64]) -> None:
         """Take in absolute errors, shape (n,)."""
-        usual = errors[errors > 0]
+        usual = np.compress(errors > 0, errors)  # a fifth of the time of a mask
         zeros = len(errors) - len(usual)
         if not np.isfinite(errors).all():
             nan = int(np.isnan(errors).sum())
@@ -296,20 +297,27 @@ class Spread:
             self.fine += np.bincount(bucket - _FINE_LOWEST * _PER_DECADE, minlength=size)
         self.kept = []
 
-    def estimate_quantile(self, permille: int) -> float:
-        """Return the smallest error that ``permille`` of a thousand errors do not exceed, or 0."""
+    def estimate_quantiles(self, *permilles: int) -> list[float]:
+        """Return the smallest errors that so many of a thousand errors do not exceed, or 0."""
         usual = int(self.counts.sum())
         total = self.zeros + usual + self.infinite + self.nan
-        rank = -(-total * permille // 1000)  # the position among all errors, in order
-        if rank <= self.zeros:
-            return 0.0
-        rank -= self.zeros
-        if rank > usual:
-            return math.inf if rank <= usual + self.infinite else math.nan
-        if self.fine is None:
-            return float(np.partition(np.concatenate(self.kept), rank - 1)[rank - 1])
-        bucket = int(np.searchsorted(self.fine.cumsum(), rank)) + _FINE_LOWEST * _PER_DECADE
-        return float(10.0 ** (bucket / _PER_DECADE))
+        # Positions in order, from 1, of which those up to 0 are zeros.
+        ranks = [-(-total * permille // 1000) - self.zeros for permille in permilles]
+        within = [rank for rank in ranks if 0 < rank <= usual]
+        found = dict(zip(within, self._find_usual(within), strict=True)) if within else {}
+        beyond = usual + self.infinite
+        return [
+            found.get(rank, 0.0 if rank <= 0 else math.inf if rank <= beyond else math.nan)
+            for rank in ranks
+        ]
+
+    def _find_usual(self, ranks: Sequence[int]) -> list[float]:
+        if self.fine is None:  # all in one pass, which takes half of the time of two
+            places = np.array(ranks) - 1
+            exact: list[float] = np.partition(np.concatenate(self.kept), places)[places].tolist()
+            return exact
+        buckets = np.searchsorted(self.fine.cumsum(), ranks) + _FINE_LOWEST * _PER_DECADE
+        return [10.0 ** (bucket / _PER_DECADE) for bucket in buckets.tolist()]
 
     def make_histogram(self) -> Histogram:
         """Return the counts by decade."""

@@ -81,12 +81,14 @@ def resolve_tolerance(
 def find_largest(tensor: Tensor) -> float:
     """Return the largest finite magnitude in ``tensor``, or 0."""
     values = tensor.detach().cpu()
-    values = values.abs() if values.is_complex() else values.to(torch.float64).abs()
-    highest = float(values.max()) if values.numel() else 0.0
-    if math.isfinite(highest):
-        return highest
-    finite = values[torch.isfinite(values)]
-    return float(finite.max()) if finite.numel() else 0.0
+    values = values.abs() if values.is_complex() else values.to(torch.float64)
+    if not values.numel():
+        return 0.0
+    lowest, highest = map(float, values.aminmax())
+    if not math.isfinite(lowest + highest):
+        values = values.where(values.isfinite(), 0)
+        lowest, highest = map(float, values.aminmax())
+    return max(abs(lowest), abs(highest))
 
 
 def _require_each(name: str, value: Tolerance, outputs: Sequence[str] | None) -> Tolerance:

@@ -247,7 +247,7 @@ class _RunningDistance:
 
     def make_result(self) -> Distance:
         rms = math.sqrt(self._squares / self._elements) if self._elements else 0.0
-        return Distance(rms, self._spread.estimate_quantile(990), self._largest)
+        return Distance(rms, self._spread.estimate_quantiles(990)[0], self._largest)
 
 
 class _RunningRounding:
