@@ -109,7 +109,9 @@ def _open(
 ) -> Any:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # the exception says it
-    # Threads that wait by spinning take longer to start than most networks to run.
+    # As many as the user gives to torch. Those that wait by spinning take longer to start than most
+    # networks to run.
+    options.intra_op_num_threads = torch.get_num_threads()
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     if is_large(_measure_size(path) + _measure_size(name_side_file(path))):
         # Weights in another order run faster and take their memory twice.

@@ -319,3 +319,14 @@ def test_small_files_are_opened_as_they_are(
     assert isinstance(open_session(path, CPU, at_once=True), ort.InferenceSession)
     monkeypatch.setattr(tensor_memory, "LARGE", 2**29)
     assert isinstance(open_session(path, CPU), ort.InferenceSession)
+
+
+def test_a_session_has_the_threads_of_torch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who gives torch one thread, as in a container, has the proof on one thread, too."""
+    path = file_of(tmp_path / "net.onnx", [helper.make_node("Identity", ["x"], ["y"])])
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        opened = open_session(path, CPU, at_once=True)
+        assert opened.get_session_options().intra_op_num_threads == threads
