@@ -120,6 +120,7 @@ class Preserved:
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._guarded: list[Guarded] = []
         self._watch: Watch | None = None
+        self.is_large = False  # whether the parameters that are guarded are those of a large model
 
     def _remember(self, container: Any, seen: set[int], others: list[Any]) -> None:
         if id(container) in seen:
@@ -154,10 +155,10 @@ class Preserved:
         """Before `begin`: keep a copy of every parameter; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
         tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
-        is_large = are_large(tensors)
+        self.is_large = are_large(tensors)
         views = find_on_memory_of(tensors, self.tensors)
-        self._guarded = [Guarded(tensor, later=is_large) for tensor in (*tensors, *views)]
-        if is_large:
+        self._guarded = [Guarded(tensor, later=self.is_large) for tensor in (*tensors, *views)]
+        if self.is_large:
             self._watch = Watch((g.tensor, g.keep) for g in self._guarded)
             self._watch.start()
 
@@ -207,7 +208,8 @@ class Preserved:
 
     def _start_over(self) -> None:
         for container, content in self._swapped:
-            restore_container(container, content)
+            if container or content:  # most of a module's dictionaries are empty
+                restore_container(container, content)
         for scripted, _ in self._scripted:
             scripted.training = False
 

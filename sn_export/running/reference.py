@@ -23,7 +23,7 @@ from ..text import strip_frames
 from .input_set import InputSet
 from .nested import find_tensors, find_unseen_tensors, is_plain
 from .preservation import Preserved, find_set_by_hooks
-from .tensor_memory import are_large, as_real_pairs
+from .tensor_memory import as_real_pairs
 from .torch_private import get_original
 from .undo import undo_on_exit, undoing
 
@@ -212,7 +212,7 @@ def _run(model: nn.Module, state: Preserved, inputs: InputSet, drops: bool | Non
     if drops is not None:
         with _drop_weights(model) if drops else nullcontext():
             return _call(model, inputs)
-    if are_large(model.parameters()):
+    if state.is_large:
         try:
             with _drop_weights(model):
                 return _call(model, inputs)
