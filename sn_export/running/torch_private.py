@@ -219,8 +219,10 @@ def setting_weights_aside() -> Iterator[dict[str, Tensor]]:
         return write(graph, initializers, *options)
 
     def infer_bare(graph: Any, initializers: Mapping[str, Tensor], *options: Any) -> None:
-        small = {name: t for name, t in initializers.items() if t.numel() <= _ARGUMENT}
-        infer(graph, small, *options)
+        large = {  # packed weights of quantised layers are no tensors
+            n for n, t in initializers.items() if isinstance(t, Tensor) and t.numel() > _ARGUMENT
+        }
+        infer(graph, {n: t for n, t in initializers.items() if n not in large}, *options)
 
     def undo() -> None:
         torch_c.Graph._export_onnx = write

@@ -166,3 +166,20 @@ def test_unknown_proof_dtype(tmp_path: Path, wanted: Any) -> None:
         export_onnx(small_net("hook"), images(), tmp_path / "net.onnx", proof_dtype=wanted)
     with pytest.raises(ValueError, match="proof_dtype must be None or 'float32'"):
         check_parity(small_net("hook"), tmp_path / "net.onnx", images(), proof_dtype=wanted)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch deprecates its own quantisation
+def test_quantised_layers(tmp_path: Path) -> None:
+    """Layers whose packed weights are no tensors are exported as torch alone exports them."""
+    quantization = pytest.importorskip("torch.ao.quantization")
+    model = nn.Sequential(
+        quantization.QuantStub(), nn.Linear(40, 30), quantization.DeQuantStub()
+    ).eval()
+    model.qconfig = quantization.get_default_qconfig("fbgemm")
+    observed = quantization.prepare(model)
+    observed(torch.randn(8, 40))
+    quantised = quantization.convert(observed)
+    report = export_onnx(
+        quantised, torch.randn(2, 40), tmp_path / "net.onnx", exporter="torchscript"
+    )
+    assert report.parity.passed
