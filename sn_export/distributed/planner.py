@@ -221,7 +221,7 @@ def keep_replicas_apart(found: Iterable[Found], plan: Plan) -> None:
     next training step. Torch fails at an empty list of buffers, as where all were singular vectors.
     """
     for module, _ in found:
-        if isinstance(module, DistributedDataParallel):
+        if DistributedDataParallel in type(module).__mro__:  # an abstract class, slow to be asked
             attributes = plan.edits.edit(module.__dict__)
             attributes["require_backward_grad_sync"] = False
             if not _has_buffers(module, plan):

@@ -7,7 +7,7 @@ hook handles and optimizers hold on to it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection
 from operator import is_
 from typing import Any
 
@@ -29,6 +29,7 @@ class Edits:
 
     def __init__(self) -> None:
         self._planned: dict[int, tuple[Container, Container, Container]] = {}
+        self._attributes: dict[int, tuple[Container, Container, str]] = {}
         self._classes: dict[int, tuple[nn.Module, type, type]] = {}
         self._first: list[Callable[[], None]] = []
         self._restored: dict[int, Container] = {}
@@ -53,12 +54,13 @@ class Edits:
         planned = self._planned.get(id(target))
         if planned is None:
             planned = self._planned[id(target)] = target, target.copy(), target.copy()
+            if id(target) in self._attributes:
+                del planned[2][self._attributes.pop(id(target))[2]]
         return planned[2]
 
-    def remove(self, target: Container, keys: Iterable[Any]) -> None:
+    def remove(self, target: Container, keys: Collection[Any]) -> None:
         """Plan to take ``keys`` out of ``target``, where they are there."""
-        keys = set(keys)
-        if keys.issuperset(target) and id(target) not in self._planned:
+        if id(target) not in self._planned and all(map(keys.__contains__, target)):
             if target:  # most of those that hold hooks or singular vectors
                 self._planned[id(target)] = target, target.copy(), {}
             return
@@ -66,20 +68,32 @@ class Edits:
         for key in keys:
             content.pop(key, None)
 
+    def remove_attribute(self, attributes: Container, name: str) -> None:
+        """Plan to take ``name`` out of a module's attributes, where it is there.
+
+        The last one, as a hook's weight is, goes and comes back with no other touched.
+        """
+        if id(attributes) in self._planned or next(reversed(attributes)) != name:
+            self.remove(attributes, (name,))
+        else:
+            self._attributes[id(attributes)] = attributes, attributes.copy(), name
+
     def get_planned(self, target: Container) -> Container:
         """Return what ``target`` will hold once the edits are applied, to be looked at."""
+        if id(target) in self._attributes:
+            return self.edit(target)
         planned = self._planned.get(id(target))
         return target if planned is None else planned[2]
 
     def get_before(self, target: Container) -> Container:
         """Return what ``target`` held when its first edit was planned; what it holds if none is."""
-        planned = self._planned.get(id(target))
+        planned = self._planned.get(id(target)) or self._attributes.get(id(target))
         return target if planned is None else planned[1]
 
     def forget(self, target: Container, key: Any) -> None:
         """Take ``key`` out of ``target`` now, unless it was there before the edits."""
-        planned = self._planned.get(id(target))
-        if planned is None or key not in planned[1]:
+        before = self.get_before(target)
+        if before is target or key not in before:
             target.pop(key, None)
 
     def replan(self, target: Container, before: Container) -> None:
@@ -106,13 +120,15 @@ class Edits:
             target.clear()
             if after:
                 target.update(after)
+        for attributes, _, name in self._attributes.values():
+            del attributes[name]
         for module, _, new in self._classes.values():
             object.__setattr__(module, "__class__", new)
 
     def roll_back(self) -> None:
         """Undo an `apply` that may have stopped halfway: nobody else has changed anything."""
         self.cancel()
-        for target, before, _ in self._planned.values():
+        for target, before, _ in (*self._planned.values(), *self._attributes.values()):
             target.clear()
             target.update(before)
         self._restore_classes()
@@ -123,18 +139,33 @@ class Edits:
         Can be repeated from any point where an interrupt stopped it.
         """
         self.cancel()
-        restored = self._restored
         for target, before, after in self._planned.values():
-            if not after and not target:
-                target.update(before)  # most of them: nobody else has put anything in
-                continue
-            content = restored.get(id(target))
-            if content is None:  # remembered, since it cannot be told from a cleared dictionary
-                content = before if _is_same(target, after) else _merge(before, after, target)
-                restored[id(target)] = content
-            target.clear()
-            target.update(content)
+            if after or target:
+                self._fill(target, before, after)
+            else:  # most of them: nobody else has put anything in
+                for key, value in before.items():  # twice as fast as `OrderedDict.update`
+                    target[key] = value
+        for attributes, before, name in self._attributes.values():
+            last = next(reversed(attributes), None)
+            if last == name and attributes[name] is before[name]:
+                continue  # restored before
+            names = reversed(before)
+            next(names)
+            if last == next(names, None):  # nobody else has set anything
+                attributes[name] = before[name]
+            else:
+                after = {key: value for key, value in before.items() if key != name}
+                self._fill(attributes, before, after)
         self._restore_classes()
+
+    def _fill(self, target: Container, before: Container, after: Container) -> None:
+        """Restore what ``target`` held, and remember it: a cleared dictionary does not tell."""
+        content = self._restored.get(id(target))
+        if content is None:
+            content = before if _is_same(target, after) else _merge(before, after, target)
+            self._restored[id(target)] = content
+        target.clear()
+        target.update(content)
 
     def _restore_classes(self) -> None:
         for module, old, _ in self._classes.values():

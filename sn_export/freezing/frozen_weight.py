@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable
+from functools import cache
 from itertools import product
 from typing import Any, Literal
 
@@ -76,10 +77,18 @@ def _record_state(tensor: Tensor) -> _State:
     # A frozen weight is always dense, so its bytes are contiguous in some order.
     size = tensor.nbytes
     if size <= _SAMPLED_WHOLE:
-        return dtype, device, version, start, ctypes.string_at(start, size)
+        return dtype, device, version, start, _read(start, size)
     places = ((size - _CHUNK) * i // (_CHUNKS - 1) for i in range(_CHUNKS))  # both ends too
-    content = b"".join(ctypes.string_at(start + place, _CHUNK) for place in places)
-    return dtype, device, version, start, content
+    return dtype, device, version, start, b"".join(_read(start + p, _CHUNK) for p in places)
+
+
+def _read(start: int, size: int) -> bytes:
+    return _make_array_type(size).from_address(start).raw
+
+
+@cache  # `ctypes.string_at` takes longer, for a small weight
+def _make_array_type(size: int) -> type[ctypes.Array[ctypes.c_char]]:
+    return ctypes.c_char * size
 
 
 class Residence:

@@ -58,13 +58,13 @@ class Plan:
         """Remember where everything lives that stands in the model while it is frozen."""
         ours = {id(weight.tensor) for weight in self.weights}
         planned = self.edits.get_planned
-        return Residence(
-            (container, name, tensor)
-            for attributes in map(vars, modules)
-            for container in (attributes["_parameters"], attributes["_buffers"])
-            for name, tensor in planned(container).items()
-            if tensor is not None and id(tensor) not in ours
-        )
+        places = []
+        for attributes in map(vars, modules):
+            for container in (attributes["_parameters"], attributes["_buffers"]):
+                for name, tensor in planned(container).items():
+                    if tensor is not None and id(tensor) not in ours:
+                        places.append((container, name, tensor))
+        return Residence(places)
 
     def settle(self) -> None:
         """Bring the containers of the model into the state in which the edits left them.
@@ -132,7 +132,7 @@ def plan_flat_weights(edits: Edits, weights: Iterable[FrozenWeight]) -> None:
     recurrent: dict[nn.RNNBase, dict[str, Tensor]] = {}
     for weight in weights:
         module = weight.site.module
-        if isinstance(module, nn.RNNBase):
+        if "_flat_weights" in weight.site.attributes and isinstance(module, nn.RNNBase):
             recurrent.setdefault(module, {})[weight.site.tensor] = weight.tensor
     for module, frozen in recurrent.items():
         _plan_module(edits, module, frozen)

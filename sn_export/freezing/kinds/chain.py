@@ -133,9 +133,9 @@ class ChainSite(Site):
             edits.remove(self.attributes["_modules"], ("parametrizations",))
             plain = owner.__bases__[0]
         edits.set_class(module, replace_base(current, owner, plain))
-        hooks = self.attributes["_load_state_dict_pre_hooks"]
-        keys = [key for key, entry in hooks.items() if is_weight_norm_state_hook(entry, name)]
-        edits.remove(hooks, keys)
+        if hooks := self.attributes["_load_state_dict_pre_hooks"]:
+            keys = [key for key, entry in hooks.items() if is_weight_norm_state_hook(entry, name)]
+            edits.remove(hooks, keys)
         self.register(edits, frozen)
 
     def follow_mode(self, training: bool) -> None:

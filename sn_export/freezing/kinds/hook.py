@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from functools import cache
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -26,24 +27,24 @@ class HookSite(Site):
 
     __slots__ = ("hook", "key")
     raw: ClassVar[tuple[str, ...]]  # suffixes of what it is computed from
+    beside: ClassVar[tuple[str, ...]] = ()  # and of buffers that a hook not of torch keeps
     method: ClassVar[str]  # of the hook, which computes it
     of_torch: ClassVar[type]  # the class of torch's own hook
 
     def __init__(self, path: str, module: nn.Module, tensor: str, key: int, hook: Any) -> None:
-        super().__init__(path, module, tensor)
+        Site.__init__(self, path, module, tensor)  # quicker than by `super`
         self.key = key
         self.hook = hook
 
     @property
     def sources(self) -> tuple[Tensor, ...]:
         """What the tensor is computed from."""
-        module = self.module
+        parameters, buffers = self.attributes["_parameters"], self.attributes["_buffers"]
         found = []
-        for suffix in self.raw:
-            name = self.tensor + suffix
-            tensor: Tensor | None = module._parameters.get(name)
+        for name in _add_suffixes(self.tensor, self.raw):
+            tensor: Tensor | None = parameters.get(name)
             if tensor is None:
-                tensor = module._buffers.get(name)
+                tensor = buffers.get(name)
             if tensor is None:
                 raise FreezeError(
                     self.name,
@@ -97,15 +98,17 @@ class HookSite(Site):
 
     def plan(self, edits: Edits, frozen: Tensor) -> None:
         """Take away the hook with all it registered, and store ``frozen`` under its name."""
-        attributes = self.attributes
+        attributes, tensor = self.attributes, self.tensor
         edits.remove(attributes["_forward_pre_hooks"], (self.key,))
         for kind in ("_state_dict_hooks", "_load_state_dict_pre_hooks"):
-            hooks = attributes[kind]
-            edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
-        raw = [self.tensor + suffix for suffix in self.raw]
-        for kind in ("_parameters", "_buffers"):
-            edits.remove(attributes[kind], raw)
-        edits.remove(attributes, (self.tensor,))
+            if hooks := attributes[kind]:
+                edits.remove(hooks, [key for key, entry in hooks.items() if self._owns(entry)])
+        raw = _add_suffixes(tensor, self.raw)
+        edits.remove(attributes["_parameters"], raw)
+        if self.beside and not self._is_torch():
+            raw += _add_suffixes(tensor, self.beside)
+        edits.remove(attributes["_buffers"], raw)
+        edits.remove_attribute(attributes, tensor)
         self.register(edits, frozen)
 
     def _owns(self, entry: Any) -> bool:
@@ -123,17 +126,12 @@ class SpectralNormSite(HookSite):
     kind = "hook"
     of_torch = SpectralNorm
     raw = ("_orig", "_u", "_v")
+    beside = ("_sigma",)  # of soft normalisation
 
     def _compute(self) -> Tensor:
         """Call the method of the hook, without a power iteration."""
         weight: Tensor = self.hook.compute_weight(self.module, do_power_iteration=False)
         return weight
-
-    def plan(self, edits: Edits, frozen: Tensor) -> None:
-        """Plan as for every hook, and take away the sigma that soft normalisation keeps."""
-        super().plan(edits, frozen)
-        if not self._is_torch():
-            edits.remove(self.module._buffers, (self.tensor + "_sigma",))
 
     def describe(self) -> SpectralNormInfo:
         """Return what `find_spectral_norm` lists."""
@@ -184,6 +182,11 @@ class PruningSite(HookSite):
 
     def _is_torch(self) -> bool:
         return type(self.hook).apply_mask is BasePruningMethod.apply_mask
+
+
+@cache  # few names, and thousands of layers
+def _add_suffixes(tensor: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(tensor + suffix for suffix in suffixes)
 
 
 def find_hooks(path: str, module: nn.Module) -> list[HookSite]:
