@@ -57,9 +57,9 @@ class FrozenWeight:
         if now is None:
             return "edited"
         state = _record_state(now)
-        if state[:2] != self._state[:2]:
-            return "moved"
-        return None if now is self.tensor and state == self._state else "edited"
+        if now is self.tensor and state == self._state:
+            return None
+        return "moved" if state[:2] != self._state[:2] else "edited"
 
 
 _State = tuple[torch.dtype, torch.device, int, int, bytes]

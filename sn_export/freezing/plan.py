@@ -14,7 +14,7 @@ from ..errors import FreezeError, SnExportError
 from ..text import describe_error
 from .edits import Edits
 from .frozen_weight import FrozenWeight, Residence
-from .site import Found, Site
+from .site import Found, Site, get_attributes
 
 Keep = Callable[[Iterable[Tensor]], list[Tensor]]
 
@@ -59,7 +59,7 @@ class Plan:
         ours = {id(weight.tensor) for weight in self.weights}
         planned = self.edits.get_planned
         places = []
-        for attributes in map(vars, modules):
+        for attributes in map(get_attributes, modules):
             for container in (attributes["_parameters"], attributes["_buffers"]):
                 for name, tensor in planned(container).items():
                     if tensor is not None and id(tensor) not in ours:

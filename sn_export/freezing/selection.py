@@ -16,7 +16,7 @@ from .info import GROUPS, Group
 from .introspection.child_uses import ChildUses
 from .introspection.source_code import collect_method_names
 from .kinds import ALL, SPECTRAL_NORM
-from .site import Found, Kind, Site
+from .site import Found, Kind, Site, get_attributes
 
 Only = str | Iterable[str] | None
 Walk = Callable[
@@ -68,14 +68,14 @@ def walk(
                 seen.update(map(id, site.hidden))
                 callers.mark(site)
         yield module, sites
-        if children := module._modules:
+        if children := get_attributes(module)["_modules"]:
             prefix = path + "." if path else ""
             for name, child in reversed(children.items()):
                 if child is not None:
                     stack.append((prefix + name, child))
 
 
-def _refuse_scripted(path: str, module: torch.jit.ScriptModule) -> None:
+def _refuse_scripted(path: str, module: nn.Module) -> None:
     names = {name for name, _ in (*module.named_parameters(), *module.named_buffers())}
     for name in sorted(names):
         match = _SCRIPTED_SN.match(name)

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..introspection.source_code import is_torch_layer, read_code
-from ..site import Kind, Site
+from ..site import Kind, Site, get_attributes
 from .adapters import find_adapted, list_registrations
 from .chain import find_chains
 from .child_norm import find_child_norms
@@ -27,7 +27,7 @@ def find_handwritten(path: str, module: nn.Module) -> Sequence[Site]:
     """Return the sites of what is not torch's: registered adapters first, then the families."""
     cls = type(module)
     is_layer = is_torch_layer(cls)
-    hooks = module._forward_pre_hooks
+    hooks = get_attributes(module)["_forward_pre_hooks"]
     has_foreign_hooks = bool(hooks) and not all(map(_is_of_torch, hooks.values()))
     if is_layer and not has_foreign_hooks and not list_registrations():
         return ()

@@ -24,7 +24,7 @@ from ...running import (
 from ..edits import Edits
 from ..info import Group
 from ..introspection.source_code import read_code
-from ..site import Site
+from ..site import Site, get_attributes
 
 # Their forward in eval mode writes nothing and returns memory of its own.
 _PURE = (SpectralNormLink, WeightNormLink)
@@ -147,7 +147,7 @@ class ChainSite(Site):
 
 def list_chains(module: nn.Module) -> list[tuple[str, ParametrizationList]]:
     """Return the chains of ``module`` with the names of their tensors."""
-    lists = module._modules.get("parametrizations")
+    lists = get_attributes(module)["_modules"].get("parametrizations")
     if not isinstance(lists, nn.ModuleDict):
         return []
     entries = lists._modules.items()

@@ -19,7 +19,7 @@ from ..edits import Edits
 from ..info import Group, SpectralNormInfo
 from ..introspection.sandbox import copied_attributes
 from ..sigma import stored_sigma
-from ..site import Site, find_owner_of_state_hook
+from ..site import Site, find_owner_of_state_hook, get_attributes
 
 
 class HookSite(Site):
@@ -192,8 +192,8 @@ def _add_suffixes(tensor: str, suffixes: tuple[str, ...]) -> tuple[str, ...]:
 def find_hooks(path: str, module: nn.Module) -> list[HookSite]:
     """Return the sites of `torch.nn.utils.spectral_norm` in ``module``."""
     return [
-        SpectralNormSite(path, module, hook.name, key, hook)  # type: ignore[attr-defined]
-        for key, hook in module._forward_pre_hooks.items()
+        SpectralNormSite(path, module, hook.name, key, hook)
+        for key, hook in get_attributes(module)["_forward_pre_hooks"].items()
         if isinstance(hook, SpectralNorm) or _is_copy_of_spectral_norm(hook, module)
     ]
 
