@@ -1,9 +1,10 @@
 """The cases that the tests run on several ranks of this machine, each a function.
 
-    python tests/support/rank_cases.py RANKS results.json [CASE ...]
+    python tests/support/rank_cases.py results.json RANKS[=CASE,CASE ...] ...
 
 Rank 0 writes for each case what failed on any rank, by name; nothing failed where that is empty.
-The ranks are forks of a process that has imported torch, which takes longer than most cases.
+The ranks are forks of a process that has imported what they need, and exported once, which takes
+longer than most cases.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from typing import Any
 
 import handwritten_networks
 import torch
+import torch._dynamo  # which every rank would import when it makes an optimizer
 import torch.distributed as dist
 from faults import Fault
 from torch import Tensor, nn
@@ -914,24 +916,35 @@ def run(names: list[str]) -> dict[str, list[str]]:
     return results
 
 
-def run_rank(rank: int, ranks: int, store: str, file: str, names: list[str]) -> None:
+def run_rank(rank: int, ranks: int, store: str, file: Path, names: list[str]) -> None:
     """Be one of the ranks, which find each other by the file ``store``."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", limit, world_size=ranks, rank=rank)
-    results = run(names or [*CASES])
+    results = run(names)
     if rank == 0:
-        Path(file).write_text(json.dumps(results))
+        file.write_text(json.dumps(results))
     dist.destroy_process_group()
 
 
 def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    ranks, file, *names = sys.argv[1:]
-    with tempfile.TemporaryDirectory() as folder:
-        rest = (int(ranks), f"{folder}/store", file, names)
-        start_processes(run_rank, rest, int(ranks), start_method="fork")
+    found = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        export_onnx(nn.Linear(8, 6), (rows(0),), folder / "net.onnx", exporter="torchscript")
+        for wanted in sys.argv[2:]:
+            ranks, _, names = wanted.partition("=")
+            rest = (
+                int(ranks),
+                f"{folder}/store-{ranks}",
+                folder / ranks,
+                names.split(",") if names else [*CASES],
+            )
+            start_processes(run_rank, rest, int(ranks), start_method="fork")
+            found[ranks] = json.loads((folder / ranks).read_text())
+            Path(sys.argv[1]).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
