@@ -19,8 +19,20 @@ from torch_versions import lacks_of
 gc.set_threshold(50_000, 20, 100)
 
 
+# What waits for processes of its own comes first, and what is shortest last, so that of several
+# workers none is left alone with a long test at the end.
+_FIRST = ("test_readme.py", "test_workflow_recipe.py", "distributed/test_ranks.py")
+_LAST = ("freezing/",)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of what the installed torch lacks."""
+    """Mark the tests of what the installed torch lacks, and put all in their order."""
+
+    def rank(item: pytest.Item) -> int:
+        name = item.nodeid.removeprefix("tests/")
+        return name.startswith(_LAST) - name.startswith(_FIRST)
+
+    items.sort(key=rank)
     for item in items:
         for lack in lacks_of(item.nodeid.removeprefix("tests/")):
             item.add_marker(lack.mark())
