@@ -73,6 +73,22 @@ def test_attributes_set_inside_survive(kind: str) -> None:
 
 
 @each_kind
+def test_attributes_stay_in_order(kind: str) -> None:
+    """What a hook has set comes back before what is set inside, and where it was among others."""
+    model = KINDS[kind](nn.Linear(3, 3))
+    before = list(vars(model))
+    with frozen_spectral_norm(model):
+        model.extra = 1  # type: ignore[assignment]
+    assert list(vars(model)) == [*before, "extra"]
+    with frozen_spectral_norm(model):
+        model.extra = 2  # type: ignore[assignment]
+        del model.out_features
+    before.remove("out_features")
+    assert list(vars(model)) == [*before, "extra"]
+    assert vars(model)["extra"] == 2
+
+
+@each_kind
 def test_replaced_bias_survives(kind: str) -> None:
     """A bias that is replaced inside, or taken away, is still so after the block, in its place."""
     model = net(kind)
