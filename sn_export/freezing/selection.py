@@ -115,7 +115,9 @@ class Callers:
         if reads := self._reads_of(site.tensor):
             reader = reads.get((site.module, site.tensor)) or reads.get((site.module, "*"))
         runner = None if reader is not None else self._find_runner_around(site)
-        if (reader is None and runner is None) or caller in self._uses.calls:
+        if reader is None and runner is None:
+            return
+        if caller in (self._uses if reader is not None else self._uses_in_any_mode).calls:
             return
         child = site.path.rpartition(".")[2]
         if reader is not None and caller not in self._uses.handed:
@@ -170,6 +172,10 @@ class Callers:
     @cached_property
     def _uses(self) -> ChildUses:
         return ChildUses(self._owners)
+
+    @cached_property
+    def _uses_in_any_mode(self) -> ChildUses:
+        return ChildUses(self._owners, in_any_mode=True)
 
     @cached_property
     def _parents(self) -> dict[nn.Module, list[nn.Module]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from typing import cast
 
 import pytest
 import torch
@@ -138,6 +139,23 @@ def test_what_has_run_tells_where_source_does_not() -> None:
         frozen_spectral_norm(model),
     ):
         assert same_bits(output(model), expected)
+
+
+class Auxiliary(Direct):
+    """Has a head that is called in train mode alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.l(x)) if self.training else x
+
+
+def test_a_head_of_the_training_keeps_its_norm() -> None:
+    """What eval mode neither calls nor reads is frozen as it is called, without a word."""
+    model = Auxiliary(spectral_norm).eval()
+    output(model)
+    expected = copy.deepcopy(model.l)(torch.ones(1, 3))
+    with warnings.catch_warnings(), frozen_spectral_norm(model):
+        warnings.simplefilter("error")
+        assert same_bits(model.l(torch.ones(1, 3)).detach(), expected.detach())
 
 
 class RawReader(nn.Module):

@@ -196,7 +196,44 @@ class Attention(nn.Module):
         return cast(Tensor, self.attention(x, x, x, need_weights=False)[0])
 
 
+class Merged(Direct):
+    """Calls the layer in train mode; in eval mode merges its weight into another, as SPAN does."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return cast(Tensor, self.l(x))
+        return F.linear(x, self.merge())
+
+    def merge(self) -> Tensor:
+        return self.l.weight.detach() + torch.eye(3)
+
+
+class Early(Direct):
+    """Returns in eval mode before it calls the layer."""
+
+    def forward(this, x: Tensor) -> Tensor:
+        if not (this.training and x.dim()):
+            return F.linear(x, this.l.weight)
+        return cast(Tensor, this.l(x))
+
+
+class Chosen(Direct):
+    """Chooses by its mode within an expression."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.l.weight) if not self.training else cast(Tensor, self.l(x))
+
+
 # ------------------------------------------------------------------ called as well
+
+
+class Evaluated(Direct):
+    """Reads the weight in train mode, and calls the layer in eval mode, whatever else is so."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training or (x.dim() > 9 and not self.training):
+            return F.linear(x, self.l.weight)
+        return cast(Tensor, self.l(x))
 
 
 class Both(Direct):
@@ -305,11 +342,15 @@ READERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "nested": Nested,
     "from-text": _made["FromText"],
     "attention": Attention,
+    "merged": Merged,
+    "early": Early,
+    "chosen": Chosen,
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):
     READERS["loss"] = Loss
 CALLERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "both": Both,
+    "evaluated": Evaluated,
     "typed": Typed,
     "handed": Handed,
     "helped-call": HelpedCall,

@@ -9,8 +9,8 @@ those that it may be::
     y = F.linear(x, layer.weight)         # reads (blocks.0.out, weight), (blocks.1.out, weight)
     for block in self.blocks: y = block(y)  # calls blocks.0, blocks.1
 
-Branches and the order of statements play no part. Where a module is handed to code that cannot be
-read, it is not known whether that code calls it.
+Of ``if self.training`` the side of eval mode counts; other branches and the order of statements
+play no part. Where a module is handed to code that cannot be read, it may be called or not.
 """
 
 from __future__ import annotations
@@ -41,10 +41,14 @@ class ChildUses(Uses):
     Args:
         owners: the modules whose methods are evaluated.
         from_forward: start at forward alone, not at every method that a user may call.
+        in_any_mode: count what is done in train mode alone, too.
     """
 
-    def __init__(self, owners: Iterable[nn.Module], from_forward: bool = False) -> None:
+    def __init__(
+        self, owners: Iterable[nn.Module], from_forward: bool = False, in_any_mode: bool = False
+    ) -> None:
         super().__init__()
+        self._in_any_mode = in_any_mode
         self._seen: dict[object, Modules] = {}
         for owner in owners:
             for function in iter_methods(type(owner), from_forward):
@@ -64,7 +68,7 @@ class ChildUses(Uses):
         if key in self._seen or depth > DEPTH:
             return self._seen.get(key, NONE)
         self._seen[key] = NONE
-        tree = parse_function(function)
+        tree = parse_function(function, self._in_any_mode)
         if tree is None:
             self.skim(function, owner)
         else:
@@ -158,8 +162,7 @@ class _Evaluation:
         if node in self._active:  # it calls itself
             self._hand_over(given)
             return NONE
-        arguments = node.args.posonlyargs + node.args.args + node.args.kwonlyargs
-        names = [argument.arg for argument in arguments]
+        names = [a.arg for a in node.args.posonlyargs + node.args.args + node.args.kwonlyargs]
         bound, beyond = given.bind(names)
         for name in names:
             self._names[name] = self._names.get(name, NONE) | bound.get(name, NONE)
@@ -280,9 +283,10 @@ class _Evaluation:
             return self._follow(resolve_name(node, self._function), given)
         found = NONE
         for module in modules:
-            child = self._find_child(module, node.attr)
-            if child:
-                self._uses.call(child, self._owner)
+            child = module._modules.get(node.attr)
+            held = find_held(module.__dict__.get(node.attr)) if child is None else {child}
+            if held:
+                self._uses.call(held, self._owner)
                 self._hand_over(given)
             elif node.attr in _ENTRIES:
                 found |= list_entries(frozenset({module}))
@@ -296,10 +300,6 @@ class _Evaluation:
             elif not hasattr(nn.Module, node.attr):
                 found |= self._call_own_method(module, node.attr, given)
         return found
-
-    def _find_child(self, module: nn.Module, name: str) -> Modules:
-        child = module._modules.get(name)
-        return find_held(module.__dict__.get(name)) if child is None else frozenset({child})
 
     def _call_own_method(self, module: nn.Module, name: str, given: Given) -> Modules:
         entry = inspect.getattr_static(type(module), name, None)

@@ -22,6 +22,8 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from .eval_mode import EvalMode
+
 _LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "functools"}
 
 Classes = Sequence[type]
@@ -303,21 +305,25 @@ def iter_methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionT
                 yield function
 
 
-_trees: WeakKeyDictionary[FunctionType, ast.FunctionDef | ast.AsyncFunctionDef | None] = (
-    WeakKeyDictionary()
-)
+_Parsed = ast.FunctionDef | ast.AsyncFunctionDef | None
+_trees: WeakKeyDictionary[FunctionType, dict[bool, _Parsed]] = WeakKeyDictionary()
 
 
-def parse_function(function: FunctionType) -> ast.FunctionDef | ast.AsyncFunctionDef | None:
-    """Return the source of ``function``, parsed; None where there is none."""
-    if function not in _trees:
+def parse_function(function: FunctionType, in_any_mode: bool) -> _Parsed:
+    """Return what of the source of ``function`` runs in eval mode, or all; None without source."""
+    trees = _trees.setdefault(function, {})
+    if in_any_mode not in trees:
         try:
             (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
         except (OSError, TypeError, SyntaxError, ValueError):
             tree = ast.Pass()
-        is_function = isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef))
-        _trees[function] = tree if is_function else None  # type: ignore[assignment]
-    return _trees[function]
+        if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            is_method = function.__qualname__.rpartition(".")[0].rpartition(".")[2].isidentifier()
+            own = next(iter(function.__code__.co_varnames), "") if is_method else "self"
+            trees[in_any_mode] = tree if in_any_mode else EvalMode(own).visit(tree)
+        else:
+            trees[in_any_mode] = None
+    return trees[in_any_mode]
 
 
 def resolve_name(node: ast.AST, function: FunctionType) -> Any:
