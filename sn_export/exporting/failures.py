@@ -53,6 +53,10 @@ _ADVICE = (
         "the forward decides by the values of a tensor: write it with torch.where or torch.cond",
     ),
     (
+        r"fake tensor in the exported program",
+        "the forward reads a tensor by .data, which torch.export does not follow: use .detach()",
+    ),
+    (
         r"ConstraintViolation|marked .* dynamic|dynamic dim|specializ|dynamic_shapes|Constraints"
         r"|inferred ranges",
         "leave that dimension fixed, or declare it as torch.export.Dim.AUTO",

@@ -38,10 +38,10 @@ from ..running import (
     flatten_shapes,
     make_dynamic_axes,
     no_fused_attention,
+    safe_captures,
     setting_weights_aside,
     undo_on_exit,
     undoing,
-    without_tracing,
 )
 from .arguments import Request
 from .failures import TorchExporterError, explain_failure
@@ -88,7 +88,7 @@ def _choose_other(request: Request, exporter: Exporter) -> ExporterChoice | None
 
 def _run_dynamo(request: Request, call: FlatCall) -> Any:
     shapes = flatten_shapes(list(request.input_names), request.dims)
-    with parse_operators_once(), without_tracing():
+    with parse_operators_once(), safe_captures():
         program = torch.onnx.export(
             call.module,
             call.tensors,

@@ -71,7 +71,7 @@ from .torch_private import (
     import_checkpoint_records as import_checkpoint_records,
     pytree as pytree,
     rebuild as rebuild,
+    safe_captures as safe_captures,
     setting_weights_aside as setting_weights_aside,
-    without_tracing as without_tracing,
 )
 from .undo import ClosedOnExit as ClosedOnExit, undo_on_exit as undo_on_exit, undoing as undoing

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.dropout import _DropoutNd as Dropouts
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import (
@@ -55,9 +56,9 @@ __all__ = [
     "pop_dispatch_mode",
     "pytree",
     "rebuild",
+    "safe_captures",
     "set_version",
     "setting_weights_aside",
-    "without_tracing",
 ]
 
 ATTRIBUTES: dict[str, tuple[str, ...]] = {
@@ -185,15 +186,26 @@ def import_checkpoint_records() -> tuple[Any, Any]:
 
 
 @contextmanager
-def without_tracing() -> Iterator[None]:
-    """Let dynamo of torch 2.6 fail where torch.export does, and not trace the forward then.
+def safe_captures() -> Iterator[None]:
+    """Let dynamo fail where torch.export does, and where its next step would end the process.
 
-    A trace takes the side of an ``if`` that the example takes, without a word.
+    torch 2.6 would trace the forward then, which takes the side of an ``if`` that the example
+    takes, without a word. Where a forward reads ``weight.data``, a strict capture keeps a fake
+    tensor as a constant, and decomposing that reads memory which is not there.
     """
     from torch.onnx._internal.exporter import _capture_strategies as known
 
+    class Checked(known.TorchExportStrictStrategy):
+        def _capture(self, *args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+            program = super()._capture(*args, **kwargs)
+            if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
+                raise RuntimeError("a fake tensor is among the constants of the program")
+            return program
+
     before = known.CAPTURE_STRATEGIES
-    known.CAPTURE_STRATEGIES = tuple(s for s in before if s.__name__.startswith("TorchExport"))
+    kept = [s for s in before if s.__name__.startswith("TorchExport")]
+    strict = known.TorchExportStrictStrategy
+    known.CAPTURE_STRATEGIES = tuple(Checked if s is strict else s for s in kept)
     try:
         yield
     finally:

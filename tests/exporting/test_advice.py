@@ -29,6 +29,30 @@ def test_no_line_of_the_caller_is_named(tmp_path: Path) -> None:
     assert Path(__file__).name not in str(caught.value)
 
 
+class Doubled(nn.Module):
+    """Reads its weight by ``.data``, or by ``detach``."""
+
+    def __init__(self, detached: bool = False) -> None:
+        super().__init__()
+        self.linear, self.detached = spectral_norm(nn.Linear(3, 3)), detached
+        self.scale = nn.Parameter(torch.ones(3, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the layer and that of another weight."""
+        y: Tensor = self.linear(x)
+        return y + x @ (self.scale.detach() if self.detached else self.scale.data * 2)
+
+
+def test_a_forward_that_reads_data_does_not_end_the_process(tmp_path: Path) -> None:
+    """Dynamo of torch crashes there, alone; it is refused with what works, and auto goes on."""
+    x, path = torch.randn(2, 3), tmp_path / "net.onnx"
+    with pytest.raises(ExportError, match=r"reads a tensor by \.data.* use \.detach") as caught:
+        export_onnx(Doubled(), (x,), path, exporter="dynamo")
+    assert "exporter='torchscript'" in str(caught.value)
+    assert export_onnx(Doubled(detached=True), (x,), path, exporter="dynamo").parity.passed
+    assert export_onnx(Doubled(), (x,), path).exporter == "torchscript"
+
+
 class Noisy(nn.Module):
     """Adds noise of a scale that it is given."""
 
