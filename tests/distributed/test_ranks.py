@@ -44,7 +44,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, lis
     with FileLock(folder / "ranks.lock"):
         if not file.exists():
             file.write_text("{}")
-            done = _run_python(str(SUPPORT), str(file), "2", "4=" + ",".join(ON_FOUR))
+            on_four = ["4=" + ",".join(ON_FOUR)] if ON_FOUR else []
+            done = _run_python(str(SUPPORT), str(file), "2", *on_four)
             assert not done.returncode, f"the ranks ended early:\n{done.stderr[-4000:]}"
     found: dict[str, dict[str, list[str]]] = json.loads(file.read_text())
     return found
