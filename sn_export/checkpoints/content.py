@@ -228,7 +228,8 @@ def _describe_content(content: Any) -> str:
         arrays = [name for name, value in content.items() if _is_array(value)]
         if arrays:
             found = format_count(len(arrays), "numpy array")
-            return f"it holds {found} ({quote_names(arrays, 3)}); write a .npz with numpy.savez instead"
+            names = quote_names(arrays, 3)
+            return f"it holds {found} ({names}); write a .npz with numpy.savez instead"
         return f"its keys are {quote_names(content)}" if content else "it holds nothing"
     if isinstance(content, (list, tuple)) and any(isinstance(v, Tensor) for v in content):
         return "it holds tensors without names"
