@@ -132,14 +132,14 @@ def run_reference(
     found = find_tensors(result)
     outputs = tuple(as_real_pairs(leaf.detach()).clone() for _, leaf in found)
     state.reset()
-    if not outputs:
-        raise SnExportError(
-            f"the model returns no tensor for {inputs.label}: got {type(result).__name__}"
-        )
-    paths = tuple(path for path, _ in found)
     unseen = tuple(
         f"{kind} at {'_'.join(('output', *path))!r}" for path, kind in find_unseen_tensors(result)
     )
+    if not outputs:
+        text = f"the model returns no tensor for {inputs.label}: got {type(result).__name__}"
+        advice = f", with tensors within {', '.join(unseen)}: return these as tensors"
+        raise SnExportError(text + (advice if unseen else ""))
+    paths = tuple(path for path, _ in found)
     return Reference(inputs.clone(), outputs, paths, is_plain(result), unseen)
 
 

@@ -269,3 +269,18 @@ def test_model_that_returns_no_tensor(tmp_path: Path) -> None:
     with pytest.raises(SnExportError) as caught:
         export_onnx(Silent(), rows(), tmp_path / "net.onnx")
     assert str(caught.value) == ("the model returns no tensor for the example input: got NoneType")
+
+
+def test_model_that_returns_an_object_alone(tmp_path: Path) -> None:
+    """Where all tensors are within an object that no exporter looks into, that is named."""
+
+    class Gaussian(Head):
+        def forward(self, x: torch.Tensor) -> dict[str, torch.distributions.Normal]:
+            return {"latent": torch.distributions.Normal(self.layer(x), 1.0)}
+
+    with pytest.raises(SnExportError) as caught:
+        export_onnx(Gaussian(), rows(), tmp_path / "net.onnx")
+    assert str(caught.value) == (
+        "the model returns no tensor for the example input: got dict, with tensors within "
+        "Normal at 'output_latent': return these as tensors"
+    )
