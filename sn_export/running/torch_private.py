@@ -195,21 +195,28 @@ def safe_captures() -> Iterator[None]:
     """
     from torch.onnx._internal.exporter import _capture_strategies as known
 
-    class Checked(known.TorchExportStrictStrategy):
-        def _capture(self, *args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
-            program = super()._capture(*args, **kwargs)
-            if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
-                raise RuntimeError("a fake tensor is among the constants of the program")
-            return program
-
     before = known.CAPTURE_STRATEGIES
-    kept = [s for s in before if s.__name__.startswith("TorchExport")]
-    strict = known.TorchExportStrictStrategy
-    known.CAPTURE_STRATEGIES = tuple(Checked if s is strict else s for s in kept)
+    known.CAPTURE_STRATEGIES = tuple(
+        _refuse_fakes(strategy)
+        for strategy in before
+        if strategy.__name__.startswith("TorchExport")
+    )
     try:
         yield
     finally:
         known.CAPTURE_STRATEGIES = before
+
+
+def _refuse_fakes(strategy: type) -> type:
+    class Checked(strategy):  # type: ignore[misc]
+        def _capture(self, *args: Any, **kwargs: Any) -> torch.export.ExportedProgram:
+            program: torch.export.ExportedProgram = super()._capture(*args, **kwargs)
+            if any(isinstance(constant, FakeTensor) for constant in program.constants.values()):
+                raise RuntimeError("there is a fake tensor in the exported program")
+            return program
+
+    Checked.__name__ = strategy.__name__  # which torch's report of an export shows
+    return Checked
 
 
 @undoing
