@@ -78,7 +78,7 @@ class Sources:
         names = self.find_names(value)
         if value.metadata_props.get(_FOLDED_FROM) is not None:
             return names if names and not self._are_elements(tensor, names) else None
-        if _is_fused(value):
+        if self._is_fused(value):
             return None
         users = find_using_modules(value)
         near = [
@@ -92,6 +92,21 @@ class Sources:
         if self._are_elements(tensor, nearest_first):
             return None
         return [name for name in near if self._state[name].numel() == tensor.size] or None
+
+    def _is_fused(self, value: ir.Value) -> bool:
+        """Tell whether the TorchScript exporter may have fused a batch norm into a convolution.
+
+        It renames the bias too. Both are computed in a forward that scales them, without a norm.
+        """
+        norms = {t.numel() for n, t in self._state.items() if "var" in n.rpartition(".")[2]}
+        return any(
+            node.op_type == "Conv"
+            and len(node.inputs) > 2
+            and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
+            and value.const_value is not None
+            and value.const_value.shape[0] in norms
+            for node in value.consumers()
+        )
 
     def _are_elements(self, tensor: ir.TensorProtocol, names: Iterable[str]) -> bool:
         missing, dtype = _sample(tensor)
@@ -149,14 +164,6 @@ def _sample(tensor: ir.TensorProtocol) -> tuple[NDArray[np.float64], np.dtype[An
 def _release(tensor: ir.TensorProtocol) -> None:
     if isinstance(tensor, ir.ExternalTensor):
         tensor.release()  # else the pages of a large file would stay in memory
-
-
-def _is_fused(value: ir.Value) -> bool:
-    # The TorchScript exporter fuses batch norm into convolutions, and renames their bias too.
-    return any(
-        len(node.inputs) > 2 and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
-        for node in value.consumers()
-    )
 
 
 def make_plain_path(raw: str) -> str:

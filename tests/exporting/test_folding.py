@@ -362,6 +362,32 @@ def test_a_layer_that_is_called_twice_is_folded_once(tmp_path: Path, exporter: s
     assert sorted(names) == ["conv.bias", "conv.weight"]
 
 
+class Scaled(nn.Module):
+    """Scales its weight and its bias, as a layer with equalised learning rate (StyleGAN)."""
+
+    def __init__(self, is_conv: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 1) if is_conv else torch.randn(6, 4))
+        self.bias = nn.Parameter(torch.randn(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        apply = F.linear if self.weight.ndim == 2 else F.conv1d
+        x = x if self.weight.ndim == 2 else x[..., None]
+        return apply(x, self.weight * 0.1, self.bias * 0.1)
+
+
+@pytest.mark.parametrize("is_conv", [False, True])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_weight_beside_a_computed_bias_is_named(
+    tmp_path: Path, exporter: str, is_conv: bool
+) -> None:
+    """The bias is renamed, too; that is no batch norm, which the exporter would have fused."""
+    model = nn.Sequential(Scaled(is_conv))
+    report = _export(model, rows(4), tmp_path / "net.onnx", exporter)
+    assert [folded.name for folded in report.folded] == ["0.weight"]
+    assert "0.weight" in _arrays(tmp_path / "net.onnx")
+
+
 class Product(nn.Module):
     """The product of two weights under spectral norm is the weight in use."""
 
