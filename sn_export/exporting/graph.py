@@ -154,6 +154,7 @@ def set_opset(model: ir.Model, wanted: int | None) -> None:
         ExportError: if an operator of the model has another definition in that opset.
     """
     found = model.opset_imports.get("", 0)
+    _drop_left_over(model, found)
     if wanted is None or found == wanted:
         return
     names = {node.op_type for node in model.graph.all_nodes() if node.domain == ""}
@@ -169,6 +170,20 @@ def set_opset(model: ir.Model, wanted: int | None) -> None:
     model.opset_imports[""] = wanted
     for function in model.functions.values():
         function.opset_imports[""] = wanted
+
+
+def _drop_left_over(model: ir.Model, opset: int) -> None:
+    """Take out the attributes that onnx leaves where it converts a model to an older opset.
+
+    They say there what the older operator does anyway: parts of one size, axes as they are given.
+    """
+    for node in model.graph.all_nodes():
+        for name, dropped in (("num_outputs", len(node.outputs)), ("noop_with_empty_axes", 0)):
+            attribute = node.attributes.get(name)
+            if node.domain or attribute is None or attribute.value != dropped:
+                continue
+            if name not in onnx.defs.get_schema(node.op_type, opset).attributes:
+                del node.attributes[name]
 
 
 def _find_since(name: str, opset: int) -> int:

@@ -41,6 +41,28 @@ def test_every_opset(tmp_path: Path, exporter: str, opset: int) -> None:
     assert _opset(path) == report.opset == opset
 
 
+class Reduced(nn.Module):
+    """Splits and reduces, for which later opsets have an attribute more."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(3, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.layer(x).chunk(2, 1)
+        return first.logsumexp(1) + second.prod(1) + (first * second).std(1)
+
+
+def test_the_oldest_opset_of_dynamo_splits_and_reduces(tmp_path: Path) -> None:
+    """What onnx leaves of a later opset's attributes does not spoil the file."""
+    oldest = find_opsets("dynamo")[0]
+    report = export_onnx(
+        Reduced(), rows(), tmp_path / "net.onnx", exporter="dynamo", opset_version=oldest
+    )
+    assert report.parity.passed
+    assert _opset(tmp_path / "net.onnx") == oldest
+
+
 # On Python 3.10 torch warns of its own use of it as if it were the caller.
 @pytest.mark.filterwarnings("ignore:.*LeafSpec:FutureWarning")
 def test_newest_is_what_is_installed(tmp_path: Path) -> None:
