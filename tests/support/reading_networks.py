@@ -208,6 +208,19 @@ class Merged(Direct):
         return self.l.weight.detach() + torch.eye(3)
 
 
+class MergedChain(nn.Module):
+    """Does the same with layers in a chain, which is called in train mode alone."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__()
+        self.chain = nn.Sequential(nn.Sequential(hooked(nn.Linear(3, 3))), nn.ReLU())
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return cast(Tensor, self.chain(x))
+        return F.linear(x, self.chain[0][0].weight.detach() * 2)  # type: ignore[index]
+
+
 class Early(Direct):
     """Returns in eval mode before it calls the layer."""
 
@@ -241,6 +254,15 @@ class Both(Direct):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(cast(Tensor, self.l(x)), self.l.weight)
+
+
+class ChainCall(MergedChain):
+    """Reads the weight of a layer in a chain, which it calls through a list and by keyword."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        for chain in [self.chain]:
+            x = chain(input=x)
+        return x + self.chain[0][0].weight.sum()  # type: ignore[index, union-attr]
 
 
 class Typed(Direct):
@@ -343,6 +365,7 @@ READERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "from-text": _made["FromText"],
     "attention": Attention,
     "merged": Merged,
+    "merged-chain": MergedChain,
     "early": Early,
     "chosen": Chosen,
 }
@@ -351,6 +374,7 @@ if hasattr(nn, "LinearCrossEntropyLoss"):
 CALLERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "both": Both,
     "evaluated": Evaluated,
+    "chain-call": ChainCall,
     "typed": Typed,
     "handed": Handed,
     "helped-call": HelpedCall,

@@ -18,6 +18,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any
 
@@ -50,9 +51,16 @@ class ChildUses(Uses):
         super().__init__()
         self._in_any_mode = in_any_mode
         self._seen: dict[object, Modules] = {}
-        for owner in owners:
+        chains: dict[nn.Module, FunctionType] = {}  # run their entries where they are run
+        for position, owner in enumerate(owners):
             for function in iter_methods(type(owner), from_forward):
-                self.run_method(function, owner, 0)
+                if position and function is nn.Sequential.forward and not in_any_mode:
+                    chains[owner] = function
+                else:
+                    self.run_method(function, owner, 0)
+        while running := chains.keys() & (self.calls | self.handed):
+            for chain in running:
+                self.run_method(chains.pop(chain), chain, 0)
 
     def run_method(self, function: FunctionType, owner: nn.Module, depth: int) -> Modules:
         """Evaluate a method that is given nothing but its owner, under whatever name."""
@@ -72,37 +80,27 @@ class ChildUses(Uses):
         if tree is None:
             self.skim(function, owner)
         else:
-            self._seen[key] = _Evaluation(self, function, owner, arguments, depth).evaluate(tree)
+            names = dict(arguments)
+            self._seen[key] = _Evaluation(self, function, owner, names, depth).evaluate(tree)
         return self._seen[key]
 
 
+@dataclass(eq=False)
 class _Evaluation:
-    """One function, with the modules that its names may stand for.
+    """One function, with the modules that its names may stand for, first those of its arguments.
 
-    Args:
-        uses: takes note of what the function does with modules, and evaluates what it calls.
-        function: the function.
-        owner: the module whose method it is, or whose method called it.
-        arguments: the modules that its arguments may be.
-        depth: how many calls of other functions it is in.
+    Its owner is the module whose method it is, or whose method called it; the depth is how many
+    calls of other functions it is in. What it does with modules is noted in ``_uses``.
     """
 
-    def __init__(
-        self,
-        uses: ChildUses,
-        function: FunctionType,
-        owner: nn.Module,
-        arguments: Mapping[str, Modules],
-        depth: int,
-    ) -> None:
-        self._uses = uses
-        self._function = function
-        self._owner = owner
-        self._depth = depth
-        self._names = dict(arguments)
-        self._local: dict[str, _Function] = {}
-        self._active: list[_Function] = []
-        self._returned = NONE
+    _uses: ChildUses
+    _function: FunctionType
+    _owner: nn.Module
+    _names: dict[str, Modules]
+    _depth: int
+    _local: dict[str, _Function] = field(default_factory=dict)
+    _active: list[_Function] = field(default_factory=list)
+    _returned: Modules = NONE
 
     def evaluate(self, tree: ast.FunctionDef | ast.AsyncFunctionDef) -> Modules:
         """Evaluate the parsed function, and return the modules that it may return."""
