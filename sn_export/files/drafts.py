@@ -73,8 +73,8 @@ class DraftFolders:
         """
         _remove_leftovers(target.parent)
         folder = target.parent / f"{_PREFIX}{secrets.token_hex(8)}"
+        self._locks[folder] = []  # first: what removes it goes by this
         _own_folders.add(folder)
-        self._locks[folder] = []
         try:
             _make(folder, self._locks[folder])
         except OSError as error:  # of the folder, which nobody has asked for
