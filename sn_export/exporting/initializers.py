@@ -38,6 +38,7 @@ class Sources:
     def __init__(self, state: Mapping[str, Tensor]) -> None:
         self._state = state
         self.positions = {name: index for index, name in enumerate(state)}
+        self._normed = {t.numel() for n, t in state.items() if "var" in n.rpartition(".")[2]}
 
     def find_names(self, value: ir.Value) -> list[str]:
         """Return the tensors that an initializer is made from, as far as its names tell."""
@@ -98,13 +99,12 @@ class Sources:
 
         It renames the bias too. Both are computed in a forward that scales them, without a norm.
         """
-        norms = {t.numel() for n, t in self._state.items() if "var" in n.rpartition(".")[2]}
         return any(
             node.op_type == "Conv"
             and len(node.inputs) > 2
             and str(getattr(node.inputs[2], "name", "")).startswith("onnx::")
             and value.const_value is not None
-            and value.const_value.shape[0] in norms
+            and value.const_value.shape[0] in self._normed  # the channels of a batch norm
             for node in value.consumers()
         )
 
