@@ -237,11 +237,15 @@ def setting_weights_aside() -> Iterator[dict[str, Tensor]]:
             initializers = {name: weight.new_empty(0) for name, weight in weights.items()}
         return write(graph, initializers, *options)
 
-    def infer_bare(graph: Any, initializers: Mapping[str, Tensor], *options: Any) -> None:
-        large = {  # packed weights of quantised layers are no tensors
-            n for n, t in initializers.items() if isinstance(t, Tensor) and t.numel() > _ARGUMENT
-        }
-        infer(graph, {n: t for n, t in initializers.items() if n not in large}, *options)
+    def infer_bare(graph: Any, initializers: Mapping[str, Any], *options: Any) -> None:
+        if threading.get_ident() == thread:
+            initializers = {
+                name: entry
+                for name, entry in initializers.items()
+                if not isinstance(entry, Tensor)  # packed weights of quantised layers
+                or entry.numel() <= _ARGUMENT
+            }
+        infer(graph, initializers, *options)
 
     def undo() -> None:
         torch_c.Graph._export_onnx = write
