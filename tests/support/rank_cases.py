@@ -918,7 +918,7 @@ def run(names: list[str]) -> dict[str, list[str]]:
 
 def run_rank(rank: int, ranks: int, store: str, file: Path, names: list[str]) -> None:
     """Be one of the ranks, which find each other by the file ``store``."""
-    torch.set_num_threads(1)  # before threads of the fork ask at once for the pool that it has not
+    torch.set_num_threads(1)  # makes torch's pool before two threads do, which fails in a fork
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     limit = timedelta(seconds=60)
     dist.init_process_group("gloo", f"file://{store}", limit, world_size=ranks, rank=rank)
@@ -929,7 +929,6 @@ def run_rank(rank: int, ranks: int, store: str, file: Path, names: list[str]) ->
 
 
 def main() -> None:
-    torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     found = {}
     with tempfile.TemporaryDirectory() as name:
