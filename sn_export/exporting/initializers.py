@@ -6,8 +6,9 @@ A folded initializer is named after the module that uses it and the tensor that 
 from __future__ import annotations
 
 import ast
+import itertools
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ from ..text import qualify
 
 _FOLDED_FROM = "pkg.onnxscript.optimizer.folded_from"
 _SAMPLES = 256
+_ROUNDING = 2e-3  # of products in float16
 _CHUNK = 2**20  # elements compared at a time
 _OF_NUMPY = (torch.float16, torch.float32, torch.float64)
 _PARAMETRIZED = re.compile(r"(?:(.*)\.)?parametrizations\.([^.]+)\.original\d*$")
@@ -87,12 +89,17 @@ class Sources:
             for name in self._state
             if any(name == qualify(user, name.rpartition(".")[2]) for user in users)
         ]
-        if any(_is_moved(tensor, self._state[name]) for name in near):
+        if any(_compare(tensor, self._state[name], np.array_equal) for name in near):
             return None
         nearest_first = dict.fromkeys((*near, *self._state))
         if self._are_elements(tensor, nearest_first):
             return None
-        return [name for name in near if self._state[name].numel() == tensor.size] or None
+        alike = [name for name in nearest_first if self._state[name].numel() == tensor.size]
+        if own := [name for name in near if name in alike]:
+            return own
+        # A module may read the weight of another: `F.linear(x, self.embedding.weight * 0.1)`.
+        scaled = (name for name in alike if _compare(tensor, self._state[name], _is_multiple))
+        return [*itertools.islice(scaled, 1)] or None
 
     def _is_fused(self, value: ir.Value) -> bool:
         """Tell whether the TorchScript exporter may have fused a batch norm into a convolution.
@@ -127,8 +134,12 @@ class Sources:
         return not len(missing)
 
 
-def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
-    """Tell whether an initializer has a weight's elements in its places, or in transposed ones."""
+def _compare(
+    tensor: ir.TensorProtocol,
+    source: Tensor,
+    is_alike: Callable[[NDArray[Any], NDArray[Any]], bool],
+) -> bool:
+    """Tell whether an initializer is alike a weight in its places, or in transposed ones."""
     weight = source.detach()
     if weight.dtype not in _OF_NUMPY or not is_dense(weight) or weight.is_meta:
         return False
@@ -138,9 +149,18 @@ def _is_moved(tensor: ir.TensorProtocol, source: Tensor) -> bool:
     del array
     _release(tensor)
     return any(
-        shape == tuple(candidate.shape) and np.array_equal(found, candidate.numpy().flat[places])
+        shape == tuple(candidate.shape) and is_alike(found, candidate.numpy().flat[places])
         for candidate in (weight, weight.mT if weight.ndim == 2 else weight)
     )
+
+
+def _is_multiple(found: NDArray[Any], source: NDArray[Any]) -> bool:
+    """Tell whether ``found`` is ``source`` times one number; of a constant nobody can tell."""
+    there = source != 0
+    if not np.array_equal(there, found != 0) or len(np.unique(source[there])) < 2:
+        return False
+    ratios = found[there].astype(np.float64) / source[there].astype(np.float64)
+    return bool(np.ptp(ratios) <= _ROUNDING * abs(ratios[0]))
 
 
 def _choose_places(size: int) -> NDArray[np.int64]:

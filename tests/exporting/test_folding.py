@@ -388,6 +388,32 @@ def test_a_weight_beside_a_computed_bias_is_named(
     assert "0.weight" in _arrays(tmp_path / "net.onnx")
 
 
+class Reader(nn.Module):
+    """Scales the weights of its children and reads them in their place; one of them transposed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.layer = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.other = nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.linear(x, self.layer.weight * 0.1) + self.other(x)
+        return x @ (self.embedding.weight * 4**-0.5)
+
+
+@pytest.mark.parametrize("path", ["", "0."])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_weight_that_another_module_scales_is_named(
+    tmp_path: Path, exporter: str, path: str
+) -> None:
+    """It is found by its elements, though the module that reads it holds no weight at all."""
+    model = nn.Sequential(Reader()) if path else Reader()
+    report = _export(model, rows(4), tmp_path / "net.onnx", exporter)
+    wanted = {f"{path}layer.weight", f"{path}embedding.weight"}
+    assert {folded.name for folded in report.folded} == wanted
+    assert wanted <= set(_arrays(tmp_path / "net.onnx"))
+
+
 class Product(nn.Module):
     """The product of two weights under spectral norm is the weight in use."""
 
