@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
 import traceback
 from collections.abc import Iterator
@@ -282,6 +283,7 @@ def _get_method(network: nn.Module, name: Any) -> MethodType:
         for key, value in vars(cls).items()
         if not key.startswith("_") and inspect.isfunction(value)
     )
-    has = f"it has {', '.join(dict.fromkeys(own))}" if own else "it has none of its own"
+    near = difflib.get_close_matches(name, dict.fromkeys(own))
+    has = f"it has {', '.join(near or dict.fromkeys(own)) or 'none of its own'}"
     what = "is no method" if found is not None else "is not there"
     raise ValueError(f"method='{name}' {what} in {kind}; {has}")
