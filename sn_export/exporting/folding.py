@@ -15,7 +15,6 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 from numpy.typing import NDArray
-from onnx.reference import ReferenceEvaluator
 from torch import Tensor
 
 from ..proving import find_using_modules, ort
@@ -114,6 +113,8 @@ def _run(proto: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> Any:
     try:
         return ort.InferenceSession(content, options, providers=providers).run(None, feed)[0]
     except Exception:  # no kernel for the dtype, such as bfloat16
+        from onnx.reference import ReferenceEvaluator  # slow to import, and seldom needed
+
         results: Any = ReferenceEvaluator(proto).run(None, feed)
         return results[0]
 

@@ -25,7 +25,6 @@ import onnx
 import onnx_ir as ir
 import torch
 import torch.onnx
-from onnxscript.values import TracedOnnxFunction
 from torch import Tensor, nn
 
 from ..files import find_disk_error
@@ -50,7 +49,7 @@ from .graph import find_exporters
 # What a `_Call` shares with its model, so that weights keep their names; the rest is new.
 _SHARED = ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set")
 _LOGGERS = ("torch", "torch.onnx", "onnxscript", "onnx_ir")
-_parsed: weakref.WeakKeyDictionary[TracedOnnxFunction, Any] = weakref.WeakKeyDictionary()
+_parsed: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
 def run_exporter(
@@ -257,6 +256,8 @@ def parse_operators_once() -> Iterator[None]:
     `torch.onnx.export` reads and parses the source of some 500 functions whenever it is called,
     for a domain that is the same of all: a third of what the export of a small network takes.
     """
+    from onnxscript.values import TracedOnnxFunction  # TorchScript does without, and starts sooner
+
     parse = vars(TracedOnnxFunction).get("function_ir")
     if not isinstance(parse, property):  # another onnxscript
         yield
