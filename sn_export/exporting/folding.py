@@ -17,7 +17,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ..proving import find_using_modules, ort
+from ..proving import find_using_modules, open_graph
 from ..results import FoldedInitializer
 from .cones import Cone, find_cones, is_weight
 from .initializers import Sources, name_folded
@@ -105,13 +105,8 @@ def _evaluate(cone: Cone, model: ir.Model) -> NDArray[Any] | None:
 
 def _run(proto: onnx.ModelProto, feed: dict[str, NDArray[Any]]) -> Any:
     """Return the one output of a model, with its operators as they stand."""
-    options = ort.SessionOptions()
-    options.log_severity_level = 4  # the exception says it
-    options.intra_op_num_threads = 1
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    content, providers = proto.SerializeToString(), ["CPUExecutionProvider"]
     try:
-        return ort.InferenceSession(content, options, providers=providers).run(None, feed)[0]
+        return open_graph(proto.SerializeToString()).run(None, feed)[0]
     except Exception:  # no kernel for the dtype, such as bfloat16
         from onnx.reference import ReferenceEvaluator  # slow to import, and seldom needed
 

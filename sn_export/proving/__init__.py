@@ -17,7 +17,7 @@ from .module_scopes import find_using_modules as find_using_modules
 from .parity import check_parity as check_parity, find_coarsest as find_coarsest
 from .pictures import find_shown as find_shown
 from .proof import Proof as Proof, differs as differs, require_same_network as require_same_network
-from .session import ort as ort
+from .session import open_graph as open_graph, ort as ort
 from .tolerances import ProofSettings as ProofSettings
 from .truth import Freezing as Freezing
 from .verdicts import (
