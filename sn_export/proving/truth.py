@@ -29,7 +29,6 @@ from ..running import (
     InputSet,
     Preserved,
     Reference,
-    TorchDispatchMode,
     are_large,
     as_real_pairs,
     list_tensors,
@@ -42,6 +41,7 @@ from .precision import InFloat64, MovedByRounding, widen
 
 FEW, MANY = 2, 16  # runs with moved results, for each input set
 _PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
+_FROZEN = 4  # likewise: of the frozen model, which gives the bits of the model where it can
 _MEANINGFUL = 0.1  # of an output: what rounding moves more than that tells nothing
 
 
@@ -96,10 +96,11 @@ def measure_rounding(
         with _frozen(model, freezing) as state:
             run = partial(_run, model, freezing.release, state, reference.inputs)
             truth = _run_in_float64(run)
+            frozen = run(nullcontext())
             seeds = range(number * runs, (number + 1) * runs)
             modes = [MovedByRounding(seed, coarsest) for seed in seeds]
             moved = [run(mode) for mode in modes]
-        shapes = [[tuple(output.shape) for output in one] for one in (truth, *moved)]
+        shapes = [[tuple(output.shape) for output in one] for one in (truth, frozen, *moved)]
         if any(one != [tuple(output.shape) for output in reference.outputs] for one in shapes):
             raise NoTruthError("the forward returns tensors of other shapes in float64")
         dtypes |= {dtype for mode in modes for dtype in mode.dtypes}
@@ -108,6 +109,7 @@ def measure_rounding(
             one.add(
                 truth[position],
                 model=reference.outputs[position],
+                frozen=frozen[position],
                 moved=[outputs[position] for outputs in moved],
                 file=found[position],
             )
@@ -174,7 +176,7 @@ def _run(
     release: Callable[[], None],
     state: Preserved,
     inputs: InputSet,
-    mode: TorchDispatchMode,
+    mode: AbstractContextManager[Any],
     in_float64: bool = False,
 ) -> list[Tensor]:
     """Return the outputs in a mode, from the state that the model started in."""
@@ -258,17 +260,20 @@ class _RunningRounding:
     """
 
     def __init__(self, coarsest: torch.dtype) -> None:
-        self._model, self._moved, self._file = (_RunningDistance() for _ in range(3))
+        self._model, self._frozen, self._moved, self._file = (_RunningDistance() for _ in range(4))
         self._unit = torch.finfo(coarsest).eps
         self._squares = 0.0
         self._elements = 0
 
-    def add(self, truth: Tensor, model: Tensor, moved: Sequence[Tensor], file: Tensor) -> None:
+    def add(
+        self, truth: Tensor, model: Tensor, frozen: Tensor, moved: Sequence[Tensor], file: Tensor
+    ) -> None:
         """Take in the outputs for one input set."""
         self._unit = max(self._unit, torch.finfo(model.dtype).eps)
         self._model.add(truth, model)
+        self._frozen.add(model, frozen)
         for one in moved:
-            self._moved.add(model, one)
+            self._moved.add(frozen, one)
         self._file.add(truth, file)
         finite = truth[torch.isfinite(truth)].double()
         self._squares += float(finite.square().sum())
@@ -281,8 +286,8 @@ class _RunningRounding:
             dtype: the coarsest one on the way.
 
         Raises:
-            NoTruthError: if the model is farther from the truth than rounding explains, or so far
-                that it tells nothing.
+            NoTruthError: if the model is farther from the truth, or the frozen model from the
+                model, than rounding explains, or so far that it tells nothing.
         """
         scale = math.sqrt(self._squares / self._elements) if self._elements else 0.0
         model, moved, least = (
@@ -292,13 +297,19 @@ class _RunningRounding:
         )
         if not math.isfinite(model.max) or not math.isfinite(moved.max):
             raise NoTruthError("it has NaN or infinities where the model has none")
-        if model.rms > _PLAUSIBLE * max(moved.rms, least):
+        rounding = Distance(*(max(value, least) for value in astuple(moved)))
+        frozen = Rounding(model, self._frozen.make_result(), rounding, scale)
+        if frozen.ratio > _FROZEN:
+            raise NoTruthError(
+                f"frozen, the model's own outputs move by up to {frozen.file.max:.2g}, and "
+                f"rounding accounts for {frozen.expected.max:.2g}"
+            )
+        if model.rms > _PLAUSIBLE * rounding.rms:
             raise NoTruthError(
                 f"it is {model.rms:.2g} from the model, and rounding accounts for {moved.rms:.2g}: "
                 "the forward does something else in float64"
             )
-        pairs = zip(astuple(model), astuple(moved), strict=True)
-        expected = Distance(*(max(*pair, least) for pair in pairs))
+        expected = Distance(*map(max, astuple(model), astuple(rounding)))
         if expected.rms > _MEANINGFUL * scale:
             raise NoTruthError(
                 f"rounding alone moves the model's outputs by {expected.rms / scale:.0%} of their "

@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from computed_networks import IteratingConv
 from export_models import EXPORTERS, assert_as_before, product_in_float16
 from fingerprint import fingerprint
 from fresh_networks import Norm, Recurrent, generator
@@ -363,6 +364,42 @@ def test_a_float64_run_that_is_no_truth(tmp_path: Path, model: nn.Module, reason
     report = check_parity(model, path, torch.randn(4, 8))
     assert not report.passed
     assert reason in report.outputs[0].reason
+
+
+class Twice(nn.Module):
+    """Calls a layer twice, whose vectors move on at each call, in eval mode as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = IteratingConv(3, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.conv(x)) + self.conv(x + 1)
+
+
+class RawReader(nn.Module):
+    """Reads the raw weight of a layer beside the one in use, as class activation maps do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = hooked_spectral_norm(nn.Conv2d(3, 3, 3, padding=1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) * (1 + 0.01 * next(p.mean() for p in self.conv.parameters()))
+
+
+@pytest.mark.parametrize("network", [Twice, RawReader])
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_what_freezing_changes_is_no_rounding(
+    tmp_path: Path, exporter: str, network: Callable[[], nn.Module]
+) -> None:
+    """A network that no plain weights make gets no file, though its frozen twin is near float64."""
+    torch.manual_seed(0)
+    model, x = network(), torch.randn(2, 3, 6, 6)
+    model.train()(x)
+    with pytest.raises(ParityError, match=r"frozen, the model's own outputs move by up to"):
+        export_onnx(model, (x,), tmp_path / "net.onnx", exporter=exporter)
+    assert not list(tmp_path.iterdir())
 
 
 def test_converged_layers_are_not_warned_of(tmp_path: Path) -> None:
