@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import inspect
 import io
 import keyword
@@ -87,7 +88,7 @@ def _choose_other(request: Request, exporter: Exporter) -> ExporterChoice | None
 
 def _run_dynamo(request: Request, call: FlatCall) -> Any:
     shapes = flatten_shapes(list(request.input_names), request.dims)
-    with parse_operators_once(), safe_captures():
+    with parse_operators_once(), safe_captures(), uncollected():
         program = torch.onnx.export(
             call.module,
             call.tensors,
@@ -270,6 +271,24 @@ def parse_operators_once() -> Iterator[None]:
 
     with undo_on_exit(lambda: setattr(TracedOnnxFunction, "function_ir", parse)):
         setattr(TracedOnnxFunction, "function_ir", property(parse_once))  # noqa: B010
+        yield
+
+
+@undoing
+def uncollected() -> Iterator[None]:
+    """Let Python's garbage collector wait.
+
+    Where it runs within torch 2.9's exporter, fake tensors that are in use may lose their memory.
+    With any torch it finds little there: the exporter makes objects by the million, and keeps them.
+    """
+    is_enabled = gc.isenabled()
+
+    def undo() -> None:
+        if is_enabled:
+            gc.enable()
+
+    with undo_on_exit(undo):
+        gc.disable()
         yield
 
 

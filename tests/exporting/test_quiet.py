@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import inspect
 import logging
 import os
@@ -174,3 +175,23 @@ def test_operators_are_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(inspect, "getsource", lambda *_: pytest.fail("an operator was read"))
     export_onnx(nn.Linear(3, 2), rows(), tmp_path / "second.onnx", exporter="dynamo")
     assert vars(TracedOnnxFunction)["function_ir"] is parse
+
+
+@pytest.mark.parametrize("is_enabled", [True, False])
+def test_the_collector_waits_for_dynamo(tmp_path: Path, is_enabled: bool) -> None:
+    """It does not run while torch traces, and afterwards runs if it did before."""
+    seen: list[bool] = []
+
+    class Asking(Head):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(gc.isenabled())
+            y: Tensor = self.layer(x)
+            return y
+
+    (gc.enable if is_enabled else gc.disable)()
+    try:
+        export_onnx(Asking(), rows(), tmp_path / "net.onnx", exporter="dynamo")
+        assert gc.isenabled() is is_enabled
+    finally:
+        gc.enable()
+    assert set(seen) == {False, is_enabled}
