@@ -88,7 +88,7 @@ def measure_rounding(
 
     Raises:
         NoTruthError: if the forward does not run in float64, draws random numbers, or does
-            something else in float64 than in its own dtype.
+            something else in float64 than in its own dtype, or frozen than as it is.
     """
     running = {position: _RunningRounding(coarsest) for position in positions}
     dtypes = {coarsest}
