@@ -49,7 +49,12 @@ def fold_initializers(
     values = [(cone, _evaluate(cone, model)) for cone in find_cones(graph, sources)]
     known = [(cone, array) for cone, array in values if array is not None]
     joined = _join_equal(graph, known)
-    folded += [_replace(graph, cone, array, sources) for cone, array in joined]
+    # All are in place before one is named: a raw weight may be left for another cone to read.
+    placed = [_replace(graph, cone, array, sources) for cone, array in joined]
+    folded += [
+        _register(graph, *found, sources, cone)
+        for found, (cone, _) in zip(placed, joined, strict=True)
+    ]
     return tuple(folded)
 
 
@@ -145,7 +150,8 @@ def _rename(
 
 def _replace(
     graph: ir.Graph, cone: Cone, array: NDArray[Any], sources: Sources
-) -> FoldedInitializer:
+) -> tuple[ir.Value, list[str]]:
+    """Put a value in the place of a cone, and return it with the tensors that it is made from."""
     tensor = ir.tensor(array)
     value = ir.Value(
         name=None,
@@ -161,7 +167,7 @@ def _replace(
         dict.fromkeys(name for value in cone.initializers for name in sources.find_names(value))
     )
     _remove_unused(graph, cone)
-    return _register(graph, value, names, sources, cone)
+    return value, names
 
 
 def _register(

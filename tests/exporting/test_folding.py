@@ -414,6 +414,26 @@ def test_a_weight_that_another_module_scales_is_named(
     assert wanted <= set(_arrays(tmp_path / "net.onnx"))
 
 
+class Raised(nn.Module):
+    """A linear layer with a power of a weight that others may raise to another one."""
+
+    def __init__(self, weight: nn.Parameter, exponent: float) -> None:
+        super().__init__()
+        self.weight, self.exponent = weight, exponent
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.abs() ** self.exponent)
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_each_result_of_a_tied_weight_is_named_plainly(tmp_path: Path, exporter: str) -> None:
+    """The raw weight is in the way of no name, since nothing reads it in the end."""
+    tied = nn.Parameter(torch.rand(4, 4))
+    model = nn.Sequential(Raised(tied, 0.5), Raised(tied, 0.25))
+    report = _export(model, rows(4), tmp_path / "net.onnx", exporter)
+    assert [folded.name for folded in report.folded] == ["0.weight", "1.weight"]
+
+
 class Product(nn.Module):
     """The product of two weights under spectral norm is the weight in use."""
 
