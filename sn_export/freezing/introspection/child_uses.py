@@ -24,8 +24,9 @@ from typing import Any
 
 from torch import nn
 
+from .eval_mode import parse_function
 from .module_uses import DEPTH, NONE, Given, Modules, Uses, find_held, list_children, list_entries
-from .source_code import is_library, iter_methods, parse_function, resolve_name, unwrap_function
+from .source_code import is_library, iter_methods, resolve_name, unwrap_function
 
 _Function = ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda
 # Attributes of a tensor that say nothing of its values.

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import ast
+import inspect
+import textwrap
+from types import FunctionType
+from weakref import WeakKeyDictionary
 
 _LEAVING = (ast.Return, ast.Raise, ast.Break, ast.Continue)
 
@@ -55,3 +59,24 @@ class EvalMode(ast.NodeTransformer):
 def _cut(statements: list[ast.stmt]) -> list[ast.stmt]:
     ends = (i for i, statement in enumerate(statements, 1) if isinstance(statement, _LEAVING))
     return statements[: next(ends, None)]
+
+
+_Parsed = ast.FunctionDef | ast.AsyncFunctionDef | None
+_trees: WeakKeyDictionary[FunctionType, dict[bool, _Parsed]] = WeakKeyDictionary()
+
+
+def parse_function(function: FunctionType, in_any_mode: bool) -> _Parsed:
+    """Return what of the source of ``function`` runs in eval mode, or all; None without source."""
+    trees = _trees.setdefault(function, {})
+    if in_any_mode not in trees:
+        try:
+            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
+        except (OSError, TypeError, SyntaxError, ValueError):
+            tree = ast.Pass()
+        if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            is_method = function.__qualname__.rpartition(".")[0].rpartition(".")[2].isidentifier()
+            own = next(iter(function.__code__.co_varnames), "") if is_method else "self"
+            trees[in_any_mode] = tree if in_any_mode else EvalMode(own).visit(tree)
+        else:
+            trees[in_any_mode] = None
+    return trees[in_any_mode]

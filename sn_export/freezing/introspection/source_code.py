@@ -11,7 +11,6 @@ import ast
 import builtins
 import dis
 import inspect
-import textwrap
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -21,8 +20,6 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from torch import nn
-
-from .eval_mode import EvalMode
 
 _LIBRARIES = {"torch", "numpy", "builtins", "abc", "typing", "functools"}
 
@@ -303,27 +300,6 @@ def iter_methods(cls: type[nn.Module], from_forward: bool) -> Iterator[FunctionT
             function = None if is_building or is_known else unwrap_function(entry)
             if function is not None and not is_library(base):
                 yield function
-
-
-_Parsed = ast.FunctionDef | ast.AsyncFunctionDef | None
-_trees: WeakKeyDictionary[FunctionType, dict[bool, _Parsed]] = WeakKeyDictionary()
-
-
-def parse_function(function: FunctionType, in_any_mode: bool) -> _Parsed:
-    """Return what of the source of ``function`` runs in eval mode, or all; None without source."""
-    trees = _trees.setdefault(function, {})
-    if in_any_mode not in trees:
-        try:
-            (tree,) = ast.parse(textwrap.dedent(inspect.getsource(function))).body
-        except (OSError, TypeError, SyntaxError, ValueError):
-            tree = ast.Pass()
-        if isinstance(tree, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            is_method = function.__qualname__.rpartition(".")[0].rpartition(".")[2].isidentifier()
-            own = next(iter(function.__code__.co_varnames), "") if is_method else "self"
-            trees[in_any_mode] = tree if in_any_mode else EvalMode(own).visit(tree)
-        else:
-            trees[in_any_mode] = None
-    return trees[in_any_mode]
 
 
 def resolve_name(node: ast.AST, function: FunctionType) -> Any:
