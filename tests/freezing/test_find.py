@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import cast
 
 import pytest
 import torch
-from fingerprint import assert_unchanged, fingerprint
+from fingerprint import assert_unchanged, fingerprint, same_bits
 from networks import CASES, HOOKS, KINDS, PAIRS, Custom, net
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrizations, spectral_norm
 
 from sn_export import SpectralNormInfo, find_spectral_norm, frozen_spectral_norm
@@ -118,6 +119,28 @@ def test_nothing_to_find() -> None:
     with frozen_spectral_norm(model):
         assert find_spectral_norm(model) == []
     assert len(find_spectral_norm(model)) == 2
+
+
+class Inputless(nn.Module):
+    """Holds a layer of no inputs, as a network does whose width was rounded down to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = spectral_norm(nn.Linear(0, 3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return cast(Tensor, self.layer(x[:, :0]))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_layer_without_inputs() -> None:
+    """A weight without elements is listed and frozen like any other."""
+    model, x = Inputless().eval(), torch.ones(2, 3)
+    assert [info.name for info in find_spectral_norm(model)] == ["layer.weight"]
+    with torch.no_grad():
+        wanted = model(x)
+        with frozen_spectral_norm(model):
+            assert same_bits(model(x), wanted)
 
 
 def test_info_cannot_be_changed() -> None:

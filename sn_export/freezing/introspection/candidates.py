@@ -114,7 +114,7 @@ def fits_weight(name: str, tensor: Tensor, weight: Tensor) -> bool:
         return False
     length = max(tensor.shape)
     sizes = {rows for rows in weight.shape}
-    sizes |= {weight.numel() // rows for rows in weight.shape}
+    sizes |= {weight.numel() // rows for rows in weight.shape if rows}
     return length in sizes and (length > 1 or bool(_STATE.search(name)))
 
 
