@@ -58,6 +58,8 @@ class Inner(nn.Module):
 class Base(nn.Module):
     """The layers that each form of a forward stands among."""
 
+    is_fused = False
+
     def __init__(self) -> None:
         super().__init__()
         self.out = nn.Linear(2, 2)
@@ -66,6 +68,8 @@ class Base(nn.Module):
         self.inner = Inner()
         self.plain = {"deep": [self.items[0]]}
         self.bound = self.out.forward
+        self.kind = "split"
+        self.register_parameter("deep", None)
 
     @staticmethod
     def read_weight(layer: Any) -> Any:
@@ -486,6 +490,19 @@ def from_text(name: str, line: str) -> Forward:
     return made
 
 
+def by_settings(self: Any, x: Any) -> Any:
+    if self.deep is None and self.kind != "fused" and not self.is_fused and self.inner is not None:
+        return self.out(x) if self.plain is not None else self.items[0](x)
+    return self.out.weight
+
+
+def by_what_may_change(self: Any, x: Any) -> Any:
+    if self.kind is x or self.kind == x or self.kind < 2 or self.plain or x.kind or self.absent:
+        return self.out(x)
+    self.is_fused = True
+    return self.out.weight if self.deep is None else self.items[1](x)
+
+
 FORMS: dict[Forward, tuple[str, str, str]] = {  # called, read, handed on
     starred: ("", "items.0.weight items.1.weight", ""),
     unpacked: ("", "items.0.weight items.1.weight", ""),
@@ -561,6 +578,8 @@ FORMS: dict[Forward, tuple[str, str, str]] = {  # called, read, handed on
     kind_of_call_that_cannot_be_read: ("", "", "out"),
     compiled_children: ("", "", "inner items items.0 items.1"),
     closure(): ("", "out.weight", "items.0"),
+    by_settings: ("out", "", ""),
+    by_what_may_change: ("out", "out.weight", ""),
     from_text("compiled_read", "self.out.weight"): ("", "out.weight", ""),
     from_text("compiled_call", "self.out(x) + self.items[0](x)"): (
         "",

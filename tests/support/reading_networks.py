@@ -237,6 +237,20 @@ class Chosen(Direct):
         return F.linear(x, self.l.weight) if not self.training else cast(Tensor, self.l(x))
 
 
+class Settled(Direct):
+    """Chooses by what it was built with, as the attention of BEiT and of Swin does."""
+
+    bias: nn.Parameter | None = None
+    fused, kind = True, "sum"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bias is not None or self.kind == "mean":
+            return cast(Tensor, self.l(x))
+        if not self.fused:
+            x = self.l(x)
+        return F.linear(x, self.l.weight)
+
+
 # ------------------------------------------------------------------ called as well
 
 
@@ -247,6 +261,28 @@ class Evaluated(Direct):
         if self.training or (x.dim() > 9 and not self.training):
             return F.linear(x, self.l.weight)
         return cast(Tensor, self.l(x))
+
+
+class Unsettled(Settled):
+    """Chooses by what a change of its mode sets."""
+
+    def train(self, mode: bool = True) -> Unsettled:
+        self.fused = mode
+        return super().train(mode)
+
+
+class SetInside(Settled):
+    """Chooses by what its forward sets."""
+
+    def __init__(self, hooked: Hooked) -> None:
+        super().__init__(hooked)
+        self.fused = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.fused = x.dim() > 9
+        out = super().forward(x)
+        self.fused = True
+        return out
 
 
 class Both(Direct):
@@ -368,12 +404,15 @@ READERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "merged-chain": MergedChain,
     "early": Early,
     "chosen": Chosen,
+    "settled": Settled,
 }
 if hasattr(nn, "LinearCrossEntropyLoss"):
     READERS["loss"] = Loss
 CALLERS: dict[str, Callable[[Hooked], nn.Module]] = {
     "both": Both,
     "evaluated": Evaluated,
+    "unsettled": Unsettled,
+    "set-inside": SetInside,
     "chain-call": ChainCall,
     "typed": Typed,
     "handed": Handed,

@@ -9,8 +9,8 @@ those that it may be::
     y = F.linear(x, layer.weight)         # reads (blocks.0.out, weight), (blocks.1.out, weight)
     for block in self.blocks: y = block(y)  # calls blocks.0, blocks.1
 
-Of ``if self.training`` the side of eval mode counts; other branches and the order of statements
-play no part. Where a module is handed to code that cannot be read, it may be called or not.
+An ``if`` on ``self.training`` or a setting is decided by `eval_mode`; other branches and the order
+of statements play no part. A module that code without source is given may be called or not.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ class ChildUses(Uses):
         if key in self._seen or depth > DEPTH:
             return self._seen.get(key, NONE)
         self._seen[key] = NONE
-        tree = parse_function(function, self._in_any_mode)
+        tree = parse_function(function, self._in_any_mode, arguments)
         if tree is None:
             self.skim(function, owner)
         else:
