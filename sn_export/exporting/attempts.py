@@ -176,7 +176,8 @@ def _add_cause(error: ParityError, proof: Proof) -> ParityError:
             "inside frozen_spectral_norm the model's own outputs differ as well: its forward uses "
             "something else than one plain weight for each layer, such as the raw weight, by "
             "parameters() or as 'weight_orig' (read the module's 'weight' instead), the weight of "
-            "a layer that it never calls, or vectors that move on at every call in eval mode"
+            "a layer that it never calls, a computed weight that it writes (what it writes is lost "
+            "at the next computation), or vectors that move on at every call in eval mode"
         )
     else:
         return error

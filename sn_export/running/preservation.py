@@ -112,9 +112,11 @@ class Preserved:
         self._containers += objects.containers
         self._attributes += objects.tensors
         self._arrays = objects.arrays
-        # A tensor that a hook computes anew on each call is not written, so it needs no copy.
-        replaced = {id(m.__dict__.get(name)) for m, name in find_set_by_hooks(self._modules)}
-        self._attributes = [t for t in self._attributes if id(t) not in replaced]
+        # What a hook computes anew on each call needs no copy to compute with. A forward may write
+        # it before the call, so it is guarded as parameters are.
+        held = (m.__dict__.get(name) for m, name in find_set_by_hooks(self._modules))
+        self._computed = {id(t): t for t in held if isinstance(t, Tensor) and not t.is_meta}
+        self._attributes = [t for t in self._attributes if id(t) not in self._computed]
         self._originals = [(m._buffers, m._buffers.copy()) for m in self._modules]
         self._copies = Copies(())
         self._swapped: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -154,8 +156,9 @@ class Preserved:
     def guard_parameters(self) -> None:
         """Before `begin`: keep a copy of every parameter; of a large model, of those written."""
         parameters = {id(p): p for m in self._modules for p in m._parameters.values()}
-        tensors = [p for p in parameters.values() if p is not None and not p.is_meta]
+        tensors: list[Tensor] = [p for p in parameters.values() if p is not None and not p.is_meta]
         self.is_large = are_large(tensors)
+        tensors += self._computed.values()
         views = find_on_memory_of(tensors, self.tensors)
         self._guarded = [Guarded(tensor, later=self.is_large) for tensor in (*tensors, *views)]
         if self.is_large:

@@ -27,6 +27,7 @@ from export_models import (
     trained,
 )
 from fingerprint import contents, fingerprint
+from networks import APPLY
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -315,6 +316,31 @@ def test_forward_that_writes_past_the_buffers(tmp_path: Path, network: type[Head
     except ParityError:
         assert network in (WritingAParameter, ReplacingData)
     assert (_objects(model), _state(model)) == before
+
+
+class WritingItsWeight(nn.Module):
+    """Writes the weight of its layer, which is computed anew before the layer uses it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.layer = APPLY[kind](nn.Linear(6, 3))
+
+    def forward(self, x: Tensor) -> Any:
+        self.layer.weight.data.add_(1)
+        return self.layer(x)
+
+
+@pytest.mark.filterwarnings("ignore::sn_export.FrozenWeightChangedWarning")
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_that_writes_a_computed_weight(tmp_path: Path, kind: str) -> None:
+    """A plain weight keeps what is written, so the file is refused; the model is as before."""
+    model = WritingItsWeight(kind)
+    with torch.no_grad():
+        model(rows(6))
+    before = fingerprint(model)
+    with pytest.raises(ParityError, match="a computed weight that it writes"):
+        export_onnx(model, rows(6), tmp_path / "net.onnx", exporter="torchscript")
+    assert_as_before(before, model)
 
 
 @pytest.mark.parametrize("network", [*_WRITERS, HoldingATensor, Sharing, ReplacingData])
