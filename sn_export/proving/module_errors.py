@@ -98,6 +98,8 @@ def compare_calls(
         if found is None:
             continue
         if not found.passed and not is_astray:
+            if _is_of_others(call, calls, own.leaving, values, strictness):
+                continue  # it was folded, since it depends on no input
             later = [name for name in values if order[name] > order[found.value]]
             elsewhere = compare_nearest(
                 call, [n for n in later if n not in own.inside], values, strictness
@@ -113,6 +115,21 @@ def compare_calls(
         results[index] = found
     unmatched = [call.module for index, call in enumerate(calls) if index not in results]
     return [results[index] for index in sorted(results)], unmatched
+
+
+def _is_of_others(
+    call: ModuleCall,
+    calls: Sequence[ModuleCall],
+    leaving: Sequence[str],
+    values: Mapping[str, Tensor],
+    strictness: Strictness,
+) -> bool:
+    """Whether each value that leaves a module is of another call, so that ``call`` has none."""
+    kinds = {(output.shape, output.dtype) for output in call.outputs}
+    there = [n for n in leaving if n in values and (values[n].shape, values[n].dtype) in kinds]
+    others = (one for one in calls if one.module == call.module and one is not call)
+    compared = [compare_nearest(other, there, values, strictness) for other in others]
+    return bool(there) and {one.value for one in compared if one and one.passed}.issuperset(there)
 
 
 def compare_whole(

@@ -335,6 +335,31 @@ def test_export_that_does_not_prove(
     assert_as_before(before, model)
 
 
+class Repeated(nn.Module):
+    """Calls its layer at first on zeros, as a flow does that makes a sample part by part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.zeros(2, 3)
+        for _ in range(3):
+            y = self.layer(y) * x
+        return y
+
+
+@pytest.mark.parametrize("exporter", EXPORTERS)
+def test_a_call_that_was_folded_does_not_differ(tmp_path: Path, exporter: str) -> None:
+    """A call that depends on no input has no value in the file, and is held against no other's."""
+    path = tmp_path / "net.onnx"
+    report = export_onnx(Repeated(), (rows(3),), path, exporter=exporter, per_module=True)
+    compared = [(entry.module, entry.call, entry.passed) for entry in report.parity.modules]
+    assert compared == [("layer", 1, True), ("layer", 2, True), ("", 0, True)]
+    assert report.parity.divergence is not None
+    assert report.parity.divergence.unmatched == ("layer",)
+
+
 @pytest.mark.parametrize("exporter", EXPORTERS)
 def test_per_module_option_of_an_export(tmp_path: Path, exporter: str) -> None:
     """``per_module=True`` fills the modules of an export that passes."""
