@@ -127,9 +127,14 @@ def _is_of_others(
     """Whether each value that leaves a module is of another call, so that ``call`` has none."""
     kinds = {(output.shape, output.dtype) for output in call.outputs}
     there = [n for n in leaving if n in values and (values[n].shape, values[n].dtype) in kinds]
-    others = (one for one in calls if one.module == call.module and one is not call)
-    compared = [compare_nearest(other, there, values, strictness) for other in others]
-    return bool(there) and {one.value for one in compared if one and one.passed}.issuperset(there)
+    others = [one for one in calls if one.module == call.module and one is not call]
+    return bool(there) and all(
+        any(
+            found is not None and found.passed
+            for found in (compare_nearest(other, [name], values, strictness) for other in others)
+        )
+        for name in there
+    )
 
 
 def compare_whole(
