@@ -336,7 +336,9 @@ def test_export_that_does_not_prove(
 
 
 class Repeated(nn.Module):
-    """Calls its layer at first on zeros, as a flow does that makes a sample part by part."""
+    """Calls its layer at first on zeros, as a flow that makes a sample part by part; then twice
+    on the same values.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -346,7 +348,7 @@ class Repeated(nn.Module):
         y = torch.zeros(2, 3)
         for _ in range(3):
             y = self.layer(y) * x
-        return y + self.layer(x) + self.layer(x)
+        return y + self.layer(x) + self.layer(x.flip(0).flip(0))
 
 
 @pytest.mark.parametrize("exporter", EXPORTERS)
