@@ -35,11 +35,13 @@ class Planner:
     Args:
         selection: which tensors are frozen.
         keep: where the frozen weights are kept, as `Plan` takes it; in memory by default.
+        complains: whether changes of them that are discarded are warned of.
     """
 
-    def __init__(self, selection: Selection, keep: Keep = list) -> None:
+    def __init__(self, selection: Selection, keep: Keep = list, complains: bool = True) -> None:
         self.selection = selection
         self.keep = keep
+        self.complains = complains
 
     def find(self, model: nn.Module, frozen: Iterable[Site]) -> list[Found]:
         """Return the modules of ``model`` with their sites, as `Selection.find` does."""
@@ -163,7 +165,7 @@ class _Freezing:
 
     def complain(self) -> None:
         """Warn about changes that were discarded."""
-        for message in self._complaints:
+        for message in self._complaints if self._planner.complains else ():
             warnings.warn(message, FrozenWeightChangedWarning, stacklevel=_LEAVING)
 
     # No lock: claiming is one atomic operation for each module, and an interrupt between
@@ -243,10 +245,13 @@ def frozen_parametrizations(model: M, only: Only = None) -> AbstractContextManag
 def freeze_into(model: M, only: Only, keep: Keep) -> AbstractContextManager[M]:
     """Freeze as `frozen_parametrizations` does, with the weights where ``keep`` puts them.
 
+    No user has this block around code of theirs, so what a forward writes to a frozen weight is
+    discarded without a warning: what it gives is held against the model's own outputs.
+
     Args:
         model: any module.
         only: as for `frozen_parametrizations`.
         keep: takes the weights, each made when it is asked for, and returns tensors of the same
             bits, shapes and dtypes.
     """
-    return Block(require_module(model), Planner(Selection(only), keep))
+    return Block(require_module(model), Planner(Selection(only), keep, complains=False))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..files import as_path
-from ..freezing import frozen_spectral_norm
+from ..freezing import freeze_into
 from ..results import Divergence, Draws, OutputParity, ParityReport, ProofDtype, Tolerance
 from ..running import (
     Preserved,
@@ -108,7 +108,7 @@ def check_parity(
     note = explain_unconverged(network)
     with preserved(network) as state:
         references = [run_reference(network, state, one) for one in sets]
-        freezing = Freezing(partial(frozen_spectral_norm, network))
+        freezing = Freezing(partial(freeze_into, network, "spectral_norm", list))
         report = compare(network, freezing, session, path, references, settings)
         report = replace(report, notes=tuple(filter(None, (describe_draws(draws), note))))
         if per_module or not report.passed:
