@@ -132,6 +132,7 @@ def _open(
             text = str(error).replace(str(path), path.name)
             raise ExportError(f"onnxruntime cannot load '{path.name}': {text}") from error
         operator, dtype = missing
+        dtype = dtype or "its dtype, which the file does not state,"
         raise ExportError(
             f"onnxruntime's {', '.join(providers)} has no {operator} for {dtype} to prove "
             f"'{path.name}' with. proof_dtype='float32' proves a copy of the file in float32"

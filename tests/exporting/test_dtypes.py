@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import onnx
+import onnx.parser
 import pytest
 import torch
 from export_models import (
@@ -60,6 +61,19 @@ def test_missing_kernel_is_named(tmp_path: Path, exporter: str, dtype: torch.dty
         "'net.onnx' with. proof_dtype='float32' proves a copy of the file in float32"
     )
     assert contents_of(tmp_path) == {}
+
+
+def test_missing_kernel_of_a_dtype_that_no_value_states(tmp_path: Path) -> None:
+    """A file need not say of which dtype the values between its nodes are; the error says so."""
+    file = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17]> net (double[1,1,4] x) => (double[1,1,3] y)'
+        "<double[1,1,2] w = {1.0, 2.0}>"
+        "{ a = Neg(x) v = Neg(w) b = Conv(a, v) y = Neg(b) }"
+    )
+    file.graph.node[2].name = "conv"
+    onnx.save(file, tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match="no Conv for its dtype, which the file does not state"):
+        check_parity(nn.Conv1d(1, 1, 2).double(), tmp_path / "net.onnx", torch.ones(1, 1, 4))
 
 
 @pytest.mark.parametrize("dtype", _LACKING)
