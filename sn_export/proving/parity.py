@@ -36,8 +36,8 @@ from .pictures import find_shown
 from .precision import convert_inputs, make_comparable, write_float32
 from .session import DEFAULT_PROVIDERS, name_inputs, open_session, run_session
 from .tolerances import ProofSettings, find_coarsest_dtype, find_largest
-from .truth import Freezing
-from .verdicts import FACTOR, explain_unconverged, judge
+from .truth import FACTOR, Freezing
+from .verdicts import explain_unconverged, judge
 
 
 def check_parity(

@@ -28,8 +28,7 @@ from .parity import (
 )
 from .session import name_inputs
 from .tolerances import ProofSettings, resolve_tolerance
-from .truth import Freezing
-from .verdicts import FACTOR
+from .truth import FACTOR, Freezing
 
 _logger = logging.getLogger("sn_export")
 _SAME = 1e-3  # of the largest output: far above what other kernels make, far below sigma

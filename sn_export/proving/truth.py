@@ -40,8 +40,8 @@ from .output_errors import Spread
 from .precision import InFloat64, MovedByRounding, widen
 
 FEW, MANY = 2, 16  # runs with moved results, for each input set
+FACTOR = 4.0  # times what rounding accounts for: a right file, or a frozen model, is no farther
 _PLAUSIBLE = 30  # times what the moved runs show: past that it is another function
-_FROZEN = 4  # likewise: of the frozen model, which gives the bits of the model where it can
 _MEANINGFUL = 0.1  # of an output: what rounding moves more than that tells nothing
 
 
@@ -299,7 +299,7 @@ class _RunningRounding:
             raise NoTruthError("it has NaN or infinities where the model has none")
         rounding = Distance(*(max(value, least) for value in astuple(moved)))
         frozen = Rounding(model, self._frozen.make_result(), rounding, scale)
-        if frozen.ratio > _FROZEN:
+        if frozen.ratio > FACTOR:
             raise NoTruthError(
                 f"frozen, the model's own outputs move by up to {frozen.file.max:.2g}, and "
                 f"rounding accounts for {frozen.expected.max:.2g}"

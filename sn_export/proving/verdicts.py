@@ -44,11 +44,10 @@ from ..text import shorten_list
 from .precision import find_narrow_operators, move_values
 from .session import name_inputs, open_session, run_session
 from .tolerances import DEFAULT_TOLERANCES, ProofSettings
-from .truth import FEW, MANY, Freezing, NoTruthError, measure_operators, measure_rounding
+from .truth import FACTOR, FEW, MANY, Freezing, NoTruthError, measure_operators, measure_rounding
 
 _logger = logging.getLogger("sn_export")
-FACTOR = 4.0  # times what rounding accounts for: a right file is no farther from the truth
-WRONG = 10.0  # likewise: a file that is farther is refused, though within the default tolerance
+WRONG = 10.0  # times what rounding accounts for: such a file is refused, though within tolerance
 _DOUBTFUL = 30.0  # likewise: where rounding moves few elements much, few runs may not show it
 _BEARABLE = 10.0  # times the default tolerance: what a file may lose by its own operators
 _ASKED = 0.03  # of the tolerance: an output that differs by less is not asked about
