@@ -6,7 +6,6 @@ A folded initializer is named after the module that uses it and the tensor that 
 from __future__ import annotations
 
 import ast
-import itertools
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
@@ -95,11 +94,11 @@ class Sources:
         if self._are_elements(tensor, nearest_first):
             return None
         alike = [name for name in nearest_first if self._state[name].numel() == tensor.size]
-        if own := [name for name in near if name in alike]:
+        if own := [name for name in alike if name in near]:
             return own
         # A module may read the weight of another: `F.linear(x, self.embedding.weight * 0.1)`.
         scaled = (name for name in alike if _compare(tensor, self._state[name], _is_multiple))
-        return [*itertools.islice(scaled, 1)] or None
+        return next(([name] for name in scaled), None)
 
     def _is_fused(self, value: ir.Value) -> bool:
         """Tell whether the TorchScript exporter may have fused a batch norm into a convolution.
